@@ -208,7 +208,9 @@ def from_json(text: str, cls: type = ExperimentConfig) -> Any:
     try:
         raw = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"config is not JSON ({error}); restore config.json") from None
+        raise ConfigError(
+            f"config is not JSON ({error}); restore config.json"
+        ) from None
     return _build(cls, raw, cls.__name__)
 
 

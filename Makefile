@@ -1,0 +1,52 @@
+# make demo | make test are all a newcomer needs; the rest is for people who change the code.
+SHELL := /bin/sh
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+NEXT := $(VENV)/jax-next
+PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -q -n 2 --dist worksteal
+
+.PHONY: help venv demo test lint notebooks clean
+help:
+	@echo "make venv   the project's own .venv"
+	@echo "make demo   train a dense, an MoE and a union model on this machine; table and report"
+	@echo "make test   every test on jax 0.11, the reduced set on jax 0.12, coverage"
+	@echo "make lint   ruff and pyrefly"
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@python=$$(sh .ci/find-python) && \
+	  echo "Making $(VENV) with $$python (once, about a minute) ..." && \
+	  { [ -x $(PY) ] || "$$python" -m venv $(VENV); }
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@echo "Installing the test tools into $(VENV) ..."
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(NEXT)/.done: constraints-next.txt $(VENV)/.dev
+	@echo "Installing the newer jax beside it ..."
+	@rm -rf $(NEXT)
+	@$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(NEXT) --requirement constraints-next.txt
+	@touch $@
+
+venv: $(VENV)/.base
+	@echo "$(VENV) is ready: $(VENV)/bin/uoe --help"
+
+demo: $(VENV)/.base
+	@$(VENV)/bin/uoe demo
+
+test: $(VENV)/.dev $(NEXT)/.done
+	@echo "== every test, jax 0.11, 8 simulated devices"
+	@$(PYTEST) --cov --cov-report= tests
+	@$(PY) -m coverage report --fail-under=85 --skip-covered --show-missing | tail -n 40
+	@echo "== the reduced set, jax 0.12"
+	@PYTHONPATH=$(NEXT) $(PYTEST) -m next_jax tests
+
+lint: $(VENV)/.dev
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/pyrefly check
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

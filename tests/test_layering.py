@@ -1,0 +1,105 @@
+"""A module imports only lower layers or its own room; light modules import no jax."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "uoe_jax"
+
+LAYERS = {
+    0: {"types", "config", "validation", "presets", "errors"},
+    1: {"hardware", "ops", "partition", "topology", "linalg", "cluster"},
+    2: {"model", "data", "optim"},
+    3: {
+        "decompose",
+        "compress",
+        "adapt",
+        "interop",
+        "train",
+        "checkpoint",
+        "integrity",
+        "evaluate",
+        "generate",
+        "report",
+        "leakcheck",
+        "complete",
+        "runs",
+    },
+    4: {"cli", "demo", "__main__"},
+}
+LEVEL = {room: level for level, rooms in LAYERS.items() for room in rooms}
+# Why: the trainer saves and evaluates; the mesh is described by the config.
+SAME_LEVEL = {
+    ("train", "checkpoint"),
+    ("train", "evaluate"),
+    ("checkpoint", "integrity"),
+}
+NO_JAX = ("config", "validation", "presets", "errors", "hardware")
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    assert room in LEVEL, f"{room} has no layer: add it to LAYERS"
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] != "uoe_jax" or len(parts) < 2 or parts[1] not in LEVEL:
+            continue
+        other = parts[1]
+        lower = LEVEL[other] < LEVEL[room]
+        allowed = lower or other == room or (room, other) in SAME_LEVEL
+        peers = LEVEL[other] == LEVEL[room] and LEVEL[room] in (0, 4)
+        assert allowed or peers, f"{room} imports {other}: not a lower layer"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_light_modules_import_no_jax(path):
+    if room_of(path) in NO_JAX:
+        heavy = {n.split(".")[0] for n in imports_of(path)}
+        assert not heavy & {"jax", "flax", "optax", "numpy", "matplotlib"}
+
+
+def test_import_touches_no_device_and_no_jax():
+    code = (
+        "import sys, time; start = time.perf_counter(); import uoe_jax;"
+        "import uoe_jax.presets, uoe_jax.hardware.count, uoe_jax.validation;"
+        "assert 'jax' not in sys.modules, 'jax was imported';"
+        "assert time.perf_counter() - start < 1"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_module_imports_without_starting_a_backend():
+    code = (
+        "import importlib, pkgutil, uoe_jax\n"
+        "for m in pkgutil.walk_packages(uoe_jax.__path__, 'uoe_jax.'):\n"
+        "    if not m.name.endswith('__main__'): importlib.import_module(m.name)\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,1 @@
+"""Cost model: what a config costs, and what devices offer. Imports no jax."""

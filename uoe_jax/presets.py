@@ -1,0 +1,190 @@
+"""Named experiments and the one-dial family `sized(depth)`. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from uoe_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    ModelConfig,
+    MoeConfig,
+    OptimConfig,
+    TrainConfig,
+    UnionConfig,
+)
+from uoe_jax.errors import ConfigError, nearest
+
+
+def sized(depth: int, *, compute_dtype: str = "bfloat16") -> ExperimentConfig:
+    """Return a decoder whose width, heads and learning rate follow its depth.
+
+    Width is 64 a layer, heads are 64 wide (128 from width 1536), the MLP is 4 times
+    the width, and the learning rate falls with the square root of the width.
+    """
+    if depth < 2:
+        raise ConfigError(f"depth is {depth}; sized models start at 2 layers")
+    d_model = 64 * depth
+    head_dim = 128 if d_model >= 1536 else 64
+    heads = d_model // head_dim
+    return ExperimentConfig(
+        name=f"sized-{depth}",
+        model=ModelConfig(
+            vocab_size=32_768,
+            max_seq_len=2048,
+            d_model=d_model,
+            d_ff=4 * d_model,
+            num_layers=depth,
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+            union=UnionConfig(num_experts=heads, top_k=heads // 2),
+            compute_dtype=compute_dtype,  # type: ignore[arg-type]
+        ),
+        data=DataConfig(tokenizer="bpe", bpe_vocab_size=32_768, batch_size=64),
+        optim=OptimConfig(
+            learning_rate=round(6e-4 * (768 / d_model) ** 0.5, 7), warmup_steps=200
+        ),
+        train=TrainConfig(steps=5000, eval_every=500, save_every=500),
+    )
+
+
+def _tiny() -> ExperimentConfig:
+    """A byte model that trains on two CPU cores in minutes."""
+    return ExperimentConfig(
+        name="tiny",
+        model=ModelConfig(
+            vocab_size=256,
+            max_seq_len=256,
+            d_model=128,
+            d_ff=512,
+            num_layers=4,
+            num_heads=8,
+            num_kv_heads=8,
+            head_dim=16,
+        ),
+        data=DataConfig(batch_size=16),
+        optim=OptimConfig(learning_rate=3e-3),
+        train=TrainConfig(steps=300),
+    )
+
+
+def _small() -> ExperimentConfig:
+    """About 125M parameters: 12 layers of width 768, as GPT-2's smallest."""
+    base = sized(12)
+    model = dataclasses.replace(base.model, vocab_size=50_304)
+    data = dataclasses.replace(base.data, bpe_vocab_size=50_304, batch_size=32)
+    return dataclasses.replace(base, name="small", model=model, data=data)
+
+
+def _one_billion() -> ExperimentConfig:
+    """About 1.4B parameters: 24 layers, width 2048, heads of 128, SwiGLU."""
+    return ExperimentConfig(
+        name="1b",
+        model=ModelConfig(
+            vocab_size=32_768,
+            max_seq_len=8192,
+            d_model=2048,
+            d_ff=6144,  # 3 times the width: SwiGLU, and 384 = 3 * 128 an expert
+            num_layers=24,
+            num_heads=16,
+            num_kv_heads=16,
+            head_dim=128,
+            activation="swiglu",
+            tie_embeddings=False,
+            rope_theta=500_000.0,
+            union=UnionConfig(num_experts=16, top_k=8),
+            remat="full",
+            compute_dtype="bfloat16",
+        ),
+        data=DataConfig(tokenizer="bpe", bpe_vocab_size=32_768, batch_size=16),
+        optim=OptimConfig(learning_rate=3e-4, warmup_steps=500),
+        train=TrainConfig(steps=20_000, eval_every=1000, save_every=1000),
+    )
+
+
+def _seven_billion() -> ExperimentConfig:
+    """About 7B parameters with grouped-query attention (32 query, 8 key/value heads)."""
+    base = _one_billion()
+    model = dataclasses.replace(
+        base.model,
+        d_model=4096,
+        d_ff=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        union=UnionConfig(num_experts=8, top_k=4),
+    )
+    optim = dataclasses.replace(base.optim, learning_rate=2e-4, warmup_steps=1000)
+    return dataclasses.replace(base, name="7b", model=model, optim=optim)
+
+
+def _digits_vit() -> ExperimentConfig:
+    """A vision transformer on scikit-learn's 8x8 digits, one token per 2x2 pixels."""
+    return ExperimentConfig(
+        name="digits-vit",
+        model=ModelConfig(
+            kind="vision",
+            max_seq_len=16,
+            d_model=64,
+            d_ff=256,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=16,
+            position="learned",
+            norm="layernorm",
+            use_bias=True,
+            tie_embeddings=False,
+            union=UnionConfig(num_experts=4, top_k=2),
+        ),
+        data=DataConfig(source="digits", batch_size=64),
+        optim=OptimConfig(learning_rate=2e-3, weight_decay=0.05),
+        train=TrainConfig(steps=400),
+    )
+
+
+def as_union(config: ExperimentConfig) -> ExperimentConfig:
+    """Return the experiment with every attention and MLP block a union."""
+    model = dataclasses.replace(config.model, attention=("union",), mlp=("union",))
+    return dataclasses.replace(config, name=f"{config.name}-union", model=model)
+
+
+def as_moe(config: ExperimentConfig, **moe: Any) -> ExperimentConfig:
+    """Return the experiment with every MLP a top-2 mixture of experts."""
+    mixture = MoeConfig(**moe)
+    model = dataclasses.replace(config.model, mlp=("moe",), moe=mixture)
+    return dataclasses.replace(config, name=f"{config.name}-moe", model=model)
+
+
+_BASES: dict[str, Callable[[], ExperimentConfig]] = {
+    "tiny": _tiny,
+    "small": _small,
+    "1b": _one_billion,
+    "7b": _seven_billion,
+}
+
+PRESETS: dict[str, Callable[[], ExperimentConfig]] = {
+    **_BASES,
+    **{
+        f"{name}-moe": lambda make=make: as_moe(make()) for name, make in _BASES.items()
+    },
+    **{
+        f"{name}-union": lambda make=make: as_union(make())
+        for name, make in _BASES.items()
+    },
+    "digits-vit": _digits_vit,
+    "digits-vit-union": lambda: as_union(_digits_vit()),
+}
+
+
+def get_preset(name: str) -> ExperimentConfig:
+    """Return a named experiment; `sized-N` gives the N-layer member of the family."""
+    if name.startswith("sized-") and name[6:].isdigit():
+        return sized(int(name[6:]))
+    if name not in PRESETS:
+        known = [*PRESETS, "sized-12"]
+        raise ConfigError(f"no preset {name!r}; {nearest(name, known)}")
+    return PRESETS[name]()
