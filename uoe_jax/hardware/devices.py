@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One chip: dense bf16 matrix rate (FLOP/s), memory (bytes), bandwidth (bytes/s)."""
+    """One chip: dense bf16 rate (FLOP/s), memory (bytes), bandwidth (bytes/s)."""
 
     name: str
     bf16_flops: float
