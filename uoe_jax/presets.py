@@ -106,7 +106,7 @@ def _one_billion() -> ExperimentConfig:
 
 
 def _seven_billion() -> ExperimentConfig:
-    """About 6.9B parameters; 32 query heads share 8 key/value heads."""
+    """About 7.2B parameters; 32 query heads share 8 key/value heads."""
     base = _one_billion()
     model = dataclasses.replace(
         base.model,
