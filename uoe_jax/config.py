@@ -51,7 +51,7 @@ class MoeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A transformer: decoder language model, encoder classifier or vision transformer."""
+    """A decoder language model, encoder classifier or vision transformer."""
 
     kind: Literal["decoder", "encoder", "vision"] = "decoder"
     vocab_size: int = 256
@@ -132,7 +132,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with a schedule and clipping; anything else is an optax preset in Python."""
+    """AdamW with a schedule and clipping."""
 
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

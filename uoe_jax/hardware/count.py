@@ -2,9 +2,9 @@
 
 One multiply-add is 2 FLOPs. Only matrix products are counted (projections, attention
 scores and their weighted sums, MLPs, routers, head), causal attention by the pairs it
-keeps, and an expert that a token doesn't use isn't counted for that token: a saved FLOP
-is counted once, as absent. Norms, softmax and elementwise work are left out, as usual in
-model-FLOPs utilisation.
+keeps. An expert that a token doesn't use isn't counted for that token: a saved FLOP is
+counted once, as absent. Norms, softmax and elementwise work are left out, as usual in
+model-FLOPs utilisation (MFU).
 """
 
 from __future__ import annotations
