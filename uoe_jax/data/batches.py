@@ -1,0 +1,273 @@
+"""Datasets: batch number n as a pure function of the seed and n."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.data.order import eval_order, train_order
+from uoe_jax.data.pack import fill_rows, pack_documents, window_rows
+from uoe_jax.data.prepare import Prepared, prepare
+from uoe_jax.data.split import SPLITS
+from uoe_jax.data.tokenize import Tokenizer
+from uoe_jax.errors import ConfigError, DataError, nearest
+
+Batch = dict[str, np.ndarray]
+
+
+class Dataset:
+    """One split of prepared data, as batches that anyone can ask for in any order.
+
+    Train batches run on without end through reshuffled epochs, no example left out at
+    their borders. Valid and test batches are one pass in a fixed order; the last is
+    filled up with rows whose mask (or label weight) is 0.
+    """
+
+    def __init__(self, config: ExperimentConfig, split: str, prepared: Prepared):
+        self.config, self.split, self.prepared = config, split, prepared
+        self.info: dict[str, Any] = prepared.manifest
+        self.manifest: str = prepared.manifest["hash"]
+        self.tokenizer: Tokenizer | None = None
+        if prepared.manifest["tokenizer"] is not None:
+            self.tokenizer = prepared.tokenizer()
+            _check_vocab(self.tokenizer, config)
+        self.num_examples = 0
+
+    @property
+    def num_batches(self) -> int:
+        """Return batches in one pass; the last may be partly padding (train: full)."""
+        size = self.config.data.batch_size
+        if self.split == "train":
+            return max(self.num_examples // size, 1)
+        return -(-self.num_examples // size)
+
+    def batch(
+        self, step: int, *, process_index: int = 0, process_count: int = 1
+    ) -> Batch:
+        """Return one process's rows of batch number `step`, rows in order of process.
+
+        Raises DataError past the end of valid or test, ConfigError if the batch size
+        isn't a multiple of `process_count`.
+        """
+        size = self.config.data.batch_size
+        if size % process_count:
+            raise ConfigError(
+                f"data.batch_size {size} isn't a multiple of {process_count} "
+                f"processes; use {-(-size // process_count) * process_count}"
+            )
+        if step < 0 or (self.split != "train" and step >= self.num_batches):
+            raise DataError(
+                f"batch {step} of {self.split} doesn't exist; it has batches 0 to "
+                f"{self.num_batches - 1}"
+            )
+        rows = size // process_count
+        first = step * size + process_index * rows
+        positions = np.arange(first, first + rows, dtype=np.int64)
+        if self.split == "train":
+            chosen = train_order(positions, self.num_examples, self.config.data.seed)
+        else:
+            chosen = eval_order(positions, self.num_examples)
+        return self.examples(chosen)
+
+    def examples(self, chosen: Int[np.ndarray, " B"]) -> Batch:
+        """Return the batch of the examples with these numbers; -1 is padding."""
+        raise NotImplementedError
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Return the split's bytes of text a token, its ends of document included."""
+        counts = self.info["splits"][self.split]
+        if counts.get("bytes") is None or not counts.get("tokens"):
+            return None
+        return counts["bytes"] / counts["tokens"]
+
+    @property
+    def token_bytes(self) -> Float[np.ndarray, " V"] | None:
+        """Return the bytes of every token id; None for data that isn't text.
+
+        Exact for bytes and byte-level BPE. Tokenizers that change the text (other
+        normalisations) have no such table: every token gets the split's average.
+        """
+        average = self.bytes_per_token
+        if self.tokenizer is None or average is None:
+            return None
+        if self.info["splits"][self.split]["exact_bytes"]:
+            return self.tokenizer.token_bytes
+        return np.full(self.tokenizer.vocab_size, average)
+
+    def count_bytes(self, batch: Batch) -> float | None:
+        """Return the bytes of text that a batch's targets stand for, by its mask.
+
+        Summed over batches, bits per byte = nats / ln 2 / bytes.
+        """
+        table = self.token_bytes
+        if table is None or "targets" not in batch:
+            return None
+        return float((table[batch["targets"]] * batch["mask"]).sum())
+
+    def encode(self, text: str) -> Int[np.ndarray, " T"]:
+        """Return a text's token ids; raise DataError if the data isn't text."""
+        return self._need_tokenizer().encode(text)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of token ids; raise DataError if the data isn't text."""
+        return self._need_tokenizer().decode(ids)
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise DataError(f"{self.info['source']} holds images; they have no text")
+        return self.tokenizer
+
+
+class TokenDataset(Dataset):
+    """Rows of tokens for a decoder; see `fill_rows` for what a batch holds."""
+
+    def __init__(self, config: ExperimentConfig, split: str, prepared: Prepared):
+        super().__init__(config, split, prepared)
+        self._tokens = prepared.array(split, "tokens")
+        seq_len = config.seq_len
+        if config.data.pack == "documents":
+            self._rows = pack_documents(prepared.array(split, "starts"), seq_len)
+        else:
+            partial = split != "train"
+            self._rows = window_rows(len(self._tokens), seq_len, partial=partial)
+        self.num_examples = len(self._rows)
+        if self.num_examples == 0:
+            raise DataError(_too_short(self, len(self._tokens)))
+
+    def examples(self, chosen: Int[np.ndarray, " B"]) -> Batch:
+        """Return tokens, targets, positions, segments and mask, [B, T] each."""
+        return fill_rows(self._tokens, self._rows, chosen, self.config.seq_len)
+
+
+class RowDataset(Dataset):
+    """Labelled texts for an encoder, cut at T tokens or padded to T.
+
+    A batch holds tokens and segments (1, 0 is padding) int32 [B, T] and labels int32
+    [B]; a row that only fills up the batch has label -1.
+    """
+
+    def __init__(self, config: ExperimentConfig, split: str, prepared: Prepared):
+        super().__init__(config, split, prepared)
+        self._tokens = prepared.array(split, "tokens")
+        self._starts = prepared.array(split, "starts")
+        self._labels = prepared.array(split, "labels")
+        self.num_examples = len(self._labels)
+        _check_labels(self)
+
+    def examples(self, chosen: Int[np.ndarray, " B"]) -> Batch:
+        """Return tokens, segments [B, T] and labels [B]."""
+        seq_len = self.config.seq_len
+        tokens = np.zeros((len(chosen), seq_len), np.int32)
+        segments = np.zeros_like(tokens)
+        for row, index in enumerate(chosen.tolist()):
+            if index >= 0:
+                start, end = self._starts[index : index + 2]
+                length = min(int(end - start), seq_len)
+                tokens[row, :length] = self._tokens[start : start + length]
+                segments[row, :length] = 1
+        labels = _choose_labels(self._labels, chosen)
+        return {"tokens": tokens, "segments": segments, "labels": labels}
+
+
+class ImageDataset(Dataset):
+    """Labelled images, standardised with the train split's mean and deviation.
+
+    A batch holds images float32 [B, Hi, Wi, Ci] and labels int32 [B]; a row that only
+    fills up the batch has label -1.
+    """
+
+    def __init__(self, config: ExperimentConfig, split: str, prepared: Prepared):
+        super().__init__(config, split, prepared)
+        self._images = prepared.array(split, "images")
+        self._labels = prepared.array(split, "labels")
+        self._mean = np.array(prepared.manifest["mean"], np.float32)
+        self._deviation = np.array(prepared.manifest["deviation"], np.float32)
+        self.num_examples = len(self._labels)
+        _check_images(self)
+        _check_labels(self)
+
+    def examples(self, chosen: Int[np.ndarray, " B"]) -> Batch:
+        """Return images [B, Hi, Wi, Ci] and labels [B]."""
+        images = self._images[np.maximum(chosen, 0)].astype(np.float32)
+        images = (images - self._mean) / self._deviation
+        images[chosen < 0] = 0
+        return {"images": images, "labels": _choose_labels(self._labels, chosen)}
+
+
+def make_dataset(config: ExperimentConfig, split: str) -> Dataset:
+    """Return one split of an experiment's data, prepared first if it isn't.
+
+    Raises DataError if the data is missing, damaged, changed, too short or not of the
+    model's kind.
+    """
+    if split not in SPLITS:
+        raise DataError(f"no split {split!r}; {nearest(split, SPLITS)}")
+    return open_dataset(config, split, prepare(config))
+
+
+def open_dataset(config: ExperimentConfig, split: str, prepared: Prepared) -> Dataset:
+    """Return one split of data that is prepared already."""
+    counts = prepared.manifest["splits"][split]
+    if not counts["documents"]:
+        option = f"data.{split}_fraction" if split != "train" else "the other fractions"
+        raise DataError(
+            f"{prepared.manifest['source']} has no {split} data; "
+            f"change {option} or give more documents"
+        )
+    kinds = {"text": TokenDataset, "rows": RowDataset, "images": ImageDataset}
+    return kinds[prepared.kind](config, split, prepared)
+
+
+def _choose_labels(
+    labels: np.ndarray, chosen: Int[np.ndarray, " B"]
+) -> Int[np.ndarray, " B"]:
+    picked = labels[np.maximum(chosen, 0)].astype(np.int32)
+    return np.where(chosen < 0, np.int32(-1), picked)
+
+
+def _too_short(dataset: TokenDataset, num_tokens: int) -> str:
+    data = dataset.config.data
+    needed = dataset.config.seq_len + 1
+    if data.pack == "documents" or dataset.split != "train":
+        needed = 2
+    return (
+        f"{dataset.info['source']} has {num_tokens} tokens of {dataset.split}; one "
+        f"example needs {needed}, so give more data"
+        + (f" or data.seq_len {max(num_tokens - 1, 1)}" if needed > 2 else "")
+    )
+
+
+def _check_vocab(tokenizer: Tokenizer, config: ExperimentConfig) -> None:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries but "
+            f"model.vocab_size is {config.model.vocab_size}; set it to at least "
+            f"{tokenizer.vocab_size}"
+        )
+
+
+def _check_labels(dataset: Dataset) -> None:
+    classes, limit = len(dataset.info["classes"]), dataset.config.model.num_classes
+    if classes > limit:
+        raise DataError(
+            f"{dataset.info['source']} has {classes} classes but model.num_classes is "
+            f"{limit}; set it to {classes}"
+        )
+
+
+def _check_images(dataset: ImageDataset) -> None:
+    model, (height, width, channels) = dataset.config.model, dataset.info["image_shape"]
+    size = (model.image_size, model.image_size, model.image_channels)
+    if (height, width, channels) != size:
+        fix = f"set model.image_size {height} and model.image_channels {channels}"
+        if height != width:
+            fix = "make the images square"
+        raise DataError(
+            f"{dataset.info['source']} has images of {height}x{width}x{channels} but "
+            f"the model takes {size[0]}x{size[1]}x{size[2]}; {fix}"
+        )

@@ -1,0 +1,67 @@
+"""What a config's data holds, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.data.batches import ImageDataset, open_dataset
+from uoe_jax.data.prepare import prepare
+from uoe_jax.data.split import SPLITS
+from uoe_jax.errors import DataError
+
+_SHADES = " .:-=+*#%@"
+_SAMPLE_CHARACTERS = 400
+
+
+def describe(config: ExperimentConfig) -> dict[str, Any]:
+    """Return what an experiment's data holds, after checking every hash.
+
+    Keys: source, kind, folder, manifest (hash), files, tokenizer, vocab_size, classes,
+    bad_utf8, splits {name: documents, bytes, tokens, examples, batches,
+    bytes_per_token}, sample (the first training example as text).
+    """
+    prepared = prepare(config, thorough=True)
+    manifest = prepared.manifest
+    tokenizer = manifest["tokenizer"] or {}
+    train = open_dataset(config, "train", prepared)
+    return {
+        "source": manifest["source"],
+        "kind": prepared.kind,
+        "folder": str(prepared.folder),
+        "manifest": manifest["hash"],
+        "files": len(manifest["sources"]),
+        "tokenizer": tokenizer.get("name"),
+        "vocab_size": tokenizer.get("vocab_size"),
+        "classes": manifest["classes"],
+        "bad_utf8": manifest.get("bad_utf8"),
+        "splits": {split: _describe_split(config, split, prepared) for split in SPLITS},
+        "sample": _draw_sample(train.batch(0), train),
+    }
+
+
+def _describe_split(config: ExperimentConfig, split: str, prepared: Any) -> dict:
+    counts = prepared.manifest["splits"][split]
+    result = {key: counts.get(key) for key in ("documents", "bytes", "tokens")}
+    try:
+        dataset = open_dataset(config, split, prepared)
+    except DataError as error:
+        return {**result, "examples": 0, "batches": 0, "problem": str(error)}
+    return {
+        **result,
+        "examples": dataset.num_examples,
+        "batches": dataset.num_batches,
+        "bytes_per_token": dataset.bytes_per_token,
+    }
+
+
+def _draw_sample(batch: dict[str, Any], dataset: Any) -> str:
+    """Return the first example as text, an image as shades of characters."""
+    if not isinstance(dataset, ImageDataset):
+        row = batch["tokens"][0][batch["segments"][0] > 0]
+        return dataset.decode(row)[:_SAMPLE_CHARACTERS]
+    image = batch["images"][0].mean(axis=-1)
+    low, high = image.min(), image.max()
+    levels = (image - low) / max(high - low, 1e-6) * (len(_SHADES) - 1)
+    lines = ["".join(_SHADES[int(v)] * 2 for v in row) for row in levels]
+    return "\n".join([*lines, f"label {batch['labels'][0]}"])

@@ -1,0 +1,125 @@
+"""Token streams into rows of T tokens: plain windows, or documents packed greedily."""
+
+from __future__ import annotations
+
+import bisect
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+
+class Rows(NamedTuple):
+    """Rows of pieces; piece p predicts tokens starts[p]+1 .. starts[p]+lengths[p].
+
+    Row r holds pieces offsets[r]:offsets[r+1], one after the other, each its own
+    segment with positions from 0.
+    """
+
+    starts: Int[np.ndarray, " P"]
+    lengths: Int[np.ndarray, " P"]
+    offsets: Int[np.ndarray, " R1"]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def count_windows(num_tokens: int, seq_len: int, *, partial: bool) -> int:
+    """Return how many windows of `seq_len` inputs (and one target more) there are.
+
+    `partial` counts a last window that isn't full.
+    """
+    predictions = max(num_tokens - 1, 0)
+    return -(-predictions // seq_len) if partial else predictions // seq_len
+
+
+def pack_documents(document_starts: Int[np.ndarray, " D1"], seq_len: int) -> Rows:
+    """Put documents into rows of `seq_len` tokens, each where it fits tightest.
+
+    A document of n tokens makes n - 1 predictions. Longer ones than a row are cut into
+    pieces that overlap by one token, so that no prediction is lost. Documents are
+    taken in order and go to the fullest row that has room (best fit).
+    """
+    starts, lengths = _cut_documents(document_starts, seq_len)
+    rows = _best_fit(lengths, seq_len)
+    order = np.argsort(rows, kind="stable")
+    counts = np.bincount(rows, minlength=int(rows.max(initial=-1)) + 1)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    return Rows(starts[order], lengths[order], offsets.astype(np.int64))
+
+
+def _cut_documents(
+    document_starts: Int[np.ndarray, " D1"], seq_len: int
+) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"]]:
+    """Return start and number of predictions of every piece of every document."""
+    begin = np.asarray(document_starts[:-1])
+    predictions = np.maximum(np.diff(document_starts) - 1, 0)
+    pieces = -(-predictions // seq_len)
+    owner = np.repeat(np.arange(len(begin)), pieces)
+    first = np.cumsum(pieces) - pieces
+    skipped = (np.arange(len(owner)) - first[owner]) * seq_len
+    lengths = np.minimum(predictions[owner] - skipped, seq_len)
+    return begin[owner] + skipped, lengths
+
+
+def _best_fit(lengths: Int[np.ndarray, " P"], seq_len: int) -> Int[np.ndarray, " P"]:
+    """Return each piece's row."""
+    rows = np.empty(len(lengths), np.int64)
+    open_rows: dict[int, list[int]] = {}  # free tokens -> rows with as many
+    free: list[int] = []  # the keys above, sorted
+    count = 0
+    for piece, length in enumerate(lengths.tolist()):
+        place = bisect.bisect_left(free, length)
+        if place < len(free):
+            room = free[place]
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                del open_rows[room], free[place]
+        else:
+            room, row, count = seq_len, count, count + 1
+        rows[piece] = row
+        left = room - length
+        if left:
+            if left not in open_rows:
+                bisect.insort(free, left)
+                open_rows[left] = []
+            open_rows[left].append(row)
+    return rows
+
+
+def window_rows(num_tokens: int, seq_len: int, *, partial: bool) -> Rows:
+    """Return contiguous windows of a stream as rows of one piece."""
+    count = count_windows(num_tokens, seq_len, partial=partial)
+    starts = np.arange(count, dtype=np.int64) * seq_len
+    lengths = np.minimum(num_tokens - 1 - starts, seq_len)
+    return Rows(starts, lengths, np.arange(count + 1, dtype=np.int64))
+
+
+def fill_rows(
+    tokens: np.ndarray, rows: Rows, chosen: Int[np.ndarray, " B"], seq_len: int
+) -> dict[str, np.ndarray]:
+    """Return a decoder batch of the chosen rows; -1 chooses an empty row.
+
+    `tokens` and `targets` (the next token) are int32 [B, T], `positions` restart with
+    every segment, `segments` count from 1 (0 is padding), `mask` is 1.0 where a target
+    counts.
+    """
+    shape = (len(chosen), seq_len)
+    names = ("tokens", "targets", "positions", "segments")
+    batch: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in names}
+    for row, index in enumerate(chosen.tolist()):
+        if index < 0:
+            continue
+        place = 0
+        pieces = range(int(rows.offsets[index]), int(rows.offsets[index + 1]))
+        for segment, piece in enumerate(pieces, 1):
+            start, length = int(rows.starts[piece]), int(rows.lengths[piece])
+            here = slice(place, place + length)
+            window = tokens[start : start + length + 1]
+            batch["tokens"][row, here] = window[:-1]
+            batch["targets"][row, here] = window[1:]
+            batch["positions"][row, here] = np.arange(length)
+            batch["segments"][row, here] = segment
+            place += length
+    batch["mask"] = (batch["segments"] > 0).astype(np.float32)
+    return batch

@@ -1,0 +1,68 @@
+"""A thread that makes the next batch while the device works on this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+
+class Prefetch[T]:
+    """Iterator over `make(step)`, one step ahead of its reader; also a context manager.
+
+    An error in `make` is raised where its batch is asked for.
+    """
+
+    def __init__(
+        self, make: Callable[[int], T], start_step: int, end_step: int | None = None
+    ):
+        self._make, self._step, self._end = make, start_step, end_step
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._next: Future[T] | None = self._submit()
+
+    def _submit(self) -> Future[T] | None:
+        if self._end is not None and self._step >= self._end:
+            return None
+        return self._pool.submit(self._make, self._step)
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._next is None:
+            self.close()
+            raise StopIteration
+        try:
+            result = self._next.result()
+        except BaseException:
+            self.close()
+            raise
+        self._step += 1
+        self._next = self._submit()
+        return result
+
+    def close(self) -> None:
+        """Stop the thread; no more batches come."""
+        self._next = None
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Prefetch[T]:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def prefetch[T](
+    make: Callable[[int], T], start_step: int, end_step: int | None = None
+) -> Prefetch[T]:
+    """Return an iterator over `make(start_step)`, `make(start_step + 1)`, ...
+
+    It ends before `end_step`, or never. Close it, or use it in a `with` statement.
+    """
+    return Prefetch(make, start_step, end_step)

@@ -1,0 +1,158 @@
+"""Sources tokenized once into memory-mapped arrays with a manifest of hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uoe_jax.config import DataConfig, ExperimentConfig
+from uoe_jax.data.arrays import ArraySource
+from uoe_jax.data.files import sha256_file
+from uoe_jax.data.progress import note
+from uoe_jax.data.source import Source, make_source
+from uoe_jax.data.store import (
+    build_folder,
+    find_change,
+    find_damage,
+    load_array,
+    read_manifest,
+    write_manifest,
+)
+from uoe_jax.data.tokenize import (
+    ByteTokenizer,
+    IdTokenizer,
+    SubwordTokenizer,
+    Tokenizer,
+)
+from uoe_jax.data.write_arrays import write_arrays
+from uoe_jax.data.write_text import write_text
+from uoe_jax.errors import DataError
+
+FORMAT = 1  # of the prepared folder; another format is prepared again
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder of prepared arrays and its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Return "text", "rows" (labelled token rows) or "images"."""
+        return self.manifest["kind"]
+
+    def array(self, split: str, name: str) -> np.ndarray:
+        """Return an array such as `train` `tokens`, memory-mapped."""
+        return load_array(self.folder / f"{split}_{name}.npy")
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer the arrays were made with."""
+        entry = self.manifest["tokenizer"]
+        if entry["name"] == "byte":
+            return ByteTokenizer()
+        if entry["name"] == "ids":
+            return IdTokenizer(entry["vocab_size"])
+        text = (self.folder / "tokenizer.json").read_text("utf-8")
+        return SubwordTokenizer(text, entry["name"])
+
+
+def prepare(config: ExperimentConfig, *, thorough: bool = False) -> Prepared:
+    """Return the prepared data of an experiment, preparing it if need be.
+
+    What is there is used again if sources and arrays are what its manifest says.
+    A changed source raises DataError unless `data.allow_changed`, which prepares it
+    again; damaged arrays are prepared again. `thorough` hashes every array instead of
+    trusting unchanged file times.
+    """
+    data, kind = config.data, config.model.kind
+    source = make_source(data, kind)
+    settings = _settings(data, kind)
+    folder = _cache_folder(data) / _folder_name(source.name, settings, data)
+    replace = False
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest["format"] == FORMAT:
+        changed = find_change(folder, manifest, source.files)
+        if changed and not data.allow_changed:
+            raise DataError(
+                f"{source.name} changed since it was prepared ({changed}); restore it "
+                "or accept it with data.allow_changed"
+            )
+        damage = changed or find_damage(folder, manifest, thorough=thorough)
+        if not damage:
+            return Prepared(folder, manifest)
+        note(f"preparing {source.name} again: {damage}")
+        replace = True
+    elif folder.exists():
+        replace = True
+        note(f"preparing {source.name} again: its manifest is damaged or old")
+    with build_folder(folder, replace=replace) as building:
+        manifest = _build(source, config, settings, building)
+    return Prepared(folder, manifest)
+
+
+def _build(
+    source: Source, config: ExperimentConfig, settings: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Write all arrays and the manifest into `folder`; return the manifest."""
+    if isinstance(source, ArraySource):
+        written = write_arrays(source, config.model.kind, folder)
+    else:
+        written = write_text(source, config.data, folder)
+    manifest = {
+        "format": FORMAT,
+        "source": source.name,
+        "path": _place(config.data),
+        "settings": settings,
+        **written,
+    }
+    return write_manifest(folder, manifest, source.files)
+
+
+def _settings(data: DataConfig, kind: str) -> dict[str, Any]:
+    """Return the options that the content of the arrays depends on."""
+    tokenizer = data.tokenizer
+    if tokenizer not in ("byte", "bpe") and Path(tokenizer).expanduser().is_file():
+        tokenizer = "sha256:" + sha256_file(Path(tokenizer).expanduser())
+    return {
+        "use": {"decoder": "text", "encoder": "rows", "vision": "images"}[kind],
+        "tokenizer": tokenizer,
+        "bpe_vocab_size": data.bpe_vocab_size if tokenizer == "bpe" else None,
+        "text_key": data.text_key,
+        "bad_utf8": data.bad_utf8,
+        "valid_fraction": data.valid_fraction,
+        "test_fraction": data.test_fraction,
+        "max_bytes": data.max_bytes,
+    }
+
+
+def _folder_name(name: str, settings: dict[str, Any], data: DataConfig) -> str:
+    """Return a folder name; one path with one set of options always gets the same."""
+    place = [data.source, _place(data), data.data_dir]
+    digest = hashlib.sha256(json.dumps([settings, place], sort_keys=True).encode())
+    shown = Path(data.path).name if data.path else name
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", shown).strip("-.")[-40:] or "data"
+    return f"{readable}-{digest.hexdigest()[:12]}"
+
+
+def _place(data: DataConfig) -> str | None:
+    """Return the absolute path, which for TFDS is the name as given."""
+    if data.path is None or data.source == "tfds" or data.path.startswith("tfds:"):
+        return data.path
+    return str(Path(data.path).expanduser().absolute())
+
+
+def _cache_folder(data: DataConfig) -> Path:
+    """Return where prepared data goes: data.cache_dir or the user's cache."""
+    if data.cache_dir is not None:
+        return Path(data.cache_dir).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "uoe_jax"
