@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ops_oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uoe_jax.ops import Packing, combine_rows, gather_rows, pack_choices
+
+BATCH, LENGTH, EXPERTS = 3, 7, 5
+seeds = st.integers(0, 2**32 - 1)
+
+
+def random_choices(rng, top_k, skew=0.0):
+    """Distinct picks; a positive skew leaves some experts without tokens."""
+    score = rng.random((BATCH, LENGTH, EXPERTS)) + skew * np.arange(EXPERTS)
+    return np.argsort(score, axis=-1)[..., :top_k].astype(np.int32)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seeds, st.integers(1, EXPERTS), st.sampled_from([0.0, 2.0]))
+def test_rows_are_sorted_and_offsets_bound_them(seed, top_k, skew):
+    choices = random_choices(np.random.default_rng(seed), top_k, skew)
+    packing = jax.jit(pack_choices, static_argnums=1)(choices, EXPERTS)
+    want = sorted((int(e), b, t) for (b, t, _), e in np.ndenumerate(choices))
+    tokens = [b * LENGTH + t for _, b, t in want]
+    np.testing.assert_array_equal(packing.token_ids, tokens)
+    counts = np.zeros((EXPERTS, BATCH), int)
+    for e, b, _ in want:
+        counts[e, b] += 1
+    segments = np.concatenate([[0], np.cumsum(counts.reshape(-1))])
+    np.testing.assert_array_equal(packing.segment_offsets, segments)
+    np.testing.assert_array_equal(packing.group_offsets, segments[::BATCH])
+    # Row of every pick: it is that token's, and lies in that expert's group.
+    rows = np.asarray(packing.row_ids).reshape(BATCH, LENGTH, top_k)
+    for (b, t, x), e in np.ndenumerate(choices):
+        assert want[rows[b, t, x]] == (e, b, t)
+
+
+def test_packing_shapes_and_types():
+    choices = random_choices(np.random.default_rng(), 2)
+    packing = pack_choices(jnp.asarray(choices), EXPERTS)
+    shapes = [(42,), (21, 2), (EXPERTS * BATCH + 1,), (EXPERTS + 1,)]
+    assert [x.shape for x in packing] == shapes
+    assert {x.dtype for x in packing} == {jnp.dtype("int32")}
+
+
+@pytest.mark.next_jax
+def test_gather_and_combine_are_each_others_transpose():
+    rng = np.random.default_rng()
+    packing = pack_choices(jnp.asarray(random_choices(rng, 3)), EXPERTS)
+    x = jnp.asarray(rng.normal(size=(21, 4)), jnp.float32)
+    rows = jnp.asarray(rng.normal(size=(63, 4)), jnp.float32)
+    matrix = np.zeros((63, 21))
+    matrix[np.arange(63), np.asarray(packing.token_ids)] = 1
+    # Sums of at most 3 terms: float32 rounding alone.
+    for fun, arg, other, m in (
+        (gather_rows, x, rows, matrix),
+        (combine_rows, rows, x, matrix.T),
+    ):
+        out, vjp = jax.vjp(lambda a, f=fun: f(a, packing), arg)
+        np.testing.assert_allclose(out, m @ np.asarray(arg), atol=1e-6)
+        np.testing.assert_allclose(vjp(other)[0], m.T @ np.asarray(other), atol=1e-6)
+
+
+def test_nothing_is_scattered_in_either_direction():
+    choices = random_choices(np.random.default_rng(), 2)
+    packing = pack_choices(jnp.asarray(choices), EXPERTS)
+
+    def both(x, packing):
+        return combine_rows(gather_rows(x, packing), packing)
+
+    def grad(x, g, packing):
+        return jax.vjp(lambda x: both(x, packing), x)[1](g)
+
+    x = jnp.ones((21, 4))
+    assert not [p for p in ops_oracle.primitives(grad, x, x, packing) if "scat" in p]
+
+
+def test_bfloat16_rows_are_summed_in_float32():
+    # 256 + 1 is not a bfloat16; summed in bfloat16 the two ones would be lost.
+    rows = jnp.asarray([[256.0], [1.0], [1.0]], jnp.bfloat16)
+    packing = Packing(
+        token_ids=jnp.zeros(3, jnp.int32),
+        row_ids=jnp.arange(3, dtype=jnp.int32)[None],
+        segment_offsets=jnp.arange(4, dtype=jnp.int32),
+        group_offsets=jnp.arange(4, dtype=jnp.int32),
+    )
+    out = combine_rows(rows, packing)
+    assert out.dtype == jnp.bfloat16 and float(out[0, 0]) == 258.0
+
+
+def test_too_many_row_keys_are_refused():
+    choices = jax.ShapeDtypeStruct((2**16, 2**10, 1), jnp.int32)
+    with pytest.raises(ValueError, match="make the batch per device smaller"):
+        jax.eval_shape(lambda c: pack_choices(c, 64), choices)

@@ -1,0 +1,1 @@
+"""Attention of whole sequences or of the documents in them, by backend."""

@@ -1,0 +1,69 @@
+"""Softmax attention of whole sequences, or of the documents packed in them."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from uoe_jax.errors import ConfigError
+from uoe_jax.ops._dispatch import dispatch
+from uoe_jax.ops.dense_attention import cudnn, reference, xla
+
+# In order of preference; `implementation=None` takes the first that can serve.
+BACKENDS = {
+    "cudnn": cudnn.dense_attention,
+    "xla": xla.dense_attention,
+    "reference": reference.dense_attention,
+}
+
+
+def dense_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "Bk Tk K Hk"],
+    v: Float[Array, "Bv Tv Kv Hv"],
+    *,
+    causal: bool,
+    segments: Int[Array, "B T"] | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Return attention of each token to the tokens of its sequence.
+
+    Args:
+      q: queries; N = G * K, heads that share a key head side by side.
+      k: keys `[B, T, K, H]`.
+      v: values `[B, T, K, H]`.
+      causal: token t sees only tokens s <= t.
+      segments: document ids; a token sees only its own run of equal ids.
+      window: token t sees only tokens with |t - s| < window.
+      scale: factor of the scores; None: 1 / sqrt(H).
+      implementation: backend name; None: the fastest that can serve.
+
+    Raises:
+      ConfigError: shapes that don't fit, window < 1, unknown or unfit backend.
+    """
+    batch, length, num_heads, width = q.shape
+    want = (batch, length, k.shape[2], width)
+    if k.shape != want or v.shape != want or num_heads % k.shape[2]:
+        raise ConfigError(
+            f"k is {list(k.shape)} and v {list(v.shape)} beside q {list(q.shape)}; "
+            f"both need [{batch}, {length}, K, {width}] with K dividing {num_heads}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ConfigError(
+            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype"
+        )
+    if window is not None and window < 1:
+        raise ConfigError(f"window is {window}; tokens it sees must be >= 1, or None")
+    return dispatch(
+        "dense_attention",
+        BACKENDS,
+        implementation,
+        q,
+        k,
+        v,
+        causal=causal,
+        segments=segments,
+        window=window,
+        scale=width**-0.5 if scale is None else scale,
+    )

@@ -1,0 +1,63 @@
+"""Attention of whole sequences, written out: the oracle. Memory T x T."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from uoe_jax.ops._dispatch import accumulator_dtype
+
+
+def dense_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    causal: bool,
+    segments: Int[Array, "B T"] | None,
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Return softmax attention with masks, in float32 or wider."""
+    batch, length, num_heads, width = q.shape
+    dtype = accumulator_dtype(q.dtype)
+    qs, k, v = (x.astype(dtype) for x in (q, k, v))
+    qs = qs.reshape(batch, length, k.shape[2], -1, width)
+    visible = visibility(batch, length, causal=causal, segments=segments, window=window)
+    high = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("btkgh,bskh->bkgts", qs, k, precision=high) * scale
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=high)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def visibility(
+    batch: int,
+    length: int,
+    *,
+    causal: bool,
+    segments: Int[Array, "B T"] | None,
+    window: int | None,
+) -> Array:
+    """Return which tokens each token sees, bool [B, T, T]."""
+    position = jnp.arange(length)
+    distance = position[:, None] - position[None, :]
+    visible = jnp.ones((length, length), bool)
+    if causal:
+        visible &= distance >= 0
+    if window is not None:
+        visible &= jnp.abs(distance) < window
+    visible = jnp.broadcast_to(visible[None], (batch, length, length))
+    if segments is not None:
+        start = run_starts(segments)
+        visible &= start[:, :, None] == start[:, None, :]
+    return visible
+
+
+def run_starts(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Return the first position of each token's run of equal ids."""
+    position = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+    changed = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+    return jax.lax.cummax(jnp.where(changed, position, 0), axis=1)

@@ -1,0 +1,1 @@
+"""One matrix product per group of rows, by backend."""

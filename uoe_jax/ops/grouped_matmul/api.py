@@ -1,0 +1,87 @@
+"""One matrix product per group of rows, with the gather or sum around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from uoe_jax.errors import ConfigError
+from uoe_jax.ops._dispatch import dispatch
+from uoe_jax.ops.grouped_matmul import reference, xla
+from uoe_jax.ops.packing import Packing
+
+# In order of preference; `implementation=None` takes the first that can serve.
+GROUPED_MATMUL = {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}
+GATHER_PROJECT = {"xla": xla.gather_project, "reference": reference.gather_project}
+PROJECT_SCATTER = {"xla": xla.project_scatter, "reference": reference.project_scatter}
+
+
+def grouped_matmul(
+    x: Float[Array, "M I"],
+    w: Float[Array, "E I2 O"],
+    offsets: Int[Array, " E1"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "M O"]:
+    """Return each row times its group's weight, summed in float32 or wider.
+
+    Group e is rows `offsets[e]:offsets[e + 1]`; it may be empty. Rows past
+    `offsets[-1]` return zeros and get zero gradients.
+
+    Raises:
+      ConfigError: shapes or dtypes that don't fit, unknown or unfit backend.
+    """
+    _check(x, w, offsets)
+    return dispatch("grouped_matmul", GROUPED_MATMUL, implementation, x, w, offsets)
+
+
+def gather_project(
+    x: Float[Array, "N I"],
+    w: Float[Array, "E I2 O"],
+    packing: Packing,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "M O"]:
+    """Return each row's token times the row's expert weight.
+
+    Raises:
+      ConfigError: as `grouped_matmul`.
+    """
+    _check(x, w, packing.group_offsets)
+    return dispatch("gather_project", GATHER_PROJECT, implementation, x, w, packing)
+
+
+def project_scatter(
+    rows: Float[Array, "M I"],
+    w: Float[Array, "E I2 O"],
+    packing: Packing,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "N O"]:
+    """Return each token's sum of its rows times their expert weights.
+
+    Raises:
+      ConfigError: as `grouped_matmul`.
+    """
+    _check(rows, w, packing.group_offsets)
+    return dispatch(
+        "project_scatter", PROJECT_SCATTER, implementation, rows, w, packing
+    )
+
+
+def _check(x: Any, w: Any, offsets: Any) -> None:
+    if x.shape[1] != w.shape[1]:
+        raise ConfigError(
+            f"rows are {x.shape[1]} wide beside weights {list(w.shape)} [E, I, O]; "
+            f"I must be {x.shape[1]}"
+        )
+    if offsets.shape[0] != w.shape[0] + 1:
+        raise ConfigError(
+            f"offsets has {offsets.shape[0]} entries beside {w.shape[0]} weights; "
+            f"it needs {w.shape[0] + 1}"
+        )
+    if x.dtype != w.dtype:
+        raise ConfigError(
+            f"rows are {x.dtype} and weights {w.dtype}; cast them to one dtype"
+        )

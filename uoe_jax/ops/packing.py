@@ -1,0 +1,111 @@
+"""Rows of a routed layer: which token each row is, and which rows each token has.
+
+Routing is a permutation with repeats, known from both sides, so moving data into rows
+and back are two gathers that are each other's transpose: nothing is scatter-added, and
+results are the same on every run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from uoe_jax.ops._dispatch import accumulator_dtype, vary_together
+
+
+class Packing(NamedTuple):
+    """Rows sorted by (expert, sample, token); M = B * T * X of them, N = B * T tokens.
+
+    Segment s = e * B + b holds the rows of sample b that chose expert e.
+    """
+
+    token_ids: Int[Array, " M"]  # row -> flat token b * T + t
+    row_ids: Int[Array, "N X"]  # token -> its rows, in the order of its picks
+    segment_offsets: Int[Array, " S1"]  # E * B + 1 first rows
+    group_offsets: Int[Array, " E1"]  # E + 1 first rows of the experts
+
+
+def pack_choices(choices: Int[Array, "B T X"], num_experts: int) -> Packing:
+    """Return the rows of each token's X distinct chosen experts, all below E."""
+    batch, length, top_k = choices.shape
+    num_tokens, num_rows = batch * length, batch * length * top_k
+    if num_experts * num_tokens >= 2**31:
+        raise ValueError(
+            f"{num_experts} experts x {num_tokens} tokens; row keys need fewer than "
+            "2**31; make the batch per device smaller"
+        )
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    keys = choices.reshape(num_tokens, top_k).astype(jnp.int32) * num_tokens
+    keys = (keys + token[:, None]).reshape(num_rows)
+    picks = jnp.arange(num_rows, dtype=jnp.int32)
+    keys, order, picks = vary_together(keys, picks, picks)
+    keys, order = jax.lax.sort((keys, order), num_keys=1)
+    # The inverse permutation: where each pick went.
+    _, rows = jax.lax.sort((order, picks), num_keys=1)
+    edges = jnp.arange(num_experts * batch + 1, dtype=jnp.int32) * length
+    segment_offsets = jnp.searchsorted(keys, edges).astype(jnp.int32)
+    return Packing(
+        token_ids=keys % num_tokens,
+        row_ids=rows.reshape(num_tokens, top_k),
+        segment_offsets=segment_offsets,
+        group_offsets=segment_offsets[::batch],
+    )
+
+
+def gather_rows(x: Float[Array, "N D"], packing: Packing) -> Float[Array, "M D"]:
+    """Return each row's token. The gradient is `combine_rows`."""
+    return _gather(*vary_together(x, packing.token_ids, packing.row_ids))
+
+
+def combine_rows(rows: Float[Array, "M D"], packing: Packing) -> Float[Array, "N D"]:
+    """Return each token's sum over its rows, added in float32 or wider.
+
+    The gradient is `gather_rows`.
+    """
+    return _combine(*vary_together(rows, packing.token_ids, packing.row_ids))
+
+
+def _take(x: jax.Array, ids: jax.Array) -> jax.Array:
+    return x.at[ids].get(mode="promise_in_bounds")
+
+
+def _sum_rows(rows: jax.Array, row_ids: jax.Array) -> jax.Array:
+    total = _take(rows, row_ids[:, 0]).astype(accumulator_dtype(rows.dtype))
+    for pick in range(1, row_ids.shape[1]):
+        total = total + _take(rows, row_ids[:, pick]).astype(total.dtype)
+    return total.astype(rows.dtype)
+
+
+@jax.custom_vjp
+def _gather(x, token_ids, row_ids):
+    del row_ids
+    return _take(x, token_ids)
+
+
+@jax.custom_vjp
+def _combine(rows, token_ids, row_ids):
+    del token_ids
+    return _sum_rows(rows, row_ids)
+
+
+def _gather_fwd(x, token_ids, row_ids):
+    return _take(x, token_ids), (token_ids, row_ids)
+
+
+def _gather_bwd(ids, grad):
+    return _combine(grad, *ids), None, None
+
+
+def _combine_fwd(rows, token_ids, row_ids):
+    return _sum_rows(rows, row_ids), (token_ids, row_ids)
+
+
+def _combine_bwd(ids, grad):
+    return _gather(grad, *ids), None, None
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+_combine.defvjp(_combine_fwd, _combine_bwd)

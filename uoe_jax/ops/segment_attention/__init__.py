@@ -1,0 +1,1 @@
+"""Softmax attention inside the segments of packed rows, by backend."""

@@ -1,0 +1,72 @@
+"""Softmax attention inside the segments of packed rows."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from uoe_jax.errors import ConfigError
+from uoe_jax.ops._dispatch import dispatch
+from uoe_jax.ops.segment_attention import reference, xla
+
+# In order of preference; `implementation=None` takes the first that can serve.
+BACKENDS = {"xla": xla.segment_attention, "reference": reference.segment_attention}
+
+
+def segment_attention(
+    q: Float[Array, "M G H"],
+    k: Float[Array, "Mk Hk"],
+    v: Float[Array, "Mv Hv"],
+    offsets: Int[Array, " S1"],
+    *,
+    causal: bool,
+    window: int | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "M G H"]:
+    """Return attention of each row to the rows of its own segment.
+
+    Segment s is rows `offsets[s]:offsets[s + 1]`; it may be empty. Rows past
+    `offsets[-1]` return zeros and get zero gradients. G query heads share one
+    key/value row. FlashAttention-2 (arXiv 2307.08691), equations of section 3.
+
+    Args:
+      q: queries.
+      k: keys `[M, H]`.
+      v: values `[M, H]`.
+      offsets: ascending first rows of the segments and the end of the last.
+      causal: row i sees only rows j <= i.
+      window: row i sees only rows with |i - j| < window.
+      scale: factor of the scores; None: 1 / sqrt(H).
+      implementation: backend name; None: the fastest that can serve.
+
+    Raises:
+      ConfigError: shapes that don't fit, window < 1, unknown or unfit backend.
+    """
+    want = (q.shape[0], q.shape[2])
+    if k.shape != want or v.shape != want:
+        raise ConfigError(
+            f"k is {list(k.shape)} and v {list(v.shape)} beside q {list(q.shape)}; "
+            f"both need q's rows and head width, {list(want)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ConfigError(
+            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype"
+        )
+    if offsets.shape[0] < 2:
+        raise ConfigError(
+            f"offsets has {offsets.shape[0]} entries; S segments need S + 1 >= 2"
+        )
+    if window is not None and window < 1:
+        raise ConfigError(f"window is {window}; rows it sees must be >= 1, or None")
+    return dispatch(
+        "segment_attention",
+        BACKENDS,
+        implementation,
+        q,
+        k,
+        v,
+        offsets,
+        causal=causal,
+        window=window,
+        scale=q.shape[2] ** -0.5 if scale is None else scale,
+    )

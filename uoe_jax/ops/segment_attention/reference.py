@@ -1,0 +1,45 @@
+"""Masked attention over packed rows, written out: the oracle. Memory M x M."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from uoe_jax.ops._dispatch import accumulator_dtype
+
+
+def segment_attention(
+    q: Float[Array, "M G H"],
+    k: Float[Array, "M H"],
+    v: Float[Array, "M H"],
+    offsets: Int[Array, " S1"],
+    *,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> Float[Array, "M G H"]:
+    """Return softmax attention inside each segment, in float32 or wider."""
+    dtype = accumulator_dtype(q.dtype)
+    row = jnp.arange(q.shape[0])
+    # A row past the last segment must not reach the others, even as 0 * nan.
+    real = (row < offsets[-1])[:, None]
+    segment = jnp.searchsorted(offsets, row, side="right")
+    distance = row[:, None] - row[None, :]
+    visible = segment[:, None] == segment[None, :]
+    visible &= real
+    if causal:
+        visible &= distance >= 0
+    if window is not None:
+        visible &= jnp.abs(distance) < window
+    high = jax.lax.Precision.HIGHEST
+    k, v = (jnp.where(real, x, 0).astype(dtype) for x in (k, v))
+    scores = jnp.einsum("mgh,nh->mgn", q.astype(dtype), k, precision=high) * scale
+    # Rows with nothing to see (past the last segment) stay zero, without a 0 / 0.
+    scores = jnp.where(visible[:, None, :], scores, -jnp.inf)
+    top = scores.max(axis=-1, keepdims=True, initial=jnp.finfo(dtype).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(top))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights / jnp.where(total == 0, 1, total)
+    out = jnp.einsum("mgn,nh->mgh", weights, v, precision=high)
+    return out.astype(q.dtype)

@@ -1,0 +1,1 @@
+"""Where arrays live: device meshes and their layouts."""
