@@ -1,0 +1,124 @@
+"""Generation: sampling rules, agreement with the full forward pass, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uoe_jax.config import ModelConfig, UnionConfig
+from uoe_jax.errors import ConfigError
+from uoe_jax.generate import generate, keep_top_k, keep_top_p, sample
+from uoe_jax.model import make_model
+
+KEY = jax.random.key(0)
+CONFIG = ModelConfig(
+    vocab_size=31,
+    max_seq_len=24,
+    d_model=16,
+    d_ff=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    attention=("union", "dense"),
+    mlp=("union",),
+    union=UnionConfig(num_experts=2, top_k=1, patch_size=2),
+)
+PROMPTS = jnp.array([[3, 1, 4, 1, 5, 9], [2, 7, 1, 0, 0, 0]])
+LENGTHS = jnp.array([6, 3])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(CONFIG, KEY)
+
+
+def greedy_by_forward(model, prompt, count):
+    row = list(prompt)
+    padded = jax.jit(lambda tokens: model(tokens)[0])
+    for _ in range(count):
+        tokens = jnp.array([row + [0] * (16 - len(row))])
+        row.append(int(jnp.argmax(padded(tokens)[0, len(row) - 1])))
+    return row[len(prompt) :]
+
+
+def test_greedy_is_the_argmax_of_the_full_forward_for_ragged_prompts(model):
+    out = generate(model, PROMPTS, LENGTHS, 7, greedy=True)
+    assert out.shape == (2, 7)
+    for row in range(2):
+        prompt = np.asarray(PROMPTS)[row, : LENGTHS[row]].tolist()
+        assert np.asarray(out)[row].tolist() == greedy_by_forward(model, prompt, 7)
+    again = generate(model, PROMPTS, LENGTHS, 7, temperature=0.0)
+    np.testing.assert_array_equal(out, again)
+
+
+def test_one_new_token_is_the_prefix_of_more(model):
+    one = generate(model, PROMPTS, LENGTHS, 1, greedy=True)
+    more = generate(model, PROMPTS, LENGTHS, 7, greedy=True)
+    np.testing.assert_array_equal(one, more[:, :1])
+
+
+def test_the_same_key_gives_the_same_text_and_another_key_another(model):
+    draw = lambda seed: generate(
+        model, PROMPTS, LENGTHS, 7, key=jax.random.key(seed), top_p=0.99, top_k=20
+    )
+    np.testing.assert_array_equal(draw(1), draw(1))
+    assert np.any(np.asarray(draw(1)) != np.asarray(draw(2)))
+
+
+def test_a_row_that_ended_is_filled_with_eos(model):
+    plain = np.asarray(generate(model, PROMPTS, LENGTHS, 7, greedy=True))
+    eos = int(plain[0, 2])
+    out = np.asarray(generate(model, PROMPTS, LENGTHS, 7, greedy=True, eos=eos))
+    for row in range(2):
+        end = plain[row].tolist().index(eos) if eos in plain[row] else 7
+        np.testing.assert_array_equal(out[row, :end], plain[row, :end])
+        assert np.all(out[row, end:] == eos)
+
+
+def test_top_k_keeps_exactly_the_highest():
+    logits = jnp.array([[1.0, 3.0, 2.0, -1.0], [0.0, 5.0, 4.0, 6.0]])
+    kept = np.isfinite(keep_top_k(logits, 2))
+    np.testing.assert_array_equal(kept, [[0, 1, 1, 0], [0, 1, 0, 1]])
+
+
+def test_top_p_keeps_the_fewest_that_reach_the_mass():
+    logits = jnp.log(jnp.array([[0.5, 0.1, 0.3, 0.1], [0.05, 0.9, 0.03, 0.02]]))
+    kept = lambda p: np.isfinite(keep_top_p(logits, p)).tolist()
+    assert kept(0.7) == [[True, False, True, False], [False, True, False, False]]
+    assert kept(0.4) == [[True, False, False, False], [False, True, False, False]]
+    assert kept(1e-9) == kept(0.4)
+    assert kept(1.0) == [[True] * 4] * 2
+
+
+def test_sampling_follows_the_filtered_distribution():
+    logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
+    many = jnp.broadcast_to(logits, (20000, 4))
+    draws = np.asarray(sample(many, KEY, temperature=0.5, top_k=3))
+    weights = np.array([0.4, 0.3, 0.2, 0]) ** 2
+    expected = weights / weights.sum()
+    counts = np.bincount(draws, minlength=4) / draws.size
+    # 20000 draws: a frequency's standard deviation is at most 0.0036.
+    np.testing.assert_allclose(counts, expected, atol=0.015)
+    assert counts[3] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 40}, "6 prompt tokens . 40 new .* max_seq_len 24"),
+        ({"lengths": jnp.array([0, 2])}, "prompt lengths are 0 to 2"),
+        ({"lengths": jnp.array([1, 9])}, "each needs 1 to 6"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"key": None}, "without a key"),
+    ],
+)
+def test_bad_requests_are_refused_in_one_line(model, change, message):
+    arguments = {"lengths": LENGTHS, "max_new_tokens": 3, "key": KEY} | change
+    lengths, count = arguments.pop("lengths"), arguments.pop("max_new_tokens")
+    with pytest.raises(ConfigError, match=message) as error:
+        generate(model, PROMPTS, lengths, count, **arguments)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,180 @@
+"""Text generation: one compiled prefill and decode loop, and sampling rules."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from uoe_jax.config import ModelConfig
+from uoe_jax.errors import ConfigError
+from uoe_jax.model import Decoder, init_cache
+
+
+def generate(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+    key: jax.Array | None = None,
+    eos: int | None = None,
+) -> Int[Array, "B O"]:
+    """Return `max_new_tokens` continuations of the prompts `tokens[b, :lengths[b]]`.
+
+    A row that produced `eos` is filled up with it. Temperature 0 is greedy. Raises
+    ConfigError for lengths or sampling settings that make no sense.
+    """
+    greedy = greedy or temperature == 0.0
+    _check(model.config, tokens.shape, np.asarray(lengths), max_new_tokens)
+    _check_sampling(model.config, temperature, top_k, top_p, greedy, key)
+    return _generate(
+        model,
+        tokens,
+        lengths,
+        jax.random.key(0) if key is None else key,
+        jnp.float32(temperature),
+        None if top_p is None else jnp.float32(top_p),
+        max_new_tokens=max_new_tokens,
+        top_k=top_k,
+        greedy=greedy,
+        eos=eos,
+    )
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    key: jax.Array,
+    *,
+    temperature: float | Float[Array, ""] = 1.0,
+    top_k: int | None = None,
+    top_p: float | Float[Array, ""] | None = None,
+) -> Int[Array, " B"]:
+    """Return one token a row from the filtered distribution, temperature first."""
+    logits = logits / temperature
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None:
+        logits = keep_top_p(logits, top_p)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def keep_top_k(logits: Float[Array, "B V"], top_k: int) -> Float[Array, "B V"]:
+    """Set all but the `top_k` highest logits of each row to -inf (ties all stay)."""
+    lowest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+    return jnp.where(logits < lowest, -jnp.inf, logits)
+
+
+def keep_top_p(
+    logits: Float[Array, "B V"], top_p: float | Float[Array, ""]
+) -> Float[Array, "B V"]:
+    """Keep the fewest most likely tokens whose probabilities reach `top_p`.
+
+    Nucleus sampling (Holtzman et al. 2019, eq. 2); at least one token is kept.
+    """
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    probs = jax.nn.softmax(ordered, axis=-1)
+    # The mass before a token, so that the token which crosses top_p stays.
+    before = jnp.cumsum(probs, axis=-1) - probs
+    inside = (before < top_p).at[:, 0].set(True)
+    lowest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < lowest, -jnp.inf, logits)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("max_new_tokens", "top_k", "greedy", "eos")
+)
+def _generate(
+    model: Decoder,
+    tokens: Array,
+    lengths: Array,
+    key: jax.Array,
+    temperature: Array,
+    top_p: Array | None,
+    *,
+    max_new_tokens: int,
+    top_k: int | None,
+    greedy: bool,
+    eos: int | None,
+) -> Array:
+    """Compile prefill and a decode loop that stops when every row has ended."""
+    batch, length = tokens.shape
+
+    def pick(logits: Array, step: Any) -> Array:
+        if greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        step_key = jax.random.fold_in(key, step)
+        return sample(
+            logits, step_key, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+
+    def ended(token: Array) -> Array:
+        return jnp.zeros(batch, bool) if eos is None else token == eos
+
+    def more(state: tuple[Any, ...]) -> Array:
+        step, _, done, _, _ = state
+        return (step < max_new_tokens) & ~jnp.all(done)
+
+    def extend(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, token, done, out, cache = state
+        logits, cache = model.decode(token, cache)
+        token = pick(logits, step)
+        if eos is not None:
+            token = jnp.where(done, eos, token)
+        return step + 1, token, done | ended(token), out.at[:, step].set(token), cache
+
+    cache = init_cache(model.config, batch, length + max_new_tokens)
+    logits, cache = model.prefill(tokens, lengths.astype(jnp.int32), cache)
+    token = pick(logits, 0)
+    out = jnp.full((batch, max_new_tokens), 0 if eos is None else eos, jnp.int32)
+    out = out.at[:, 0].set(token)
+    state = (jnp.int32(1), token, ended(token), out, cache)
+    return jax.lax.while_loop(more, extend, state)[3]
+
+
+def _check(
+    config: ModelConfig,
+    shape: tuple[int, ...],
+    lengths: np.ndarray,
+    max_new_tokens: int,
+) -> None:
+    """Raise ConfigError for prompts or a length that the model can't serve."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+    if lengths.min() < 1 or lengths.max() > shape[1]:
+        raise ConfigError(
+            f"prompt lengths are {lengths.min()} to {lengths.max()}; each needs 1 to "
+            f"{shape[1]} tokens"
+        )
+    if lengths.max() + max_new_tokens > config.max_seq_len:
+        raise ConfigError(
+            f"{lengths.max()} prompt tokens + {max_new_tokens} new ones are more than "
+            f"max_seq_len {config.max_seq_len}; shorten one of them"
+        )
+
+
+def _check_sampling(
+    config: ModelConfig,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    greedy: bool,
+    key: jax.Array | None,
+) -> None:
+    """Raise ConfigError for sampling settings out of range."""
+    if temperature < 0:
+        raise ConfigError(f"temperature is {temperature}; use 0 (greedy) or more")
+    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+        raise ConfigError(f"top_k is {top_k}; use 1 to {config.vocab_size}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p is {top_p}; use a probability above 0, at most 1")
+    if key is None and not greedy:
+        raise ConfigError("sampling without a key; pass key=jax.random.key(seed)")

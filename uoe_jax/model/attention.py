@@ -1,0 +1,194 @@
+"""Attention: dense, and as a union whose experts see only the tokens that chose them.
+
+An expert is J key/value heads with their G query heads each; dense attention is one
+expert with all K heads. Weights: wq [E,D,J,G,H], wk and wv [E,D,J,H], wo [E,J,G,H,D].
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from uoe_jax.config import ModelConfig
+from uoe_jax.model.context import Context
+from uoe_jax.model.linear import (
+    PROJECTION,
+    add_expert_bias,
+    apply_gates,
+    init_bias,
+    init_weight,
+    project,
+    residual_scale,
+    rows_to_picks,
+)
+from uoe_jax.model.rope import rotate
+from uoe_jax.model.router import PatchRouter, Routing, Stats
+from uoe_jax.ops.dense_attention.api import dense_attention
+from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
+from uoe_jax.ops.packing import Packing, pack_choices
+from uoe_jax.ops.segment_attention.api import segment_attention
+
+KeyValue = tuple[Array, Array]
+
+
+class _Attention(nnx.Module):
+    """Weights shared by both kinds."""
+
+    def __init__(self, config: ModelConfig, num_experts: int, *, rngs: nnx.Rngs):
+        e, d, h = num_experts, config.d_model, config.head_dim
+        j, g = config.num_kv_heads // e, config.num_query_groups
+        fan_out = config.num_heads * h
+        scale = residual_scale(config)
+        self.config = config
+        self.wq = init_weight(rngs, (e, d, j, g, h), d, config)
+        self.wk = init_weight(rngs, (e, d, j, h), d, config)
+        self.wv = init_weight(rngs, (e, d, j, h), d, config)
+        self.wo = init_weight(rngs, (e, j, g, h, d), fan_out, config, scale)
+        self.bq = init_bias((e, j, g, h), config)
+        self.bk = init_bias((e, j, h), config)
+        self.bv = init_bias((e, j, h), config)
+        self.bo = init_bias((d,), config)
+
+    def _rotate(self, x: Array, positions: Array) -> Array:
+        """Apply rotary positions where the config has them; x ends in (heads, H)."""
+        if self.config.position == "rope":
+            return rotate(x, positions, self.config.rope_theta)
+        return x
+
+
+class DenseAttention(_Attention):
+    """Every token attends with every head."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, 1, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], Stats, KeyValue]:
+        """Return the output, no statistics, and keys and values [B, T, K, H]."""
+        q, k, v = self.project_qkv(x, context.positions)
+        out = dense_attention(
+            q, k, v, causal=self.config.causal, segments=context.segments
+        )
+        return self.project_out(out), {}, (k, v)
+
+    def project_qkv(
+        self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
+    ) -> tuple[Array, Array, Array]:
+        """Return rotated queries [*N, K*G, H] and keys, and values [*N, K, H]."""
+        parts = []
+        pairs = zip(
+            (self.wq, self.wk, self.wv), (self.bq, self.bk, self.bv), strict=True
+        )
+        for weight, bias in pairs:
+            matrix = weight[...].reshape(x.shape[-1], -1)
+            vector = None if bias is None else bias[...].reshape(-1)
+            part = project(x, matrix, vector)
+            parts.append(part.reshape(*x.shape[:-1], -1, self.config.head_dim))
+        q, k, v = parts
+        return self._rotate(q, positions), self._rotate(k, positions), v
+
+    def project_out(self, heads: Float[Array, "*N Q H"]) -> Float[Array, "*N D"]:
+        """Return the heads' outputs projected to the model width."""
+        matrix = self.wo[...].reshape(-1, self.config.d_model)
+        bias = None if self.bo is None else self.bo[...]
+        return project(heads.reshape(*heads.shape[:-2], -1), matrix, bias)
+
+
+class UnionAttention(_Attention):
+    """Selective multi-head attention (SMHA; Yang et al. 2025, Union of Experts).
+
+    Each expert gathers the tokens routed to it, attends among these alone, in their
+    order and at their original positions, and adds its output at their places.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        union = config.union
+        super().__init__(config, union.num_experts, rngs=rngs)
+        self.router = PatchRouter(
+            config.d_model, union, union.gate, config.causal, rngs=rngs
+        )
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], Stats, KeyValue]:
+        """Return the output, routing statistics, keys and values [B, T*X, J, H].
+
+        Keys and values are in the order of each token's picks, as the cache has them.
+        """
+        routing = self.router(x, context, context.leaders)
+        packing = pack_choices(routing.choices, self.config.union.num_experts)
+        q, k, v = self.project_rows(x, packing, context.positions)
+        if context.segments is None:
+            offsets = packing.segment_offsets
+        else:
+            offsets = document_offsets(packing, context.segments)
+        out = self._attend(q, k, v, offsets)
+        y = self.project_out(out, routing, packing).reshape(x.shape)
+        batch, log = x.shape[0], (-1, *k.shape[1:])
+        k, v = rows_to_picks(k, packing), rows_to_picks(v, packing)
+        return y, routing.stats, (k.reshape(batch, *log), v.reshape(batch, *log))
+
+    def project_rows(
+        self, x: Float[Array, "B T D"], packing: Packing, positions: Int[Array, "B T"]
+    ) -> tuple[Array, Array, Array]:
+        """Return rotated queries [M, J, G, H] and keys, and values [M, J, H]."""
+        e, d, j, g, h = self.wq.shape
+        # One product for the three, so that each token's row is gathered once.
+        weights = [w[...].reshape(e, d, -1) for w in (self.wq, self.wk, self.wv)]
+        weight = jnp.concatenate(weights, axis=-1).astype(x.dtype)
+        rows = gather_project(x.reshape(-1, d), weight, packing)
+        if self.bq is not None:
+            biases = [b[...].reshape(e, -1) for b in (self.bq, self.bk, self.bv)]
+            rows = add_expert_bias(rows, jnp.concatenate(biases, axis=-1), packing)
+        rows = checkpoint_name(rows, PROJECTION)
+        q, k, v = jnp.split(rows, [j * g * h, j * (g + 1) * h], axis=-1)
+        places = positions.reshape(-1)[packing.token_ids]
+        q = self._rotate(q.reshape(-1, j * g, h), places).reshape(-1, j, g, h)
+        k = self._rotate(k.reshape(-1, j, h), places)
+        return q, k, v.reshape(-1, j, h)
+
+    def project_out(
+        self, rows: Float[Array, "M J G H"], routing: Routing, packing: Packing
+    ) -> Float[Array, "N D"]:
+        """Return the gated rows projected and summed into their tokens."""
+        e, d = self.wo.shape[0], self.config.d_model
+        rows = apply_gates(rows.reshape(rows.shape[0], -1), routing.gates, packing)
+        weight = self.wo[...].reshape(e, -1, d).astype(rows.dtype)
+        y = project_scatter(rows, weight, packing)
+        if self.bo is not None:
+            y = y + self.bo[...].astype(y.dtype)[None]
+        return checkpoint_name(y, PROJECTION)
+
+    def _attend(self, q: Array, k: Array, v: Array, offsets: Array) -> Array:
+        """Attend inside each segment, every key head on its own."""
+        causal = self.config.causal
+        rows, heads = k.shape[:2]
+        if heads == 1:
+            out = segment_attention(q[:, 0], k[:, 0], v[:, 0], offsets, causal=causal)
+            return out[:, None]
+        q, k, v = (jnp.moveaxis(a, 1, 0).reshape(-1, *a.shape[2:]) for a in (q, k, v))
+        starts = offsets[None, :-1] + rows * jnp.arange(heads)[:, None]
+        ends = jnp.asarray([rows * heads], starts.dtype)
+        offsets = jnp.concatenate([starts.reshape(-1), ends]).astype(offsets.dtype)
+        out = segment_attention(q, k, v, offsets, causal=causal)
+        return jnp.moveaxis(out.reshape(heads, rows, *out.shape[1:]), 0, 1)
+
+
+def document_offsets(
+    packing: Packing, segments: Int[Array, "B T"]
+) -> Int[Array, " M1"]:
+    """Return offsets that also split packed segments where the document changes.
+
+    There are at most M such runs; the offsets past the last one are all M.
+    """
+    rows = packing.token_ids.shape[0]
+    document = segments.reshape(-1)[packing.token_ids]
+    before = jnp.pad(document[:-1], (1, 0), constant_values=-1)
+    starts = jnp.zeros(rows + 1, bool).at[packing.segment_offsets].set(True)[:rows]
+    starts = starts | (document != before)
+    (begin,) = jnp.nonzero(starts, size=rows, fill_value=rows)
+    offsets = jnp.append(begin, rows)
+    return offsets.astype(packing.segment_offsets.dtype)

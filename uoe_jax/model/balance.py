@@ -1,0 +1,104 @@
+"""Router statistics of a whole model: stacking, losses and loss-free balance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PyTree
+
+from uoe_jax.config import ModelConfig, MoeConfig, UnionConfig
+
+# "attention" and "mlp", each only where some layer of it is routed. Each holds, for the
+# L routed layers in order: load [L, E], entropy [L], balance_loss [L], z_loss [L], and
+# choices [L, B, T, X] when they were asked for.
+Aux = dict[str, dict[str, Array]]
+
+PARTS = ("attention", "mlp")
+_PADDING = {"load": 0, "choices": -1}
+
+
+def layer_period(config: ModelConfig) -> int:
+    """Return after how many layers the pattern of kinds repeats."""
+    period = math.lcm(len(config.attention), len(config.mlp))
+    return min(period, config.num_layers)
+
+
+def stack_stats(outs: Sequence[dict[str, dict[str, Array]]], num_layers: int) -> Aux:
+    """Return the statistics of all stacks, interleaved to layer order.
+
+    Where union and mixture layers of different widths alternate, the narrower ones'
+    load is padded with 0 and their choices with -1.
+    """
+    period = len(outs)
+    aux: Aux = {}
+    for part in PARTS:
+        stacks = [i for i, out in enumerate(outs) if part in out]
+        if stacks:
+            layers = [n for i in stacks for n in range(i, num_layers, period)]
+            order = np.argsort(np.array(layers))
+            names = outs[stacks[0]][part]
+            aux[part] = {
+                name: _interleave([outs[i][part][name] for i in stacks], order, name)
+                for name in names
+            }
+    return aux
+
+
+def _interleave(values: list[Array], order: np.ndarray, name: str) -> Array:
+    if len(values) == 1:
+        return values[0]
+    if name in _PADDING:
+        width = max(value.shape[-1] for value in values)
+        values = [_pad(value, width, _PADDING[name]) for value in values]
+    return jnp.concatenate(values)[order]
+
+
+def _pad(value: Array, width: int, fill: int) -> Array:
+    missing = width - value.shape[-1]
+    padding = [(0, 0)] * (value.ndim - 1) + [(0, missing)]
+    return jnp.pad(value, padding, constant_values=fill) if missing else value
+
+
+def router_configs(
+    config: ModelConfig, part: str
+) -> dict[int, UnionConfig | MoeConfig]:
+    """Return the router config of each routed layer of a part, by layer number."""
+    routers: dict[str, Any] = {"union": config.union, "moe": config.moe}
+    kinds = [kind[PARTS.index(part)] for kind in config.layer_kinds]
+    return {i: routers[kind] for i, kind in enumerate(kinds) if kind in routers}
+
+
+def router_losses(aux: Aux, config: ModelConfig) -> Float[Array, ""]:
+    """Return the weighted balance and z losses, summed over routed layers."""
+    total = jnp.zeros(())
+    for part, stats in aux.items():
+        routers = list(router_configs(config, part).values())
+        balance = np.array([r.balance_loss for r in routers], np.float32)
+        z = np.array([r.router_z_loss for r in routers], np.float32)
+        total = total + jnp.sum(stats["balance_loss"] * balance)
+        total = total + jnp.sum(stats["z_loss"] * z)
+    return total
+
+
+def update_router_bias(buffers: PyTree, aux: Aux, config: ModelConfig) -> PyTree:
+    """Return the model's `RouterBias` state moved against each expert's load error.
+
+    Adds `rate * sign(1/E - load)` to each expert's bias, which only selection sees
+    (Wang et al. 2024, auxiliary-loss-free load balancing, algorithm 1).
+    """
+    flat, period = [], layer_period(config)
+    for path, variable in nnx.to_flat_state(buffers):
+        stack, part = path[-4:-2]
+        routers = router_configs(config, part)
+        rows = [row for row, layer in enumerate(routers) if layer % period == stack]
+        bias = variable[...]
+        router = routers[stack]
+        load = aux[part]["load"][np.array(rows), : bias.shape[-1]]
+        step = router.bias_update_rate * jnp.sign(1.0 / router.num_experts - load)
+        flat.append((path, variable.replace(bias + step.astype(bias.dtype))))
+    return nnx.from_flat_state(flat)

@@ -1,0 +1,141 @@
+"""MLPs: dense, and as a union of slices of its neurons.
+
+Weights: w_up and w_gate [E, D, F/E], w_down [E, F/E, D]; dense is one expert.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from uoe_jax.config import ModelConfig
+from uoe_jax.model.context import Context
+from uoe_jax.model.linear import (
+    PROJECTION,
+    add_expert_bias,
+    apply_gates,
+    init_bias,
+    init_weight,
+    project,
+    residual_scale,
+)
+from uoe_jax.model.router import PatchRouter, Routing, Stats
+from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
+from uoe_jax.ops.packing import Packing, pack_choices
+
+
+def activate(
+    up: Float[Array, "*N F"], gate: Float[Array, "*N F"] | None
+) -> Float[Array, "*N F"]:
+    """Return gelu(up), or silu(gate) * up (Shazeer 2020) where there is a gate."""
+    if gate is None:
+        return jax.nn.gelu(up, approximate=True)
+    return jax.nn.silu(gate) * up
+
+
+class DenseMlp(nnx.Module):
+    """Every token uses every neuron."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        d, f = config.d_model, config.d_ff
+        self.w_up = init_weight(rngs, (1, d, f), d, config)
+        gated = config.activation == "swiglu"
+        self.w_gate = init_weight(rngs, (1, d, f), d, config) if gated else None
+        self.w_down = init_weight(rngs, (1, f, d), f, config, residual_scale(config))
+        self.b_up = init_bias((1, f), config)
+        self.b_gate = init_bias((1, f), config) if gated else None
+        self.b_down = init_bias((d,), config)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], Stats]:
+        """Return the output and no statistics."""
+        return self.apply(x), {}
+
+    def apply(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        """Return the output for tokens of any leading shape."""
+        bias = None if self.b_up is None else self.b_up[0]
+        up = project(x, self.w_up[0], bias)
+        gate = None
+        if self.w_gate is not None:
+            bias = None if self.b_gate is None else self.b_gate[0]
+            gate = project(x, self.w_gate[0], bias)
+        bias = None if self.b_down is None else self.b_down[...]
+        return project(activate(up, gate), self.w_down[0], bias)
+
+
+class RoutedMlp(nnx.Module):
+    """Experts of `width` neurons, each applied to the tokens that chose it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_experts: int,
+        width: int,
+        fan_in: int,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        e, d, f = num_experts, config.d_model, width
+        self.w_up = init_weight(rngs, (e, d, f), d, config)
+        gated = config.activation == "swiglu"
+        self.w_gate = init_weight(rngs, (e, d, f), d, config) if gated else None
+        scale = residual_scale(config)
+        self.w_down = init_weight(rngs, (e, f, d), fan_in, config, scale)
+        self.b_up = init_bias((e, f), config)
+        self.b_gate = init_bias((e, f), config) if gated else None
+        self.b_down = init_bias((d,), config)
+
+    def apply(
+        self, x: Float[Array, "B T D"], routing: Routing
+    ) -> Float[Array, "B T D"]:
+        """Return the sum of each token's chosen experts times their gates.
+
+        The output bias is added once, not by every expert.
+        """
+        d = x.shape[-1]
+        packing = pack_choices(routing.choices, self.w_up.shape[0])
+        hidden = self._hidden(x.reshape(-1, d), packing)
+        hidden = apply_gates(hidden, routing.gates, packing)
+        weight = self.w_down[...].astype(x.dtype)
+        y = project_scatter(hidden, weight, packing)
+        if self.b_down is not None:
+            y = y + self.b_down[...].astype(y.dtype)[None]
+        return checkpoint_name(y, PROJECTION).reshape(x.shape)
+
+    def _hidden(self, x: Array, packing: Packing) -> Array:
+        """Return the activations [M, F] of the packed rows."""
+        # Gate and up in one product, so that each token's row is gathered once.
+        pair = [w for w in (self.w_up, self.w_gate) if w is not None]
+        weight = jnp.concatenate([w[...] for w in pair], axis=-1).astype(x.dtype)
+        rows = gather_project(x, weight, packing)
+        biases = [b[...] for b in (self.b_up, self.b_gate) if b is not None]
+        if biases:
+            rows = add_expert_bias(rows, jnp.concatenate(biases, axis=-1), packing)
+        rows = checkpoint_name(rows, PROJECTION)
+        if self.w_gate is None:
+            return activate(rows, None)
+        up, gate = jnp.split(rows, 2, axis=-1)
+        return activate(up, gate)
+
+
+class UnionMlp(RoutedMlp):
+    """Union of MLP experts (UoME; Yang et al. 2025): slices of one MLP's neurons."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        union, f = config.union, config.d_ff
+        experts = union.num_experts
+        super().__init__(config, experts, f // experts, f, rngs=rngs)
+        self.router = PatchRouter(
+            config.d_model, union, union.gate, config.causal, rngs=rngs
+        )
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], Stats]:
+        """Return the output and the routing statistics."""
+        routing = self.router(x, context, context.leaders)
+        return self.apply(x, routing), routing.stats

@@ -1,0 +1,44 @@
+"""Rotary position embedding (Su et al. 2021, RoFormer, eq. 34)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rotate(
+    x: Float[Array, "*N K H"], positions: Int[Array, "*N"], theta: float
+) -> Float[Array, "*N K H"]:
+    """Rotate pairs (i, i + H/2) of x by `position * theta**(-2i/H)`.
+
+    The gradient rotates back by the same angles, so that only the integer positions
+    are kept for the backward pass, not the sines of every row.
+    """
+    return _rotate(x, positions, theta)
+
+
+def _rotate(x: Array, positions: Array, theta: float) -> Array:
+    half = x.shape[-1] // 2
+    shape = (1,) * positions.ndim + (1, half)
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency.reshape(shape)
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def _rotate_fwd(x: Array, positions: Array, theta: float) -> tuple[Array, Array]:
+    return _rotate(x, positions, theta), positions
+
+
+def _rotate_bwd(theta: float, positions: Array, grad: Array) -> tuple[Array, None]:
+    return _rotate(grad, -positions, theta), None
+
+
+rotate.defvjp(_rotate_fwd, _rotate_bwd)

@@ -1,0 +1,117 @@
+"""The stack of blocks and its final norm, scanned over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from uoe_jax.config import ModelConfig
+from uoe_jax.model.balance import Aux, layer_period, stack_stats
+from uoe_jax.model.block import Block
+from uoe_jax.model.context import Context
+from uoe_jax.model.linear import PROJECTION, dropout, fold_key
+from uoe_jax.model.norm import Norm
+
+# (carry, block, its stack, its index in the stack) -> (carry, output)
+Body = Callable[[Any, Block, int, Any], tuple[Any, Any]]
+
+
+class Trunk(nnx.Module):
+    """Blocks in stacks: layer i is entry `i // period` of stack `i % period`.
+
+    A stack's weights have a leading layer axis, so that `lax.scan` compiles one period.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        period, kinds = layer_period(config), config.layer_kinds
+        self.blocks = nnx.List(
+            [_stack(config, kinds[i], keys[i::period]) for i in range(period)]
+        )
+        self.norm = Norm(config)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], Aux]:
+        """Return the normalised last hidden state and the stacked router statistics."""
+        config, period = self.config, len(self.blocks)
+        x = dropout(x, config.dropout, fold_key(context.key, config.num_layers))
+
+        def apply(x: Array, block: Block, key: jax.Array | None) -> tuple[Array, Any]:
+            x, stats, _ = block(x, context, key)
+            return x, stats
+
+        apply = _remat(apply, config)
+
+        def body(x: Array, block: Block, stack: int, index: Any) -> tuple[Array, Any]:
+            return apply(x, block, fold_key(context.key, index * period + stack))
+
+        x, outs = self.scan(body, x)
+        return self.norm(x), stack_stats(outs, config.num_layers)
+
+    def scan(self, body: Body, carry: Any) -> tuple[Any, list[Any]]:
+        """Run `body` over the layers; return the carry and the outputs by stack."""
+        return scan_blocks(body, carry, self.blocks, self.config.scan_layers)
+
+
+def scan_blocks(
+    body: Body, carry: Any, blocks: Sequence[Block], scan: bool
+) -> tuple[Any, list[Any]]:
+    """Run `body` over stacked blocks, interleaved, by `lax.scan` or a Python loop.
+
+    Whole periods are scanned and the layers left over are looped. Each stack's outputs
+    are returned with a leading layer axis.
+    """
+    depths = [jax.tree.leaves(block)[0].shape[0] for block in blocks]
+    whole = min(depths) if scan else 0
+    outs: list[list[Any]] = [[] for _ in blocks]
+
+    def group(carry: Any, item: Any) -> tuple[Any, tuple[Any, ...]]:
+        index, members = item
+        results = []
+        for stack, block in enumerate(members):
+            carry, out = body(carry, block, stack, index)
+            results.append(out)
+        return carry, tuple(results)
+
+    if whole:
+        members = tuple(_take(block, slice(whole)) for block in blocks)
+        carry, results = jax.lax.scan(group, carry, (jnp.arange(whole), members))
+        for out, result in zip(outs, results, strict=True):
+            out.append(result)
+    for index in range(whole, max(depths)):
+        for stack, block in enumerate(blocks):
+            if index < depths[stack]:
+                carry, out = body(carry, _take(block, index), stack, index)
+                outs[stack].append(jax.tree.map(lambda a: a[None], out))
+    joined = [jax.tree.map(lambda *a: jnp.concatenate(a), *out) for out in outs]
+    return carry, joined
+
+
+def _take(block: Block, index: int | slice) -> Block:
+    if isinstance(index, slice) and index.stop == jax.tree.leaves(block)[0].shape[0]:
+        return block
+    return jax.tree.map(lambda a: a[index], block)
+
+
+def _stack(config: ModelConfig, kinds: tuple[Any, Any], keys: jax.Array) -> Block:
+    make = lambda key: Block(config, *kinds, rngs=nnx.Rngs(key))
+    return jax.vmap(make)(keys)
+
+
+def _remat(apply: Callable, config: ModelConfig) -> Callable:
+    """Recompute activations in the backward pass, all or all but the projections'."""
+    if config.remat == "none":
+        return apply
+    policies = jax.checkpoint_policies
+    policy = policies.nothing_saveable
+    if config.remat == "dots":
+        policy = policies.save_only_these_names(PROJECTION)
+    # Inside a scan XLA can't merge the recomputation with the forward pass anyway.
+    return jax.checkpoint(apply, policy=policy, prevent_cse=not config.scan_layers)
