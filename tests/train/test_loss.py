@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uoe_jax.train.loss import class_losses, linear_cross_entropy, token_scores
+
+N, D, V = 23, 8, 50
+
+
+def make_inputs(dtype=jnp.float32, use_bias=True):
+    rng = np.random.default_rng()
+    x = jnp.asarray(rng.normal(size=(N, D)), dtype)
+    weight = jnp.asarray(rng.normal(size=(D, V)), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=V), jnp.float32) if use_bias else None
+    targets = jnp.asarray(rng.integers(0, V, N), jnp.int32)
+    return x, weight, bias, targets, jnp.asarray(rng.random(N) < 0.7, jnp.float32)
+
+
+def oracle(x, weight, bias, targets, weights, z_loss, smoothing):
+    """(objective, nll) in NumPy float64, all logits at once."""
+    x, weight, weights = (np.asarray(a, np.float64) for a in (x, weight, weights))
+    logits = x @ weight + (0 if bias is None else np.asarray(bias, np.float64))
+    lse = np.log(np.exp(logits).sum(-1))
+    nll = lse - logits[np.arange(N), np.asarray(targets)]
+    soft = np.eye(V)[np.asarray(targets)] * (1 - smoothing) + smoothing / V
+    smooth = -(soft * (logits - lse[:, None])).sum(-1)
+    return (weights * (smooth + z_loss * lse**2)).sum(), (weights * nll).sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 23, 100])
+@pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (1e-2, 0.2)])
+def test_sums_equal_whole_logits_in_float64(chunk, z_loss, smoothing):
+    inputs = make_inputs()
+    sums = linear_cross_entropy(*inputs, chunk, z_loss, smoothing)
+    objective, nll = oracle(*inputs, z_loss, smoothing)
+    np.testing.assert_allclose(sums.objective, objective, rtol=1e-5)
+    np.testing.assert_allclose(sums.nll, nll, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_gradients_equal_autodiff_of_whole_logits(chunk, use_bias):
+    x, weight, bias, targets, weights = make_inputs(use_bias=use_bias)
+
+    def whole(x, weight, bias):
+        logits = jnp.dot(x, weight, precision="highest")
+        logits = logits if bias is None else logits + bias[None]
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        soft = jax.nn.one_hot(targets, V) * 0.8 + 0.2 / V
+        smooth = lse - jnp.sum(soft * logits, axis=-1)
+        return 3.0 * jnp.sum(weights * (smooth + 1e-2 * lse**2))
+
+    def chunked(x, weight, bias):
+        args = (x, weight, bias, targets, weights, chunk, 1e-2, 0.2)
+        return 3.0 * linear_cross_entropy(*args).objective
+
+    which = (0, 1, 2) if use_bias else (0, 1)
+    expected = jax.grad(whole, which)(x, weight, bias)
+    got = jax.grad(chunked, which)(x, weight, bias)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def arrays_of(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (v.aval for v in equation.outvars)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from arrays_of(inner)
+
+
+def gradient_jaxpr(chunk, dtype=jnp.float32):
+    x, weight, bias, targets, weights = make_inputs(dtype)
+    loss = lambda x, w: linear_cross_entropy(x, w, bias, targets, weights, chunk)
+    return jax.make_jaxpr(jax.grad(lambda x, w: loss(x, w).objective, (0, 1)))(
+        x, weight
+    ).jaxpr
+
+
+def test_whole_logits_never_exist():
+    sizes = [a.size for a in arrays_of(gradient_jaxpr(5))]
+    assert max(sizes) == max(D * V, 25 * D)  # the weight's gradient; N V would be 1150
+    assert N * V in [a.size for a in arrays_of(gradient_jaxpr(N))]
+
+
+def test_products_take_bfloat16_and_accumulate_float32():
+    text = str(gradient_jaxpr(5, jnp.bfloat16))
+    products = [line for line in text.splitlines() if "= dot_general[" in line]
+    assert len(products) == 3
+    dtypes = [line.split("=")[0].split(":")[-1].split("[")[0] for line in products]
+    assert sorted(dtypes) == ["bf16", "f32", "f32"]  # dx is what x is
+
+
+def test_bfloat16_loss_is_near_float32s():
+    x, *rest = make_inputs(jnp.bfloat16)
+    low = linear_cross_entropy(x, *rest, 8).nll
+    high = linear_cross_entropy(x.astype(jnp.float32), *rest, 8).nll
+    np.testing.assert_allclose(low, high, rtol=1e-2)  # bf16 weights: 2^-9 each
+
+
+def test_token_scores_are_per_token():
+    x, weight, bias, targets, weights = make_inputs()
+    scores = token_scores(x, weight, bias, targets, 5)
+    logits = np.asarray(x @ weight + bias[None])
+    np.testing.assert_array_equal(scores.correct, logits.argmax(-1) == targets)
+    total = linear_cross_entropy(x, weight, bias, targets, weights, 5).nll
+    np.testing.assert_allclose(jnp.sum(scores.nll * weights), total, rtol=1e-5)
+
+
+def test_padding_rows_of_a_classifier_weigh_nothing():
+    rng = np.random.default_rng()
+    logits = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
+    labels = jnp.array([0, 1, 2, 3, -1, -1])
+    weights = (labels >= 0).astype(jnp.float32)
+    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    expected = -sum(log_probs[i, i] for i in range(4))
+    got = class_losses(logits, labels, weights)
+    np.testing.assert_allclose(got.nll, expected, rtol=1e-5)
+    gradient = jax.grad(lambda a: class_losses(a, labels, weights).objective)(logits)
+    assert not np.asarray(gradient)[4:].any()

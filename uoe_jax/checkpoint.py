@@ -1,0 +1,288 @@
+"""Checkpoints of a run: written in the background by Orbax, complete with checksums.
+
+A folder holds one step directory per checkpoint: `state/` (one zarr array per leaf),
+`config/`, `progress/` and `integrity.json`, which is written last. A step without it
+is unfinished and is never restored.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from uoe_jax import integrity
+from uoe_jax.errors import CheckpointError
+from uoe_jax.optim import leaf_name
+
+_SHOWN = 6  # problems spelled out in one message
+_TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Return the leaves of a pytree by their dotted path."""
+    return {
+        leaf_name(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+def snapshot(tree: PyTree) -> dict[str, np.ndarray]:
+    """Return host copies of a pytree's arrays by name; the originals may be donated."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+    return {name: np.array(leaf) for name, leaf in named_leaves(tree).items()}
+
+
+def from_arrays(template: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
+    """Return `template`'s structure, each leaf replaced by the array of its name."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: arrays[leaf_name(path)], template
+    )
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    # Said at every save, as each array has its own files here.
+    return "Skipping merge of OCDBT" not in record.getMessage()
+
+
+class Checkpoints:
+    """The checkpoints in one folder; saves run on one background thread.
+
+    `keep` complete steps stay on disk; an older one is deleted only when a newer one
+    is complete. `poll` reports failed saves, `close` the last one if it failed.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 1):
+        self.folder = folder
+        self.keep = keep
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._pending_step = -1
+        self._failures: list[str] = []
+        self._last_failure: str | None = None
+        logging.getLogger("absl").addFilter(_is_worth_reading)
+
+    def steps(self) -> list[int]:
+        """Return the complete steps, oldest first."""
+        return sorted(s for s in self._directories() if self._complete(s))
+
+    def discard_unfinished(self) -> list[int]:
+        """Delete what an interrupted save left behind; return the steps concerned."""
+        found = {s for s in self._directories() if not self._complete(s)}
+        for step in found:
+            self._remove(step)
+        for path in self.folder.glob(f"*{_TEMPORARY}*"):
+            found.add(int(path.name.split(".")[0]))
+            shutil.rmtree(path)
+        return sorted(found)
+
+    def discard_after(self, step: int) -> None:
+        """Delete every checkpoint newer than a step, to continue from that step."""
+        for newer in self._directories():
+            if newer > step:
+                self._remove(newer)
+
+    def save(
+        self,
+        step: int,
+        arrays: Mapping[str, np.ndarray],
+        config: Mapping[str, Any],
+        progress: Mapping[str, Any],
+    ) -> None:
+        """Start saving host arrays; waits first for the save before this one."""
+        self.wait()
+        self._pending_step = step
+        self._pending = self._pool.submit(
+            self._write, step, dict(arrays), dict(config), dict(progress)
+        )
+
+    def wait(self) -> None:
+        """Wait for the save in progress; a failure is kept for `poll` and `close`."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+            self._last_failure = None
+        except Exception as error:  # whatever the storage raises: the run goes on
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            self._last_failure = f"saving step {self._pending_step} failed: {reason}"
+            self._failures.append(self._last_failure)
+            self._clean_up(self._pending_step)
+
+    def poll(self) -> list[str]:
+        """Return the failures since the last call, without waiting."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        failures, self._failures = self._failures, []
+        return failures
+
+    def close(self) -> None:
+        """Wait for the last save; raise CheckpointError if it failed."""
+        self.wait()
+        self._pool.shutdown()
+        if self._last_failure:
+            kept = self.steps()
+            newest = f"step {kept[-1]} is the newest kept" if kept else "none is kept"
+            raise CheckpointError(
+                f"{self._last_failure}; {newest} in {self.folder}: make room there "
+                "and run the same command again"
+            )
+
+    def restore(
+        self, template: Mapping[str, Any], *, step: int | None = None
+    ) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
+        """Return (step, arrays, progress) of the newest or the asked-for checkpoint.
+
+        `template` gives name -> anything with `shape`; other saved arrays stay unread.
+        Raises CheckpointError if nothing is there, bytes have changed (naming files and
+        arrays, and the newest step that is intact) or shapes differ.
+        """
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"{self.folder} holds no checkpoint; train first")
+        if step is None:
+            step = steps[-1]
+        if step not in steps:
+            have = ", ".join(map(str, steps))
+            raise CheckpointError(f"{self.folder} has no step {step}; it has {have}")
+        if problems := self._problems(step, template):
+            raise CheckpointError(self._refusal(step, problems, template))
+        manifest = integrity.read_manifest(self.folder / str(step))
+        self._check_shapes(step, template, manifest["arrays"])
+        arrays, progress = self._read(step, template)
+        if problems := integrity.check_arrays(arrays, manifest):
+            raise CheckpointError(self._refusal(step, problems, template))
+        return step, arrays, progress
+
+    def _directories(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        return [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
+
+    def _complete(self, step: int) -> bool:
+        return (self.folder / str(step) / integrity.MANIFEST).is_file()
+
+    def _manager(self) -> ocp.CheckpointManager:
+        # One file tree per array (no OCDBT), so a damaged file names its array.
+        return ocp.CheckpointManager(
+            self.folder.absolute(),
+            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False),
+                "config": ocp.JsonCheckpointHandler(),
+                "progress": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def _write(
+        self,
+        step: int,
+        arrays: dict[str, np.ndarray],
+        config: dict[str, Any],
+        progress: dict[str, Any],
+    ) -> None:
+        described = integrity.describe_arrays(arrays)
+        folder = self.folder / str(step)
+        if folder.exists():  # of a future that a resumed run repeats
+            self._remove(step)
+        with self._manager() as manager:
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(arrays),
+                    config=ocp.args.JsonSave(config),
+                    progress=ocp.args.JsonSave(progress),
+                ),
+                force=True,
+            )
+            integrity.write_manifest(folder, described, step=step)
+        steps = self.steps()
+        current = [s for s in steps if s <= step][-self.keep :]
+        for other in set(steps) - set(current):
+            self._remove(other)
+
+    def _remove(self, step: int) -> None:
+        # Without its manifest a step half removed doesn't pass for a whole one.
+        (self.folder / str(step) / integrity.MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / str(step))
+
+    def _read(
+        self, step: int, template: Mapping[str, Any]
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        target = {name: 0 for name in template}
+        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in target}
+        try:
+            with self._manager() as manager:
+                restored = manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.PyTreeRestore(
+                            item=target, restore_args=as_numpy, partial_restore=True
+                        ),
+                        progress=ocp.args.JsonRestore(),
+                    ),
+                )
+        except (ValueError, OSError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            path = self.folder / str(step)
+            raise CheckpointError(f"{path} can't be read: {reason}") from None
+        return dict(restored["state"]), restored["progress"]
+
+    def _problems(self, step: int, template: Mapping[str, Any]) -> list[str]:
+        folder = self.folder / str(step)
+        try:
+            manifest = integrity.read_manifest(folder)
+        except CheckpointError as error:
+            return [str(error)]
+        return integrity.check_files(folder, manifest, wanted=template)
+
+    def _refusal(
+        self, step: int, problems: list[str], template: Mapping[str, Any]
+    ) -> str:
+        shown = "; ".join(problems[:_SHOWN])
+        if len(problems) > _SHOWN:
+            shown += f"; and {len(problems) - _SHOWN} more"
+        older = [s for s in reversed(self.steps()) if s < step]
+        for other in older:
+            if not self._problems(other, template):
+                fix = f"step {other} is intact: continue with --resume-step {other}"
+                break
+        else:
+            fix = "no older step is intact: train again in another --run-dir"
+        return f"checkpoint of step {step} is corrupt: {shown}; {fix}"
+
+    def _check_shapes(
+        self, step: int, template: Mapping[str, Any], saved: Mapping[str, Any]
+    ) -> None:
+        problems = []
+        for name, leaf in template.items():
+            want, have = list(leaf.shape), saved.get(name, {}).get("shape")
+            if have is None:
+                problems.append(f"{name} is absent, expected {want}")
+            elif have != want:
+                problems.append(f"{name} is {have}, expected {want}")
+        if problems:
+            count, shown = len(problems), "; ".join(problems[:_SHOWN])
+            more = f"; and {count - _SHOWN} more" if count > _SHOWN else ""
+            raise CheckpointError(
+                f"checkpoint of step {step} in {self.folder} is of another model: "
+                f"{shown}{more}; use the config it was trained with"
+            )
+
+    def _clean_up(self, step: int) -> None:
+        """Free the space of a save that failed; what can't be deleted stays ignored."""
+        for path in self.folder.glob(f"{step}{_TEMPORARY}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        if not self._complete(step):
+            shutil.rmtree(self.folder / str(step), ignore_errors=True)

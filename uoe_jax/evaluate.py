@@ -1,0 +1,79 @@
+"""Loss, perplexity, bits per byte, accuracy and routing of a trained run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from uoe_jax.checkpoint import Checkpoints, from_arrays, named_leaves
+from uoe_jax.config import ExperimentConfig, from_json
+from uoe_jax.data import Dataset, make_dataset
+from uoe_jax.errors import CheckpointError
+from uoe_jax.partition.mesh import make_mesh, replicated
+from uoe_jax.train.run_dir import BEST, CHECKPOINTS, CONFIG
+from uoe_jax.train.state import split_model
+from uoe_jax.train.validate import make_eval_step, run_validation
+
+
+class LoadedRun(NamedTuple):
+    """A run's config, its model with the parameters of a checkpoint, and the step."""
+
+    config: ExperimentConfig
+    model: nnx.Module
+    step: int
+
+
+def load_run(
+    run_dir: Path,
+    *,
+    which: Literal["last", "best"] = "last",
+    step: int | None = None,
+) -> LoadedRun:
+    """Return a run's model from its newest, its best or the asked-for checkpoint.
+
+    Raises CheckpointError if `run_dir` isn't a run, has no such checkpoint or the
+    checkpoint's checksums don't match.
+    """
+    run_dir = Path(run_dir)
+    file = run_dir / CONFIG
+    if not file.is_file():
+        raise CheckpointError(
+            f"{run_dir} isn't a run: it has no {CONFIG}; give a folder that "
+            "`uoe train` wrote"
+        )
+    config = from_json(file.read_text())
+    graphdef, make = split_model(config.model, config.train.seed)
+    params, buffers = jax.eval_shape(make)
+    template = {"params": params, "buffers": buffers}
+    store = Checkpoints(run_dir / (BEST if which == "best" else CHECKPOINTS))
+    step, arrays, _ = store.restore(named_leaves(template), step=step)
+    state = jax.device_put(from_arrays(template, arrays))
+    return LoadedRun(config, nnx.merge(graphdef, *state.values()), step)
+
+
+def evaluate(
+    model: nnx.Module,
+    config: ExperimentConfig,
+    *,
+    split: str = "valid",
+    max_batches: int | None = None,
+    dataset: Dataset | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """Return a model's numbers on a split: all of it, or its first batches.
+
+    loss (nats per token or example), perplexity, bits_per_byte (None for data without
+    bytes), accuracy, balance_loss, z_loss, router (load and entropy by layer).
+    """
+    if dataset is None:
+        dataset = make_dataset(config, split)
+    if mesh is None:
+        mesh = make_mesh(config.mesh, batch_size=config.data.batch_size)
+    graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
+    params, buffers = jax.device_put((params, buffers), replicated(mesh))
+    step = make_eval_step(config, graphdef, mesh)
+    return run_validation(step, params, buffers, dataset, mesh, max_batches)

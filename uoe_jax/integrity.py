@@ -1,0 +1,145 @@
+"""Checksums of a checkpoint: of every file and of every array's bytes.
+
+Orbax restores flipped bits without a word; a checkpoint here is complete only with
+its `integrity.json`, and is restored only if everything in it still matches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uoe_jax.errors import CheckpointError
+
+MANIFEST = "integrity.json"
+_BLOCK = 1 << 22
+
+
+def digest_array(array: np.ndarray) -> str:
+    """Return 32 hex digits of blake2b over an array's bytes in C order."""
+    contiguous = np.ascontiguousarray(array)
+    view = contiguous.reshape(-1).view(np.uint8)
+    return hashlib.blake2b(view.data, digest_size=16).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Return 32 hex digits of blake2b over a file's bytes."""
+    state = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            state.update(block)
+    return state.hexdigest()
+
+
+def describe_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Return shape, dtype and digest of every array by name."""
+    return {
+        name: {
+            "shape": list(array.shape),
+            "dtype": str(array.dtype),
+            "blake2b": digest_array(array),
+        }
+        for name, array in arrays.items()
+    }
+
+
+def write_manifest(
+    folder: Path, arrays: Mapping[str, dict[str, Any]], **about: Any
+) -> None:
+    """Write `integrity.json` of a finished folder, atomically and durably."""
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "blake2b": digest_file(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    content = {"format": 1, **about, "arrays": dict(arrays), "files": files}
+    content["blake2b"] = _digest_content(content)
+    write_atomically(folder / MANIFEST, json.dumps(content, indent=1))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a folder's `integrity.json`; raise CheckpointError if it is damaged."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged")
+    if content.pop("blake2b", None) != _digest_content(content):
+        raise CheckpointError(f"{path} is damaged")
+    return content
+
+
+def check_files(
+    folder: Path, manifest: Mapping[str, Any], *, wanted: Container[str]
+) -> list[str]:
+    """Return one phrase per file that is missing or differs from the manifest.
+
+    Files of arrays that aren't `wanted` stay unread.
+    """
+    problems = []
+    for name, stated in manifest["files"].items():
+        path, array = folder / name, _array_of(name, manifest["arrays"])
+        if array is not None and array not in wanted:
+            continue
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != stated["bytes"]:
+            problems.append(
+                f"{path} has {path.stat().st_size} bytes, not {stated['bytes']}"
+            )
+        elif digest_file(path) != stated["blake2b"]:
+            problems.append(f"{path} has changed bytes")
+        else:
+            continue
+        if array is not None:
+            problems[-1] += f" (array {array})"
+    return problems
+
+
+def check_arrays(
+    arrays: Mapping[str, np.ndarray], manifest: Mapping[str, Any]
+) -> list[str]:
+    """Return one phrase per restored array that isn't the one that was saved."""
+    stated = manifest["arrays"]
+    return [
+        f"array {name} was restored with other bytes"
+        for name, array in arrays.items()
+        if name not in stated or digest_array(array) != stated[name]["blake2b"]
+    ]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _digest_content(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _array_of(file_name: str, arrays: Mapping[str, Any]) -> str | None:
+    """Return the array a file belongs to: its folder carries the array's name."""
+    for part in file_name.split("/"):
+        if part in arrays:
+            return part
+    return None

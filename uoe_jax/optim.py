@@ -1,0 +1,125 @@
+"""AdamW with a schedule, clipping and a weight-decay mask, on any params pytree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from uoe_jax.config import OptimConfig
+
+WSD_DECAY_FRACTION = 0.2  # share of the steps in which warm-up-stable-decay falls
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Return a pytree path as `blocks.attention.wq`, without Flax's inner `value`."""
+    parts = [
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+        for key in path
+        if getattr(key, "name", None) != "value"
+    ]
+    return ".".join(parts)
+
+
+def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Return step -> learning rate over a run of `steps` steps.
+
+    Step s of the warm-up has rate `learning_rate * (s + 1) / warmup_steps`; the last
+    step has `learning_rate * final_lr_fraction` (constant: no decay).
+    wsd: Hu et al. 2024 (MiniCPM), section 4.2, with a linear decay.
+    """
+    peak, final = config.learning_rate, config.learning_rate * config.final_lr_fraction
+    warmup = config.warmup_steps
+    decay = max(steps - 1 - warmup, 1)
+    stable = 0
+    match config.schedule:
+        case "cosine":
+            fall = optax.cosine_decay_schedule(peak, decay, config.final_lr_fraction)
+        case "linear":
+            fall = optax.linear_schedule(peak, final, decay)
+        case "wsd":
+            length = max(round(WSD_DECAY_FRACTION * steps), 1)
+            stable = max(decay - length, 0)
+            fall = optax.linear_schedule(peak, final, min(length, decay))
+        case "constant":
+            fall = optax.constant_schedule(peak)
+    pieces: list[optax.Schedule] = []
+    boundaries: list[int] = []
+    if warmup > 0:
+        pieces.append(optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)))
+        boundaries.append(warmup)
+    if stable > 0:
+        pieces.append(optax.constant_schedule(peak))
+        boundaries.append(warmup + stable)
+    return optax.join_schedules([*pieces, fall], boundaries)
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay acts on a parameter: not on norms, biases and routers."""
+    *folders, last = name.split(".")
+    if last == "scale" or last.startswith(("b", "bias")):
+        return False
+    return not any("norm" in part or "router" in part for part in [*folders, last])
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """Return a tree of bools like `params`: True where weight decay acts."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: is_decayed(leaf_name(path)), params
+    )
+
+
+def _no_state(params: PyTree) -> optax.EmptyState:
+    del params
+    return optax.EmptyState()
+
+
+def scale_routers(factor: float) -> optax.GradientTransformation:
+    """Return a transformation that scales the updates of router parameters."""
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> Any:
+        del params
+        scaled = jax.tree_util.tree_map_with_path(
+            lambda path, u: u * factor if "router" in leaf_name(path) else u, updates
+        )
+        return scaled, state
+
+    return optax.GradientTransformation(_no_state, update)
+
+
+def scale_by_step(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Return a transformation by -rate(step), the step given to `update(step=...)`.
+
+    The rate follows the run's step, so a skipped update doesn't shift the schedule.
+    """
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+    ) -> Any:
+        del params
+        rate = -jnp.asarray(schedule(extra["step"]), jnp.float32)
+        return jax.tree.map(lambda u: u * rate, updates), state
+
+    return optax.GradientTransformationExtraArgs(_no_state, update)
+
+
+def make_optimizer(
+    config: OptimConfig, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """Return AdamW (Loshchilov and Hutter 2019) as `init` and `update(..., step=s)`.
+
+    Gradients are clipped by their global norm first.
+    """
+    pieces = [
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        scale_by_step(make_schedule(config, steps)),
+    ]
+    if config.clip_norm > 0:
+        pieces.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.router_lr_scale != 1:
+        pieces.insert(-1, scale_routers(config.router_lr_scale))
+    return optax.chain(*pieces)

@@ -1,0 +1,75 @@
+"""Time and throughput of a run."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """Totals that a resumed run continues; saved with every checkpoint."""
+
+    seconds: float = 0.0  # of training steps; compiling, validation, saving left out
+    elapsed: float = 0.0  # wall clock of everything, what max_seconds bounds
+    tokens: int = 0
+    flops: float = 0.0
+    skipped: int = 0  # steps whose update was dropped
+    train_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    valid: dict[str, Any] = field(default_factory=dict)  # the last validation's line
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as a plain dict."""
+        return asdict(self)
+
+
+class Clock:
+    """Adds training seconds and elapsed wall clock to a Progress."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._start = time.perf_counter()
+        self._since: float | None = None
+        self._before = 0.0
+
+    def resume(self, progress: Progress) -> Progress:
+        """Continue the totals of an earlier process; return them."""
+        self._progress = progress
+        self._start -= progress.elapsed
+        return progress
+
+    def run(self) -> None:
+        """Start counting training seconds, if they aren't counted already."""
+        if self._since is None:
+            self._since = time.perf_counter()
+            self._before = self._progress.seconds
+
+    def pause(self) -> None:
+        """Stop counting training seconds."""
+        self.update()
+        self._since = None
+
+    def update(self) -> None:
+        """Bring the progress up to now."""
+        now = time.perf_counter()
+        self._progress.elapsed = now - self._start
+        if self._since is not None:
+            self._progress.seconds = self._before + now - self._since
+
+
+class Rate:
+    """Tokens per second over the last few steps."""
+
+    def __init__(self, window: int):
+        self._points: deque[tuple[float, int]] = deque(maxlen=max(window, 1) + 1)
+
+    def add(self, seconds: float, tokens: int) -> float | None:
+        """Note the totals after a step; return the rate since the oldest one kept."""
+        self._points.append((seconds, tokens))
+        first = self._points[0]
+        passed = seconds - first[0]
+        return (tokens - first[1]) / passed if passed > 0 else None

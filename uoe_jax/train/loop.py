@@ -1,0 +1,357 @@
+"""The training loop: one dispatched step after another, metrics read one step late."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+from uoe_jax.checkpoint import Checkpoints, from_arrays, named_leaves, snapshot
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.data import make_dataset, prefetch
+from uoe_jax.errors import NonFiniteError
+from uoe_jax.hardware.count import flops_per_token
+from uoe_jax.hardware.devices import peak_flops
+from uoe_jax.optim import make_optimizer
+from uoe_jax.partition.mesh import make_mesh, replicated
+from uoe_jax.train.clock import Clock, Progress, Rate
+from uoe_jax.train.diagnose import diagnose, write_dump
+from uoe_jax.train.metrics import MetricsLog
+from uoe_jax.train.progress import Display
+from uoe_jax.train.run_dir import (
+    BEST,
+    CHECKPOINTS,
+    METRICS,
+    open_run_dir,
+    write_environment,
+)
+from uoe_jax.train.signals import StopRun, StopSignals
+from uoe_jax.train.state import init_state
+from uoe_jax.train.step import make_step, put_batch
+from uoe_jax.train.validate import make_eval_step, run_validation
+from uoe_jax.validation import validate
+
+_PROFILE_STEPS = range(3, 6)  # steps of this process that --profile traces
+
+
+def train(
+    config: ExperimentConfig,
+    run_dir: Path,
+    *,
+    resume: bool = True,
+    quiet: bool = False,
+    resume_step: int | None = None,
+    optimizer: optax.GradientTransformationExtraArgs | None = None,
+) -> dict[str, Any]:
+    """Train into `run_dir` until a budget ends and return a summary.
+
+    Called again with the same config it continues from the newest checkpoint, or from
+    `resume_step`, bit for bit as if it had never stopped. `optimizer` replaces the
+    config's; its `update` gets the step as `step=`.
+
+    Raises ConfigError, DataError or CheckpointError before anything compiles,
+    NonFiniteError after `max_bad_steps` bad steps in a row, StopRun after a signal.
+    """
+    validate(config)
+    passes = config.data.batch_size // config.train.accumulate
+    mesh = make_mesh(config.mesh, batch_size=passes)
+    with ExitStack() as stack:
+        display = stack.enter_context(
+            Display(quiet=quiet, log_every=config.train.log_every)
+        )
+        run_dir = Path(run_dir)
+        stack.enter_context(
+            open_run_dir(run_dir, config, resume=resume, note=display.note)
+        )
+        signals = stack.enter_context(StopSignals())
+        if optimizer is None:
+            optimizer = make_optimizer(config.optim, config.train.steps)
+        run = _Run(config, run_dir, mesh, optimizer, display, signals)
+        run.restore(resume_step)
+        return run.train()
+
+
+class _Run:
+    """One process's part of a run."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        run_dir: Path,
+        mesh: jax.sharding.Mesh,
+        optimizer: optax.GradientTransformationExtraArgs,
+        display: Display,
+        signals: StopSignals,
+    ):
+        self.config, self.run_dir, self.mesh = config, run_dir, mesh
+        self.display, self.signals = display, signals
+        self.progress = Progress()
+        self.clock = Clock(self.progress)
+        self.data = make_dataset(config, "train")
+        self.valid = make_dataset(config, "valid")
+        self.graphdef, self.state = init_state(config, optimizer, mesh)
+        self.step_fn: Any = make_step(config, self.graphdef, optimizer, mesh)
+        self.eval_fn = make_eval_step(config, self.graphdef, mesh)
+        self.checkpoints = Checkpoints(
+            run_dir / CHECKPOINTS, keep=config.train.keep_checkpoints
+        )
+        self.best = Checkpoints(run_dir / BEST)
+        self.step = 0
+        self.pending: tuple[int, PyTree] | None = None
+        flops = flops_per_token(config.model, config.seq_len).training
+        self.flops_per_token = flops
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        self.peak = peak * mesh.size if peak else None
+        self.rate = Rate(config.train.log_every)
+        self.tracing = False
+
+    def restore(self, step: int | None) -> None:
+        """Continue from a checkpoint if there is one."""
+        for store in (self.checkpoints, self.best):
+            unfinished = store.discard_unfinished()
+            for number in unfinished if store is self.checkpoints else ():
+                self.display.note(f"step {number} was unfinished, ignored")
+        if not self.checkpoints.steps() and step is None:
+            return
+        template = named_leaves(self.state)
+        self.step, arrays, progress = self.checkpoints.restore(template, step=step)
+        self.checkpoints.discard_after(self.step)
+        state = from_arrays(self.state, arrays)
+        self.state = jax.device_put(state, replicated(self.mesh))
+        self.progress = self.clock.resume(Progress(**progress))
+        self.display.note(f"resuming from step {self.step}")
+
+    def train(self) -> dict[str, Any]:
+        """Run the loop to the end of a budget; return the summary."""
+        self.metrics = MetricsLog(self.run_dir / METRICS, self.step)
+        self.metrics.add_sinks(self.config, self.run_dir, self.display.warn)
+        write_environment(
+            self.run_dir,
+            {"mesh": dict(self.mesh.shape), "data": self.data.manifest},
+        )
+        try:
+            if self.step > 0 and self.out_of_time():
+                self.display.note(f"step {self.step}: max_seconds is used up")
+            elif self.step < self.config.train.steps:
+                self.compile()
+                self.display.start(self.step, self.config.train.steps)
+                self.loop()
+            elif self.step == 0:  # no steps asked for: the run holds a fresh model
+                self.validate()
+                self.save(self.checkpoints)
+            else:
+                self.display.note(f"step {self.step}: all steps are taken")
+            self.checkpoints.close()
+            self.best.close()
+        finally:
+            self.checkpoints.wait()
+            self.best.wait()
+            self.report_failures()
+            self.metrics.close()
+        return self.summary()
+
+    def compile(self) -> None:
+        """Compile the step ahead, so that its time isn't counted as training."""
+        start = time.perf_counter()
+        self.step_fn = self.step_fn.lower(self.state, self.batch(self.step)).compile()
+        self.display.note(f"compiled in {time.perf_counter() - start:.1f} s")
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """Return a training batch on the devices."""
+        batch = self.data.batch(step)
+        return put_batch(batch, self.mesh, self.config.train.accumulate)
+
+    def loop(self) -> None:
+        """Dispatch steps; pause for validation, checkpoints and the end."""
+        train, first = self.config.train, self.step
+        with prefetch(self.batch, self.step, train.steps) as batches:
+            for batch in batches:
+                self.profile(self.step - first)
+                self.clock.run()
+                self.state, metrics = self.step_fn(self.state, batch)
+                self.step += 1
+                previous, self.pending = self.pending, (self.step, metrics)
+                self.read(previous)
+                last = self.step >= train.steps or self.out_of_time()
+                # Before a stop too, so that a resumed run has the same validations.
+                if last or self.step % train.eval_every == 0:
+                    self.validate()
+                if self.signals.received and not last:
+                    self.stop()
+                if last or self.step % train.save_every == 0:
+                    self.save(self.checkpoints)
+                if last:
+                    break
+        self.profile(_PROFILE_STEPS.stop)
+
+    def out_of_time(self) -> bool:
+        """Whether the wall-clock budget is used up."""
+        self.clock.update()
+        limit = self.config.train.max_seconds
+        return limit is not None and self.progress.elapsed >= limit
+
+    def drain(self) -> None:
+        """Wait for the steps dispatched and stop the training clock."""
+        pending, self.pending = self.pending, None
+        self.read(pending)
+        jax.block_until_ready(self.state)
+        self.clock.pause()
+
+    def read(self, pending: tuple[int, PyTree] | None) -> None:
+        """Write and show the metrics of a dispatched step."""
+        if pending is None:
+            return
+        step, metrics = pending
+        routing = metrics.pop("router")
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        self.clock.update()
+        progress = self.progress
+        tokens, bad = int(values.pop("tokens")), int(values.pop("bad_steps"))
+        progress.tokens += tokens
+        progress.flops += tokens * self.flops_per_token
+        progress.skipped += bad > 0
+        if not bad:
+            progress.train_loss = values["loss"]
+        rate = self.rate.add(progress.seconds, progress.tokens)
+        speed = rate * self.flops_per_token if rate else None
+        line = {
+            "kind": "train",
+            "step": step,
+            "seconds": progress.seconds,
+            **values,
+            "tokens": progress.tokens,
+            "flops": progress.flops,
+            "tokens_per_second": rate,
+            "mfu": speed / self.peak if speed and self.peak else None,
+            "skipped": progress.skipped,
+        }
+        if routing and step % self.config.train.log_every == 0:
+            line["router"] = jax.tree.map(lambda a: np.asarray(a).tolist(), routing)
+        self.metrics.write(line)
+        self.display.step(line)
+        if bad >= self.config.train.max_bad_steps:
+            self.give_up(step, bad)
+
+    def validate(self) -> None:
+        """Validate, log it, and keep the state if it is the best one so far."""
+        self.drain()
+        values = run_validation(
+            self.eval_fn,
+            self.state.params,
+            self.state.buffers,
+            self.valid,
+            self.mesh,
+            self.config.train.eval_batches,
+        )
+        progress = self.progress
+        routing = values.pop("router")
+        line = {
+            "kind": "eval",
+            "split": "valid",
+            "step": self.step,
+            "seconds": progress.seconds,
+            "tokens": progress.tokens,
+            "flops": progress.flops,
+            **values,
+        }
+        progress.valid = dict(line)
+        self.metrics.write({**line, "router": routing} if routing else line)
+        self.display.note(f"step {self.step}: validation {describe_eval(line)}")
+        best = math.inf if progress.best_loss is None else progress.best_loss
+        if values["loss"] < best:
+            progress.best_loss, progress.best_step = values["loss"], self.step
+            self.save(self.best)
+
+    def save(self, store: Checkpoints) -> None:
+        """Start saving; what fails is a warning now and an error only at the end."""
+        self.drain()
+        self.metrics.sync()
+        self.clock.update()
+        store.save(
+            self.step,
+            snapshot(self.state),
+            dataclasses.asdict(self.config),
+            self.progress.as_json(),
+        )
+        self.report_failures()
+
+    def report_failures(self) -> None:
+        """Warn of writes that failed since the last call."""
+        for writer in (self.checkpoints, self.best, self.metrics):
+            for failure in writer.poll():
+                self.display.warn(f"{failure}; training continues")
+
+    def stop(self) -> None:
+        """Save and raise StopRun for the signal received."""
+        received = self.signals.received
+        assert received is not None
+        self.save(self.checkpoints)
+        self.checkpoints.close()
+        self.best.close()
+        raise StopRun(
+            f"stopped by {received.name} after step {self.step}, saved in "
+            f"{self.run_dir}; the same command continues",
+            128 + received,
+        )
+
+    def give_up(self, step: int, bad: int) -> None:
+        """Write what wasn't finite and raise NonFiniteError."""
+        dump = diagnose(
+            self.config,
+            self.graphdef,
+            self.mesh,
+            self.state,
+            self.data.batch(step - 1),
+            step,
+        )
+        path = write_dump(self.run_dir, dump)
+        names = (
+            dump["nonfinite_parameters"]
+            or dump["nonfinite_router"]
+            or dump["nonfinite_gradients"]
+            or ["the loss"]
+        )
+        raise NonFiniteError(
+            f"loss or gradient wasn't finite {bad} steps in a row up to step {step}: "
+            f"{', '.join(names[:3])}; details in {path}; lower optim.learning_rate "
+            "or look at that batch"
+        )
+
+    def profile(self, taken: int) -> None:
+        """Trace a few steps into RUN/profile if the config asks for it."""
+        if not self.config.train.profile:
+            return
+        if taken == _PROFILE_STEPS.start:
+            self.drain()
+            jax.profiler.start_trace(str(self.run_dir / "profile"))
+            self.tracing = True
+        elif taken == _PROFILE_STEPS.stop and self.tracing:
+            self.drain()
+            jax.profiler.stop_trace()
+            self.tracing = False
+            self.display.note(f"profile written to {self.run_dir / 'profile'}")
+
+    def summary(self) -> dict[str, Any]:
+        """Return where the run stands."""
+        return {
+            "run_dir": str(self.run_dir),
+            "step": self.step,
+            **self.progress.as_json(),
+        }
+
+
+def describe_eval(line: Mapping[str, Any]) -> str:
+    """Return a validation line as text."""
+    text = f"loss {line['loss']:.4f}"
+    if line["bits_per_byte"] is not None:
+        text += f"  {line['bits_per_byte']:.4f} bits/byte"
+    return text + f"  accuracy {line['accuracy']:.1%}"

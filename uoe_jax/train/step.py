@@ -1,0 +1,252 @@
+"""One training step: a single jitted shard_map over the data axis."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int, PyTree
+
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.hardware.count import num_tokens
+from uoe_jax.model import Decoder, router_losses, update_router_bias
+from uoe_jax.ops._dispatch import vary_together
+from uoe_jax.optim import make_schedule
+from uoe_jax.partition.mesh import DATA_AXIS, split_over_data
+from uoe_jax.train.loss import (
+    LossSums,
+    class_losses,
+    linear_cross_entropy,
+    output_layer,
+)
+from uoe_jax.train.state import TrainState
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Any]
+
+
+def put_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, accumulate: int = 1
+) -> dict[str, Array]:
+    """Place a host batch [B, ...] as microbatches [A, B/A, ...], split over data."""
+    sharding = split_over_data(mesh, axis=1)
+    parts = {
+        k: v.reshape(accumulate, v.shape[0] // accumulate, *v.shape[1:])
+        for k, v in batch.items()
+    }
+    return jax.device_put(parts, sharding)
+
+
+def example_weights(batch: Batch) -> Float[Array, "*N"]:
+    """Return the loss weight of every token (decoder) or example (classifiers).
+
+    Rows that only fill up a batch weigh nothing: their mask is 0, their label -1.
+    """
+    weights = batch["mask"] if "mask" in batch else batch["labels"] >= 0
+    return weights.astype(jnp.float32)
+
+
+def count_tokens(batch: Batch, config: ExperimentConfig) -> Int[Array, ""]:
+    """Return how many tokens the model works on, padding left out."""
+    if "images" in batch:
+        images = jnp.sum((batch["labels"] >= 0).astype(jnp.int32))
+        return images * num_tokens(config.model)
+    return jnp.sum((batch["segments"] != 0).astype(jnp.int32))
+
+
+def hidden_states(
+    model: Decoder, batch: Batch, config: ExperimentConfig, **kwargs: Any
+) -> tuple[Float[Array, "B T D"], PyTree]:
+    """Return a decoder's last hidden states and the routers' statistics."""
+    if config.data.pack == "documents":
+        kwargs |= {"positions": batch["positions"], "segments": batch["segments"]}
+    return model.hidden(batch["tokens"], **kwargs)
+
+
+def batch_loss(
+    model: Any,
+    batch: Batch,
+    config: ExperimentConfig,
+    *,
+    key: jax.Array | None = None,
+    axis_name: str | None = None,
+) -> tuple[LossSums, PyTree]:
+    """Return loss sums over one batch [B, ...] and the routers' statistics."""
+    kwargs: dict[str, Any] = {"key": key, "train": True, "axis_name": axis_name}
+    weights = example_weights(batch)
+    train = config.train
+    if config.model.kind == "decoder":
+        x, aux = hidden_states(model, batch, config, **kwargs)
+        sums = linear_cross_entropy(
+            x.reshape(-1, x.shape[-1]),
+            *output_layer(model),
+            batch["targets"].reshape(-1),
+            weights.reshape(-1),
+            train.loss_chunk,
+            train.z_loss,
+            train.label_smoothing,
+        )
+        return sums, aux
+    if config.model.kind == "encoder":
+        logits, aux = model(batch["tokens"], segments=batch["segments"], **kwargs)
+    else:
+        logits, aux = model(batch["images"], **kwargs)
+    labels = batch["labels"]
+    sums = class_losses(logits, labels, weights, train.z_loss, train.label_smoothing)
+    return sums, aux
+
+
+def gradients(
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    buffers: PyTree,
+    batch: Batch,
+    key: jax.Array,
+    config: ExperimentConfig,
+    mesh: Mesh,
+) -> tuple[PyTree, Metrics, PyTree]:
+    """Return (gradients, sums, router statistics) of a global batch, in a shard_map.
+
+    Weighted exactly: the loss is the sum over all devices and microbatches divided by
+    the number of tokens they hold together.
+    """
+    # Gradients of varying copies stay local until the one sum at the end.
+    local = jax.tree.map(lambda p: jax.lax.pcast(p, DATA_AXIS, to="varying"), params)
+    total = jax.lax.psum(jnp.sum(example_weights(batch)), DATA_AXIS)
+    parts = example_weights(batch).shape[0]
+    share = 1.0 / (parts * mesh.shape[DATA_AXIS])
+
+    def objective(local: PyTree, part: Batch, index: Array) -> tuple[Array, Any]:
+        model = nnx.merge(graphdef, local, buffers)
+        sums, aux = batch_loss(
+            model,
+            part,
+            config,
+            key=jax.random.fold_in(key, index),
+            axis_name=DATA_AXIS,
+        )
+        value = sums.objective / jnp.maximum(total, 1.0)
+        value += share * router_losses(aux, config.model)
+        return value, (sums.nll, count_tokens(part, config), aux)
+
+    def one(carry: PyTree, inputs: Any) -> tuple[PyTree, Any]:
+        part, index = inputs
+        (value, extra), grads = jax.value_and_grad(objective, has_aux=True)(
+            local, part, index
+        )
+        add = lambda a, g: a + g.astype(a.dtype)
+        return jax.tree.map(add, carry, grads), (value, *extra)
+
+    if parts == 1:
+        first = jax.tree.map(lambda a: a[0], dict(batch))
+        (value, (nll, tokens, aux)), grads = jax.value_and_grad(
+            objective, has_aux=True
+        )(local, first, jnp.int32(0))
+    else:
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), local)
+        indices = jnp.arange(parts)
+        grads, outputs = jax.lax.scan(one, zeros, (dict(batch), indices))
+        value, nll, tokens = (jnp.sum(o) for o in outputs[:3])
+        aux = jax.tree.map(lambda a: jnp.mean(a, axis=0), outputs[3])
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    grads = jax.lax.psum(grads, DATA_AXIS)
+    sums = {
+        "objective": sum_over_devices(value),
+        "loss": sum_over_devices(nll) / jnp.maximum(total, 1.0),
+        "tokens": sum_over_devices(tokens),
+    }
+    return grads, sums, aux
+
+
+def step_key(config: ExperimentConfig, step: Int[Array, ""]) -> jax.Array:
+    """Return the dropout key of a step; it depends on the seed and the step only."""
+    return jax.random.fold_in(jax.random.key(config.train.seed), step)
+
+
+def sum_over_devices(x: Array) -> Array:
+    """Return the sum over the data axis; an unvarying value counts once per device."""
+    x, _ = vary_together(x, jax.lax.axis_index(DATA_AXIS))
+    return jax.lax.psum(x, DATA_AXIS)
+
+
+def router_metrics(aux: Mapping[str, Any]) -> Metrics:
+    """Return mean router losses, and load and entropy by layer, where layers route."""
+    routed = {k: v for k, v in aux.items() if v}
+    mean = lambda name: (
+        jnp.mean(jnp.concatenate([v[name].reshape(-1) for v in routed.values()]))
+        if routed
+        else jnp.float32(0)
+    )
+    return {
+        "balance_loss": mean("balance_loss"),
+        "z_loss": mean("z_loss"),
+        "router": {
+            k: {"load": v["load"], "entropy": v["entropy"]} for k, v in routed.items()
+        },
+    }
+
+
+def make_step(
+    config: ExperimentConfig,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformationExtraArgs,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Return the jitted step (state, batch) -> (state, metrics); the state is donated.
+
+    A step whose loss or gradient isn't finite leaves parameters, optimizer and biases
+    as they were; after `max_bad_steps` of them in a row nothing changes any more.
+    """
+    schedule = make_schedule(config.optim, config.train.steps)
+
+    def body(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = step_key(config, state.step)
+        grads, sums, aux = gradients(
+            graphdef, state.params, state.buffers, batch, key, config, mesh
+        )
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(sums["objective"]) & jnp.isfinite(norm)
+        keep = finite & (state.bad_steps < config.train.max_bad_steps)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, step=state.step
+        )
+        changed = {
+            "params": optax.apply_updates(state.params, updates),
+            "opt_state": opt_state,
+            "buffers": update_router_bias(state.buffers, aux, config.model),
+        }
+        chosen = {
+            name: jax.tree.map(
+                lambda new, old: jnp.where(keep, new, old), tree, getattr(state, name)
+            )
+            for name, tree in changed.items()
+        }
+        bad_steps = jnp.where(keep, 0, state.bad_steps + 1)
+        new = dataclasses.replace(
+            state, step=state.step + 1, bad_steps=bad_steps, **chosen
+        )
+        metrics = {
+            "loss": sums["loss"],
+            "grad_norm": norm,
+            "lr": schedule(state.step),
+            "tokens": sums["tokens"],
+            "bad_steps": bad_steps,
+            **router_metrics(aux),
+        }
+        return new, metrics
+
+    spec = PartitionSpec
+    sharded = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(spec(), spec(None, DATA_AXIS)),
+        out_specs=(spec(), spec()),
+    )
+    return jax.jit(sharded, donate_argnums=0)

@@ -1,0 +1,127 @@
+"""Validation: loss, accuracy and router statistics over whole batches of a split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.data import Dataset, prefetch
+from uoe_jax.partition.mesh import DATA_AXIS
+from uoe_jax.train.loss import class_losses, output_layer, token_scores
+from uoe_jax.train.step import (
+    Batch,
+    example_weights,
+    hidden_states,
+    put_batch,
+    router_metrics,
+    sum_over_devices,
+)
+
+EvalStep = Callable[[PyTree, PyTree, Batch], dict[str, Any]]
+
+
+def batch_scores(
+    model: Any,
+    batch: Batch,
+    config: ExperimentConfig,
+    axis_name: str | None = None,
+) -> tuple[Array, Array, PyTree]:
+    """Return (summed nll, summed correctness, router statistics) of one batch."""
+    weights = example_weights(batch)
+    kind = config.model.kind
+    if kind == "decoder":
+        x, aux = hidden_states(model, batch, config, axis_name=axis_name)
+        nll, correct = token_scores(
+            x.reshape(-1, x.shape[-1]),
+            *output_layer(model),
+            batch["targets"].reshape(-1),
+            config.train.loss_chunk,
+        )
+        weights = weights.reshape(-1)
+        return jnp.sum(nll * weights), jnp.sum(correct * weights), aux
+    if kind == "encoder":
+        logits, aux = model(
+            batch["tokens"], segments=batch["segments"], axis_name=axis_name
+        )
+    else:
+        logits, aux = model(batch["images"], axis_name=axis_name)
+    nll = class_losses(logits, batch["labels"], weights).nll
+    correct = jnp.argmax(logits, axis=-1) == batch["labels"]
+    return nll, jnp.sum(correct * weights), aux
+
+
+def make_eval_step(
+    config: ExperimentConfig, graphdef: nnx.GraphDef, mesh: Mesh
+) -> EvalStep:
+    """Return the jitted (params, buffers, batch) -> sums over one global batch."""
+
+    def body(params: PyTree, buffers: PyTree, batch: Batch) -> dict[str, Any]:
+        batch = jax.tree.map(lambda a: a[0], dict(batch))
+        model = nnx.merge(graphdef, params, buffers)
+        nll, correct, aux = batch_scores(model, batch, config, DATA_AXIS)
+        sums = {
+            "nll": nll,
+            "correct": correct,
+            "weight": jnp.sum(example_weights(batch)),
+        }
+        return {
+            **jax.tree.map(sum_over_devices, sums),
+            **router_metrics(aux),
+        }
+
+    spec = PartitionSpec
+    return jax.jit(
+        jax.shard_map(
+            body,
+            mesh=mesh,
+            in_specs=(spec(), spec(), spec(None, DATA_AXIS)),
+            out_specs=spec(),
+        )
+    )
+
+
+def run_validation(
+    step: EvalStep,
+    params: PyTree,
+    buffers: PyTree,
+    data: Dataset,
+    mesh: Mesh,
+    max_batches: int | None = None,
+) -> dict[str, Any]:
+    """Return loss (nats), perplexity, bits per byte, accuracy and router statistics.
+
+    Every scored token or example counts once, bytes are those of the scored tokens;
+    router statistics are means over batches.
+    """
+    outputs, num_bytes = [], 0.0
+    count = min(max_batches or data.num_batches, data.num_batches)
+    for batch in prefetch(data.batch, 0, count):
+        outputs.append(step(params, buffers, put_batch(batch, mesh)))
+        num_bytes += data.count_bytes(batch) or 0.0
+    outputs = jax.device_get(outputs)
+    total = {
+        name: sum(float(o[name]) for o in outputs)
+        for name in ("nll", "correct", "weight")
+    }
+    weight = max(total["weight"], 1.0)
+    loss = total["nll"] / weight
+    mean = lambda *leaves: np.mean(np.stack(leaves), axis=0).tolist()
+    routing = [{k: o[k] for k in ("balance_loss", "z_loss", "router")} for o in outputs]
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": (
+            total["nll"] / math.log(2) / num_bytes if num_bytes else None
+        ),
+        "accuracy": total["correct"] / weight,
+        **jax.tree.map(mean, *routing),
+    }
