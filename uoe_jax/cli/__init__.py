@@ -1,0 +1,90 @@
+"""The `uoe` command: verbs, and errors as one line. Imports no jax by itself."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from uoe_jax.errors import ConfigError, UoeError, nearest
+
+
+class Verb(NamedTuple):
+    """Where a verb lives ("module:function" of args -> exit code) and what it does."""
+
+    target: str
+    summary: str
+
+
+# A new verb is one line here and a function that takes its arguments.
+VERBS: dict[str, Verb] = {
+    "demo": Verb("cli.demo:demo", "train dense, MoE and union side by side, here, now"),
+    "train": Verb("cli.train:train", "train a preset, options changing any field"),
+    "eval": Verb("cli.runs:evaluate", "loss, perplexity, bits per byte of a run"),
+    "generate": Verb("cli.runs:generate", "sample text from a run"),
+    "report": Verb("cli.runs:report", "plots and a page for one run or several"),
+    "leakcheck": Verb(
+        "cli.checks:leakcheck", "perturb what must not matter; what moved?"
+    ),
+    "data": Verb("cli.checks:data", "what a preset trains on"),
+    "cost": Verb("cli.cost:cost", "parameters, FLOPs and bytes of a preset"),
+}
+
+
+def usage() -> str:
+    """Return the text of `uoe --help`."""
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    return (
+        "usage: uoe VERB [ARGUMENTS] [--help] [--debug]\n\n"
+        "Union of Experts transformers in JAX.\n\n"
+        + "\n".join(lines)
+        + "\n\n`uoe VERB --help` lists a verb's options; --debug shows tracebacks.\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 failure found, 2 bad request."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        return _dispatch(args)
+    except SystemExit as stop:  # a parser printed its help
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130, debug)
+    except UoeError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except BrokenPipeError:  # `uoe ... | head`
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror or error}{place}", 2, debug)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}; --debug shows the traceback"
+        return _fail(text, 1, debug)
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if args[0] == "--version":
+        print(importlib.import_module("uoe_jax").__version__)
+        return 0
+    name, *rest = args
+    if name not in VERBS:
+        raise ConfigError(f"no verb {name!r}; {nearest(name, VERBS)}")
+    module, function = VERBS[name].target.split(":")
+    return getattr(importlib.import_module(f"uoe_jax.{module}"), function)(rest)
+
+
+def _fail(text: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print("uoe: " + " ".join(text.split()), file=sys.stderr)
+    return code

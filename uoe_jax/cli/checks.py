@@ -1,0 +1,134 @@
+"""`uoe leakcheck` and `uoe data`: what a model may see, and what it is fed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_text
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from uoe_jax.cli.parse import Experiment, parse, take_preset
+from uoe_jax.cli.paths import run_or_preset
+from uoe_jax.config import ModelConfig
+from uoe_jax.validation import validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakOptions:
+    """Perturb what must not matter: future tokens, other rows, padding, documents.
+
+    Prints what moved; the exit status is 1 if anything did. A large preset is scaled
+    down in width and depth, its experts, heads per expert and patches staying.
+    """
+
+    target: Positional[Annotated[str, arg(metavar="PRESET|RUN")]]
+    length: int | None = None  # tokens of the probe sequences
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Describe what a preset trains on: source, splits, tokens, hash."""
+
+    config: Experiment
+    json: bool = False  # one JSON object instead of tables
+
+
+def leakcheck(args: list[str]) -> int:
+    """Check a preset or a run; 1 if anything moved that must not."""
+    options = parse(LeakOptions, args, "leakcheck")
+    folder, config = run_or_preset(options.target)
+    validate(config)
+
+    from uoe_jax.cli.device import prepare
+
+    prepare()
+    import jax
+
+    from uoe_jax.leakcheck import format_findings
+    from uoe_jax.leakcheck import leakcheck as check
+
+    if folder is not None:
+        from uoe_jax.evaluate import load_run
+
+        model, note = load_run(folder).model, ""
+    else:
+        from uoe_jax.model import make_model
+
+        small = scaled_down(config.model)
+        note = " (scaled down)" if small != config.model else ""
+        model = make_model(small, jax.random.key(options.seed))
+    length = options.length or min(
+        model.config.max_seq_len, max(24, 2 * model.config.union.patch_size)
+    )
+    findings = check(model, jax.random.key(options.seed + 1), length=length)
+    print(f"{options.target}{note}, {length} tokens")
+    print(format_findings(findings))
+    moved = [finding for finding in findings if not finding.passed]
+    print("nothing moved" if not moved else f"{len(moved)} checks found a leak")
+    return 1 if moved else 0
+
+
+def scaled_down(model: ModelConfig) -> ModelConfig:
+    """Return a model of the same structure that checks in seconds on a CPU.
+
+    Kept: kinds and their pattern, experts and choices, query groups, heads per expert
+    up to 2, patch size, norms, positions, biases.
+    """
+    experts = model.union.num_experts if "union" in model.attention else 1
+    per_expert = min(model.num_kv_heads // experts, 2)
+    kv_heads = experts * per_expert
+    pattern = max(len(model.attention), len(model.mlp))
+    width = min(model.d_model, 64)
+    # Divisible by the union's experts and by the mixture's choices.
+    d_ff = 4 * model.union.num_experts * model.moe.top_k
+    moe = dataclasses.replace(
+        model.moe, d_expert=None if model.moe.d_expert is None else 16
+    )
+    return dataclasses.replace(
+        model,
+        vocab_size=min(model.vocab_size, 256),
+        max_seq_len=min(model.max_seq_len, max(256, 2 * model.union.patch_size)),
+        d_model=width,
+        d_ff=min(model.d_ff, d_ff),
+        num_layers=min(model.num_layers, 2 * pattern),
+        num_kv_heads=kv_heads,
+        num_heads=kv_heads * model.num_query_groups,
+        head_dim=min(model.head_dim, 16),
+        moe=moe,
+    )
+
+
+def data(args: list[str]) -> int:
+    """Prepare the data of `[PRESET] [options]` and print a description."""
+    preset, rest = take_preset(args, "data", default="tiny")
+    options = parse(DataOptions, rest, "data", default=DataOptions(config=preset))
+    validate(options.config)
+
+    from uoe_jax.data import describe
+    from uoe_jax.report.table import format_table, si
+
+    found = describe(options.config)
+    if options.json:
+        print(json_text.dumps(found, indent=2))
+        return 0
+    words = {
+        key: ", ".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in found.items()
+        if key not in ("splits", "sample", "bad_utf8") and value
+    }
+    width = max(map(len, words))
+    print("\n".join(f"{key:<{width}}  {value}" for key, value in words.items()))
+    columns = ("documents", "bytes", "tokens", "examples", "batches")
+    rows = [
+        (name, *("-" if split[c] is None else si(split[c]) for c in columns))
+        for name, split in found["splits"].items()
+    ]
+    print("\n" + format_table(("split", *columns), rows))
+    for split in found["splits"].values():
+        if "problem" in split:
+            print(f"note: {split['problem']}")
+    print(f"\nfirst training example:\n{found['sample']}")
+    return 0

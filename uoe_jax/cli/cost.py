@@ -1,0 +1,97 @@
+"""`uoe cost`: what a model costs, counted from its config. Imports no jax."""
+
+from __future__ import annotations
+
+import json as json_text
+from dataclasses import dataclass
+
+from uoe_jax.cli.parse import Experiment, parse, take_preset
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.errors import ConfigError
+from uoe_jax.hardware import count
+from uoe_jax.report.table import format_table, si
+from uoe_jax.validation import validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostOptions:
+    """Count parameters, FLOPs and bytes of a preset; nothing is run."""
+
+    config: Experiment
+    batch: int | None = None  # sequences at a time; the preset's batch size
+    seq_len: int | None = None  # tokens in each; the preset's sequence length
+    json: bool = False  # one JSON object instead of tables
+
+
+def cost(args: list[str]) -> int:
+    """Print the cost of `PRESET [options]`."""
+    preset, rest = take_preset(args, "cost")
+    options = parse(CostOptions, rest, "cost", default=CostOptions(config=preset))
+    for name, value in (("--batch", options.batch), ("--seq-len", options.seq_len)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    validate(options.config)
+    found = count_all(options.config, options.batch, options.seq_len)
+    print(json_text.dumps(found, indent=2) if options.json else describe(found))
+    return 0
+
+
+def count_all(
+    config: ExperimentConfig, batch: int | None = None, seq_len: int | None = None
+) -> dict:
+    """Return every count of an experiment as plain numbers; bytes and FLOPs."""
+    model = config.model
+    batch = batch or config.data.batch_size
+    length = count.num_tokens(model, seq_len or config.seq_len)
+    params = count.count_params(model)
+    flops = count.flops_per_token(model, length)
+    cache = count.cache_bytes(model, batch, length) if model.kind == "decoder" else 0
+    return {
+        "name": config.name,
+        "batch": batch,
+        "seq_len": length,
+        "params": {**params, "total": sum(params.values())},
+        "active_params": count.count_active_params(model),
+        "flops_per_token": {
+            **flops.parts,
+            "forward": flops.forward,
+            "training": flops.training,
+        },
+        "flops_per_step": flops.training * batch * length,
+        "bytes": {
+            **count.state_bytes(model),
+            "activations": count.activation_bytes(model, batch, length),
+            "kv_cache": cache,
+        },
+    }
+
+
+def describe(found: dict) -> str:
+    """Return the counts as aligned tables."""
+    params, flops, size = found["params"], found["flops_per_token"], found["bytes"]
+    total, forward = params["total"], flops["forward"]
+    share = lambda part, whole: f"{100 * part / whole:.1f}%"
+    first = [(k, f"{v:,}", share(v, total)) for k, v in params.items()]
+    first.append(
+        (
+            "used by a token",
+            f"{found['active_params']:,}",
+            share(found["active_params"], total),
+        )
+    )
+    second = [
+        (k, si(v, "FLOP"), share(v, forward) if v <= forward else "")
+        for k, v in flops.items()
+    ]
+    third = [(k.replace("_", " "), si(v, "B")) for k, v in size.items()]
+    where = f"{found['batch']} x {found['seq_len']} tokens"
+    return "\n\n".join(
+        [
+            f"{found['name']}: {total:,} parameters, {si(forward, 'FLOP')} a "
+            f"token forward, {si(found['flops_per_step'], 'FLOP')} a training step of "
+            f"{where}",
+            format_table(("parameters", "number", "share"), first),
+            format_table(("one token", "forward", "share"), second),
+            format_table((f"bytes at {where}", "size"), third),
+        ]
+    )

@@ -1,0 +1,130 @@
+"""Arguments to dataclasses with tyro; every mistake is one line that names the fix."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import typing
+from collections.abc import Iterator, Sequence
+
+import tyro
+
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.presets import PRESETS, get_preset
+
+# The experiment's own options carry no prefix: --model.d-model, not --config.model...
+Experiment = typing.Annotated[ExperimentConfig, tyro.conf.arg(name="")]
+
+
+def parse[Options](
+    options: type[Options],
+    args: Sequence[str],
+    verb: str,
+    *,
+    default: Options | None = None,
+    description: str | None = None,
+) -> Options:
+    """Return `options` filled from the command line.
+
+    Raises:
+        ConfigError: an unknown option, or a value that is missing or of the wrong type.
+        SystemExit: after printing help.
+    """
+    wants_help = "-h" in args or "--help" in args
+    if not wants_help:
+        _check_names(args, set(option_names(options)), verb)
+    said = io.StringIO()
+    # tyro draws a box over many lines; it is caught and flattened below.
+    with contextlib.redirect_stderr(said):
+        try:
+            return tyro.cli(
+                options,
+                args=list(args),
+                prog=f"uoe {verb}",
+                description=description,
+                **({} if default is None else {"default": default}),
+            )
+        except SystemExit as stop:
+            if not stop.code:
+                raise
+    raise ConfigError(f"{flatten(said.getvalue())}; see uoe {verb} --help")
+
+
+def take_preset(
+    args: Sequence[str], verb: str, default: str | None = None
+) -> tuple[ExperimentConfig, list[str]]:
+    """Split `PRESET [options]` into the preset's config and the rest.
+
+    Help without a preset is shown for `tiny`. Raises ConfigError without a preset where
+    there is no default.
+    """
+    if args and not args[0].startswith("-"):
+        return get_preset(args[0]), list(args[1:])
+    if default or "-h" in args or "--help" in args:
+        return get_preset(default or "tiny"), list(args)
+    raise ConfigError(
+        f"uoe {verb} takes a preset first: uoe {verb} PRESET; presets: "
+        + ", ".join(PRESETS)
+    )
+
+
+def option_names(options: type, prefix: str = "--") -> Iterator[str]:
+    """Yield every option a dataclass gives: `--a.b-c`, and `--a.no-b-c` for flags."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    for field in dataclasses.fields(options):
+        hint = hints[field.name]
+        name = field.name.replace("_", "-")
+        inner = typing.get_args(hint)[0] if _annotated(hint) else hint
+        if dataclasses.is_dataclass(inner):
+            flat = hint == Experiment
+            yield from option_names(inner, prefix if flat else f"{prefix}{name}.")
+            continue
+        yield prefix + name
+        if inner is bool:
+            yield f"{prefix}no-{name}"
+
+
+def _annotated(hint: object) -> bool:
+    return typing.get_origin(hint) is typing.Annotated
+
+
+def _check_names(args: Sequence[str], known: set[str], verb: str) -> None:
+    for arg in args:
+        name = arg.split("=", 1)[0].replace("_", "-")
+        if not name.startswith("--") or len(name) == 2 or " " in name or name in known:
+            continue
+        leaf = name.lstrip("-").rsplit(".", 1)[-1]
+        same = sorted(k for k in known if k.lstrip("-").rsplit(".", 1)[-1] == leaf)
+        if same:
+            fix = "did you mean " + " or ".join(same[:3]) + "?"
+        elif difflib.get_close_matches(name, known, cutoff=0.5):
+            fix = nearest(name, known)
+        else:
+            fix = f"uoe {verb} --help lists the options"
+        raise ConfigError(f"uoe {verb} has no option {name}; {fix}")
+
+
+def flatten(box: str) -> str:
+    """Return the message inside tyro's box as one line, types in plain words.
+
+    Where the terminal has no line characters, the box is a title over a rule.
+    """
+    lines = [re.sub(r"[│╭╮╰╯]", " ", line).strip() for line in box.splitlines()]
+    blocks = re.split(r"\n[─-]{8,}", "\n".join(lines))
+    if "│" in box:
+        text = blocks[0].partition("\n")[2]
+    else:
+        text = blocks[min(1, len(blocks) - 1)]
+    text = " ".join(text.split()).removesuffix(".")
+    for kind, words in (("int", "a whole number"), ("float", "a number")):
+        found = re.search(rf"parsing (\S+): .*\b{kind}\b.*: '?(.*?)'?$", text)
+        if found:
+            return f"{found[1]} is {found[2]!r}; it takes {words}"
+    found = re.search(r"choice (.*) for argument '(.*)'.*one of \((.*?),?\)", text)
+    if found:
+        return f"{found[2]} is {found[1]}; choose from {found[3]}"
+    return text

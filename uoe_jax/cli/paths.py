@@ -1,0 +1,51 @@
+"""Run folders as the command line names them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from uoe_jax.config import ExperimentConfig, from_json
+from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.presets import PRESETS, get_preset
+
+RUNS = Path("runs")  # where runs go when no folder is named
+
+
+def find_run(name: str) -> Path:
+    """Return the folder of a run given as a path or as a name under runs/."""
+    for folder in (Path(name), RUNS / name):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ConfigError(f"no run at {name!r} (no config.json there); {_known_runs(name)}")
+
+
+def is_run(name: str) -> bool:
+    """Return whether `find_run` would find it."""
+    return any((f / "config.json").is_file() for f in (Path(name), RUNS / name))
+
+
+def run_or_preset(name: str) -> tuple[Path | None, ExperimentConfig]:
+    """Return (folder, config) of a run, or (None, config) of a preset."""
+    if is_run(name):
+        folder = find_run(name)
+        return folder, read_config(folder)
+    if name in PRESETS or name.startswith("sized-"):
+        return None, get_preset(name)
+    known = [*PRESETS, *_run_names()]
+    raise ConfigError(f"no preset and no run {name!r}; {nearest(name, known)}")
+
+
+def read_config(folder: Path) -> ExperimentConfig:
+    """Return the config a run was started with."""
+    return from_json((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _run_names() -> list[str]:
+    return sorted(str(path.parent) for path in RUNS.glob("*/config.json"))
+
+
+def _known_runs(name: str) -> str:
+    known = _run_names()
+    if not known:
+        return "train one first: uoe train tiny"
+    return nearest(str(RUNS / name), known)

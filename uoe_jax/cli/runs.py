@@ -1,0 +1,179 @@
+"""`uoe eval`, `uoe generate`, `uoe report`: verbs that read finished runs."""
+
+from __future__ import annotations
+
+import json as json_text
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from uoe_jax.cli.parse import parse
+from uoe_jax.cli.paths import find_run
+from uoe_jax.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Evaluate a run on one split, once through."""
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
+    split: Literal["train", "valid", "test"] = "valid"
+    checkpoint: Literal["last", "best"] = "last"
+    max_batches: int | None = None  # only the first batches of the split
+    json: bool = False  # one JSON object instead of tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Sample text from a run, after a prompt."""
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
+    prompt: str
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    greedy: bool = False  # always the likeliest token
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Write plots and a self-contained page for one run, or several side by side."""
+
+    runs: Positional[Annotated[tuple[str, ...], arg(metavar="RUN...")]]
+    out: Path | None = None  # the page; RUN/report.html of the first run
+    overlay: bool = True  # load the models and show their routing of real text
+
+
+def evaluate(args: list[str]) -> int:
+    """Print loss, perplexity, bits per byte, accuracy and router statistics."""
+    options = parse(EvalOptions, args, "eval")
+    folder = find_run(options.run)
+
+    from uoe_jax.cli.device import prepare
+
+    prepare()
+    from uoe_jax.evaluate import evaluate as run_evaluation
+    from uoe_jax.evaluate import load_run
+    from uoe_jax.report.read import routed_layers
+    from uoe_jax.report.table import format_table
+
+    run = load_run(folder, which=options.checkpoint)
+    found = {"step": run.step, "split": options.split}
+    found |= run_evaluation(
+        run.model, run.config, split=options.split, max_batches=options.max_batches
+    )
+    if options.json:
+        print(json_text.dumps(found, indent=2))
+        return 0
+    width = max(map(len, found))
+    for key, value in found.items():
+        if isinstance(value, (int, float, str)):
+            shown = f"{value:.4f}" if isinstance(value, float) else value
+            print(f"{key.replace('_', ' '):<{width}}  {shown}")
+    rows = [
+        (block, layer, *_spread(stats, row))
+        for block, stats in found["router"].items()
+        for row, layer in enumerate(routed_layers(run.config.model, block))
+    ]
+    if rows:
+        header = ("router", "layer", "entropy (nats)", "least load", "most load")
+        print("\n" + format_table(header, rows))
+        print("load: an expert's share of the picks; 1 is balanced")
+    return 0
+
+
+def _spread(stats: dict, row: int) -> tuple[str, str, str]:
+    """Return a routed layer's entropy and its lightest and heaviest expert."""
+    load = stats["load"][row]
+    shares = [share * len(load) for share in load]
+    numbers = (stats["entropy"][row], min(shares), max(shares))
+    return tuple(f"{number:.3f}" for number in numbers)  # pyrefly: ignore
+
+
+def generate(args: list[str]) -> int:
+    """Print the prompt and its continuation."""
+    options = parse(GenerateOptions, args, "generate")
+    folder = find_run(options.run)
+
+    from uoe_jax.cli.device import prepare
+
+    prepare()
+    print(continue_text(folder, options))
+    return 0
+
+
+def continue_text(folder: Path, options: GenerateOptions) -> str:
+    """Return the prompt followed by what a run makes of it."""
+    import jax
+    import jax.numpy as jnp
+
+    from uoe_jax.data import make_dataset
+    from uoe_jax.evaluate import load_run
+    from uoe_jax.generate import generate as sample
+
+    run = load_run(folder)
+    if run.config.model.kind != "decoder":
+        raise ConfigError(
+            f"{folder} is a {run.config.model.kind} model; only a decoder generates"
+        )
+    dataset = make_dataset(run.config, "valid")
+    prompt = dataset.encode(options.prompt)
+    if not len(prompt):
+        raise ConfigError("--prompt is empty; give at least one character")
+    tokens = sample(
+        run.model,
+        jnp.asarray(prompt, jnp.int32)[None],
+        jnp.array([len(prompt)], jnp.int32),
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        greedy=options.greedy,
+        key=jax.random.key(options.seed),
+    )
+    return options.prompt + dataset.decode(tokens[0].tolist())
+
+
+def report(args: list[str]) -> int:
+    """Write a page over one run or several."""
+    options = parse(ReportOptions, args, "report")
+    if not options.runs:
+        raise ConfigError("uoe report takes at least one run: uoe report RUN...")
+    folders = [find_run(run) for run in options.runs]
+    print(f"report: {write(folders, options.out, overlay=options.overlay)}")
+    return 0
+
+
+def write(
+    folders: Sequence[Path],
+    out: Path | None = None,
+    *,
+    overlay: bool = True,
+    samples: dict[str, str] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write the page of some runs, with their routing of a real example."""
+    from uoe_jax.report.build import write_report
+
+    overlays = {}
+    if overlay:
+        from uoe_jax.cli.device import prepare
+
+        prepare()
+        from uoe_jax.data import make_dataset
+        from uoe_jax.evaluate import load_run
+        from uoe_jax.report.collect import collect_overlay
+
+        for folder in folders:
+            run = load_run(folder)
+            found = collect_overlay(
+                run.model, run.config, make_dataset(run.config, "valid")
+            )
+            if found is not None:
+                overlays[folder] = found
+    return write_report(folders, out, overlays=overlays, samples=samples, title=title)

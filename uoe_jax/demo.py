@@ -1,0 +1,206 @@
+"""Dense, mixture and union side by side: same FLOPs a token, same bytes, same steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from uoe_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    ModelConfig,
+    MoeConfig,
+    OptimConfig,
+    TrainConfig,
+    UnionConfig,
+    config_hash,
+    from_json,
+)
+from uoe_jax.errors import ConfigError
+from uoe_jax.hardware.count import count_params, flops_per_token
+from uoe_jax.validation import validate
+
+TOLERANCE = 0.03  # largest difference of active FLOPs a token between two models
+PROMPT = "class "
+SAMPLE_TOKENS = 240
+SUMMARY_KEYS = (
+    "name",
+    "params",
+    "active_flops_per_token",
+    "tokens_per_second",
+    "train_seconds",
+    "val_bits_per_byte",
+)
+
+
+def demo_configs(steps: int | None = None) -> list[ExperimentConfig]:
+    """Return the three runs; they differ in their blocks and in nothing else.
+
+    The union has twice the dense model's heads and neurons, in 8 experts a block of
+    which every token uses 4; the mixture has 8 MLPs half as wide, 2 of them active.
+    """
+    base = ExperimentConfig(
+        name="dense",
+        model=ModelConfig(
+            vocab_size=256,
+            max_seq_len=256,
+            d_model=128,
+            d_ff=512,
+            num_layers=3,
+            num_heads=8,
+            num_kv_heads=8,
+            head_dim=16,
+        ),
+        data=DataConfig(source="stdlib", batch_size=8),
+        optim=OptimConfig(
+            learning_rate=6e-3,
+            warmup_steps=40,
+            schedule="linear",
+            final_lr_fraction=0.05,
+            beta2=0.98,
+        ),
+        train=TrainConfig(
+            steps=steps or 480,
+            log_every=20,
+            eval_every=80,
+            eval_batches=32,
+            save_every=160,
+            keep_checkpoints=1,
+        ),
+    )
+    moe = dataclasses.replace(
+        base.model, mlp=("moe",), moe=MoeConfig(num_experts=8, top_k=2)
+    )
+    union = dataclasses.replace(
+        base.model,
+        attention=("union",),
+        mlp=("union",),
+        d_ff=1152,  # more than twice, as attention costs less
+        num_heads=16,
+        num_kv_heads=16,
+        union=UnionConfig(num_experts=8, top_k=4),
+    )
+    return [
+        base,
+        dataclasses.replace(base, name="moe", model=moe),
+        dataclasses.replace(base, name="union", model=union),
+    ]
+
+
+def check_budget(configs: Sequence[ExperimentConfig]) -> dict[str, float]:
+    """Return active forward FLOPs a token by name; all must be nearly equal.
+
+    Raises ConfigError if two models differ by more than `TOLERANCE`.
+    """
+    flops = {c.name: flops_per_token(c.model, c.seq_len).forward for c in configs}
+    low, high = min(flops.values()), max(flops.values())
+    if high > low * (1 + TOLERANCE):
+        raise ConfigError(
+            f"active FLOPs a token are {flops}; they must agree within "
+            f"{TOLERANCE:.0%}, so change a width"
+        )
+    return flops
+
+
+def is_finished(run_dir: Path, config: ExperimentConfig) -> bool:
+    """Return whether a folder holds this very run, trained to its end.
+
+    Raises ConfigError if it holds a run of other settings.
+    """
+    file = run_dir / "config.json"
+    if not file.is_file():
+        return False
+    if config_hash(from_json(file.read_text())) != config_hash(config):
+        raise ConfigError(
+            f"{run_dir} was trained with other settings; delete it or choose another "
+            "--run-dir"
+        )
+    last = _last_step(run_dir / "metrics.jsonl")
+    saved = run_dir / "checkpoints" / str(config.train.steps)
+    return last == config.train.steps and saved.is_dir()
+
+
+def _last_step(metrics: Path) -> int:
+    """Return the step of the last validation a run recorded, 0 without one."""
+    step = 0
+    if metrics.is_file():
+        for line in metrics.read_text().splitlines():
+            if '"kind": "eval"' in line:
+                step = json.loads(line)["step"]
+    return step
+
+
+def run_demo(
+    run_dir: Path,
+    configs: Sequence[ExperimentConfig],
+    *,
+    quiet: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Train what isn't trained yet under `run_dir`; return one row a run."""
+    from uoe_jax.train import train
+
+    for config in configs:
+        validate(config)
+    flops = check_budget(configs)
+    done = [is_finished(run_dir / c.name, c) for c in configs]
+    rows = []
+    for config, finished in zip(configs, done, strict=True):
+        folder = run_dir / config.name
+        if finished:
+            say(f"{config.name}: finished run reused from {folder}")
+        else:
+            say(f"{config.name}: {config.train.steps} steps into {folder}")
+            train(config, folder, quiet=quiet)
+        rows.append(_row(config, folder, flops[config.name]))
+    return rows
+
+
+def _row(config: ExperimentConfig, folder: Path, flops: float) -> dict[str, Any]:
+    from uoe_jax.report.read import read_run
+
+    run = read_run(folder)
+    tokens, seconds = run.last("tokens", "train"), run.last("seconds")
+    values = (
+        config.name,
+        sum(count_params(config.model).values()),
+        flops,
+        (tokens or 0) / (seconds or float("nan")),
+        seconds,
+        run.last("bits_per_byte"),
+    )
+    return dict(zip(SUMMARY_KEYS, values, strict=True))
+
+
+def write_summary(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the rows as JSON."""
+    path.write_text(json.dumps(list(rows), indent=2) + "\n")
+
+
+def format_summary(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as one aligned table."""
+    from uoe_jax.report.table import format_table, si
+
+    header = (
+        "name",
+        "params",
+        "active FLOPs/token",
+        "tokens/s",
+        "seconds",
+        "val bits/byte",
+    )
+    cells = [
+        (
+            row["name"],
+            f"{row['params']:,}",
+            si(row["active_flops_per_token"]),
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['train_seconds']:.1f}",
+            f"{row['val_bits_per_byte']:.3f}",
+        )
+        for row in rows
+    ]
+    return format_table(header, cells)

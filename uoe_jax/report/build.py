@@ -1,0 +1,208 @@
+"""One run or several into pictures and a page."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from uoe_jax.report import curves, overlay, page, routers
+from uoe_jax.report.overlay import Overlay
+from uoe_jax.report.read import Run, flatten, read_runs
+from uoe_jax.report.style import LIGHT, THEMES, Theme, render
+from uoe_jax.report.table import si
+
+_ABOUT_LOAD = (
+    "Load is the fraction of all picks that went to an expert, times the number of "
+    "experts: 1 is a balanced share, 0 an unused expert. Entropy is that of the "
+    "router's probabilities over the experts; the dotted line is a router "
+    "that can't decide."
+)
+
+
+def write_report(
+    run_dirs: Sequence[Path],
+    out: Path | None = None,
+    *,
+    overlays: Mapping[Path, Overlay] | None = None,
+    samples: Mapping[str, str] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write RUN/plots/*.png of every run and the page `out`; return the page's path.
+
+    Args:
+        run_dirs: folders of the runs, side by side in the order given.
+        out: the page; by default report.html of the (first) run.
+        overlays: routing of a real example by run folder.
+        samples: sampled text by run name.
+        title: heading of the page.
+
+    Raises:
+        DataError: a folder holds no metrics.
+    """
+    runs = read_runs([Path(d) for d in run_dirs])
+    out = out or runs[0].path / "report.html"
+    overlays = overlays or {}
+    shared = _comparison(runs)
+    for run in runs:
+        own = shared if len(runs) == 1 else _comparison([run], [LIGHT])
+        for name, pngs in own.items():
+            _save(run.path / "plots", name, pngs)
+    if len(runs) > 1:
+        for name, pngs in shared.items():
+            _save(out.parent / "plots", name, pngs)
+    sections = [
+        ("Summary", _summary(runs)),
+        ("Learning", "".join(page.picture(p, n) for n, p in shared.items())),
+        ("Routers", "".join(_routers(run, overlays.get(run.path)) for run in runs)),
+        ("Samples", _samples(samples or {})),
+        ("Configuration", _configs(runs)),
+        ("Environment", _environments(runs)),
+    ]
+    names = ", ".join(run.name for run in runs)
+    text = page.page(title or names, _subtitle(runs), sections)
+    _write(out, text.encode("utf-8"))
+    return out
+
+
+def _comparison(
+    runs: list[Run], themes: Sequence[Theme] = THEMES
+) -> dict[str, dict[str, bytes]]:
+    """Return the pictures that have all runs in them, by file name."""
+    draw = {
+        "loss": functools.partial(curves.loss_figure, runs),
+        **{
+            key: functools.partial(curves.metric_figure, runs, key)
+            for key in ("bits_per_byte", "accuracy")
+        },
+        "optimizer": functools.partial(curves.health_figure, runs),
+    }
+    pictures = {name: render(make, themes) for name, make in draw.items()}
+    return {name: pngs for name, pngs in pictures.items() if pngs}
+
+
+def _routers(run: Run, example: Overlay | None) -> str:
+    """Return one run's router section, its pictures saved on the way."""
+    draw: dict[str, Any] = {
+        "load": functools.partial(routers.load_figure, run),
+        "load_history": functools.partial(routers.load_history_figure, run),
+        "entropy": functools.partial(routers.entropy_figure, run),
+    }
+    if example is not None and example.image is not None:
+        draw["routing"] = functools.partial(overlay.image_figure, example)
+    pictures = {name: render(make) for name, make in draw.items()}
+    if not any(pictures.values()):
+        return ""
+    parts = [f"<h3>{html.escape(run.name)}</h3>", page.paragraph(_ABOUT_LOAD)]
+    for name, pngs in pictures.items():
+        if pngs:
+            _save(run.path / "plots", name, pngs)
+            parts.append(page.picture(pngs, f"{run.name}: {name}"))
+    if example is not None and example.tokens:
+        draw_text = functools.partial(overlay.text_figure, example)
+        _save(run.path / "plots", "routing", render(draw_text, [LIGHT]))
+        parts.append(
+            page.paragraph(
+                "Validation text, each token in the colour of the expert it scored "
+                "highest; hover over one for all it chose."
+            )
+        )
+        parts.append(overlay.text_html(example))
+    return "".join(parts)
+
+
+_FORMATS = {
+    "parameters": lambda v: f"{v:,}",
+    "active parameters": lambda v: f"{v:,}",
+    "steps": lambda v: f"{v:,}",
+    "seconds": lambda v: f"{v:,.1f}",
+    "MFU": lambda v: f"{100 * v:.1f}%",
+    "validation loss": lambda v: f"{v:.4f}",
+    "bits/byte": lambda v: f"{v:.4f}",
+    "accuracy": lambda v: f"{100 * v:.2f}%",
+}
+
+
+def _summary(runs: list[Run]) -> str:
+    lines = [run.summary() for run in runs]
+    keys = [k for k in lines[0] if any(line[k] is not None for line in lines)]
+    show = lambda k, v: "-" if v is None else _FORMATS.get(k, si)(v)
+    rows = [
+        [line["name"], *(show(k, line[k]) for k in keys if k != "name")]
+        for line in lines
+    ]
+    return page.table(keys, rows)
+
+
+def _samples(samples: Mapping[str, str]) -> str:
+    return "".join(
+        f'<h3>{html.escape(name)}</h3><pre class="tokens">{html.escape(text)}</pre>'
+        for name, text in samples.items()
+    )
+
+
+def _configs(runs: list[Run]) -> str:
+    """Return the fields in which runs differ, and every field folded away."""
+    flats = [flatten(dataclasses.asdict(run.config)) for run in runs]
+    differing = [
+        key
+        for key in flats[0]
+        if key != "name" and any(flat[key] != flats[0][key] for flat in flats)
+    ]
+    header = ["field", *(run.name for run in runs)]
+    rows = lambda keys: [[k, *(_plain(flat[k]) for flat in flats)] for k in keys]
+    parts = []
+    if len(runs) > 1:
+        parts.append("<h3>Where the runs differ</h3>")
+        parts.append(
+            page.table(header, rows(differing))
+            if differing
+            else page.paragraph("Nowhere: same configuration.")
+        )
+    parts.append(page.fold("every field", page.table(header, rows(flats[0]))))
+    return "".join(parts)
+
+
+def _environments(runs: list[Run]) -> str:
+    flats = [flatten(run.env) for run in runs]
+    keys = list(dict.fromkeys(key for flat in flats for key in flat))
+    if not keys:
+        return ""
+    if all(flat == flats[0] for flat in flats):
+        return page.table(["", "all runs"], [[k, _plain(flats[0][k])] for k in keys])
+    header = ["", *(run.name for run in runs)]
+    return page.table(header, [[k, *(_plain(f.get(k)) for f in flats)] for k in keys])
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return "-" if value is None else str(value)
+
+
+def _subtitle(runs: list[Run]) -> str:
+    model = runs[0].config.model
+    kind = {"decoder": "language model", "encoder": "encoder", "vision": "vision model"}
+    if len(runs) > 1:
+        return f"{len(runs)} runs side by side"
+    return f"{kind[model.kind]}, {model.num_layers} layers, width {model.d_model}"
+
+
+def _save(folder: Path, name: str, pngs: Mapping[str, bytes]) -> None:
+    if pngs:
+        _write(folder / f"{name}.png", pngs["light"])
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)

@@ -1,0 +1,103 @@
+"""The page: tables, pictures and colours in one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+
+from uoe_jax.report.style import data_uri
+
+_CSS = """
+:root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2128; --soft: #57606a;
+  --line: #d0d7de; --card: #f6f8fa; --accent: #0072B2; }
+@media (prefers-color-scheme: dark) { :root { --paper: #161b22; --ink: #e6edf3;
+  --soft: #9aa5b1; --line: #363d47; --card: #1f262e; --accent: #4FA8E0; } }
+body { background: var(--paper); color: var(--ink); margin: 0 auto; max-width: 1180px;
+  padding: 1.5rem; font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .2rem; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line);
+  padding-bottom: .25rem; }
+h3 { font-size: 1.05rem; margin: 1.6rem 0 .4rem; }
+h4 { font-size: .95rem; margin: 1rem 0 .2rem; }
+p { margin: .3rem 0 .8rem; max-width: 75ch; } p.soft { color: var(--soft); }
+img { max-width: 100%; height: auto; display: block; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums;
+  font-size: .9rem; }
+th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; }
+code, pre { font-family: ui-monospace, "DejaVu Sans Mono", monospace;
+  font-size: .82rem; }
+details { margin: .5rem 0; } summary { cursor: pointer; color: var(--accent); }
+.overlays { display: grid; gap: .8rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(31rem, 100%), 1fr)); }
+figure { margin: 0; } figcaption { color: var(--soft); font-size: .85rem; }
+pre.tokens { background: var(--card); padding: .6rem; margin: .2rem 0; overflow-x: auto;
+  line-height: 1.35; border-radius: 4px; }
+.keys { margin: .2rem 0; font-size: .85rem; } .key { margin-right: .9rem;
+  white-space: nowrap; } .key i { display: inline-block; width: .9em; height: .9em;
+  margin-right: .3em; vertical-align: -.1em; border-radius: 2px; opacity: .75; }
+"""
+
+
+def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
+    """Return the document of (heading, HTML) sections; empty ones are left out."""
+    body = "".join(
+        f"<section><h2>{html.escape(heading)}</h2>{content}</section>\n"
+        for heading, content in sections
+        if content
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>\n<body>"
+        f'<h1>{html.escape(title)}</h1><p class="soft">{html.escape(subtitle)}</p>\n'
+        f"{body}</body></html>\n"
+    )
+
+
+def picture(pngs: Mapping[str, bytes], text: str) -> str:
+    """Return an embedded picture that follows the reader's theme."""
+    if not pngs:
+        return ""
+    dark = ""
+    if "dark" in pngs:
+        dark = (
+            '<source media="(prefers-color-scheme: dark)" '
+            f'srcset="{data_uri(pngs["dark"])}">'
+        )
+    alt = html.escape(text)
+    return f'<picture>{dark}<img src="{data_uri(pngs["light"])}" alt="{alt}"></picture>'
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return an HTML table; cells that are numbers (of any unit) align right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    numeric = [
+        all(not c[i] or c[i][0].isdigit() or c[i] == "-" for c in cells)
+        for i in range(len(header))
+    ]
+
+    def line(tag: str, row: Sequence[str]) -> str:
+        tags = (
+            f"<{tag}{' class=number' if right else ''}>{html.escape(cell)}</{tag}>"
+            for cell, right in zip(row, numeric, strict=True)
+        )
+        return f"<tr>{''.join(tags)}</tr>"
+
+    body = "".join(line("td", row) for row in cells)
+    return (
+        f'<div class="scroll"><table><thead>{line("th", header)}</thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def fold(summary: str, content: str) -> str:
+    """Return content that opens on a click."""
+    return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
+
+
+def paragraph(text: str) -> str:
+    """Return one paragraph of plain text."""
+    return f"<p>{html.escape(text)}</p>"
