@@ -31,11 +31,13 @@ LAYERS = {
     4: {"cli", "demo", "__main__"},
 }
 LEVEL = {room: level for level, rooms in LAYERS.items() for room in rooms}
-# Why: the trainer saves and evaluates; the mesh is described by the config.
+# Why: the trainer saves verified checkpoints; evaluation restores and reuses them.
 SAME_LEVEL = {
     ("train", "checkpoint"),
-    ("train", "evaluate"),
+    ("train", "integrity"),
     ("checkpoint", "integrity"),
+    ("evaluate", "checkpoint"),
+    ("evaluate", "train"),
 }
 NO_JAX = ("config", "validation", "presets", "errors", "hardware")
 

@@ -48,7 +48,9 @@ def sized(depth: int, *, compute_dtype: str = "bfloat16") -> ExperimentConfig:
         optim=OptimConfig(
             learning_rate=round(6e-4 * (768 / d_model) ** 0.5, 7), warmup_steps=200
         ),
-        train=TrainConfig(steps=5000, eval_every=500, save_every=500),
+        train=TrainConfig(
+            steps=5000, eval_every=500, save_every=500, loss_chunk=16_384
+        ),
     )
 
 
@@ -77,7 +79,7 @@ def _small() -> ExperimentConfig:
     base = sized(12)
     # Unrolled: a scan over layers copies every activation into a stack (H200: 25%).
     model = dataclasses.replace(base.model, vocab_size=50_304, scan_layers=False)
-    data = dataclasses.replace(base.data, bpe_vocab_size=50_304, batch_size=32)
+    data = dataclasses.replace(base.data, bpe_vocab_size=50_304)
     return dataclasses.replace(base, name="small", model=model, data=data)
 
 

@@ -86,12 +86,12 @@ def test_whole_logits_never_exist():
     assert N * V in [a.size for a in arrays_of(gradient_jaxpr(N))]
 
 
-def test_products_take_bfloat16_and_accumulate_float32():
+def test_bfloat16_products_sum_the_weights_gradient_in_float32():
     text = str(gradient_jaxpr(5, jnp.bfloat16))
     products = [line for line in text.splitlines() if "= dot_general[" in line]
     assert len(products) == 3
     dtypes = [line.split("=")[0].split(":")[-1].split("[")[0] for line in products]
-    assert sorted(dtypes) == ["bf16", "f32", "f32"]  # dx is what x is
+    assert sorted(dtypes) == ["bf16", "bf16", "f32"]  # logits and dx are what x is
 
 
 def test_bfloat16_loss_is_near_float32s():

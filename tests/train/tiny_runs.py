@@ -12,7 +12,9 @@ from uoe_jax.config import (
 )
 
 
-def make_tiny(kind="dense", *, cache_dir=None, optim=None, data=None, **train):
+def make_tiny(
+    kind="dense", *, attention=None, cache_dir=None, optim=None, data=None, **train
+):
     """A two-layer byte model that compiles in seconds."""
     model = ModelConfig(
         vocab_size=256,
@@ -23,7 +25,7 @@ def make_tiny(kind="dense", *, cache_dir=None, optim=None, data=None, **train):
         num_heads=4,
         num_kv_heads=4,
         head_dim=4,
-        attention=(kind,),
+        attention=(attention or kind,),
         mlp=(kind,),
         union=UnionConfig(num_experts=4, top_k=2, bias_update_rate=0.01),
     )

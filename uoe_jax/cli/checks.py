@@ -53,15 +53,15 @@ def leakcheck(args: list[str]) -> int:
     if folder is not None:
         from uoe_jax.evaluate import load_run
 
-        model, note = load_run(folder).model, ""
+        model, structure, note = load_run(folder).model, config.model, ""
     else:
         from uoe_jax.model import make_model
 
-        small = scaled_down(config.model)
-        note = " (scaled down)" if small != config.model else ""
-        model = make_model(small, jax.random.key(options.seed))
+        structure = scaled_down(config.model)
+        note = " (scaled down)" if structure != config.model else ""
+        model = make_model(structure, jax.random.key(options.seed))
     length = options.length or min(
-        model.config.max_seq_len, max(24, 2 * model.config.union.patch_size)
+        structure.max_seq_len, max(24, 2 * structure.union.patch_size)
     )
     findings = check(model, jax.random.key(options.seed + 1), length=length)
     print(f"{options.target}{note}, {length} tokens")

@@ -46,7 +46,7 @@ def parse[Options](
                 args=list(args),
                 prog=f"uoe {verb}",
                 description=description,
-                **({} if default is None else {"default": default}),
+                default=tyro.MISSING_NONPROP if default is None else default,
             )
         except SystemExit as stop:
             if not stop.code:

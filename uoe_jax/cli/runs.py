@@ -6,7 +6,7 @@ import json as json_text
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -63,7 +63,7 @@ def evaluate(args: list[str]) -> int:
     from uoe_jax.report.table import format_table
 
     run = load_run(folder, which=options.checkpoint)
-    found = {"step": run.step, "split": options.split}
+    found: dict[str, Any] = {"step": run.step, "split": options.split}
     found |= run_evaluation(
         run.model, run.config, split=options.split, max_batches=options.max_batches
     )
@@ -87,12 +87,11 @@ def evaluate(args: list[str]) -> int:
     return 0
 
 
-def _spread(stats: dict, row: int) -> tuple[str, str, str]:
+def _spread(stats: dict, row: int) -> list[str]:
     """Return a routed layer's entropy and its lightest and heaviest expert."""
     load = stats["load"][row]
     shares = [share * len(load) for share in load]
-    numbers = (stats["entropy"][row], min(shares), max(shares))
-    return tuple(f"{number:.3f}" for number in numbers)  # pyrefly: ignore
+    return [f"{x:.3f}" for x in (stats["entropy"][row], min(shares), max(shares))]
 
 
 def generate(args: list[str]) -> int:
@@ -115,9 +114,10 @@ def continue_text(folder: Path, options: GenerateOptions) -> str:
     from uoe_jax.data import make_dataset
     from uoe_jax.evaluate import load_run
     from uoe_jax.generate import generate as sample
+    from uoe_jax.model import Decoder
 
     run = load_run(folder)
-    if run.config.model.kind != "decoder":
+    if not isinstance(run.model, Decoder):
         raise ConfigError(
             f"{folder} is a {run.config.model.kind} model; only a decoder generates"
         )

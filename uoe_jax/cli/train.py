@@ -21,6 +21,8 @@ class TrainOptions:
 
     resume: bool = True  # continue what the folder holds; otherwise it must be new
 
+    resume_step: int | None = None  # go on from this saved step, not the newest
+
     report: bool = True  # write the run's page and plots at the end
 
     quiet: bool = False  # no progress, only errors
@@ -44,7 +46,13 @@ def train(args: list[str]) -> int:
     prepare()
     from uoe_jax.train import train as run_training
 
-    run_training(options.config, run_dir, resume=options.resume, quiet=options.quiet)
+    run_training(
+        options.config,
+        run_dir,
+        resume=options.resume,
+        resume_step=options.resume_step,
+        quiet=options.quiet,
+    )
     if options.report:
         from uoe_jax.cli.runs import write
 

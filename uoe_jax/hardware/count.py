@@ -116,7 +116,7 @@ def _attention_flops(model: ModelConfig, kind: str, length: int) -> dict[str, fl
     parts: dict[str, float] = {}
     if kind == "union":
         keep = model.union.top_k / model.union.num_experts
-        parts["routers"] = 2 * d * model.union.num_experts
+        parts["routers"] = 2.0 * d * model.union.num_experts
     seen = length * keep  # tokens an expert sees when its load is balanced
     keys = (seen + 1) / 2 if model.causal else seen
     parts["attention projections"] = keep * (2 * d * h * (heads + 2 * kv + heads))
@@ -130,12 +130,12 @@ def _mlp_flops(model: ModelConfig, kind: str) -> dict[str, float]:
         union = model.union
         return {
             "mlp": per_neuron * model.d_ff * union.top_k / union.num_experts,
-            "routers": 2 * model.d_model * union.num_experts,
+            "routers": 2.0 * model.d_model * union.num_experts,
         }
     if kind == "moe":
         return {
-            "mlp": per_neuron * model.d_expert * model.moe.top_k,
-            "routers": 2 * model.d_model * model.moe.num_experts,
+            "mlp": float(per_neuron * model.d_expert * model.moe.top_k),
+            "routers": 2.0 * model.d_model * model.moe.num_experts,
         }
     return {"mlp": float(per_neuron * model.d_ff)}
 
@@ -147,18 +147,19 @@ def flops_per_token(model: ModelConfig, seq_len: int | None = None) -> FlopCount
     `seq_len * top_k / num_experts` tokens.
     """
     length = num_tokens(model, seq_len)
-    parts: Counter[str] = Counter()
+    parts: dict[str, float] = {}
     for attention, mlp in model.layer_kinds:
-        parts.update(_attention_flops(model, attention, length))
-        parts.update(_mlp_flops(model, mlp))
+        layer = _attention_flops(model, attention, length).items()
+        for name, flops in [*layer, *_mlp_flops(model, mlp).items()]:
+            parts[name] = parts.get(name, 0.0) + flops
     if model.kind == "decoder":
-        parts["head"] = 2 * model.d_model * model.vocab_size
+        parts["head"] = 2.0 * model.d_model * model.vocab_size
     else:
         parts["head"] = 2 * model.d_model * model.num_classes / length
     if model.kind == "vision":
         pixels = model.image_patch**2 * model.image_channels
-        parts["embedding"] = 2 * pixels * model.d_model
-    return FlopCount(parts=dict(parts))
+        parts["embedding"] = 2.0 * pixels * model.d_model
+    return FlopCount(parts=parts)
 
 
 def cache_bytes(
