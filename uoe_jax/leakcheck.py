@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from uoe_jax.config import ModelConfig
 from uoe_jax.model import Decoder, make_model
 
 # (inputs, segments or None) -> (logits, choices by part [L, B, T, X])
@@ -138,8 +139,8 @@ def leakcheck(
     Weights are used as they are, but computed with in float32: a leak is a matter of
     structure, and rounding would hide small ones. `length` defaults to at most 24.
     """
-    config = model.config
-    model = _as_float32(model)
+    config: ModelConfig = model.config  # pyrefly: ignore[missing-attribute]
+    model = _as_float32(model, config)
     keys = jax.random.split(key, 3)
     tolerance = 1e-5
 
@@ -151,22 +152,24 @@ def leakcheck(
 
     if config.kind == "vision":
         shape = (batch, config.image_size, config.image_size, config.image_channels)
-        images = [jax.random.normal(k, shape) for k in keys[:2]]
-        return [check_rows(forward, *images, tolerance)]
+        images, others = (jax.random.normal(k, shape) for k in keys[:2])
+        return [check_rows(forward, images, others, tolerance)]
     shape = (batch, length or min(config.max_seq_len, 24))
-    pair = [jax.random.randint(k, shape, 0, config.vocab_size) for k in keys[:2]]
+    tokens, other = (
+        jax.random.randint(k, shape, 0, config.vocab_size) for k in keys[:2]
+    )
     causal = config.causal
     findings = [
-        check_rows(forward, *pair, tolerance),
-        check_padding(forward, *pair, tolerance, per_token=causal),
+        check_rows(forward, tokens, other, tolerance),
+        check_padding(forward, tokens, other, tolerance, per_token=causal),
     ]
     if isinstance(model, Decoder):
         positions = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
         logits_of = lambda x: model.logits(model.hidden_from_embeddings(x)[0])
-        x = model.embed(pair[0], positions)
-        findings.insert(0, check_future(forward, *pair, tolerance))
+        x = model.embed(tokens, positions)
+        findings.insert(0, check_future(forward, tokens, other, tolerance))
         findings += [
-            check_documents(forward, *pair, tolerance),
+            check_documents(forward, tokens, other, tolerance),
             check_gradient(logits_of, x, keys[2], tolerance),
         ]
     return findings
@@ -235,9 +238,9 @@ class _Diffs:
         return Finding(check, perturbed, moved, self.largest, not self.moved)
 
 
-def _as_float32(model: nnx.Module) -> nnx.Module:
+def _as_float32(model: nnx.Module, config: ModelConfig) -> nnx.Module:
     """Return the model with the same weights, computing in float32."""
-    config = dataclasses.replace(model.config, compute_dtype="float32")
+    config = dataclasses.replace(config, compute_dtype="float32")
     shapes = jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
     graphdef = nnx.split(shapes)[0]
     return nnx.merge(graphdef, nnx.split(model)[1])

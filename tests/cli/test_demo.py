@@ -27,7 +27,8 @@ def test_models_cost_the_same_within_three_percent():
 def test_union_uses_half_of_its_experts_and_moe_two_of_eight():
     _, moe, union = (config.model for config in demo.demo_configs())
     assert union.union.top_k * 2 == union.union.num_experts
-    assert set(union.layer_kinds) == {("union", "union")}
+    assert {mlp for _, mlp in union.layer_kinds} == {"union"}
+    assert "union" in union.attention
     assert (moe.moe.num_experts, moe.moe.top_k) == (8, 2)
 
 
@@ -77,7 +78,9 @@ def test_demo_writes_table_summary_page_and_sample(small_demo, tmp_path, capsys)
     before = (folder / "moe" / "metrics.jsonl").read_bytes()
     assert main(["demo", "--run-dir", str(folder), "--quiet"]) == 0
     again = capsys.readouterr().out
-    assert again.count("finished run reused") == 2
+    assert again.startswith("Nothing to train: moe, union are finished")
+    assert again.split("\n\n")[1] == out.split("\n\n")[1]  # the same table
+    assert again.split("Sampled by")[1] == out.split("Sampled by")[1]
     assert (folder / "moe" / "metrics.jsonl").read_bytes() == before
     assert json.loads((folder / "summary.json").read_text()) == rows
 
@@ -86,5 +89,10 @@ def test_demo_writes_table_summary_page_and_sample(small_demo, tmp_path, capsys)
     )
     with pytest.raises(ConfigError, match="other settings"):
         demo.is_finished(folder / "moe", changed)
+    (folder / "samples.json").unlink()
+    assert demo.saved_results(folder, small_demo) is None
+    said = []
+    assert demo.run_demo(folder, small_demo, say=said.append) == rows
+    assert len(said) == 2 and all("finished run reused" in line for line in said)
     (folder / "moe" / "metrics.jsonl").write_text("")
     assert not demo.is_finished(folder / "moe", small_demo[0])

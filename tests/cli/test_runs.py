@@ -72,11 +72,21 @@ def test_generate_refuses_in_one_line(union_run, capsys, options, part):
     assert len(lines) == 1 and part in lines[0]
 
 
-def test_leakcheck_of_a_run_and_of_a_preset_moves_nothing(union_run, capsys):
-    assert main(["leakcheck", str(union_run), "--length", "8"]) == 0
-    assert "nothing moved" in capsys.readouterr().out
+def test_leakcheck_of_a_preset_moves_nothing(capsys):
     assert main(["leakcheck", "digits-vit-union"]) == 0
     assert "nothing moved" in capsys.readouterr().out
+
+
+def test_leakcheck_of_a_run_takes_its_trained_model_as_it_is(union_run, monkeypatch):
+    seen = []
+
+    def check(model, key, *, length):
+        seen.append((model.config, length))
+        return []
+
+    monkeypatch.setattr("uoe_jax.leakcheck.leakcheck", check)
+    assert main(["leakcheck", str(union_run), "--length", "8"]) == 0
+    assert seen == [(run_or_preset(str(union_run))[1].model, 8)]
 
 
 def test_leakcheck_exits_1_when_something_moved(capsys, monkeypatch):

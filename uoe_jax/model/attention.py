@@ -140,8 +140,9 @@ class UnionAttention(_Attention):
         weights = [w[...].reshape(e, d, -1) for w in (self.wq, self.wk, self.wv)]
         weight = jnp.concatenate(weights, axis=-1).astype(x.dtype)
         rows = gather_project(x.reshape(-1, d), weight, packing)
-        if self.bq is not None:
-            biases = [b[...].reshape(e, -1) for b in (self.bq, self.bk, self.bv)]
+        given = [b for b in (self.bq, self.bk, self.bv) if b is not None]
+        if given:
+            biases = [b[...].reshape(e, -1) for b in given]
             rows = add_expert_bias(rows, jnp.concatenate(biases, axis=-1), packing)
         rows = checkpoint_name(rows, PROJECTION)
         q, k, v = jnp.split(rows, [j * g * h, j * (g + 1) * h], axis=-1)

@@ -93,7 +93,8 @@ def update_router_bias(buffers: PyTree, aux: Aux, config: ModelConfig) -> PyTree
     """
     flat, period = [], layer_period(config)
     for path, variable in nnx.to_flat_state(buffers):
-        stack, part = path[-4:-2]
+        # trunk, blocks, STACK, PART, router, bias
+        stack, part = int(str(path[-4])), str(path[-3])
         routers = router_configs(config, part)
         rows = [row for row, layer in enumerate(routers) if layer % period == stack]
         bias = variable[...]

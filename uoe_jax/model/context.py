@@ -30,7 +30,7 @@ class Context(NamedTuple):
 
 def make_context(
     config: ModelConfig,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     *,
     positions: Int[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
@@ -40,7 +40,7 @@ def make_context(
     collect_choices: bool = False,
 ) -> Context:
     """Return the context of `shape` = (B, T) tokens; ConfigError when T is too long."""
-    batch, length = shape
+    length = shape[1]
     if length > config.max_seq_len:
         raise ConfigError(
             f"{length} tokens are more than max_seq_len {config.max_seq_len}; "
@@ -58,7 +58,7 @@ def make_context(
 
 
 def patch_leaders(
-    shape: tuple[int, int], segments: Int[Array, "B T"] | None, patch_size: int
+    shape: tuple[int, ...], segments: Int[Array, "B T"] | None, patch_size: int
 ) -> Int[Array, "B T"]:
     """Return each token's patch leader: the first token of its patch.
 

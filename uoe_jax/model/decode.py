@@ -143,8 +143,8 @@ def _decode_union(
         "v": append_rows(entry["v"], index, first, v),
         "experts": append_rows(entry["experts"], index, first, choices),
     }
-    log = (entry[name][index] for name in ("k", "v", "experts"))
-    out = attend_log(q, choices, *log, lengths)
+    keys, values, experts = (entry[name][index] for name in ("k", "v", "experts"))
+    out = attend_log(q, choices, keys, values, experts, lengths)
     y = attention.project_out(picks_to_rows(out, packing), routing, packing)
     return y, entry
 

@@ -58,7 +58,7 @@ class PatchEmbedding(nnx.Module):
         width = config.image_channels * config.image_patch**2
         shape = (width, config.d_model)
         self.weight = init_weight(rngs, shape, width, config)
-        self.bias = init_bias((config.d_model,), config, use=True)
+        self.bias = nnx.Param(jnp.zeros(config.d_model, config.param_dtype))
         length = (config.image_size // config.image_patch) ** 2
         self.position = learned_position(config, length, rngs=rngs)
 

@@ -82,7 +82,7 @@ class Decoder(nnx.Module):
         return self.logits(x), Cache(cache.lengths + 1, layers)
 
     def _context(self, shape: tuple[int, ...], options: dict[str, Any]) -> Context:
-        return make_context(self.config, (shape[0], shape[1]), **options)
+        return make_context(self.config, shape, **options)
 
 
 def routing_choices(

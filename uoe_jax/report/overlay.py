@@ -144,14 +144,16 @@ def _lay_out(tokens: Sequence[str]) -> tuple[list, int]:
     places, x, y = [], 0, 0
     for number, text in enumerate(tokens):
         for char in text:
-            shown = {"\n": "↵", "\t": " "}.get(char, char)
+            # Beyond Latin, the font may have no glyph; the page's own fonts do.
+            shown = char if char.isprintable() and ord(char) < 0x250 else "·"
+            shown = {"\n": "↵", "\t": " "}.get(char, shown)
             if x == _COLUMNS:
                 x, y = 0, y + 1
-            places.append(((x, y, shown if shown.isprintable() else "·"), number))
+            places.append(((x, y, shown), number))
             x += 1
             if char == "\n":
                 x, y = 0, y + 1
-    return places, y + (x > 0)
+    return places, max(y + (x > 0), 1)
 
 
 def image_figure(overlay: Overlay, theme: Theme) -> Figure | None:
