@@ -30,6 +30,8 @@ from uoe_jax.presets import get_preset
 from uoe_jax.train.state import init_state
 from uoe_jax.train.step import make_step, put_batch
 
+OPTIONS = ("seq_len", "accumulate", "loss_chunk", "remat", "scan_layers")
+
 
 def random_batch(config: ExperimentConfig, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
@@ -143,10 +145,11 @@ def main(argv: list[str]) -> None:
               flush=True)  # fmt: skip
     if args.out:
         record = {
-            "command": "python benchmarks/bench_train.py " + " ".join(argv),
+            "command": "python benchmarks/bench_train.py " + " ".join(args.runs),
             "commit": args.commit or commit(),
             "device": device,
             "jax": jax.__version__,
+            "options": {k: v for k, v in vars(args).items() if k in OPTIONS and v},
             "results": rows,
         }
         args.out.write_text(json.dumps(record, indent=1) + "\n")
