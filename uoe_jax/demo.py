@@ -24,8 +24,8 @@ from uoe_jax.hardware.count import count_params, flops_per_token
 from uoe_jax.validation import validate
 
 TOLERANCE = 0.03  # largest difference of active FLOPs a token between two models
-PROMPT = "class "
-SAMPLE_TOKENS = 120
+PROMPT = "    def __init__(self, "
+SAMPLE_TOKENS = 104  # with the prompt, about as long as the training examples
 PAGE = "report.html"
 SUMMARY_KEYS = (
     "name",
@@ -58,20 +58,20 @@ def demo_configs(steps: int | None = None) -> list[ExperimentConfig]:
             head_dim=16,
             scan_layers=False,  # three layers compile fast and run faster unrolled
         ),
-        data=DataConfig(source="stdlib", batch_size=16, seq_len=128),
+        data=DataConfig(source="stdlib", batch_size=8, seq_len=128),
         optim=OptimConfig(
-            learning_rate=4e-3,
-            warmup_steps=30,
+            learning_rate=3e-3,
+            warmup_steps=20,
             schedule="linear",
             final_lr_fraction=0.05,
             beta2=0.98,
         ),
         train=TrainConfig(
-            steps=steps or 300,
-            log_every=20,
-            eval_every=60,
-            eval_batches=24,
-            save_every=150,
+            steps=steps or 500,
+            log_every=25,
+            eval_every=100,
+            eval_batches=48,
+            save_every=250,
             keep_checkpoints=1,
         ),
     )

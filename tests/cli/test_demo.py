@@ -55,7 +55,7 @@ def small_demo(tiny_config, monkeypatch):
     ]
     monkeypatch.setattr(demo, "TOLERANCE", 10.0)
     monkeypatch.setattr(demo, "demo_configs", lambda steps=None: configs)
-    monkeypatch.setattr(demo, "SAMPLE_TOKENS", 16)
+    monkeypatch.setattr(demo, "SAMPLE_TOKENS", 8)
     return configs
 
 

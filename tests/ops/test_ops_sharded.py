@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from uoe_jax import ops
@@ -58,7 +57,6 @@ def loss(weights, x, choices, implementation=None):
     return jnp.square(jax.lax.scan(body, x, weights)[0]).mean()
 
 
-@pytest.mark.next_jax
 def test_sharded_rows_and_replicated_weights_equal_one_device():
     """Under shard_map with checked types, scan over layers and checkpoint."""
     rng = np.random.default_rng()

@@ -48,7 +48,6 @@ def test_packing_shapes_and_types():
     assert {x.dtype for x in packing} == {jnp.dtype("int32")}
 
 
-@pytest.mark.next_jax
 def test_gather_and_combine_are_each_others_transpose():
     rng = np.random.default_rng()
     packing = pack_choices(jnp.asarray(random_choices(rng, 3)), EXPERTS)

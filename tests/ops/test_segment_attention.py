@@ -38,7 +38,6 @@ def draw(rng, groups, width, dtype=np.float32):
 cuts = st.lists(st.integers(0, ROWS), min_size=SEGMENTS, max_size=SEGMENTS).map(sorted)
 
 
-@pytest.mark.next_jax
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("causal", "window", "groups", "width", "scale"),

@@ -6,6 +6,9 @@ expert with all K heads. Weights: wq [E,D,J,G,H], wk and wv [E,D,J,H], wo [E,J,G
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -121,11 +124,10 @@ class UnionAttention(_Attention):
         routing = self.router(x, context, context.leaders)
         packing = pack_choices(routing.choices, self.config.union.num_experts)
         q, k, v = self.project_rows(x, packing, context.positions)
-        if context.segments is None:
-            offsets = packing.segment_offsets
-        else:
-            offsets = document_offsets(packing, context.segments)
-        out = self._attend(q, k, v, offsets)
+        bounds = None
+        if context.segments is not None:
+            bounds = document_bounds(packing, context.segments)
+        out = self._attend(q, k, v, packing.segment_offsets, bounds)
         y = self.project_out(out, routing, packing).reshape(x.shape)
         batch, log = x.shape[0], (-1, *k.shape[1:])
         k, v = rows_to_picks(k, packing), rows_to_picks(v, packing)
@@ -163,33 +165,37 @@ class UnionAttention(_Attention):
             y = y + self.bo[...].astype(y.dtype)[None]
         return checkpoint_name(y, PROJECTION)
 
-    def _attend(self, q: Array, k: Array, v: Array, offsets: Array) -> Array:
-        """Attend inside each segment, every key head on its own."""
+    def _attend(
+        self, q: Array, k: Array, v: Array, offsets: Array, bounds: Any
+    ) -> Array:
+        """Attend inside each segment and document, every key head on its own."""
         causal = self.config.causal
         rows, heads = k.shape[:2]
         if heads == 1:
-            out = segment_attention(q[:, 0], k[:, 0], v[:, 0], offsets, causal=causal)
+            q, k, v = q[:, 0], k[:, 0], v[:, 0]
+            out = segment_attention(q, k, v, offsets, causal=causal, bounds=bounds)
             return out[:, None]
         q, k, v = (jnp.moveaxis(a, 1, 0).reshape(-1, *a.shape[2:]) for a in (q, k, v))
-        starts = offsets[None, :-1] + rows * jnp.arange(heads)[:, None]
-        ends = jnp.asarray([rows * heads], starts.dtype)
-        offsets = jnp.concatenate([starts.reshape(-1), ends]).astype(offsets.dtype)
-        out = segment_attention(q, k, v, offsets, causal=causal)
+        shift = rows * jnp.arange(heads, dtype=offsets.dtype)[:, None]
+        move = lambda x: (x[None] + shift).reshape(-1)
+        if bounds is not None:
+            bounds = tuple(move(x) for x in bounds)
+        offsets = jnp.append(move(offsets[:-1]), rows * heads)
+        out = segment_attention(q, k, v, offsets, causal=causal, bounds=bounds)
         return jnp.moveaxis(out.reshape(heads, rows, *out.shape[1:]), 0, 1)
 
 
-def document_offsets(
+def document_bounds(
     packing: Packing, segments: Int[Array, "B T"]
-) -> Int[Array, " M1"]:
-    """Return offsets that also split packed segments where the document changes.
-
-    There are at most M such runs; the offsets past the last one are all M.
-    """
+) -> tuple[Int[Array, " M"], Int[Array, " M"]]:
+    """Return the first and last packed row of each row's document."""
     rows = packing.token_ids.shape[0]
+    row = jnp.arange(rows, dtype=jnp.int32)
     document = segments.reshape(-1)[packing.token_ids]
     before = jnp.pad(document[:-1], (1, 0), constant_values=-1)
     starts = jnp.zeros(rows + 1, bool).at[packing.segment_offsets].set(True)[:rows]
     starts = starts | (document != before)
-    (begin,) = jnp.nonzero(starts, size=rows, fill_value=rows)
-    offsets = jnp.append(begin, rows)
-    return offsets.astype(packing.segment_offsets.dtype)
+    ends = jnp.append(starts[1:], True)
+    first = jax.lax.cummax(jnp.where(starts, row, 0))
+    last = jax.lax.cummin(jnp.where(ends, row, rows), reverse=True)
+    return first, last

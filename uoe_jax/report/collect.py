@@ -14,23 +14,27 @@ from uoe_jax.model import routing_choices
 from uoe_jax.report.overlay import Overlay
 from uoe_jax.report.read import BLOCKS, routed_layers
 
-_TOKENS = 320  # enough to read; more would only be small
+_TOKENS = 384  # enough to read; more would only be small
 
 
 def collect_overlay(
     model: nnx.Module, config: ExperimentConfig, dataset: Any
 ) -> Overlay | None:
-    """Return the experts chosen in the first validation example; None if none route."""
+    """Return the experts chosen in a piece of validation data; None if none route.
+
+    Text is taken from the middle of the split, in neighbouring rows of the model's
+    sequence length.
+    """
     layers = {block: routed_layers(config.model, block) for block in BLOCKS}
     layers = {block: rows for block, rows in layers.items() if rows}
     if not layers:
         return None
-    batch = dataset.batch(0)
+    batch = _example(config, dataset)
     vision = config.model.kind == "vision"
-    inputs = batch["images"][:1] if vision else batch["tokens"][:1, :_TOKENS]
+    inputs = batch["images"] if vision else batch["tokens"]
     options = {}
     if config.model.kind == "encoder":  # the rest of the row is padding
-        options["segments"] = jnp.asarray(batch["segments"][:1, :_TOKENS])
+        options["segments"] = jnp.asarray(batch["segments"])
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -44,10 +48,26 @@ def collect_overlay(
         "mlp": config.model.moe.num_experts if moe else config.model.union.num_experts,
     }
     return Overlay(
-        choices={block: np.asarray(found[block])[:, 0] for block in layers},
+        choices={block: _join_rows(np.asarray(found[block])) for block in layers},
         layers=layers,
         num_experts={block: number[block] for block in layers},
-        tokens=[] if vision else [dataset.decode([int(i)]) for i in inputs[0]],
+        tokens=[] if vision else [dataset.decode([int(i)]) for i in inputs.ravel()],
         image=np.asarray(inputs[0]) if vision else None,
         patch=config.model.image_patch,
     )
+
+
+def _example(config: ExperimentConfig, dataset: Any) -> dict[str, np.ndarray]:
+    """Return a batch of one row, or of the rows that make up `_TOKENS` of text."""
+    rows = 1
+    if config.model.kind == "decoder":
+        rows = min(max(_TOKENS // config.seq_len, 1), dataset.num_examples)
+    first = (dataset.num_examples - rows) // 2
+    batch = dataset.examples(np.arange(first, first + rows))
+    cut = ("tokens", "segments")
+    return {k: v[:, :_TOKENS] if k in cut else v for k, v in batch.items()}
+
+
+def _join_rows(choices: np.ndarray) -> np.ndarray:
+    """Return choices [L, B, T, X] as [L, B*T, X]."""
+    return choices.reshape(len(choices), -1, choices.shape[-1])

@@ -27,13 +27,14 @@ LABELS = {
 def smooth(values: np.ndarray, share: float = 0.06) -> np.ndarray:
     """Return centred means of a series [n] over windows of a share of its length.
 
-    Windows shrink towards both ends, so the line neither lags nor is cut short.
+    Windows are cut at both ends, so the line doesn't lag and is as long as the series.
     """
     half = round(len(values) * share / 2)
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(index, index[::-1]))
-    return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
+    first = np.maximum(index - half, 0)
+    end = np.minimum(index + half + 1, len(values))
+    return (total[end] - total[first]) / (end - first)
 
 
 def loss_figure(runs: list[Run], theme: Theme) -> Figure | None:

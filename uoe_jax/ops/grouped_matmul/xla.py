@@ -38,8 +38,8 @@ def gather_project(
     blocks: ModuleType | None = None,
 ) -> Float[Array, "M O"]:
     """Return each row's token times the row's expert weight; keeps only x and w."""
-    x, w, *packing = vary_together(x, w, *packing)
-    return _gather_project(_choose(blocks), x, w, Packing(*packing))
+    x, w, *ids = vary_together(x, w, *packing)
+    return _gather_project(_choose(blocks), x, w, Packing(*ids))
 
 
 def project_scatter(
@@ -50,8 +50,8 @@ def project_scatter(
     blocks: ModuleType | None = None,
 ) -> Float[Array, "N O"]:
     """Return each token's sum of its rows times their expert weights."""
-    rows, w, *packing = vary_together(rows, w, *packing)
-    return _project_scatter(_choose(blocks), rows, w, Packing(*packing))
+    rows, w, *ids = vary_together(rows, w, *packing)
+    return _project_scatter(_choose(blocks), rows, w, Packing(*ids))
 
 
 def _choose(blocks: ModuleType | None) -> ModuleType:

@@ -20,6 +20,7 @@ def segment_attention(
     *,
     causal: bool,
     window: int | None = None,
+    bounds: tuple[Int[Array, " M"], Int[Array, " M"]] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "M G H"]:
@@ -36,6 +37,8 @@ def segment_attention(
       offsets: ascending first rows of the segments and the end of the last.
       causal: row i sees only rows j <= i.
       window: row i sees only rows with |i - j| < window.
+      bounds: first and last row of its segment that each row may see, as where a
+        segment holds several documents; a row always sees itself.
       scale: factor of the scores; None: 1 / sqrt(H).
       implementation: backend name; None: the fastest that can serve.
 
@@ -68,5 +71,6 @@ def segment_attention(
         offsets,
         causal=causal,
         window=window,
+        bounds=bounds,
         scale=q.shape[2] ** -0.5 if scale is None else scale,
     )

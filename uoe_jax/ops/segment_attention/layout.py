@@ -36,6 +36,7 @@ def segment_layout(
     *,
     causal: bool,
     window: int | None,
+    bounds: tuple[Int[Array, " M"], Int[Array, " M"]] | None = None,
 ) -> Layout:
     """Return the layout of packed segments; each one starts a new block."""
     num_segments = offsets.shape[0] - 1
@@ -57,6 +58,10 @@ def segment_layout(
     low, high = visible_range(
         slot, start, start + lengths[segment][:, None] - 1, causal, window
     )
+    if bounds is not None:
+        first, last = (x.at[rows].get(mode="clip") for x in bounds)
+        low = jnp.maximum(low, slot - (rows - first))
+        high = jnp.minimum(high, slot + (last - rows))
 
     row = jnp.arange(num_rows, dtype=jnp.int32)
     owner = jnp.searchsorted(offsets, row, side="right") - 1

@@ -17,6 +17,7 @@ def segment_attention(
     *,
     causal: bool,
     window: int | None,
+    bounds: tuple[Int[Array, " M"], Int[Array, " M"]] | None,
     scale: float,
 ) -> Float[Array, "M G H"]:
     """Return softmax attention inside each segment, in float32 or wider."""
@@ -32,6 +33,9 @@ def segment_attention(
         visible &= distance >= 0
     if window is not None:
         visible &= jnp.abs(distance) < window
+    if bounds is not None:
+        first, last = bounds
+        visible &= (row[None, :] >= first[:, None]) & (row[None, :] <= last[:, None])
     high = jax.lax.Precision.HIGHEST
     k, v = (jnp.where(real, x, 0).astype(dtype) for x in (k, v))
     scores = jnp.einsum("mgh,nh->mgn", q.astype(dtype), k, precision=high) * scale

@@ -17,6 +17,7 @@ def segment_attention(
     *,
     causal: bool,
     window: int | None,
+    bounds: tuple[Int[Array, " M"], Int[Array, " M"]] | None,
     scale: float,
 ) -> Float[Array, "M G H"]:
     """Return blockwise attention inside each segment."""
@@ -25,9 +26,13 @@ def segment_attention(
         return q
     mean = num_rows // (offsets.shape[0] - 1)
     block, chunk = choose_tile(num_rows, mean, groups)
-    layout = segment_layout(offsets, num_rows, block, causal=causal, window=window)
+    layout = segment_layout(
+        offsets, num_rows, block, causal=causal, window=window, bounds=bounds
+    )
     # Without a window, all blocks of a full segment need the same key blocks.
-    options = Options(scale, chunk, cyclic=not causal and window is None)
+    options = Options(
+        scale, chunk, cyclic=not causal and window is None and bounds is None
+    )
     return blockwise_attention(q, k, v, layout, options)
 
 
@@ -38,7 +43,7 @@ def choose_tile(num_rows: int, mean_rows: int, groups: int) -> tuple[int, int]:
     A chunk is what one step works on: enough to hide its fixed cost.
     """
     if jax.default_backend() == "cpu":
-        largest, rows = 64, 2048
+        largest, rows = 64, 1024 if num_rows < 8192 else 2048
     else:
         largest, rows = 256, 65536
     block = 16
