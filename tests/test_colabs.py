@@ -22,7 +22,9 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     )
     client.execute()
     printed = "".join(
-        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+        output.get("text", "")
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
     )
     assert printed, "the notebook printed nothing"
 

@@ -24,7 +24,7 @@ from uoe_jax.hardware.count import count_params, flops_per_token
 from uoe_jax.validation import validate
 
 TOLERANCE = 0.03  # largest difference of active FLOPs a token between two models
-PROMPT = "    def __init__(self, "
+PROMPT = "import os\n\n\ndef "
 SAMPLE_TOKENS = 104  # with the prompt, about as long as the training examples
 PAGE = "report.html"
 SUMMARY_KEYS = (

@@ -74,7 +74,7 @@ def _train_and_sample(
                 run=str(folder),
                 prompt=parts.PROMPT,
                 max_new_tokens=parts.SAMPLE_TOKENS,
-                temperature=0.5,
+                temperature=0.7,
             ),
         )
         for folder in folders

@@ -43,7 +43,7 @@ def loss_figure(runs: list[Run], theme: Theme) -> Figure | None:
         return None
     figure, panels = _panels()
     for axes, (x, label, unit) in zip(panels, AXES, strict=True):
-        highest = []
+        shown = []
         for i, run in enumerate(runs):
             color = theme.colors[i % len(theme.colors)]
             train = run.series("loss", x)
@@ -53,11 +53,12 @@ def loss_figure(runs: list[Run], theme: Theme) -> Figure | None:
                 axes.plot(
                     train[0], smoothed, color=color, label=f"{run.name}, training"
                 )
-                highest.append(smoothed[len(smoothed) // 8 :].max())
+                shown.extend(smoothed[len(smoothed) // 8 :])
+            shown.extend(run.series("loss", x, "eval")[1][1:])
             _validation(axes, run, "loss", x, i, theme, f"{run.name}, validation")
         _dress(axes, label, unit)
-        if highest:  # the first steps' fall would flatten all that follows
-            axes.set_ylim(top=max(highest) * 1.08)
+        if shown:  # the first steps' fall and the noise would flatten all the rest
+            axes.set_ylim(min(shown) * 0.92, max(shown) * 1.08)
     panels[0].set_ylabel(LABELS["loss"])
     _legend(figure, panels[0], columns=len(runs))
     return figure

@@ -64,17 +64,17 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """Return the run's one line: sizes, speed and final validation numbers."""
         model = self.config.model
-        speeds = self.series("tokens_per_second", "step")[1]
+        tokens, seconds = self.last("tokens", "train"), self.last("seconds")
         return {
             "name": self.name,
             "parameters": sum(count_params(model).values()),
             "active parameters": count_active_params(model),
             "FLOP/token": flops_per_token(model, self.config.seq_len).forward,
             "steps": self.last("step", "train"),
-            "tokens": self.last("tokens", "train"),
+            "tokens": tokens,
             "FLOP": self.last("flops", "train"),
-            "seconds": self.last("seconds", "train"),
-            "tokens/s": float(np.median(speeds)) if speeds.size else None,
+            "seconds": seconds or self.last("seconds", "train"),
+            "tokens/s": tokens / seconds if tokens and seconds else None,
             "MFU": self.last("mfu", "train"),
             "validation loss": self.last("loss"),
             "bits/byte": self.last("bits_per_byte"),

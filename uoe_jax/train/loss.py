@@ -50,8 +50,9 @@ def linear_cross_entropy(
     """Return weighted sums of the cross-entropy of the logits `x @ weight + bias`.
 
     Logits exist for `chunk` tokens at a time, in x's dtype (products accumulate in
-    float32); everything from there on is float32. Differentiation computes the gradient in the same pass over the chunks, so
-    nothing is recomputed; only `objective` has one, to `x`, `weight` and `bias`.
+    float32); everything from there on is float32. Differentiation computes the gradient
+    in the same pass over the chunks, so nothing is recomputed; only `objective` has
+    one, to `x`, `weight` and `bias`.
     objective: `(1-s) nll + s (logsumexp - mean logit) + z_loss logsumexp^2`
     (Szegedy et al. 2016, section 7; z-loss as in PaLM, Chowdhery et al. 2022).
     """
