@@ -10,7 +10,7 @@ from tiny_runs import with_train
 from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.config import ModelConfig
 from uoe_jax.data import make_dataset
-from uoe_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from uoe_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from uoe_jax.evaluate import evaluate, load_run
 from uoe_jax.train import StopRun, loop, train
 from uoe_jax.train.metrics import MetricsLog, read_metrics
@@ -296,6 +296,15 @@ def test_profile_is_written(tiny, tmp_path):
 def test_a_batch_that_does_not_divide_is_refused_before_anything(tiny, tmp_path):
     with pytest.raises(ConfigError, match="a batch of 6 doesn't divide over 8"):
         train(tiny(data={"batch_size": 6}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_data_leaves_no_folder_behind(tiny, tmp_path):
+    config = tiny()
+    missing = {"source": "auto", "path": str(tmp_path / "no.txt")}
+    data = dataclasses.replace(config.data, **missing)
+    with pytest.raises(DataError, match=r"no\.txt doesn't exist"):
+        train(dataclasses.replace(config, data=data), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 

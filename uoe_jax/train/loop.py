@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from uoe_jax.checkpoint import Checkpoints, from_arrays, named_leaves, snapshot
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.data import make_dataset, prefetch
+from uoe_jax.data import Dataset, make_dataset, prefetch
 from uoe_jax.errors import NonFiniteError
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.hardware.devices import peak_flops
@@ -69,13 +69,15 @@ def train(
             Display(quiet=quiet, log_every=config.train.log_every)
         )
         run_dir = Path(run_dir)
+        # Before the folder is touched: data that can't serve leaves nothing behind.
+        data = (make_dataset(config, "train"), make_dataset(config, "valid"))
         stack.enter_context(
             open_run_dir(run_dir, config, resume=resume, note=display.note)
         )
         signals = stack.enter_context(StopSignals())
         if optimizer is None:
             optimizer = make_optimizer(config.optim, config.train.steps)
-        run = _Run(config, run_dir, mesh, optimizer, display, signals)
+        run = _Run(config, run_dir, data, mesh, optimizer, display, signals)
         run.restore(resume_step)
         return run.train()
 
@@ -87,6 +89,7 @@ class _Run:
         self,
         config: ExperimentConfig,
         run_dir: Path,
+        data: tuple[Dataset, Dataset],
         mesh: jax.sharding.Mesh,
         optimizer: optax.GradientTransformationExtraArgs,
         display: Display,
@@ -96,8 +99,7 @@ class _Run:
         self.display, self.signals = display, signals
         self.progress = Progress()
         self.clock = Clock(self.progress)
-        self.data = make_dataset(config, "train")
-        self.valid = make_dataset(config, "valid")
+        self.data, self.valid = data
         self.graphdef, self.state = init_state(config, optimizer, mesh)
         self.step_fn: Any = make_step(config, self.graphdef, optimizer, mesh)
         self.eval_fn = make_eval_step(config, self.graphdef, mesh)
