@@ -183,6 +183,11 @@ def _union(model: ModelConfig) -> Iterator[str]:
                 f"model.union.top_k {union.top_k} is more than model.union.num_experts "
                 f"{experts}; use at most {experts}"
             )
+        if union.gate == "softmax" and union.top_k == 1 < experts:
+            yield (
+                "model.union.gate 'softmax' over a model.union.top_k of 1 is always 1, "
+                "so the loss can't train the router; use gate sigmoid or a top_k of 2"
+            )
         if not 1 <= union.patch_size <= 128:
             yield (
                 f"model.union.patch_size is {union.patch_size}; use 1 (each token "
@@ -198,6 +203,11 @@ def _moe(model: ModelConfig) -> Iterator[str]:
         yield (
             f"model.moe.top_k {moe.top_k} is more than model.moe.num_experts "
             f"{moe.num_experts}; use at most {moe.num_experts}"
+        )
+    if moe.top_k == 1 < moe.num_experts:
+        yield (
+            "model.moe.top_k is 1; its gate, a softmax over the chosen, is then always "
+            "1 and the loss can't train the router; use at least 2"
         )
     if moe.d_expert is None and moe.top_k > 0 and model.d_ff % moe.top_k:
         yield (
