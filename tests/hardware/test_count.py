@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import pytest
 from flax import nnx
-from uoe_jax.model import make_model
 
 from uoe_jax.config import ModelConfig, MoeConfig, UnionConfig
 from uoe_jax.hardware import count, devices
+from uoe_jax.model import make_model
 from uoe_jax.presets import PRESETS, get_preset
 
 
