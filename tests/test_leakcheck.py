@@ -9,7 +9,7 @@ import pytest
 import uoe_jax.model.attention
 import uoe_jax.model.encoder
 import uoe_jax.model.router
-from uoe_jax.config import ModelConfig, UnionConfig
+from uoe_jax.config import MobaConfig, ModelConfig, MoeConfig, UnionConfig
 from uoe_jax.leakcheck import (
     Finding,
     check_documents,
@@ -68,8 +68,17 @@ def planted(config):
             union=UnionConfig(num_experts=2, top_k=1, patch_size=3),
             compute_dtype="bfloat16",
         ),
+        dataclasses.replace(
+            CONFIG,
+            num_layers=3,
+            attention=("moh", "moba", "dense"),
+            mlp=("moe", "union", "dense"),
+            blocks=("all", "all", "mod"),
+            moba=MobaConfig(block_size=5, top_k=2),
+            moe=MoeConfig(num_experts=4, top_k=2, num_shared=1, gate="softmax_all"),
+        ),
     ],
-    ids=["union", "mixed"],
+    ids=["union", "mixed", "baselines"],
 )
 def test_our_decoders_leak_nothing(config):
     found = run(config)

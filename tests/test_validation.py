@@ -37,9 +37,9 @@ def replace_at(node, path, value):
         (
             "tiny-union",
             {"model__union__top_k": 1, "model__union__gate": "softmax"},
-            ["softmax", "top_k of 1", "sigmoid"],
+            ["softmax", "top_k of 1 routed", "sigmoid"],
         ),
-        ("tiny-moe", {"model__moe__top_k": 1}, ["top_k is 1", "at least 2"]),
+        ("tiny-moe", {"model__moe__top_k": 1}, ["one routed", "softmax_all"]),
         ("tiny-moe", {"model__moe__top_k": 9}, ["top_k 9", "at most 8"]),
         ("tiny-moe", {"model__moe__top_k": 3}, ["d_ff 512", "moe.d_expert"]),
         ("tiny", {"model__num_kv_heads": 3}, ["3", "1, 2, 4, 8"]),

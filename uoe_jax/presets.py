@@ -9,6 +9,7 @@ from typing import Any
 from uoe_jax.config import (
     DataConfig,
     ExperimentConfig,
+    MobaConfig,
     ModelConfig,
     MoeConfig,
     OptimConfig,
@@ -158,9 +159,61 @@ def as_union(config: ExperimentConfig) -> ExperimentConfig:
 
 def as_moe(config: ExperimentConfig, **moe: Any) -> ExperimentConfig:
     """Return the experiment with every MLP a top-2 mixture of experts."""
-    mixture = MoeConfig(**moe)
-    model = dataclasses.replace(config.model, mlp=("moe",), moe=mixture)
-    return dataclasses.replace(config, name=f"{config.name}-moe", model=model)
+    return _variant(config, "moe", mlp=("moe",), moe=MoeConfig(**moe))
+
+
+def _variant(config: ExperimentConfig, name: str, **model: Any) -> ExperimentConfig:
+    """Return the experiment with some fields of its model replaced."""
+    changed = dataclasses.replace(config.model, **model)
+    return dataclasses.replace(config, name=f"{config.name}-{name}", model=changed)
+
+
+def baselines(config: ExperimentConfig) -> dict[str, ExperimentConfig]:
+    """Return what unions are compared with, by name, as variants of a dense model.
+
+    The mixtures cost what the dense MLP costs; the others save FLOPs, as published:
+    Switch (Fedus et al. 2021), GShard's top-2 (Lepikhin et al. 2020), fine-grained
+    experts with a shared one (DeepSeek-V3, 2024), mixture of depths in every other
+    block (Raposo et al. 2024), mixture of heads at 75% of the heads (Jin et al. 2024)
+    and block-sparse attention (MoBA, Lu et al. 2025).
+    """
+    model = config.model
+    heads = model.num_kv_heads
+    moe = {
+        "switch": MoeConfig(top_k=1, gate="softmax_all", capacity_factor=1.25),
+        "top2": MoeConfig(top_k=2, capacity_factor=1.25),
+        "deepseek": MoeConfig(
+            num_experts=16,
+            top_k=4,
+            num_shared=1,
+            gate="sigmoid",
+            balance_loss=0.0,
+            bias_update_rate=0.001,
+        ),
+    }
+    variants: dict[str, dict[str, Any]] = {
+        name: {"mlp": ("moe",), "moe": mixture} for name, mixture in moe.items()
+    }
+    variants["mod"] = {"blocks": ("all", "mod")}
+    union = UnionConfig(
+        num_experts=heads, top_k=heads * 3 // 4, num_shared=heads // 4, gate="softmax"
+    )
+    variants["moh"] = {"attention": ("moh",), "union": union}
+    size = max(16, model.max_seq_len // 8)
+    variants["moba"] = {
+        "attention": ("moba",),
+        "moba": MobaConfig(block_size=size, top_k=3),
+    }
+    return {name: _variant(config, name, **model) for name, model in variants.items()}
+
+
+def as_expert_choice(config: ExperimentConfig) -> ExperimentConfig:
+    """Return the experiment with every MLP an expert-choice mixture, twice per token.
+
+    Zhou et al. 2022; experts look at whole samples, so not for decoders.
+    """
+    moe = MoeConfig(router="expert_choice", gate="softmax_all", top_k=2)
+    return _variant(config, "expert-choice", mlp=("moe",), moe=moe)
 
 
 _BASES: dict[str, Callable[[], ExperimentConfig]] = {
@@ -179,8 +232,13 @@ PRESETS: dict[str, Callable[[], ExperimentConfig]] = {
         f"{name}-union": lambda make=make: as_union(make())
         for name, make in _BASES.items()
     },
+    **{
+        f"tiny-{name}": lambda name=name: baselines(_tiny())[name]
+        for name in baselines(_tiny())
+    },
     "digits-vit": _digits_vit,
     "digits-vit-union": lambda: as_union(_digits_vit()),
+    "digits-vit-expert-choice": lambda: as_expert_choice(_digits_vit()),
 }
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
-from uoe_jax.config import DataConfig, ExperimentConfig, ModelConfig
+from uoe_jax.config import (
+    CAUSAL_ROUTERS,
+    ROUTER_SEES,
+    DataConfig,
+    ExperimentConfig,
+    ModelConfig,
+    UnionConfig,
+)
 from uoe_jax.errors import ConfigError
 
 
@@ -22,6 +30,7 @@ def find_problems(config: ExperimentConfig) -> Iterator[str]:
     yield from _model(config.model)
     yield from _union(config.model)
     yield from _moe(config.model)
+    yield from _sparse(config.model)
     yield from _data(config)
     yield from _train(config)
 
@@ -53,6 +62,8 @@ def _positive(config: ExperimentConfig) -> Iterator[str]:
         "model.union.top_k": model.union.top_k,
         "model.moe.num_experts": model.moe.num_experts,
         "model.moe.top_k": model.moe.top_k,
+        "model.moba.block_size": model.moba.block_size,
+        "model.moba.top_k": model.moba.top_k,
         "data.batch_size": data.batch_size,
         "train.accumulate": train.accumulate,
         "train.log_every": train.log_every,
@@ -110,6 +121,9 @@ def _fractions(config: ExperimentConfig) -> Iterator[str]:
         "model.moe.router_z_loss": model.moe.router_z_loss,
         "model.moe.bias_update_rate": model.moe.bias_update_rate,
         "model.moe.router_init_std": model.moe.router_init_std,
+        "model.mod.bias_update_rate": model.mod.bias_update_rate,
+        "model.mod.router_z_loss": model.mod.router_z_loss,
+        "model.mod.router_init_std": model.mod.router_init_std,
     }
     for name, value in nonnegative.items():
         if not value >= 0:
@@ -118,6 +132,7 @@ def _fractions(config: ExperimentConfig) -> Iterator[str]:
         "optim.eps": optim.eps,
         "model.norm_eps": model.norm_eps,
         "model.rope_theta": model.rope_theta,
+        "model.mod.capacity_factor": model.mod.capacity_factor,
     }
     if config.train.max_seconds is not None:
         positive["train.max_seconds"] = config.train.max_seconds
@@ -137,7 +152,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
             f"model.head_dim is {model.head_dim}; rotary positions need an even width, "
             f"use {model.head_dim + 1}"
         )
-    for name, pattern in (("attention", model.attention), ("mlp", model.mlp)):
+    for name in ("attention", "mlp", "blocks"):
+        pattern = getattr(model, name)
         if not pattern:
             yield f"model.{name} is empty; name at least one kind"
         elif len(pattern) > max(model.num_layers, 1):
@@ -161,38 +177,108 @@ def _model(model: ModelConfig) -> Iterator[str]:
 
 
 def _union(model: ModelConfig) -> Iterator[str]:
-    union = model.union
-    experts = union.num_experts
-    if experts < 1:
+    if "union" in model.mlp:
+        experts = model.union.num_experts
+        if experts > 0 and model.d_ff % experts:
+            below, above = model.d_ff // experts * experts, -(-model.d_ff // experts)
+            near = f"{below} or {above * experts}" if below else f"{above * experts}"
+            yield (
+                f"model.union.num_experts {experts} doesn't divide model.d_ff "
+                f"{model.d_ff}; use one of {_divisors(model.d_ff)}, or model.d_ff "
+                f"{near}"
+            )
+        yield from _router(model, model.union, "model.union")
+        if model.union.shared_kv and "union" not in model.attention:
+            yield (
+                "model.union.shared_kv is on and no attention is a union; switch it "
+                "off or set model.attention union"
+            )
+    if "union" in model.attention or "moh" in model.attention:
+        union = model.union_for("attention")
+        own = model.union_attention != type(model.union_attention)()
+        name = "model.union_attention" if own else "model.union"
+        if min(union.num_experts, union.top_k) < 1:
+            if own:
+                yield (
+                    f"{name} has num_experts {union.num_experts} and top_k "
+                    f"{union.top_k}; both must be at least 1"
+                )
+            return
+        if union.num_experts > 0 and model.num_kv_heads % union.num_experts:
+            yield (
+                f"{name}.num_experts {union.num_experts} doesn't divide "
+                f"model.num_kv_heads {model.num_kv_heads}; use one of "
+                f"{_divisors(model.num_kv_heads)}"
+            )
+        if "moh" in model.attention:
+            # Its gates are softmaxes, whatever the union's are.
+            union = dataclasses.replace(union, gate="softmax")
+            if union.router != "token":
+                yield (
+                    f"{name}.router is {union.router!r} and model.attention 'moh'; "
+                    "mixture-of-head attention routes tokens, use token"
+                )
+        if own or "moh" in model.attention or "union" not in model.mlp:
+            yield from _router(model, union, name)
+
+
+def _router(model: ModelConfig, union: UnionConfig, name: str) -> Iterator[str]:
+    """Yield what is wrong with one union's router."""
+    experts, routed = union.num_experts, union.num_experts - union.num_shared
+    if union.top_k > experts:
+        yield (
+            f"{name}.top_k {union.top_k} is more than {name}.num_experts "
+            f"{experts}; use at most {experts}"
+        )
+    if not 0 <= union.num_shared < max(union.top_k, 1):
+        yield (
+            f"{name}.num_shared is {union.num_shared}; always-on experts are part of "
+            f"top_k {union.top_k} and one must be left to route: use 0 to "
+            f"{max(union.top_k - 1, 0)}"
+        )
+    if union.gate == "softmax" and union.top_k - union.num_shared == 1 < routed:
+        yield (
+            f"{name}.gate 'softmax' over a {name}.top_k of 1 routed expert is always "
+            "1, so the loss can't train the router; use gate sigmoid or a higher top_k"
+        )
+    if not 1 <= union.patch_size <= 128:
+        yield (
+            f"{name}.patch_size is {union.patch_size}; use 1 (each token decides for "
+            "itself) to 128"
+        )
+    if union.patch_size > 1 and union.router != "token":
+        yield (
+            f"{name}.patch_size is {union.patch_size} with router "
+            f"{union.router!r}; patches are for router token, use patch_size 1"
+        )
+    if model.causal and union.router not in CAUSAL_ROUTERS:
+        yield (
+            f"{name}.router {union.router!r} sees {ROUTER_SEES[union.router]} and the "
+            f"model is causal; use {', '.join(CAUSAL_ROUTERS)}"
+        )
+    if union.segment_size < 1:
+        yield f"{name}.segment_size is {union.segment_size}; it must be at least 1"
+    if union.router == "hierarchical" and not union.top_k <= union.selected <= experts:
+        yield (
+            f"{name}.selected is {union.selected}; the hierarchical router keeps that "
+            f"many experts for its tokens, use {union.top_k} (top_k) to {experts}"
+        )
+    yield from _capacity(union.capacity_factor, union.router, name)
+
+
+def _capacity(factor: float | None, router: str, name: str) -> Iterator[str]:
+    if factor is None:
         return
-    if "union" in model.attention and model.num_kv_heads % experts:
+    if not factor > 0:
         yield (
-            f"model.union.num_experts {experts} doesn't divide model.num_kv_heads "
-            f"{model.num_kv_heads}; use one of {_divisors(model.num_kv_heads)}"
+            f"{name}.capacity_factor is {factor}; it must be positive, or None for no "
+            "drops"
         )
-    if "union" in model.mlp and model.d_ff % experts:
-        below, above = model.d_ff // experts * experts, -(-model.d_ff // experts)
-        near = f"{below} or {above * experts}" if below else f"{above * experts}"
+    if router != "token":
         yield (
-            f"model.union.num_experts {experts} doesn't divide model.d_ff "
-            f"{model.d_ff}; use one of {_divisors(model.d_ff)}, or model.d_ff {near}"
+            f"{name}.capacity_factor is {factor} with router {router!r}; only router "
+            "token has a capacity, leave it None"
         )
-    if "union" in model.attention + model.mlp:
-        if union.top_k > experts:
-            yield (
-                f"model.union.top_k {union.top_k} is more than model.union.num_experts "
-                f"{experts}; use at most {experts}"
-            )
-        if union.gate == "softmax" and union.top_k == 1 < experts:
-            yield (
-                "model.union.gate 'softmax' over a model.union.top_k of 1 is always 1, "
-                "so the loss can't train the router; use gate sigmoid or a top_k of 2"
-            )
-        if not 1 <= union.patch_size <= 128:
-            yield (
-                f"model.union.patch_size is {union.patch_size}; use 1 (each token "
-                "decides for itself) to 128"
-            )
 
 
 def _moe(model: ModelConfig) -> Iterator[str]:
@@ -204,16 +290,48 @@ def _moe(model: ModelConfig) -> Iterator[str]:
             f"model.moe.top_k {moe.top_k} is more than model.moe.num_experts "
             f"{moe.num_experts}; use at most {moe.num_experts}"
         )
-    if moe.top_k == 1 < moe.num_experts:
+    if not 0 <= moe.num_shared < max(moe.top_k, 1):
         yield (
-            "model.moe.top_k is 1; its gate, a softmax over the chosen, is then always "
-            "1 and the loss can't train the router; use at least 2"
+            f"model.moe.num_shared is {moe.num_shared}; shared experts are part of "
+            f"top_k {moe.top_k} and one must be left to route: use 0 to "
+            f"{max(moe.top_k - 1, 0)}"
         )
+    routed = moe.num_experts - moe.num_shared
+    if moe.gate != "softmax_all" and moe.top_k - moe.num_shared == 1 < routed:
+        yield (
+            f"model.moe.gate {moe.gate!r} over one routed expert is always 1 and the "
+            "loss can't train the router; use gate softmax_all or a higher top_k"
+        )
+    if model.causal and moe.router not in CAUSAL_ROUTERS:
+        yield (
+            f"model.moe.router {moe.router!r} sees {ROUTER_SEES[moe.router]} and the "
+            "model is causal; use token"
+        )
+    yield from _capacity(moe.capacity_factor, moe.router, "model.moe")
     if moe.d_expert is None and moe.top_k > 0 and model.d_ff % moe.top_k:
         yield (
             f"model.moe.top_k {moe.top_k} doesn't divide model.d_ff {model.d_ff}; "
             "set model.moe.d_expert"
         )
+
+
+def _sparse(model: ModelConfig) -> Iterator[str]:
+    """Yield what is wrong with mixture-of-depths blocks."""
+    patterns = (model.attention, model.mlp, model.blocks)
+    if "mod" not in model.blocks or not all(patterns):
+        return
+    if not 0 < model.mod.keep < 1:
+        yield (
+            f"model.mod.keep is {model.mod.keep}; it is the share of the tokens that "
+            "enter a block, use more than 0 and less than 1"
+        )
+    for layer, kinds in enumerate(model.layer_kinds):
+        if model.block_kinds[layer] == "mod" and kinds != ("dense", "dense"):
+            yield (
+                f"layer {layer} is a 'mod' block of {kinds[0]} attention and a "
+                f"{kinds[1]} MLP; tokens enter dense blocks only, use dense for both"
+            )
+            return
 
 
 def _data(config: ExperimentConfig) -> Iterator[str]:

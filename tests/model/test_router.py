@@ -12,6 +12,7 @@ from tiny_models import VARIANTS, build, forward, tiny, tokens_like, union
 from uoe_jax.config import UnionConfig
 from uoe_jax.model import RouterBias, update_router_bias
 from uoe_jax.model.attention import UnionAttention
+from uoe_jax.model.balance_stats import router_stats
 from uoe_jax.model.context import make_context, patch_leaders
 from uoe_jax.model.mlp import UnionMlp
 from uoe_jax.model.moe import MoeMlp
@@ -20,7 +21,6 @@ from uoe_jax.model.router import (
     gate_values,
     patch_scores,
     pick_scores,
-    router_stats,
 )
 
 LAYERS = {"attention": UnionAttention, "mlp": UnionMlp, "moe": MoeMlp}
@@ -102,7 +102,7 @@ def test_gate_values():
 
 
 def test_choices_are_the_highest_scores_and_the_bias_only_selects():
-    router = PatchRouter(8, UnionConfig(), "sigmoid", True, rngs=nnx.Rngs(0))
+    router = PatchRouter(8, UnionConfig(), True, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(3), (2, 6, 8))
     context = make_context(tiny(), (2, 6))
     scores = np.asarray(router.scores(x))

@@ -60,9 +60,7 @@ def leakcheck(args: list[str]) -> int:
         structure = scaled_down(config.model)
         note = " (scaled down)" if structure != config.model else ""
         model = make_model(structure, jax.random.key(options.seed))
-    length = options.length or min(
-        structure.max_seq_len, max(24, 2 * structure.union.patch_size)
-    )
+    length = options.length or min(structure.max_seq_len, _probe_length(structure))
     findings = check(model, jax.random.key(options.seed + 1), length=length)
     print(f"{options.target}{note}, {length} tokens")
     print(format_findings(findings))
@@ -71,24 +69,41 @@ def leakcheck(args: list[str]) -> int:
     return 1 if moved else 0
 
 
+def _probe_length(model: ModelConfig) -> int:
+    """Return how many tokens it takes for every router to decide a few times."""
+    units = [8, model.union.patch_size, model.union_for("attention").patch_size]
+    if "moba" in model.attention:
+        units.append(model.moba.block_size)
+    for union in (model.union, model.union_for("attention")):
+        if union.router in ("selection", "hierarchical"):
+            units.append(union.segment_size)
+    return 3 * max(units)
+
+
 def scaled_down(model: ModelConfig) -> ModelConfig:
     """Return a model of the same structure that checks in seconds on a CPU.
 
     Kept: kinds and their pattern, experts and choices, query groups, heads per expert
-    up to 2, patch size, norms, positions, biases.
+    up to 2, patch size, norms, positions, biases. Blocks of block-sparse attention and
+    segments of expert selection are at most 8 tokens.
     """
-    experts = model.union.num_experts if "union" in model.attention else 1
+    routed = {"union", "moh"} & set(model.attention)
+    experts = model.union_for("attention").num_experts if routed else 1
     per_expert = min(model.num_kv_heads // experts, 2)
     kv_heads = experts * per_expert
-    pattern = max(len(model.attention), len(model.mlp))
+    pattern = max(len(model.attention), len(model.mlp), len(model.blocks))
     width = min(model.d_model, 64)
     # Divisible by the union's experts and by the mixture's choices.
     d_ff = 4 * model.union.num_experts * model.moe.top_k
     moe = dataclasses.replace(
         model.moe, d_expert=None if model.moe.d_expert is None else 16
     )
+    union, moba = model.union, model.moba
+    segment, block = min(union.segment_size, 8), min(moba.block_size, 8)
     return dataclasses.replace(
         model,
+        union=dataclasses.replace(union, segment_size=segment),
+        moba=dataclasses.replace(moba, block_size=block),
         vocab_size=min(model.vocab_size, 256),
         max_seq_len=min(model.max_seq_len, max(256, 2 * model.union.patch_size)),
         d_model=width,

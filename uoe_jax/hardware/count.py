@@ -9,10 +9,10 @@ model-FLOPs utilisation (MFU).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from uoe_jax.config import ModelConfig
+from uoe_jax.config import ModelConfig, MoeConfig, UnionConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -45,26 +45,91 @@ def _mlp_matrices(model: ModelConfig) -> int:
     return 3 if model.activation == "swiglu" else 2
 
 
-def _attention_params(model: ModelConfig) -> int:
+@dataclass(frozen=True)
+class _Attention:
+    """Sizes of one attention kind, and the share of them that a token uses.
+
+    `side` is the projections of queries and outputs, `keys` of keys and values.
+    """
+
+    side_params: int
+    key_params: int
+    side: float = 1.0
+    keys: float = 1.0
+
+    @property
+    def params(self) -> int:
+        return self.side_params + self.key_params
+
+    @property
+    def active(self) -> float:
+        return self.side * self.side_params + self.keys * self.key_params
+
+
+def _attention(model: ModelConfig, kind: str) -> _Attention:
     d, h = model.d_model, model.head_dim
     heads, kv = model.num_heads, model.num_kv_heads
-    weights = d * h * (heads + 2 * kv) + heads * h * d
-    biases = h * (heads + 2 * kv) + d if model.use_bias else 0
-    return weights + biases
+    side, keys = 2 * d * heads * h, 2 * d * kv * h
+    if model.use_bias:
+        side, keys = side + heads * h + d, keys + 2 * kv * h
+    if kind not in ("union", "moh"):
+        return _Attention(side, keys)
+    union = model.union_for("attention")
+    shared = kind == "moh" or union.shared_kv
+    return _Attention(side, keys, union.keep, 1.0 if shared else union.keep)
+
+
+def _mlp_width(model: ModelConfig, kind: str) -> tuple[int, float]:
+    """Return the neurons of an MLP kind and how many of them a token uses."""
+    if kind == "moe":
+        moe = model.moe
+        return moe.num_experts * model.d_expert, float(moe.top_k * model.d_expert)
+    keep = model.union.keep if kind == "union" else 1.0
+    return model.d_ff, model.d_ff * keep
 
 
 def _mlp_params(model: ModelConfig, kind: str) -> int:
     d, matrices = model.d_model, _mlp_matrices(model)
-    if kind == "moe":
-        experts, width = model.moe.num_experts, model.d_expert
-        biases = (matrices - 1) * width * experts + d if model.use_bias else 0
-        return experts * matrices * d * width + biases
-    biases = (matrices - 1) * model.d_ff + d if model.use_bias else 0
-    return matrices * d * model.d_ff + biases
+    width, _ = _mlp_width(model, kind)
+    biases = (matrices - 1) * width + d if model.use_bias else 0
+    return matrices * d * width + biases
+
+
+def _routers(model: ModelConfig, attention: str, mlp: str) -> list[tuple[int, int]]:
+    """Return (columns scored, parameters beside them) of a layer's routers."""
+    routers = []
+    if attention in ("union", "moh"):
+        routers.append(_router(model.union_for("attention"), attention == "moh"))
+    if mlp == "union":
+        routers.append(_router(model.union, False))
+    if mlp == "moe":
+        routers.append(_router(model.moe, False))
+    return routers
+
+
+def _router(config: UnionConfig | MoeConfig, moh: bool) -> tuple[int, int]:
+    routed = config.num_experts - config.num_shared
+    columns, rest = routed, 0
+    if config.router in ("selection", "hierarchical"):
+        rest = routed  # learned scores of the first segment
+    if config.router == "hierarchical":
+        columns *= 2
+    if moh and config.num_shared:
+        # Always-on heads against each other, and against the routed.
+        columns += (config.num_shared if config.num_shared > 1 else 0) + 2
+    return columns, rest
 
 
 def _norm_params(model: ModelConfig) -> int:
     return model.d_model * (2 if model.norm == "layernorm" else 1)
+
+
+def _layers(model: ModelConfig) -> list[tuple[str, str, float]]:
+    """Return (attention, mlp, share of the tokens that enter) of every layer."""
+    pairs = zip(model.layer_kinds, model.block_kinds, strict=True)
+    return [
+        (*kinds, model.mod.keep if block == "mod" else 1.0) for kinds, block in pairs
+    ]
 
 
 def count_params(model: ModelConfig) -> dict[str, int]:
@@ -77,15 +142,16 @@ def count_params(model: ModelConfig) -> dict[str, int]:
         parts["embedding"] = model.vocab_size * d
     if model.position == "learned":
         parts["positions"] = num_tokens(model) * d
-    for attention, mlp in model.layer_kinds:
-        parts["attention"] += _attention_params(model)
+    for (attention, mlp), block in zip(
+        model.layer_kinds, model.block_kinds, strict=True
+    ):
+        parts["attention"] += _attention(model, attention).params
         parts["mlp"] += _mlp_params(model, mlp)
         parts["norms"] += 2 * _norm_params(model)
-        if attention == "union":
-            parts["routers"] += d * model.union.num_experts
-        if mlp != "dense":
-            experts = model.union if mlp == "union" else model.moe
-            parts["routers"] += d * experts.num_experts
+        for columns, rest in _routers(model, attention, mlp):
+            parts["routers"] += d * columns + rest
+        if block == "mod":
+            parts["routers"] += d
     parts["norms"] += _norm_params(model)
     if model.kind != "decoder":
         parts["head"] = d * model.num_classes + model.num_classes
@@ -95,63 +161,90 @@ def count_params(model: ModelConfig) -> dict[str, int]:
 
 
 def count_active_params(model: ModelConfig) -> int:
-    """Return the parameters one token uses, embeddings and head included."""
+    """Return the parameters one token uses, embeddings and head included.
+
+    Of a mixture-of-depths block the share of the tokens that enter it.
+    """
     total = sum(count_params(model).values())
-    keep = model.union.top_k / model.union.num_experts
-    for attention, mlp in model.layer_kinds:
-        if attention == "union":
-            total -= round(_attention_params(model) * (1 - keep))
-        if mlp == "union":
-            total -= round(_mlp_params(model, mlp) * (1 - keep))
-        if mlp == "moe":
-            chosen = model.moe.top_k / model.moe.num_experts
-            total -= round(_mlp_params(model, mlp) * (1 - chosen))
+    for attention, mlp, inside in _layers(model):
+        part, width = _attention(model, attention), _mlp_width(model, mlp)
+        total -= round(part.params - inside * part.active)
+        total -= round(_mlp_params(model, mlp) * (1 - inside * width[1] / width[0]))
     return total
 
 
-def _attention_flops(model: ModelConfig, kind: str, length: int) -> dict[str, float]:
-    d, h = model.d_model, model.head_dim
-    heads, kv = model.num_heads, model.num_kv_heads
-    keep = 1.0
-    parts: dict[str, float] = {}
-    if kind == "union":
-        keep = model.union.top_k / model.union.num_experts
-        parts["routers"] = 2.0 * d * model.union.num_experts
-    seen = length * keep  # tokens an expert sees when its load is balanced
-    keys = (seen + 1) / 2 if model.causal else seen
-    parts["attention projections"] = keep * (2 * d * h * (heads + 2 * kv + heads))
-    parts["attention scores"] = keep * 4 * heads * h * keys
+def _mean_keys(length: float, causal: bool) -> float:
+    """Return how many keys a token of a set of `length` sees on average."""
+    return (length + 1) / 2 if causal else length
+
+
+def _score_keys(model: ModelConfig, kind: str, length: float) -> float:
+    """Return the keys that meet a token's queries, mean over heads, unused ones 0."""
+    causal = model.causal
+    if kind == "moba":
+        return _block_keys(model, round(length))
+    if kind not in ("union", "moh"):
+        return _mean_keys(length, causal)
+    union = model.union_for("attention")
+    if kind == "moh" or union.shared_kv:
+        return union.keep * _mean_keys(length, causal)
+    # Every token is in an always-on expert's set, and a balanced share in another's.
+    experts, shared = union.num_experts, union.num_shared
+    share = (union.top_k - shared) / (experts - shared)
+    keys = shared * _mean_keys(length, causal)
+    if share > 0:
+        routed = (experts - shared) * share
+        keys += routed * _mean_keys(length * share, causal)
+    return keys / experts
+
+
+def _block_keys(model: ModelConfig, length: int) -> float:
+    """Return the keys a token of block-sparse attention sees on average."""
+    size, others = model.moba.block_size, model.moba.top_k - 1
+    total = 0
+    for start in range(0, length, size):
+        own = min(size, length - start)
+        if model.causal:
+            earlier = min(start // size, others) * size
+            total += own * earlier + own * (own + 1) // 2
+        else:
+            total += own * min(length, own + others * size)
+    return total / length
+
+
+def _attention_flops(model: ModelConfig, kind: str, length: float) -> dict[str, float]:
+    d, h, heads = model.d_model, model.head_dim, model.num_heads
+    part = _attention(model, kind)
+    projected = part.side * 2 * heads + part.keys * 2 * model.num_kv_heads
+    parts = {
+        "attention projections": 2.0 * d * h * projected,
+        "attention scores": 4 * heads * h * _score_keys(model, kind, length),
+    }
+    if kind == "moba":  # each query meets the mean key of every block it may pick
+        blocks = -(-length // model.moba.block_size) - 1
+        parts["routers"] = 2 * heads * h * (blocks / 2 if model.causal else blocks)
     return parts
-
-
-def _mlp_flops(model: ModelConfig, kind: str) -> dict[str, float]:
-    per_neuron = 2 * model.d_model * _mlp_matrices(model)
-    if kind == "union":
-        union = model.union
-        return {
-            "mlp": per_neuron * model.d_ff * union.top_k / union.num_experts,
-            "routers": 2.0 * model.d_model * union.num_experts,
-        }
-    if kind == "moe":
-        return {
-            "mlp": float(per_neuron * model.d_expert * model.moe.top_k),
-            "routers": 2.0 * model.d_model * model.moe.num_experts,
-        }
-    return {"mlp": float(per_neuron * model.d_ff)}
 
 
 def flops_per_token(model: ModelConfig, seq_len: int | None = None) -> FlopCount:
     """Return one token's FLOPs in a sequence of `seq_len` tokens (or image patches).
 
-    Routed attention is counted at balanced load: every expert sees
-    `seq_len * top_k / num_experts` tokens.
+    Routed attention is counted at balanced load: every routed expert sees the same
+    share of the tokens. A mixture-of-depths block is counted for the `keep` of the
+    tokens that enter it, which see each other only.
     """
     length = num_tokens(model, seq_len)
-    parts: dict[str, float] = {}
-    for attention, mlp in model.layer_kinds:
-        layer = _attention_flops(model, attention, length).items()
-        for name, flops in [*layer, *_mlp_flops(model, mlp).items()]:
-            parts[name] = parts.get(name, 0.0) + flops
+    parts: dict[str, float] = defaultdict(float)
+    for attention, mlp, inside in _layers(model):
+        layer = _attention_flops(model, attention, length * inside)
+        width = _mlp_width(model, mlp)[1]
+        layer["mlp"] = 2 * model.d_model * _mlp_matrices(model) * width
+        columns = sum(columns for columns, _ in _routers(model, attention, mlp))
+        layer["routers"] = layer.get("routers", 0.0) + 2.0 * model.d_model * columns
+        for name, flops in layer.items():
+            parts[name] += inside * flops
+        if inside < 1:
+            parts["routers"] += 2 * model.d_model
     if model.kind == "decoder":
         parts["head"] = 2.0 * model.d_model * model.vocab_size
     else:
@@ -159,20 +252,22 @@ def flops_per_token(model: ModelConfig, seq_len: int | None = None) -> FlopCount
     if model.kind == "vision":
         pixels = model.image_patch**2 * model.image_channels
         parts["embedding"] = 2.0 * pixels * model.d_model
-    return FlopCount(parts=parts)
+    return FlopCount(
+        parts={name: n for name, n in parts.items() if n or name != "routers"}
+    )
 
 
 def cache_bytes(
     model: ModelConfig, batch: int, length: int, dtype: str | None = None
 ) -> int:
-    """Return the bytes of keys and values of `batch` sequences of `length` tokens."""
+    """Return the bytes of keys and values of `batch` sequences of `length` tokens.
+
+    As they are allocated: a mixture-of-depths block needs room for every token.
+    """
     size = DTYPE_BYTES[dtype or model.compute_dtype]
-    total = 0.0
-    for attention, _ in model.layer_kinds:
-        union = attention == "union"
-        keep = model.union.top_k / model.union.num_experts if union else 1.0
-        total += 2 * batch * length * model.num_kv_heads * model.head_dim * size * keep
-    return round(total)
+    token = 2 * model.num_kv_heads * model.head_dim * size
+    keep = sum(_attention(model, kind).keys for kind, _ in model.layer_kinds)
+    return round(batch * length * token * keep)
 
 
 def state_bytes(model: ModelConfig) -> dict[str, int]:
@@ -186,21 +281,20 @@ def activation_bytes(model: ModelConfig, batch: int, seq_len: int | None = None)
 
     Counts what each layer's products read (layer inputs, queries, keys, values,
     attention outputs, hidden activations); with `remat="full"` only layer inputs stay.
+    A mixture-of-depths block keeps those of the tokens it has room for.
     """
-    size, d = DTYPE_BYTES[model.compute_dtype], model.d_model
+    size, d, h = DTYPE_BYTES[model.compute_dtype], model.d_model, model.head_dim
     tokens = batch * num_tokens(model, seq_len)
-    keep = model.union.top_k / model.union.num_experts
     total = 0.0
-    for attention, mlp in model.layer_kinds:
+    for attention, mlp, inside in _layers(model):
         if model.remat == "full":
             total += d
             continue
-        heads = 2 * model.num_heads + 2 * model.num_kv_heads
-        wide = {
-            "dense": float(model.d_ff),
-            "union": model.d_ff * keep,
-            "moe": float(model.d_expert * model.moe.top_k),
-        }[mlp]
-        total += 4 * d + heads * model.head_dim * (keep if attention == "union" else 1)
-        total += wide * _mlp_matrices(model)
+        part = _attention(model, attention)
+        heads = 2 * model.num_heads * part.side + 2 * model.num_kv_heads * part.keys
+        layer = 4 * d + heads * h
+        layer += _mlp_width(model, mlp)[1] * _mlp_matrices(model)
+        if inside < 1:
+            layer = d + min(1.0, inside * model.mod.capacity_factor) * layer
+        total += layer
     return round(total * tokens * size)

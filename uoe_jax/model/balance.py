@@ -11,20 +11,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from uoe_jax.config import ModelConfig, MoeConfig, UnionConfig
+from uoe_jax.config import ModConfig, ModelConfig, MoeConfig, UnionConfig
 
-# "attention" and "mlp", each only where some layer of it is routed. Each holds, for the
-# L routed layers in order: load [L, E], entropy [L], balance_loss [L], z_loss [L], and
-# choices [L, B, T, X] when they were asked for.
+# "attention", "mlp" and "depth", each only where some layer of it is routed. Each
+# holds, for the L routed layers in order: load [L, E], entropy [L], dropped [L],
+# balance_loss [L], z_loss [L], and choices [L, B, T, X] when they were asked for.
 Aux = dict[str, dict[str, Array]]
 
-PARTS = ("attention", "mlp")
+PARTS = ("attention", "mlp", "depth")
 _PADDING = {"load": 0, "choices": -1}
 
 
 def layer_period(config: ModelConfig) -> int:
     """Return after how many layers the pattern of kinds repeats."""
-    period = math.lcm(len(config.attention), len(config.mlp))
+    period = math.lcm(len(config.attention), len(config.mlp), len(config.blocks))
     return min(period, config.num_layers)
 
 
@@ -66,10 +66,18 @@ def _pad(value: Array, width: int, fill: int) -> Array:
 
 def router_configs(
     config: ModelConfig, part: str
-) -> dict[int, UnionConfig | MoeConfig]:
+) -> dict[int, UnionConfig | MoeConfig | ModConfig]:
     """Return the router config of each routed layer of a part, by layer number."""
-    routers: dict[str, Any] = {"union": config.union, "moe": config.moe}
-    kinds = [kind[PARTS.index(part)] for kind in config.layer_kinds]
+    kinds: Sequence[str] = config.block_kinds
+    if part != "depth":
+        kinds = [kind[PARTS.index(part)] for kind in config.layer_kinds]
+    union = config.union_for("attention" if part == "attention" else "mlp")
+    routers: dict[str, Any] = {
+        "union": union,
+        "moh": union,
+        "moe": config.moe,
+        "mod": config.mod,
+    }
     return {i: routers[kind] for i, kind in enumerate(kinds) if kind in routers}
 
 
@@ -78,7 +86,9 @@ def router_losses(aux: Aux, config: ModelConfig) -> Float[Array, ""]:
     total = jnp.zeros(())
     for part, stats in aux.items():
         routers = list(router_configs(config, part).values())
-        balance = np.array([r.balance_loss for r in routers], np.float32)
+        # A mixture of depths is balanced by its bias alone.
+        weights = [getattr(router, "balance_loss", 0.0) for router in routers]
+        balance = np.array(weights, np.float32)
         z = np.array([r.router_z_loss for r in routers], np.float32)
         total = total + jnp.sum(stats["balance_loss"] * balance)
         total = total + jnp.sum(stats["z_loss"] * z)
@@ -89,17 +99,20 @@ def update_router_bias(buffers: PyTree, aux: Aux, config: ModelConfig) -> PyTree
     """Return the model's `RouterBias` state moved against each expert's load error.
 
     Adds `rate * sign(1/E - load)` to each expert's bias, which only selection sees
-    (Wang et al. 2024, auxiliary-loss-free load balancing, algorithm 1).
+    (Wang et al. 2024, auxiliary-loss-free load balancing, algorithm 1). A mixture of
+    depths aims at its `keep` instead of 1/E.
     """
     flat, period = [], layer_period(config)
     for path, variable in nnx.to_flat_state(buffers):
-        # trunk, blocks, STACK, PART, router, bias
-        stack, part = int(str(path[-4])), str(path[-3])
+        # trunk, blocks, STACK, PART, router, bias; the block's own without a PART
+        stack, part = int(str(path[2])), str(path[3])
+        part = "depth" if part == "router" else part
         routers = router_configs(config, part)
         rows = [row for row, layer in enumerate(routers) if layer % period == stack]
         bias = variable[...]
-        router = routers[stack]
+        router: Any = routers[stack]
         load = aux[part]["load"][np.array(rows), : bias.shape[-1]]
-        step = router.bias_update_rate * jnp.sign(1.0 / router.num_experts - load)
+        wanted = router.keep if part == "depth" else 1.0 / bias.shape[-1]
+        step = router.bias_update_rate * jnp.sign(wanted - load)
         flat.append((path, variable.replace(bias + step.astype(bias.dtype))))
     return nnx.from_flat_state(flat)

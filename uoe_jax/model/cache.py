@@ -1,25 +1,28 @@
 """Key/value cache of a decoder.
 
-Dense layers keep k and v of every token, [n, B, S, K, H] for the n layers of a stack.
+Layers whose keys and values aren't routed keep k and v of every token, [n, B, S, K, H]
+for the n layers of a stack; those of mixture-of-depths blocks only of the tokens that
+entered, and their number.
 Union layers keep an append-only log: row t*X + j holds k and v of token t's j-th pick,
 [n, B, S*X, J, H], and which expert that was: exactly X/E of the dense bytes.
-Layers routed by patch also keep the choice of the patch that is being written.
+Layers whose router remembers something keep that as well (see `router_state`).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from uoe_jax.config import ModelConfig
+from uoe_jax.config import ModelConfig, UnionConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model.attention import KeyValue
-from uoe_jax.model.balance import layer_period
-from uoe_jax.model.router import Stats
+from uoe_jax.model.balance import PARTS, layer_period
+from uoe_jax.model.balance_stats import Stats
+from uoe_jax.model.router import router_state
 
-Entry = dict[str, Array]
+Entry = dict[str, Any]
 
 
 class Cache(NamedTuple):
@@ -50,35 +53,37 @@ def _entry(
 ) -> Entry:
     attention, mlp = config.layer_kinds[stack]
     depth = len(range(stack, config.num_layers, layer_period(config)))
-    union = config.union
+    union = config.union_for("attention")
     rows, heads = max_len, config.num_kv_heads
-    if attention == "union":
+    logged = attention == "union" and not union.shared_kv
+    if logged:
         rows, heads = max_len * union.top_k, heads // union.num_experts
-    entry = {
+    entry: Entry = {
         name: jnp.zeros((depth, batch, rows, heads, config.head_dim), dtype)
         for name in ("k", "v")
     }
-    if attention == "union":
+    if logged:
         entry["experts"] = jnp.zeros((depth, batch, rows), jnp.int32)
-    if union.patch_size > 1:
-        for part, kind in (("attention", attention), ("mlp", mlp)):
-            if kind == "union":
-                shape = (depth, batch, union.top_k)
-                entry[part] = jnp.zeros(shape, jnp.int32)
+    if attention in ("union", "moh"):
+        entry["attention"] = _remembered(union, depth, batch)
+    if mlp == "union":
+        entry["mlp"] = _remembered(config.union, depth, batch)
+    if config.block_kinds[stack] == "mod":
+        entry["depth"] = {"count": jnp.zeros((depth, batch), jnp.int32)}
     return entry
 
 
-def write_prompt(
-    entry: Entry,
-    index: int | Array,
-    key_value: KeyValue,
-    stats: dict[str, Stats],
-    leaders: Int[Array, "B 1"] | None,
-) -> Entry:
-    """Return the entry with the prompt's rows written to layer `index` of its stack.
+def _remembered(union: UnionConfig, depth: int, batch: int) -> dict[str, Array]:
+    return {
+        name: jnp.zeros((depth, *shape), dtype)
+        for name, (shape, dtype) in router_state(union, batch).items()
+    }
 
-    `leaders` are the first tokens of the patches that the prompts end in.
-    """
+
+def write_prompt(
+    entry: Entry, index: int | Array, key_value: KeyValue, stats: dict[str, Stats]
+) -> Entry:
+    """Return the entry with the prompt's rows written to layer `index` of its stack."""
     k, v = key_value
     rows = k.shape[1]
     new = dict(entry)
@@ -88,12 +93,20 @@ def write_prompt(
     if "experts" in entry:
         experts = stats["attention"]["choices"].reshape(k.shape[0], rows)
         new["experts"] = entry["experts"].at[index, :, :rows].set(experts)
-    for part in ("attention", "mlp"):
-        if part in entry and leaders is not None:
-            choices = stats[part]["choices"]
-            held = jnp.take_along_axis(choices, leaders[..., None], axis=1)[:, 0]
-            new[part] = entry[part].at[index].set(held)
+    for part in PARTS:
+        if entry.get(part):
+            new[part] = write_state(entry[part], index, stats[part]["state"])
     return new
+
+
+def write_state(
+    stored: dict[str, Array], index: int | Array, state: dict[str, Array]
+) -> dict[str, Array]:
+    """Return what routers remember with layer `index` replaced."""
+    return {
+        name: stored[name].at[index].set(value.astype(stored[name].dtype))
+        for name, value in state.items()
+    }
 
 
 def append_rows(

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.ops.packing import Packing
+from uoe_jax.ops.packing import Packing, take_rows
 
 # The name remat policy "dots" keeps: outputs of projections, never attention scores.
 PROJECTION = "projection"
@@ -94,15 +94,10 @@ def picks_to_rows(
 ) -> Float[Array, "M ..."]:
     """Return per-pick values in packed order; a permutation, so its own inverse's."""
     flat = packing.row_ids.reshape(-1)
-    order = (
-        jnp.zeros_like(flat)
-        .at[flat]
-        .set(
-            jnp.arange(flat.size, dtype=flat.dtype),
-            unique_indices=True,
-            mode="promise_in_bounds",
-        )
-    )
+    picks = jnp.arange(flat.size, dtype=flat.dtype)
+    # Picks past the last row have no place: dropped.
+    order = jnp.zeros(packing.token_ids.shape, flat.dtype)
+    order = order.at[flat].set(picks, unique_indices=True, mode="drop")
     values = values.reshape(flat.size, *values.shape[2:])
     return values.at[order].get(unique_indices=True, mode="promise_in_bounds")
 
@@ -111,7 +106,7 @@ def rows_to_picks(
     rows: Float[Array, "M ..."], packing: Packing
 ) -> Float[Array, "N X ..."]:
     """Return packed rows as each token's picks, in the order it picked them."""
-    return rows.at[packing.row_ids].get(unique_indices=True, mode="promise_in_bounds")
+    return take_rows(rows, packing.row_ids)
 
 
 def apply_gates(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from uoe_jax.config import Gate, MoeConfig, UnionConfig
-from uoe_jax.model.context import Context
+from uoe_jax.model.balance_stats import Stats, router_stats
+from uoe_jax.model.context import Context, patch_leaders
 from uoe_jax.model.linear import truncated_normal
+from uoe_jax.ops.packing import Packing, pack_choices
 
-Stats = dict[str, Array]
+State = dict[str, Array]
 
 
 class RouterBias(nnx.Variable):
@@ -21,76 +24,181 @@ class RouterBias(nnx.Variable):
 
 
 class Routing(NamedTuple):
-    """Chosen experts, the float32 gate of each, and the router's statistics."""
+    """Chosen experts, the float32 gate of each, statistics, and which picks count."""
 
     choices: Int[Array, "B T X"]
     gates: Float[Array, "B T X"]
     stats: Stats
+    kept: Bool[Array, "B T X"] | None = None  # None: all
 
 
-class PatchRouter(nnx.Module):
-    """Each token, or patch of tokens, picks its `top_k` experts by score.
+class Router(nnx.Module):
+    """What all routers share: float32 scores, always-on experts, packing.
 
-    Scores are float32 products of the normalised input. In a causal model a patch
-    follows the decision of its first token, otherwise the mean of its tokens' scores;
-    gates always come from a token's own scores. No choice looks ahead or at another
-    sample, and exactly B*T*X rows result: none dropped, none padded.
+    Experts 0 to `num_shared - 1` are always on with a gate of 1; scores, biases and
+    statistics are of the others, E' = E - num_shared, of which X' are picked.
     """
 
     def __init__(
         self,
         d_model: int,
         config: UnionConfig | MoeConfig,
-        gate: Gate,
         causal: bool,
         *,
         rngs: nnx.Rngs,
     ):
-        shape = (d_model, config.num_experts)
-        std = config.router_init_std
-        self.patch_size = getattr(config, "patch_size", 1)
-        self.top_k, self.gate, self.causal = config.top_k, gate, causal
-        self.weight = nnx.Param(truncated_normal(rngs, shape, std))
-        self.bias = RouterBias(jnp.zeros(config.num_experts))
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        context: Context,
-        leaders: Int[Array, "B T"] | None = None,
-    ) -> Routing:
-        """Return the routing of every token."""
-        scores = self.scores(x)
-        decision = scores
-        if leaders is not None:
-            decision = patch_scores(scores, leaders, self.causal)
-        choices = self.choose(decision)
-        gates = gate_values(pick_scores(scores, choices), self.gate)
-        stats = router_stats(scores, decision, choices, context)
-        if context.collect_choices:
-            stats["choices"] = choices
-        return Routing(choices, gates, stats)
+        routed = config.num_experts - config.num_shared
+        self.num_experts, self.num_shared = config.num_experts, config.num_shared
+        self.top_k = config.top_k - config.num_shared
+        self.capacity_factor = config.capacity_factor
+        self.gate: str = config.gate
+        self.causal = causal
+        shape = (d_model, routed)
+        self.weight = nnx.Param(truncated_normal(rngs, shape, config.router_init_std))
+        self.bias = RouterBias(jnp.zeros(routed))
 
     def scores(self, x: Float[Array, "*N D"]) -> Float[Array, "*N E"]:
-        """Return float32 scores of every expert."""
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return jnp.dot(x, self.weight[...], precision=jax.lax.Precision.HIGHEST)
+        """Return float32 scores of the routed experts."""
+        return router_scores(x, self.weight[...])
 
     def choose(self, scores: Float[Array, "*N E"]) -> Int[Array, "*N X"]:
         """Return the experts with the highest scores, balance bias included."""
         bias = self.bias[...].reshape((1,) * (scores.ndim - 1) + (-1,))
         return jax.lax.top_k(jax.lax.stop_gradient(scores) + bias, self.top_k)[1]
 
+    def gates(
+        self, scores: Float[Array, "*N E"], picks: Int[Array, "*N X"]
+    ) -> Float[Array, "*N X"]:
+        """Return the gates of the picked experts."""
+        return gate_values(pick_scores(scores, picks), self.gate)
+
+    def route(
+        self,
+        scores: Float[Array, "B T E"],
+        decision: Float[Array, "B T E"],
+        picks: Int[Array, "B T X"],
+        gates: Float[Array, "B T X"],
+        context: Context,
+    ) -> Routing:
+        """Return the routing with statistics, always-on experts and capacity."""
+        kept = None
+        if self.capacity_factor is not None and context.train:
+            share = self.top_k / scores.shape[-1]
+            room = math.ceil(self.capacity_factor * scores.shape[1] * share)
+            kept = within_capacity(picks, scores.shape[-1], room, context.segments)
+        stats = router_stats(scores, decision, picks, context, kept)
+        return self.finish(picks, gates, kept, stats, context.collect_choices)
+
+    def finish(
+        self,
+        picks: Int[Array, "B T X"],
+        gates: Float[Array, "B T X"],
+        kept: Bool[Array, "B T X"] | None,
+        stats: Stats,
+        collect: bool,
+    ) -> Routing:
+        """Return the routing over all experts, the always-on first."""
+        choices, shared = picks + self.num_shared, self.num_shared
+        if shared:
+            shape = (*picks.shape[:-1], shared)
+            on = jnp.broadcast_to(jnp.arange(shared), shape).astype(picks.dtype)
+            choices = jnp.concatenate([on, choices], axis=-1)
+            gates = jnp.concatenate([jnp.ones(shape, gates.dtype), gates], axis=-1)
+            if kept is not None:
+                kept = jnp.concatenate([jnp.ones(shape, bool), kept], axis=-1)
+        if collect:
+            seen = choices if kept is None else jnp.where(kept, choices, -1)
+            stats = {**stats, "choices": seen}
+        return Routing(choices, gates, stats, kept)
+
+    def pack(self, routing: Routing) -> Packing:
+        """Return the packed rows of a routing."""
+        return pack_choices(routing.choices, self.num_experts, routing.kept)
+
+
+class PatchRouter(Router):
+    """Each token, or patch of tokens, picks its `top_k` experts by score.
+
+    Scores are float32 products of the normalised input. In a causal model a patch
+    follows the decision of its first token, otherwise the mean of its tokens' scores;
+    gates always come from a token's own scores. No choice looks ahead or at another
+    sample. Without a capacity exactly B*T*X rows result: none dropped, none padded.
+    With one, an expert of a training batch takes a sample's first
+    `capacity_factor * T * X/E` tokens and the others lose that pick.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        config: UnionConfig | MoeConfig,
+        causal: bool,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(d_model, config, causal, rngs=rngs)
+        self.patch_size = getattr(config, "patch_size", 1)
+
+    def __call__(self, x: Float[Array, "B T D"], context: Context) -> Routing:
+        """Return the routing of every token."""
+        scores = self.scores(x)
+        decision = scores
+        if self.patch_size > 1:
+            leaders = patch_leaders(x.shape[:2], context.segments, self.patch_size)
+            decision = patch_scores(scores, leaders, self.causal)
+        picks = self.choose(decision)
+        routing = self.route(
+            scores, decision, picks, self.gates(scores, picks), context
+        )
+        if context.lengths is None or self.patch_size == 1:
+            return routing
+        # A prompt that ends with its patch needs no leader: clip, don't branch.
+        start = context.lengths - context.lengths % self.patch_size
+        leader = jnp.minimum(start, x.shape[1] - 1)[:, None, None]
+        held = jnp.take_along_axis(picks, leader, axis=1)[:, 0]
+        return routing._replace(stats={**routing.stats, "state": {"picks": held}})
+
+    def decode(
+        self, x: Float[Array, "B D"], state: State, lengths: Int[Array, " B"]
+    ) -> tuple[Routing, State]:
+        """Route token `lengths` of each row: a patch's first token decides for it."""
+        scores = self.scores(x)
+        picks = self.choose(scores)
+        if self.patch_size > 1:
+            first = (lengths % self.patch_size == 0)[:, None]
+            picks = jnp.where(first, picks, state["picks"])
+            state = {"picks": picks}
+        gates = self.gates(scores, picks)
+        return self.finish(picks[:, None], gates[:, None], None, {}, False), state
+
+
+def router_state(config: UnionConfig, batch: int) -> dict[str, tuple[Any, str]]:
+    """Return shape and dtype of what a router remembers while decoding."""
+    routed = config.num_experts - config.num_shared
+    if config.router in ("selection", "hierarchical"):
+        shape = ((batch, routed), "float32")
+        return {"sum": shape, "decision": shape}
+    if config.patch_size > 1:
+        return {"picks": ((batch, config.top_k - config.num_shared), "int32")}
+    return {}
+
+
+def router_scores(
+    x: Float[Array, "*N D"], weight: Float[Array, "D E"]
+) -> Float[Array, "*N E"]:
+    """Return products in float32 or wider."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.dot(x, weight, precision=jax.lax.Precision.HIGHEST)
+
 
 def pick_scores(
     scores: Float[Array, "*N E"], choices: Int[Array, "*N X"]
 ) -> Float[Array, "*N X"]:
     """Return the scores of the chosen experts; its gradient needs no scatter."""
-    picked = _one_hot(choices, scores.shape[-1]) * scores[..., None, :]
-    return jnp.sum(picked, axis=-1)
+    one_hot = jax.nn.one_hot(choices, scores.shape[-1], dtype=jnp.float32)
+    return jnp.sum(one_hot * scores[..., None, :], axis=-1)
 
 
-def gate_values(scores: Float[Array, "*N X"], gate: Gate) -> Float[Array, "*N X"]:
+def gate_values(scores: Float[Array, "*N X"], gate: Gate | str) -> Float[Array, "*N X"]:
     """Return what multiplies each chosen expert's output.
 
     sigmoid: `2 sigmoid(score)`, 1 at score 0. softmax: softmax over the chosen, times
@@ -119,48 +227,20 @@ def patch_scores(
     return jax.vmap(mean)(scores, leaders)
 
 
-def router_stats(
-    scores: Float[Array, "B T E"],
-    decision: Float[Array, "B T E"],
-    choices: Int[Array, "B T X"],
-    context: Context,
-) -> Stats:
-    """Return load, entropy and the two losses over all tokens but padding.
+def within_capacity(
+    picks: Int[Array, "B T X"],
+    num_experts: int,
+    room: int,
+    segments: Int[Array, "B T"] | None,
+) -> Bool[Array, "B T X"]:
+    """Return which picks fit when each expert takes a sample's first `room` tokens.
 
-    load [E]: fraction of picks, sums to 1. balance_loss: `E * sum_e load_e * prob_e`,
-    1 when balanced (Fedus et al. 2021, Switch Transformer, eq. 4). z_loss: mean squared
-    log-partition of the scores (Zoph et al. 2022, ST-MoE, eq. 5). entropy: of the
-    router's softmax, nats. With an `axis_name` the sums run over that mesh axis too.
+    In order of position (GShard, Lepikhin et al. 2020, algorithm 1), so that no token
+    depends on a later one. Padding takes no room and fits nowhere.
     """
-    num_experts, top_k = scores.shape[-1], choices.shape[-1]
-    if context.segments is None:
-        valid = jnp.ones(choices.shape[:2], jnp.float32)
-    else:
-        valid = (context.segments != 0).astype(jnp.float32)
-    log_probs = jax.nn.log_softmax(decision, axis=-1)
-    probs = jnp.exp(log_probs)
-    picks = jnp.sum(_one_hot(choices, num_experts), axis=-2)
-    z = jnp.square(jax.nn.logsumexp(scores, axis=-1))
-    entropy = -jnp.sum(probs * log_probs, axis=-1)
-    weight = valid[..., None]
-    sums = {
-        "tokens": jnp.sum(valid),
-        "picks": jnp.sum(picks * weight, axis=(0, 1)),
-        "probs": jnp.sum(probs * weight, axis=(0, 1)),
-        "z": jnp.sum(z * valid),
-        "entropy": jnp.sum(entropy * valid),
-    }
-    if context.axis_name is not None:
-        sums = jax.lax.psum(sums, context.axis_name)
-    tokens = jnp.maximum(sums["tokens"], 1.0)
-    load = sums["picks"] / (tokens * top_k)
-    return {
-        "load": load,
-        "entropy": sums["entropy"] / tokens,
-        "balance_loss": num_experts * jnp.sum(load * sums["probs"] / tokens),
-        "z_loss": sums["z"] / tokens,
-    }
-
-
-def _one_hot(choices: Array, num_experts: int) -> Array:
-    return jax.nn.one_hot(choices, num_experts, dtype=jnp.float32)
+    one_hot = jax.nn.one_hot(picks, num_experts, dtype=jnp.int32)
+    if segments is not None:
+        one_hot = one_hot * (segments != 0).astype(jnp.int32)[..., None, None]
+    taken = jnp.cumsum(jnp.sum(one_hot, axis=2), axis=1)[:, :, None]
+    fits = one_hot * (taken <= room).astype(jnp.int32)
+    return jnp.sum(fits, axis=-1) > 0

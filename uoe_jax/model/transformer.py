@@ -43,8 +43,8 @@ class Decoder(nnx.Module):
 
     def hidden(
         self, tokens: Int[Array, "B T"], **options: Any
-    ) -> tuple[Float[Array, "B T D"], Aux]:
-        """Return the normalised last hidden state and router statistics."""
+    ) -> tuple[Float[Array, "B T2 D"], Aux]:
+        """Return the normalised last hidden state and router statistics; see Trunk."""
         context = self._context(tokens.shape, options)
         return self.trunk(self.embed(tokens, context.positions), context)
 
@@ -67,9 +67,10 @@ class Decoder(nnx.Module):
 
         Row b is `tokens[b, :lengths[b]]`, at least one token; the rest is ignored.
         """
-        context = self._context(tokens.shape, {"collect_choices": True})
+        options = {"collect_choices": True, "lengths": lengths}
+        context = self._context(tokens.shape, options)
         x = self.embed(tokens, context.positions)
-        x, layers = prefill_layers(self.trunk, x, context, cache.layers, lengths)
+        x, layers = prefill_layers(self.trunk, x, context, cache.layers)
         x = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
         return self.logits(x), Cache(lengths, layers)
 

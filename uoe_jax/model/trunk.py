@@ -14,8 +14,10 @@ from uoe_jax.config import ModelConfig
 from uoe_jax.model.balance import Aux, layer_period, stack_stats
 from uoe_jax.model.block import Block
 from uoe_jax.model.context import Context
+from uoe_jax.model.depth import DepthBlock
 from uoe_jax.model.linear import PROJECTION, dropout, fold_key
 from uoe_jax.model.norm import Norm
+from uoe_jax.partition.collectives import GATHERED
 
 # (carry, block, its stack, its index in the stack) -> (carry, output)
 Body = Callable[[Any, Block, int, Any], tuple[Any, Any]]
@@ -30,24 +32,32 @@ class Trunk(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         keys = jax.random.split(rngs.params(), config.num_layers)
-        period, kinds = layer_period(config), config.layer_kinds
+        period = layer_period(config)
         self.blocks = nnx.List(
-            [_stack(config, kinds[i], keys[i::period]) for i in range(period)]
+            [_stack(config, i, keys[i::period]) for i in range(period)]
         )
         self.norm = Norm(config)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context
-    ) -> tuple[Float[Array, "B T D"], Aux]:
-        """Return the normalised last hidden state and the stacked router statistics."""
-        config, period = self.config, len(self.blocks)
+    ) -> tuple[Float[Array, "B T2 D"], Aux]:
+        """Return the normalised last hidden state and the stacked router statistics.
+
+        T2 is T, or this device's share where a layout spreads tokens over tensor.
+        """
+        config, period, parallel = self.config, len(self.blocks), context.parallel
+        if parallel is not None:
+            x = parallel.enter(x)
         x = dropout(x, config.dropout, fold_key(context.key, config.num_layers))
 
         def apply(x: Array, block: Block, key: jax.Array | None) -> tuple[Array, Any]:
+            if parallel is not None:
+                block = parallel.gather_block(block)
             x, stats, _ = block(x, context, key)
             return x, stats
 
-        apply = _remat(apply, config)
+        gathers = parallel is not None and parallel.has("fsdp")
+        apply = _remat(apply, config, gathers)
 
         def body(x: Array, block: Block, stack: int, index: Any) -> tuple[Array, Any]:
             return apply(x, block, fold_key(context.key, index * period + stack))
@@ -100,17 +110,24 @@ def _take(block: Block, index: int | slice) -> Block:
     return jax.tree.map(lambda a: a[index], block)
 
 
-def _stack(config: ModelConfig, kinds: tuple[Any, Any], keys: jax.Array) -> Block:
-    make = lambda key: Block(config, *kinds, rngs=nnx.Rngs(key))
+def _stack(config: ModelConfig, layer: int, keys: jax.Array) -> Block:
+    kind = DepthBlock if config.block_kinds[layer] == "mod" else Block
+    kinds = config.layer_kinds[layer]
+    make = lambda key: kind(config, *kinds, rngs=nnx.Rngs(key))
     return jax.vmap(make)(keys)
 
 
-def _remat(apply: Callable, config: ModelConfig) -> Callable:
-    """Recompute activations in the backward pass, all or all but the projections'."""
-    if config.remat == "none":
-        return apply
+def _remat(apply: Callable, config: ModelConfig, gathers: bool) -> Callable:
+    """Recompute activations in the backward pass, all or all but the projections'.
+
+    Weights that were gathered are gathered again, never kept.
+    """
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable
+    if config.remat == "none":
+        if not gathers:
+            return apply
+        policy = policies.save_anything_except_these_names(GATHERED)
     if config.remat == "dots":
         policy = policies.save_only_these_names(PROJECTION)
     # Inside a scan XLA can't merge the recomputation with the forward pass anyway.

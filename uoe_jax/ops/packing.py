@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from uoe_jax.ops._dispatch import accumulator_dtype, vary_together
 
@@ -19,7 +19,8 @@ from uoe_jax.ops._dispatch import accumulator_dtype, vary_together
 class Packing(NamedTuple):
     """Rows sorted by (expert, sample, token); M = B * T * X of them, N = B * T tokens.
 
-    Segment s = e * B + b holds the rows of sample b that chose expert e.
+    Segment s = e * B + b holds the rows of sample b that chose expert e. Picks that
+    don't count come after the last segment; those past M have row M or higher.
     """
 
     token_ids: Int[Array, " M"]  # row -> flat token b * T + t
@@ -28,11 +29,21 @@ class Packing(NamedTuple):
     group_offsets: Int[Array, " E1"]  # E + 1 first rows of the experts
 
 
-def pack_choices(choices: Int[Array, "B T X"], num_experts: int) -> Packing:
-    """Return the rows of each token's X distinct chosen experts, all below E."""
+def pack_choices(
+    choices: Int[Array, "B T X"],
+    num_experts: int,
+    kept: Bool[Array, "B T X"] | None = None,
+    num_rows: int | None = None,
+) -> Packing:
+    """Return the rows of each token's X distinct chosen experts, all below E.
+
+    Only `kept` picks (default all) are in a segment. `num_rows` cuts M down where it is
+    known that no more picks are kept.
+    """
     batch, length, top_k = choices.shape
+    limit = num_rows
     num_tokens, num_rows = batch * length, batch * length * top_k
-    if num_experts * num_tokens >= 2**31:
+    if (num_experts + top_k) * num_tokens >= 2**31:
         raise ValueError(
             f"{num_experts} experts x {num_tokens} tokens; row keys need fewer than "
             "2**31; make the batch per device smaller"
@@ -41,14 +52,17 @@ def pack_choices(choices: Int[Array, "B T X"], num_experts: int) -> Packing:
     keys = choices.reshape(num_tokens, top_k).astype(jnp.int32) * num_tokens
     keys = (keys + token[:, None]).reshape(num_rows)
     picks = jnp.arange(num_rows, dtype=jnp.int32)
+    if kept is not None:
+        keys = jnp.where(kept.reshape(num_rows), keys, num_experts * num_tokens + picks)
     keys, order, picks = vary_together(keys, picks, picks)
     keys, order = jax.lax.sort((keys, order), num_keys=1)
     # The inverse permutation: where each pick went.
     _, rows = jax.lax.sort((order, picks), num_keys=1)
     edges = jnp.arange(num_experts * batch + 1, dtype=jnp.int32) * length
     segment_offsets = jnp.searchsorted(keys, edges).astype(jnp.int32)
+    token_ids = keys % num_tokens if kept is None else order // top_k
     return Packing(
-        token_ids=keys % num_tokens,
+        token_ids=token_ids[:limit],
         row_ids=rows.reshape(num_tokens, top_k),
         segment_offsets=segment_offsets,
         group_offsets=segment_offsets[::batch],
@@ -72,10 +86,15 @@ def _take(x: jax.Array, ids: jax.Array) -> jax.Array:
     return x.at[ids].get(mode="promise_in_bounds")
 
 
+def take_rows(rows: Float[Array, "M ..."], row_ids: Int[Array, "*N"]) -> Array:
+    """Return rows by id; an id past the last row gives zeros."""
+    return rows.at[row_ids].get(mode="fill", fill_value=0)
+
+
 def _sum_rows(rows: jax.Array, row_ids: jax.Array) -> jax.Array:
-    total = _take(rows, row_ids[:, 0]).astype(accumulator_dtype(rows.dtype))
+    total = take_rows(rows, row_ids[:, 0]).astype(accumulator_dtype(rows.dtype))
     for pick in range(1, row_ids.shape[1]):
-        total = total + _take(rows, row_ids[:, pick]).astype(total.dtype)
+        total = total + take_rows(rows, row_ids[:, pick]).astype(total.dtype)
     return total.astype(rows.dtype)
 
 

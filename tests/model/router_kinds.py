@@ -1,0 +1,38 @@
+"""Every router and routed baseline, in models of one layer."""
+
+from __future__ import annotations
+
+from tiny_models import tiny
+
+from uoe_jax.config import MobaConfig, ModConfig, ModelConfig, UnionConfig
+
+# A union of attention and MLP for each router.
+CAUSAL = {
+    "token": {},
+    "patch": {"patch_size": 3},
+    "always-on": {"num_shared": 1},
+    "capacity": {"capacity_factor": 0.75},
+    "selection": {"router": "selection", "segment_size": 3},
+    "hierarchical": {"router": "hierarchical", "segment_size": 3, "selected": 3},
+    "shared keys": {"shared_kv": True},
+}
+LOOKING = {"expert choice": {"router": "expert_choice"}}
+# Baselines that choose something else than experts of a union.
+OTHERS = {
+    "moh": {
+        "attention": ("moh",),
+        "union": UnionConfig(num_experts=4, top_k=3, num_shared=1),
+    },
+    "moba": {"attention": ("moba",), "moba": MobaConfig(block_size=3, top_k=2)},
+    "mod": {"blocks": ("mod",), "mod": ModConfig(capacity_factor=0.75)},
+}
+LENGTH = 12
+
+
+def config_of(kind: str, name: str) -> ModelConfig:
+    if name in OTHERS:
+        return tiny(kind=kind, num_layers=1, **OTHERS[name])
+    union = UnionConfig(num_experts=4, top_k=2, **{**CAUSAL, **LOOKING}[name])
+    return tiny(
+        kind=kind, num_layers=1, attention=("union",), mlp=("union",), union=union
+    )

@@ -1,0 +1,157 @@
+"""Mixture of depths: a block that only the tokens which ask for it pass through."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from uoe_jax.config import AttentionKind, MlpKind, ModelConfig
+from uoe_jax.model.attention import KeyValue
+from uoe_jax.model.balance_stats import Stats, token_means
+from uoe_jax.model.block import Block
+from uoe_jax.model.context import Context
+from uoe_jax.model.linear import truncated_normal
+from uoe_jax.model.router import RouterBias, gate_values, router_scores
+from uoe_jax.ops.packing import Packing, combine_rows, gather_rows
+
+
+class DepthRouter(nnx.Module):
+    """A token enters where its own score, balance bias included, is positive.
+
+    Raposo et al. 2024 let the highest scores of the sequence in, which looks ahead;
+    here no decision does. The bias moves until `keep` of the tokens enter.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config.mod
+        shape = (config.d_model, 1)
+        std = config.mod.router_init_std
+        self.weight = nnx.Param(truncated_normal(rngs, shape, std))
+        self.bias = RouterBias(jnp.zeros(1))
+
+    def __call__(
+        self, x: Float[Array, "*N D"]
+    ) -> tuple[Float[Array, "*N"], Bool[Array, "*N"]]:
+        """Return float32 scores and which tokens ask to enter."""
+        scores = router_scores(x, self.weight[...])[..., 0]
+        bias = self.bias[...].reshape((1,) * scores.ndim)
+        return scores, jax.lax.stop_gradient(scores) + bias > 0
+
+    def room(self, length: int) -> int:
+        """Return how many tokens of a training sample there is room for."""
+        return min(
+            length, math.ceil(self.config.capacity_factor * self.config.keep * length)
+        )
+
+    def stats(
+        self,
+        scores: Float[Array, "B T"],
+        asked: Bool[Array, "B T"],
+        entered: Bool[Array, "B T"],
+        context: Context,
+    ) -> Stats:
+        """Return the statistics every router has; experts are "block" and "around".
+
+        dropped: share of the tokens that asked and found no room. z_loss: mean squared
+        score. balance_loss: 1, as the bias does the balancing.
+        """
+        prob = jax.nn.sigmoid(scores)
+        sums = {
+            "asked": asked.astype(jnp.float32),
+            "entered": entered.astype(jnp.float32),
+            "z": jnp.square(scores),
+            "entropy": -(prob * jnp.log(prob) + (1 - prob) * jnp.log1p(-prob)),
+        }
+        means = token_means(sums, context)
+        lost = means["asked"] - means["entered"]
+        stats = {
+            "load": jnp.stack([means["asked"], 1 - means["asked"]]),
+            "entropy": means["entropy"],
+            "dropped": lost / jnp.maximum(means["asked"], 1e-9),
+            "balance_loss": jnp.ones(()),
+            "z_loss": means["z"],
+        }
+        if context.collect_choices:
+            stats["choices"] = jnp.where(entered, 0, 1)[..., None]
+        return stats
+
+
+class DepthBlock(Block):
+    """Block around which tokens may go; tokens inside see only those inside.
+
+    What it adds to a token is multiplied by the gate `2 sigmoid(score)`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: AttentionKind,
+        mlp: MlpKind,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(config, attention, mlp, rngs=rngs)
+        self.causal = config.causal
+        self.router = DepthRouter(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, key: jax.Array | None = None
+    ) -> tuple[Float[Array, "B T D"], dict[str, Stats], KeyValue]:
+        """Return the output, statistics, and keys and values of the entered tokens."""
+        batch, length, width = x.shape
+        scores, asked = self.router(self.attention_norm(x))
+        if context.segments is not None:
+            asked = asked & (context.segments != 0)
+        room = self.router.room(length) if context.train else length
+        inside = enter(asked, room)
+        take = lambda a: a.reshape(-1)[inside.packing.token_ids].reshape(batch, room)
+        segments = None
+        if context.segments is not None:
+            segments = jnp.where(inside.filled, take(context.segments), 0)
+        elif not self.causal:
+            segments = inside.filled.astype(jnp.int32)
+        inner = context._replace(
+            positions=take(context.positions), segments=segments, lengths=None
+        )
+        rows = gather_rows(x.reshape(-1, width), inside.packing)
+        rows = rows.reshape(batch, room, width)
+        y, stats, key_value = super().__call__(rows, inner, key)
+        gates = jnp.where(inside.filled, take(gate_values(scores, "sigmoid")), 0)
+        added = (y - rows) * gates[..., None].astype(x.dtype)
+        x = x + combine_rows(added.reshape(-1, width), inside.packing).reshape(x.shape)
+        own = self.router.stats(scores, asked, inside.entered, context)
+        if context.lengths is not None:
+            before = jnp.arange(length)[None] < context.lengths[:, None]
+            count = jnp.sum(inside.entered & before, axis=1, dtype=jnp.int32)
+            own["state"] = {"count": count}
+        return x, {"depth": own, **stats}, key_value
+
+
+class Inside(NamedTuple):
+    """The tokens of each sample that entered, in order, in R slots."""
+
+    packing: Packing  # slot b * R + r <-> token b * T + t
+    entered: Bool[Array, "B T"]
+    filled: Bool[Array, "B R"]
+
+
+def enter(asked: Bool[Array, "B T"], room: int) -> Inside:
+    """Return each sample's first `room` tokens that ask."""
+    batch, length = asked.shape
+    rank = jnp.cumsum(asked, axis=1, dtype=jnp.int32) - 1
+    entered = asked & (rank < room)
+    index = jnp.arange(length, dtype=jnp.int32)[None]
+    # Those that stay outside fill up the slots behind; nobody reads these.
+    order = jnp.sort(jnp.where(entered, index, index + length), axis=1)[:, :room]
+    first = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    slots = jnp.where(entered, rank + first * room, batch * room).reshape(-1, 1)
+    unused: Int[Array, " 2"] = jnp.zeros(2, jnp.int32)
+    packing = Packing(
+        (order % length + first * length).reshape(-1), slots, unused, unused
+    )
+    return Inside(packing, entered, order < length)

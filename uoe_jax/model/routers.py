@@ -1,0 +1,26 @@
+"""The router that a union's config names."""
+
+from __future__ import annotations
+
+from flax import nnx
+
+from uoe_jax.config import UnionConfig
+from uoe_jax.model.expert_choice import ExpertChoiceRouter
+from uoe_jax.model.router import PatchRouter
+from uoe_jax.model.selection import HierarchicalRouter, SelectionRouter
+
+ROUTERS = {
+    "token": PatchRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "selection": SelectionRouter,
+    "hierarchical": HierarchicalRouter,
+}
+
+AnyRouter = PatchRouter | ExpertChoiceRouter | SelectionRouter
+
+
+def make_router(
+    d_model: int, config: UnionConfig, causal: bool, *, rngs: nnx.Rngs
+) -> AnyRouter:
+    """Return a new router; ConfigError where a causal model can't use its kind."""
+    return ROUTERS[config.router](d_model, config, causal, rngs=rngs)
