@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from uoe_jax import integrity
@@ -35,8 +37,14 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     }
 
 
-def snapshot(tree: PyTree) -> dict[str, np.ndarray]:
-    """Return host copies of a pytree's arrays by name; the originals may be donated."""
+def snapshot(tree: PyTree) -> dict[str, Any]:
+    """Return host copies of a pytree's arrays by name; the originals may be donated.
+
+    Of arrays that several processes hold together the arrays themselves: `save` copies
+    each process's part before it returns.
+    """
+    if jax.process_count() > 1:
+        return named_leaves(tree)
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array):
             leaf.copy_to_host_async()
@@ -55,12 +63,30 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
     return "Skipping merge of OCDBT" not in record.getMessage()
 
 
+def _items(
+    arrays: dict[str, Any], config: dict[str, Any], progress: dict[str, Any]
+) -> ocp.args.Composite:
+    return ocp.args.Composite(
+        state=ocp.args.PyTreeSave(arrays),
+        config=ocp.args.JsonSave(config),
+        progress=ocp.args.JsonSave(progress),
+    )
+
+
+def _digest(manifest: Mapping[str, Any], name: str) -> str | None:
+    # An array that the manifest doesn't know at all has to be checked, and fails.
+    return manifest["arrays"].get(name, {"blake2b": "absent"}).get("blake2b")
+
+
 class Checkpoints:
     """The checkpoints in one folder; saves run on one background thread.
 
     `keep` complete steps stay on disk; an older one is deleted only when a newer one
     is complete. `poll` reports failed saves, `close` the last one if it failed.
     """
+
+    # Of all stores: Orbax's barriers between processes allow one save at a time.
+    _together: Future[None] | None = None
 
     def __init__(self, folder: Path, *, keep: int = 1):
         self.folder = folder
@@ -95,16 +121,21 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        arrays: Mapping[str, np.ndarray],
+        arrays: Mapping[str, Any],
         config: Mapping[str, Any],
         progress: Mapping[str, Any],
     ) -> None:
-        """Start saving host arrays; waits first for the save before this one."""
+        """Start saving a `snapshot`; waits first for the save before this one.
+
+        All processes of a run must call it; each writes what it holds.
+        """
         self.wait()
         self._pending_step = step
-        self._pending = self._pool.submit(
-            self._write, step, dict(arrays), dict(config), dict(progress)
-        )
+        content = (dict(arrays), dict(config), dict(progress))
+        if jax.process_count() > 1:
+            self._pending = self._write_together(step, *content)
+        else:
+            self._pending = self._pool.submit(self._write, step, *content)
 
     def wait(self) -> None:
         """Wait for the save in progress; a failure is kept for `poll` and `close`."""
@@ -161,7 +192,9 @@ class Checkpoints:
         manifest = integrity.read_manifest(self.folder / str(step))
         self._check_shapes(step, template, manifest["arrays"])
         arrays, progress = self._read(step, template)
-        if problems := integrity.check_arrays(arrays, manifest):
+        # Of arrays that several processes wrote only the files have checksums.
+        digested = {n: a for n, a in arrays.items() if _digest(manifest, n)}
+        if problems := integrity.check_arrays(digested, manifest):
             raise CheckpointError(self._refusal(step, problems, template))
         return step, arrays, progress
 
@@ -173,11 +206,11 @@ class Checkpoints:
     def _complete(self, step: int) -> bool:
         return (self.folder / str(step) / integrity.MANIFEST).is_file()
 
-    def _manager(self) -> ocp.CheckpointManager:
+    def _manager(self, background: bool = False) -> ocp.CheckpointManager:
         # One file tree per array (no OCDBT), so a damaged file names its array.
         return ocp.CheckpointManager(
             self.folder.absolute(),
-            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=background),
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False),
                 "config": ocp.JsonCheckpointHandler(),
@@ -197,16 +230,43 @@ class Checkpoints:
         if folder.exists():  # of a future that a resumed run repeats
             self._remove(step)
         with self._manager() as manager:
-            manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(arrays),
-                    config=ocp.args.JsonSave(config),
-                    progress=ocp.args.JsonSave(progress),
-                ),
-                force=True,
-            )
+            manager.save(step, args=_items(arrays, config, progress), force=True)
             integrity.write_manifest(folder, described, step=step)
+        self._prune(step)
+
+    def _write_together(
+        self,
+        step: int,
+        arrays: dict[str, jax.Array],
+        config: dict[str, Any],
+        progress: dict[str, Any],
+    ) -> Future[None]:
+        """Copy this process's part of the arrays and start writing it."""
+        described = {
+            name: {"shape": list(array.shape), "dtype": str(array.dtype)}
+            for name, array in arrays.items()
+        }
+        primary = jax.process_index() == 0
+        if Checkpoints._together is not None:
+            futures.wait([Checkpoints._together])
+        if primary and (self.folder / str(step)).exists():
+            self._remove(step)
+        multihost_utils.sync_global_devices(f"checkpoint {self.folder} {step}")
+        manager = self._manager(background=True)
+        manager.save(step, args=_items(arrays, config, progress), force=True)
+
+        def finish() -> None:
+            with manager:
+                manager.wait_until_finished()
+            if primary:
+                integrity.write_manifest(self.folder / str(step), described, step=step)
+                self._prune(step)
+
+        Checkpoints._together = self._pool.submit(finish)
+        return Checkpoints._together
+
+    def _prune(self, step: int) -> None:
+        """Delete complete steps before the newest `keep` ones."""
         steps = self.steps()
         current = [s for s in steps if s <= step][-self.keep :]
         for other in set(steps) - set(current):

@@ -12,10 +12,22 @@ from typing import Any, Literal
 
 from uoe_jax.errors import ConfigError, nearest
 
-AttentionKind = Literal["dense", "union"]
+AttentionKind = Literal["dense", "union", "moba", "moh"]
 MlpKind = Literal["dense", "union", "moe"]
+BlockKind = Literal["all", "mod"]
 Gate = Literal["sigmoid", "softmax", "straight_through"]
+MoeGate = Literal["softmax", "softmax_all", "sigmoid"]
+RouterKind = Literal["token", "expert_choice", "selection", "hierarchical"]
 DType = Literal["float32", "bfloat16"]
+
+# What a token's routing depends on. A causal model takes only routers that look back.
+ROUTER_SEES: dict[str, str] = {
+    "token": "the token itself (causal: the first token of its patch)",
+    "selection": "in a causal model earlier segments only, otherwise the whole sample",
+    "hierarchical": "as selection, then the token itself",
+    "expert_choice": "every token of the sample",
+}
+CAUSAL_ROUTERS = ("token", "selection", "hierarchical")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +40,65 @@ class UnionConfig:
 
     num_experts: int = 8
     top_k: int = 4
+    router: RouterKind = "token"
     patch_size: int = 1  # consecutive tokens that share one routing decision
+    num_shared: int = 0  # always-on experts, counted in num_experts and in top_k
+    segment_size: int = 64  # selection: tokens between two decisions of a causal model
+    selected: int = 0  # hierarchical: experts a segment keeps for its tokens' top_k
+    shared_kv: bool = False  # attention: route queries, keys and values of all tokens
+    capacity_factor: float | None = None  # training: rows an expert takes, over T*X/E
     gate: Gate = "sigmoid"
     balance_loss: float = 0.01  # weight of the Switch load-balance loss
     router_z_loss: float = 0.001
     bias_update_rate: float = 0.0  # loss-free balancing; 0 switches it off
+    router_init_std: float = 0.02
+
+    @property
+    def keep(self) -> float:
+        """Share of the experts that a token uses, X/E."""
+        return self.top_k / self.num_experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnionOverrides:
+    """Where attention's union differs from `ModelConfig.union`; None: the same."""
+
+    num_experts: int | None = None
+    top_k: int | None = None
+    router: RouterKind | None = None
+    patch_size: int | None = None
+    num_shared: int | None = None
+    segment_size: int | None = None
+    selected: int | None = None
+    shared_kv: bool | None = None
+    gate: Gate | None = None
+    balance_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MobaConfig:
+    """Block-sparse attention: each query sees its own and `top_k - 1` other blocks.
+
+    MoBA (Lu et al. 2025): blocks are picked by the product of the query with the mean
+    key of the block; in a causal model earlier ones.
+    """
+
+    block_size: int = 64
+    top_k: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModConfig:
+    """Mixture of depths: a block that only the tokens which ask for it pass through.
+
+    Raposo et al. 2024, with a decision that doesn't look ahead: a token enters where
+    its score is positive, until the sample's capacity is full.
+    """
+
+    keep: float = 0.5  # share of tokens the balance aims at
+    capacity_factor: float = 1.25  # room of a training batch, over keep * T
+    bias_update_rate: float = 0.001
+    router_z_loss: float = 0.0
     router_init_std: float = 0.02
 
 
@@ -42,6 +108,12 @@ class MoeConfig:
 
     num_experts: int = 8
     top_k: int = 2
+    router: Literal["token", "expert_choice"] = "token"
+    # softmax: over the chosen; softmax_all: over all experts (Switch); sigmoid: scores
+    # normalised over the chosen (DeepSeek-V3).
+    gate: MoeGate = "softmax"
+    num_shared: int = 0  # always-on experts, counted in num_experts and in top_k
+    capacity_factor: float | None = None  # training: rows an expert takes, over T*X/E
     d_expert: int | None = None  # None: d_ff / top_k, so active FLOPs equal dense's
     balance_loss: float = 0.01
     router_z_loss: float = 0.001
@@ -65,8 +137,12 @@ class ModelConfig:
     # Kinds are cycled over the layers: ("dense", "union") alternates.
     attention: tuple[AttentionKind, ...] = ("dense",)
     mlp: tuple[MlpKind, ...] = ("dense",)
+    blocks: tuple[BlockKind, ...] = ("all",)
     union: UnionConfig = field(default_factory=UnionConfig)
+    union_attention: UnionOverrides = field(default_factory=UnionOverrides)
     moe: MoeConfig = field(default_factory=MoeConfig)
+    moba: MobaConfig = field(default_factory=MobaConfig)
+    mod: ModConfig = field(default_factory=ModConfig)
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-6
     position: Literal["rope", "learned"] = "rope"
@@ -99,6 +175,19 @@ class ModelConfig:
         """Hidden width of one MoE expert."""
         return self.moe.d_expert or self.d_ff // self.moe.top_k
 
+    def union_for(self, part: Literal["attention", "mlp"]) -> UnionConfig:
+        """Return the union of a part: attention may override `union`."""
+        if part == "mlp":
+            return self.union
+        changes = dataclasses.asdict(self.union_attention)
+        given: dict[str, Any] = {k: v for k, v in changes.items() if v is not None}
+        return dataclasses.replace(self.union, **given)
+
+    @property
+    def block_kinds(self) -> tuple[BlockKind, ...]:
+        """Kind of every block, the pattern cycled."""
+        return tuple(self.blocks[i % len(self.blocks)] for i in range(self.num_layers))
+
     @property
     def layer_kinds(self) -> tuple[tuple[AttentionKind, MlpKind], ...]:
         """(attention, mlp) kind of every layer, the patterns cycled."""
@@ -112,7 +201,17 @@ class ModelConfig:
 class DataConfig:
     """Where examples come from and how they become batches."""
 
-    source: Literal["auto", "stdlib", "digits", "text", "jsonl", "npz", "tfds"] = "auto"
+    source: Literal[
+        "auto",
+        "stdlib",
+        "digits",
+        "listops",
+        "pathfinder",
+        "text",
+        "jsonl",
+        "npz",
+        "tfds",
+    ] = "auto"
     path: str | None = None  # file, folder, glob, or tfds:NAME
     data_dir: str | None = None  # tfds: folder of built datasets
     tokenizer: str = "byte"  # "byte", "bpe" (trained on the data) or a tokenizer.json
@@ -125,6 +224,9 @@ class DataConfig:
     valid_fraction: float = 0.05
     test_fraction: float = 0.05
     max_bytes: int | None = None  # use only the first so many bytes of text
+    num_examples: int | None = None  # listops, pathfinder: of train; None: as published
+    min_length: int = 500  # listops: tokens, excluded
+    max_length: int = 2000  # listops: tokens, excluded
     cache_dir: str | None = None  # prepared arrays; None: a folder in the user's cache
     allow_changed: bool = False  # accept a source that differs from its manifest
     seed: int = 0
@@ -148,9 +250,27 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices by axis name; 0 means all that are left."""
+    """Devices by axis name; data 0 means all that are left."""
 
-    data: int = 0
+    data: int = 0  # batch
+    fsdp: int = 1  # batch too, with weights and optimizer state split as well
+    tensor: int = 1  # experts; heads and MLP columns of dense layers
+    sequence: int = 1  # tokens of a sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutConfig:
+    """How the devices of an axis divide the work and talk; see docs/layouts.md."""
+
+    # all_reduce: every tensor device holds all tokens between layers; reduce_scatter:
+    # its share of them, gathered before each layer.
+    tensor_reduce: Literal["all_reduce", "reduce_scatter"] = "all_reduce"
+    # Which experts a tensor device holds: neighbours, or every tensor-th.
+    experts: Literal["contiguous", "round_robin"] = "contiguous"
+    # Routed MLPs: every tensor device sees all tokens, or sends rows to the experts.
+    dispatch: Literal["replicated", "all_to_all"] = "replicated"
+    # Dense attention: keys and values travel round the ring, or are gathered.
+    sequence_attention: Literal["ring", "gather"] = "ring"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +304,7 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @property

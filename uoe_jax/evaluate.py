@@ -13,9 +13,9 @@ from uoe_jax.checkpoint import Checkpoints, from_arrays, named_leaves
 from uoe_jax.config import ExperimentConfig, from_json
 from uoe_jax.data import Dataset, make_dataset
 from uoe_jax.errors import CheckpointError
-from uoe_jax.partition.mesh import make_mesh, replicated
+from uoe_jax.partition.mesh import evaluation_mesh
 from uoe_jax.train.run_dir import BEST, CHECKPOINTS, CONFIG
-from uoe_jax.train.state import split_model
+from uoe_jax.train.state import layout_of, split_model
 from uoe_jax.train.validate import make_eval_step, run_validation
 
 
@@ -72,8 +72,9 @@ def evaluate(
     if dataset is None:
         dataset = make_dataset(config, split)
     if mesh is None:
-        mesh = make_mesh(config.mesh, batch_size=config.data.batch_size)
+        mesh = evaluation_mesh(config)
     graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
-    params, buffers = jax.device_put((params, buffers), replicated(mesh))
+    layout = layout_of(config, mesh)
+    params, buffers = layout.place((layout.to_memory(params), buffers))
     step = make_eval_step(config, graphdef, mesh)
     return run_validation(step, params, buffers, dataset, mesh, max_batches)

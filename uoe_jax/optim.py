@@ -10,18 +10,9 @@ import optax
 from jaxtyping import PyTree
 
 from uoe_jax.config import OptimConfig
+from uoe_jax.partition.names import leaf_name
 
 WSD_DECAY_FRACTION = 0.2  # share of the steps in which warm-up-stable-decay falls
-
-
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """Return a pytree path as `blocks.attention.wq`, without Flax's inner `value`."""
-    parts = [
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-        for key in path
-        if getattr(key, "name", None) != "value"
-    ]
-    return ".".join(parts)
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:

@@ -3,6 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from uoe_jax.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """How chips of a kind are joined; rates are one way, in bytes/s of one chip.
+
+    torus: `bandwidth` of one link, two of them in each of `dimensions`. switch: what a
+    chip sends into a switch that joins `domain` chips. Beyond, all use `network`.
+    """
+
+    kind: Literal["torus", "switch"]
+    bandwidth: float
+    network: float
+    source: str
+    dimensions: int = 1
+    domain: int = 8
+    latency: float = 1e-6  # seconds of one hop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,10 +34,43 @@ class Device:
     memory_bytes: float
     memory_bandwidth: float
     source: str
+    link: Link
 
 
 _NVIDIA = "NVIDIA data sheet, dense rate"
 _GOOGLE = "Google Cloud TPU system architecture pages"
+_SCALING = "Austin et al. 2025, How to Scale Your Model, chapter 2"
+
+
+def _torus(gbs: float, dimensions: int, network_gbs: float) -> Link:
+    return Link(
+        kind="torus",
+        bandwidth=gbs * 1e9,
+        network=network_gbs * 1e9,
+        dimensions=dimensions,
+        source=_SCALING,
+    )
+
+
+def _switch(gbs: float, network_gbs: float, source: str) -> Link:
+    return Link(
+        kind="switch",
+        bandwidth=gbs * 1e9,
+        network=network_gbs * 1e9,
+        latency=5e-6,
+        source=source,
+    )
+
+
+# NVLink: half of the two-way figure. Network: one ConnectX port a GPU in a DGX.
+_NVLINK4 = _switch(450.0, 50.0, "NVIDIA H100 data sheet: NVLink 900 GB/s both ways")
+_NVLINK5 = _switch(900.0, 50.0, "NVIDIA DGX B200 data sheet: NVLink 1.8 TB/s both ways")
+_NVLINK3 = _switch(300.0, 25.0, "NVIDIA A100 data sheet: NVLink 600 GB/s both ways")
+_PCIE5 = _switch(64.0, 12.5, "PCI Express 5.0 x16, one way; 100 Gb/s Ethernet")
+_PCIE4 = _switch(32.0, 12.5, "PCI Express 4.0 x16, one way; 100 Gb/s Ethernet")
+_PCIE3 = _switch(16.0, 12.5, "PCI Express 3.0 x16, one way; 100 Gb/s Ethernet")
+_V4, _V5P = _torus(45.0, 3, 6.25), _torus(90.0, 3, 6.25)
+_V5E, _V6E = _torus(45.0, 2, 3.125), _torus(90.0, 2, 12.5)
 
 # Order matters: the first name found in a device kind wins.
 DEVICES: tuple[Device, ...] = tuple(
@@ -27,26 +80,37 @@ DEVICES: tuple[Device, ...] = tuple(
         memory_bytes=gigabytes * 1e9,
         memory_bandwidth=gbs * 1e9,
         source=source,
+        link=link,
     )
-    for name, tflops, gigabytes, gbs, source in (
-        ("H200", 989.4, 141, 4800, _NVIDIA),
-        ("H100 PCIe", 756.5, 80, 2000, _NVIDIA),
-        ("H100", 989.4, 80, 3350, _NVIDIA),
-        ("B200", 2250, 180, 8000, _NVIDIA),
-        ("A100", 312, 80, 2039, _NVIDIA),
-        ("L40S", 362, 48, 864, _NVIDIA),
-        ("L4", 121, 24, 300, _NVIDIA),
-        ("A10", 125, 24, 600, _NVIDIA),
-        ("T4", 65, 16, 300, _NVIDIA + " (float16: no bfloat16 units)"),
-        ("RTX 4090", 165.2, 24, 1008, _NVIDIA),
-        ("TPU v4", 275, 32, 1228, _GOOGLE),
-        ("TPU v5 lite", 197, 16, 819, _GOOGLE),
-        ("TPU v5e", 197, 16, 819, _GOOGLE),
-        ("TPU v5p", 459, 95, 2765, _GOOGLE),
-        ("TPU v5", 459, 95, 2765, _GOOGLE),
-        ("TPU v6 lite", 918, 32, 1640, _GOOGLE),
-        ("TPU v6e", 918, 32, 1640, _GOOGLE),
+    for name, tflops, gigabytes, gbs, link, source in (
+        ("H200", 989.4, 141, 4800, _NVLINK4, _NVIDIA),
+        ("H100 PCIe", 756.5, 80, 2000, _PCIE5, _NVIDIA),
+        ("H100", 989.4, 80, 3350, _NVLINK4, _NVIDIA),
+        ("B200", 2250, 180, 8000, _NVLINK5, _NVIDIA),
+        ("A100", 312, 80, 2039, _NVLINK3, _NVIDIA),
+        ("L40S", 362, 48, 864, _PCIE4, _NVIDIA),
+        ("L4", 121, 24, 300, _PCIE4, _NVIDIA),
+        ("A10", 125, 24, 600, _PCIE4, _NVIDIA),
+        ("T4", 65, 16, 300, _PCIE3, _NVIDIA + " (float16: no bfloat16 units)"),
+        ("RTX 4090", 165.2, 24, 1008, _PCIE4, _NVIDIA),
+        ("TPU v4", 275, 32, 1228, _V4, _GOOGLE),
+        ("TPU v5 lite", 197, 16, 819, _V5E, _GOOGLE),
+        ("TPU v5e", 197, 16, 819, _V5E, _GOOGLE),
+        ("TPU v5p", 459, 95, 2765, _V5P, _GOOGLE),
+        ("TPU v5", 459, 95, 2765, _V5P, _GOOGLE),
+        ("TPU v6 lite", 918, 32, 1640, _V6E, _GOOGLE),
+        ("TPU v6e", 918, 32, 1640, _V6E, _GOOGLE),
     )
+)
+
+# Eight simulated devices share one host; nominal figures, only their order is meant.
+CPU = Device(
+    name="cpu",
+    bf16_flops=5e10,
+    memory_bytes=4e9,
+    memory_bandwidth=1e10,
+    source="nominal",
+    link=_switch(4.0, 1.0, "nominal"),
 )
 
 
@@ -63,3 +127,61 @@ def peak_flops(kind: str) -> float | None:
     """Return a chip's dense bf16 rate in FLOP/s, or None for an unknown chip or CPU."""
     device = find_device(kind)
     return device.bf16_flops if device else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Chips of one kind; `shape` has several numbers where they form a torus."""
+
+    name: str
+    device: Device
+    shape: tuple[int, ...]
+
+    @property
+    def num_devices(self) -> int:
+        """Return how many chips there are."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether the TPU compiler knows this topology."""
+        return self.device.name.startswith("TPU")
+
+
+def _short_names() -> dict[str, Device]:
+    names = {"cpu": CPU}
+    for device in DEVICES:
+        short = device.name.lower().removeprefix("tpu ").replace(" ", "-")
+        names.setdefault(short, device)
+    return names
+
+
+def parse_topology(text: str) -> Topology:
+    """Return the topology a name such as "v5p:4x4x4", "cpu:8" or "h200:1" stands for.
+
+    Raises:
+      ConfigError: an unknown chip, or a shape that isn't one of its kind's.
+    """
+    kind, colon, shape_text = text.lower().partition(":")
+    names = _short_names()
+    if kind not in names:
+        raise ConfigError(f"topology is {text!r}; {nearest(kind, names)}")
+    device = names[kind]
+    parts = shape_text.split("x")
+    if not colon or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(
+            f"topology is {text!r}; write chips as KIND:COUNT or KIND:AxBxC, such as "
+            "v5p:4x4x4 or h200:8"
+        )
+    shape = tuple(int(part) for part in parts)
+    dimensions = device.link.dimensions if device.link.kind == "torus" else 1
+    if len(shape) != dimensions:
+        example = "x".join(["4"] * dimensions)
+        raise ConfigError(
+            f"topology is {text!r}; {device.name} chips form {dimensions} "
+            f"dimension{'s' * (dimensions > 1)}, write {kind}:{example}"
+        )
+    return Topology(name=text.lower(), device=device, shape=shape)

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
+from uoe_jax.model.balance_stats import Stats
 from uoe_jax.model.context import Context
 from uoe_jax.model.linear import (
     PROJECTION,
@@ -27,10 +28,11 @@ from uoe_jax.model.linear import (
     rows_to_picks,
 )
 from uoe_jax.model.rope import rotate
-from uoe_jax.model.router import PatchRouter, Routing, Stats
-from uoe_jax.ops.dense_attention.api import dense_attention
+from uoe_jax.model.router import Routing
+from uoe_jax.model.routers import make_router
+from uoe_jax.model.sharded import attend, pack_local, share_experts, splits_tokens
 from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
-from uoe_jax.ops.packing import Packing, pack_choices
+from uoe_jax.ops.packing import Packing
 from uoe_jax.ops.segment_attention.api import segment_attention
 
 KeyValue = tuple[Array, Array]
@@ -72,9 +74,7 @@ class DenseAttention(_Attention):
     ) -> tuple[Float[Array, "B T D"], Stats, KeyValue]:
         """Return the output, no statistics, and keys and values [B, T, K, H]."""
         q, k, v = self.project_qkv(x, context.positions)
-        out = dense_attention(
-            q, k, v, causal=self.config.causal, segments=context.segments
-        )
+        out = attend(q, k, v, context, self.config.causal)
         return self.project_out(out), {}, (k, v)
 
     def project_qkv(
@@ -108,11 +108,9 @@ class UnionAttention(_Attention):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        union = config.union
+        union = config.union_for("attention")
         super().__init__(config, union.num_experts, rngs=rngs)
-        self.router = PatchRouter(
-            config.d_model, union, union.gate, config.causal, rngs=rngs
-        )
+        self.router = make_router(config.d_model, union, config.causal, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context
@@ -121,8 +119,10 @@ class UnionAttention(_Attention):
 
         Keys and values are in the order of each token's picks, as the cache has them.
         """
-        routing = self.router(x, context, context.leaders)
-        packing = pack_choices(routing.choices, self.config.union.num_experts)
+        if (parallel := splits_tokens(context)) is not None:
+            return share_experts(self, x, context, parallel)
+        routing = self.router(x, context)
+        packing = pack_local(self.router, routing, context, self.wq.shape[0])
         q, k, v = self.project_rows(x, packing, context.positions)
         bounds = None
         if context.segments is not None:
@@ -180,7 +180,8 @@ class UnionAttention(_Attention):
         move = lambda x: (x[None] + shift).reshape(-1)
         if bounds is not None:
             bounds = tuple(move(x) for x in bounds)
-        offsets = jnp.append(move(offsets[:-1]), rows * heads)
+        # Rows past a head's last segment are a segment of their own: nobody sees them.
+        offsets = jnp.append(move(offsets), rows * heads)
         out = segment_attention(q, k, v, offsets, causal=causal, bounds=bounds)
         return jnp.moveaxis(out.reshape(heads, rows, *out.shape[1:]), 0, 1)
 

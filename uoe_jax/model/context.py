@@ -10,22 +10,26 @@ from jaxtyping import Array, Int
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError
+from uoe_jax.partition.collectives import Parallel
 
 
 class Context(NamedTuple):
-    """Positions, documents, patch leaders, randomness and the mesh axis of a call.
+    """Positions, documents, randomness and the mesh axes of a call.
 
-    `segments` are document ids, 0 for padding; None means one document a row.
-    `leaders` are the tokens whose routing decision each token follows; None when every
-    token decides for itself. `key` is None when dropout is off.
+    `segments` are document ids, 0 for padding; None means one document a row. `key` is
+    None when dropout is off. `train` says that capacities hold. `lengths` are given
+    when a cache is filled: routers then add what decoding needs to their statistics.
+    `parallel` has the collectives of weights and tokens that are spread over devices.
     """
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"] | None
-    leaders: Int[Array, "B T"] | None
     key: jax.Array | None
-    axis_name: str | None
+    axis_name: str | tuple[str, ...] | None
     collect_choices: bool
+    train: bool = False
+    lengths: Int[Array, " B"] | None = None
+    parallel: Parallel | None = None
 
 
 def make_context(
@@ -36,8 +40,10 @@ def make_context(
     segments: Int[Array, "B T"] | None = None,
     key: jax.Array | None = None,
     train: bool = False,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     collect_choices: bool = False,
+    lengths: Int[Array, " B"] | None = None,
+    parallel: Parallel | None = None,
 ) -> Context:
     """Return the context of `shape` = (B, T) tokens; ConfigError when T is too long."""
     length = shape[1]
@@ -47,14 +53,25 @@ def make_context(
             "shorten the input or raise model.max_seq_len"
         )
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(length)[None], shape)
+        first = 0 if parallel is None else parallel.first_position(length)
+        positions = jnp.broadcast_to(first + jnp.arange(length)[None], shape)
     if not train or config.dropout == 0.0:
         key = None
     if key is not None and axis_name is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-    patch = config.union.patch_size
-    leaders = None if patch == 1 else patch_leaders(shape, segments, patch)
-    return Context(positions, segments, leaders, key, axis_name, collect_choices)
+        axes = axis_name
+        if parallel is not None and parallel.scatters:
+            axes = (*parallel.token_axes, "tensor")
+        key = jax.random.fold_in(key, jax.lax.axis_index(axes))
+    return Context(
+        positions,
+        segments,
+        key,
+        axis_name,
+        collect_choices,
+        train,
+        lengths,
+        parallel,
+    )
 
 
 def patch_leaders(
@@ -71,3 +88,17 @@ def patch_leaders(
     start = jnp.where(segments != before, index, jnp.zeros_like(index))
     start = jax.lax.cummax(start, axis=1)
     return index - (index - start) % patch_size
+
+
+def document_span(
+    shape: tuple[int, ...], segments: Int[Array, "B T"] | None, causal: bool
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """Return the first and last token that each token may see: its document's, and in a
+    causal model none after itself."""
+    index = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
+    first = patch_leaders(shape, segments, shape[1])
+    if causal:
+        return first, index
+    backwards = None if segments is None else segments[:, ::-1]
+    last = shape[1] - 1 - patch_leaders(shape, backwards, shape[1])[:, ::-1]
+    return first, last

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from uoe_jax.config import ModelConfig
+from uoe_jax.model.balance_stats import Stats
 from uoe_jax.model.context import Context
 from uoe_jax.model.linear import (
     PROJECTION,
@@ -22,9 +23,11 @@ from uoe_jax.model.linear import (
     project,
     residual_scale,
 )
-from uoe_jax.model.router import PatchRouter, Routing, Stats
+from uoe_jax.model.router import Router, Routing
+from uoe_jax.model.routers import make_router
+from uoe_jax.model.sharded import pack_local, route
 from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
-from uoe_jax.ops.packing import Packing, pack_choices
+from uoe_jax.ops.packing import Packing
 
 
 def activate(
@@ -70,6 +73,8 @@ class DenseMlp(nnx.Module):
 class RoutedMlp(nnx.Module):
     """Experts of `width` neurons, each applied to the tokens that chose it."""
 
+    router: Router
+
     def __init__(
         self,
         config: ModelConfig,
@@ -90,21 +95,32 @@ class RoutedMlp(nnx.Module):
         self.b_down = init_bias((d,), config)
 
     def apply(
-        self, x: Float[Array, "B T D"], routing: Routing
+        self, x: Float[Array, "B T D"], routing: Routing, context: Context | None = None
     ) -> Float[Array, "B T D"]:
         """Return the sum of each token's chosen experts times their gates.
 
         The output bias is added once, not by every expert.
         """
-        d = x.shape[-1]
-        packing = pack_choices(routing.choices, self.w_up.shape[0])
-        hidden = self._hidden(x.reshape(-1, d), packing)
-        hidden = apply_gates(hidden, routing.gates, packing)
-        weight = self.w_down[...].astype(x.dtype)
-        y = project_scatter(hidden, weight, packing)
+        if context is None:
+            packing = self.router.pack(routing)
+        else:
+            packing = pack_local(self.router, routing, context, self.w_up.shape[0])
+        y = self.experts(x.reshape(-1, x.shape[-1]), packing, routing.gates)
         if self.b_down is not None:
             y = y + self.b_down[...].astype(y.dtype)[None]
         return checkpoint_name(y, PROJECTION).reshape(x.shape)
+
+    def experts(
+        self,
+        x: Float[Array, "N D"],
+        packing: Packing,
+        gates: Float[Array, "B T X"] | None = None,
+    ) -> Float[Array, "N D"]:
+        """Return each token's sum over the packed rows it has, times their gates."""
+        hidden = self._hidden(x, packing)
+        if gates is not None:
+            hidden = apply_gates(hidden, gates, packing)
+        return project_scatter(hidden, self.w_down[...].astype(x.dtype), packing)
 
     def _hidden(self, x: Array, packing: Packing) -> Array:
         """Return the activations [M, F] of the packed rows."""
@@ -129,13 +145,11 @@ class UnionMlp(RoutedMlp):
         union, f = config.union, config.d_ff
         experts = union.num_experts
         super().__init__(config, experts, f // experts, f, rngs=rngs)
-        self.router = PatchRouter(
-            config.d_model, union, union.gate, config.causal, rngs=rngs
-        )
+        self.router = make_router(config.d_model, union, config.causal, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context
     ) -> tuple[Float[Array, "B T D"], Stats]:
         """Return the output and the routing statistics."""
-        routing = self.router(x, context, context.leaders)
-        return self.apply(x, routing), routing.stats
+        routing = route(self.router, x, context)
+        return self.apply(x, routing, context), routing.stats

@@ -1,40 +1,82 @@
-"""Mixture-of-experts baseline: whole MLPs as experts, dropless, top-k of them."""
+"""Mixture-of-experts baselines: whole MLPs as experts, top-k of them."""
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
+from uoe_jax.model.balance_stats import Stats
 from uoe_jax.model.context import Context
+from uoe_jax.model.expert_choice import ExpertChoiceRouter
 from uoe_jax.model.mlp import RoutedMlp
-from uoe_jax.model.router import PatchRouter, Routing, Stats
+from uoe_jax.model.router import PatchRouter, pick_scores
+from uoe_jax.model.sharded import route
+
+
+def moe_gates(
+    scores: Float[Array, "*N E"], picks: Int[Array, "*N X"], gate: str
+) -> Float[Array, "*N X"]:
+    """Return the gates of a mixture's picked experts.
+
+    softmax: over the chosen, summing to 1 (Mixtral, Jiang et al. 2024, eq. 1).
+    softmax_all: of all experts, as it is (Switch, Fedus et al. 2021, eq. 2). sigmoid:
+    affinities normalised over the chosen (DeepSeek-V3, eq. 13 to 15).
+    """
+    if gate == "softmax_all":
+        return pick_scores(jax.nn.softmax(scores, axis=-1), picks)
+    chosen = pick_scores(scores, picks)
+    if gate == "softmax":
+        return jax.nn.softmax(chosen, axis=-1)
+    affinity = jax.nn.sigmoid(chosen)
+    return affinity / (jnp.sum(affinity, axis=-1, keepdims=True) + 1e-20)
+
+
+class MoeRouter(PatchRouter):
+    """Token choice with a mixture's gates."""
+
+    def choose(self, scores: Float[Array, "*N E"]) -> Int[Array, "*N X"]:
+        """Return the experts picked; biases add to what the gates are made of."""
+        # DeepSeek-V3, eq. 16: the bias of loss-free balance is in units of affinity.
+        return super().choose(
+            jax.nn.sigmoid(scores) if self.gate == "sigmoid" else scores
+        )
+
+    def gates(
+        self, scores: Float[Array, "*N E"], picks: Int[Array, "*N X"]
+    ) -> Float[Array, "*N X"]:
+        """Return the gates of the picked experts."""
+        return moe_gates(scores, picks, self.gate)
+
+
+class MoeExpertChoice(ExpertChoiceRouter):
+    """Expert choice with a mixture's gates; `softmax_all` is the published form."""
+
+    def gates(
+        self, scores: Float[Array, "*N E"], picks: Int[Array, "*N X"]
+    ) -> Float[Array, "*N X"]:
+        """Return the gates of all experts."""
+        return moe_gates(scores, picks, self.gate)
 
 
 class MoeMlp(RoutedMlp):
-    """Top-k experts, softmax gates renormalised over the chosen to sum to 1.
+    """Mixture of whole MLPs.
 
-    Gates as in GShard (Lepikhin et al. 2020) and Mixtral (Jiang et al. 2024, eq. 1).
+    Covers Switch (top-1, `softmax_all`, a capacity), GShard's and Mixtral's top-2, and
+    fine-grained experts with shared ones (DeepSeek-V3: `sigmoid`, `num_shared`).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         moe, width = config.moe, config.d_expert
         super().__init__(config, moe.num_experts, width, width, rngs=rngs)
-        self.router = PatchRouter(
-            config.d_model, moe, "softmax", config.causal, rngs=rngs
-        )
+        kind = MoeRouter if moe.router == "token" else MoeExpertChoice
+        self.router = kind(config.d_model, moe, config.causal, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context
     ) -> tuple[Float[Array, "B T D"], Stats]:
         """Return the output and the routing statistics."""
-        routing = self.router(x, context)
-        return self.apply(x, routing), routing.stats
-
-    def apply(
-        self, x: Float[Array, "B T D"], routing: Routing
-    ) -> Float[Array, "B T D"]:
-        """Return the output under a given routing."""
-        # The router's softmax sums to X, as a union wants it.
-        gates = routing.gates / routing.gates.shape[-1]
-        return super().apply(x, routing._replace(gates=gates))
+        routing = route(self.router, x, context)
+        return self.apply(x, routing, context), routing.stats

@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from uoe_jax.checkpoint import named_leaves
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.integrity import write_atomically
-from uoe_jax.partition.mesh import DATA_AXIS
-from uoe_jax.train.state import TrainState
-from uoe_jax.train.step import Batch, gradients, put_batch, step_key
+from uoe_jax.train.state import TrainState, layout_of
+from uoe_jax.train.step import Batch, make_gradients, put_batch
 
 _LAYERS = ".blocks."  # parameters below it have a leading layer axis
 
@@ -47,20 +46,12 @@ def diagnose(
     parameter, and per layer where layers are stacked.
     """
 
-    def body(state: TrainState, batch: Batch) -> Any:
-        key = step_key(config, jnp.int32(step - 1))
-        grads, sums, aux = gradients(
-            graphdef, state.params, state.buffers, batch, key, config, mesh
-        )
+    compute = make_gradients(config, graphdef, layout_of(config, mesh))
+
+    def run(state: TrainState, batch: Batch) -> Any:
+        grads, sums, aux = compute(state, batch, jnp.int32(step - 1))
         return named_norms(grads), sums, aux, named_norms(state.params)
 
-    spec = PartitionSpec
-    run = jax.shard_map(
-        body,
-        mesh=mesh,
-        in_specs=(spec(), spec(None, DATA_AXIS)),
-        out_specs=spec(),
-    )
     placed = put_batch(batch, mesh, config.train.accumulate)
     norms, sums, aux, params = jax.device_get(jax.jit(run)(state, placed))
     return {

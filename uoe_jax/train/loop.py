@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -22,10 +23,12 @@ from uoe_jax.errors import NonFiniteError
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.hardware.devices import peak_flops
 from uoe_jax.optim import make_optimizer
-from uoe_jax.partition.mesh import make_mesh, replicated
+from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.train.clock import Clock, Progress, Rate
 from uoe_jax.train.diagnose import diagnose, write_dump
+from uoe_jax.train.feed import train_batch
 from uoe_jax.train.metrics import MetricsLog
+from uoe_jax.train.peers import Votes, Watch, barrier, is_primary
 from uoe_jax.train.progress import Display
 from uoe_jax.train.run_dir import (
     BEST,
@@ -35,11 +38,12 @@ from uoe_jax.train.run_dir import (
     write_environment,
 )
 from uoe_jax.train.signals import StopRun, StopSignals
-from uoe_jax.train.state import init_state
-from uoe_jax.train.step import make_step, put_batch
+from uoe_jax.train.state import init_state, layout_of
+from uoe_jax.train.step import make_step
 from uoe_jax.train.validate import make_eval_step, run_validation
 from uoe_jax.validation import validate
 
+_STOP, _TIME_UP = 1, 2  # what processes vote for, the larger one wins
 _PROFILE_STEPS = range(3, 6)  # steps of this process that --profile traces
 
 
@@ -62,18 +66,20 @@ def train(
     NonFiniteError after `max_bad_steps` bad steps in a row, StopRun after a signal.
     """
     validate(config)
-    passes = config.data.batch_size // config.train.accumulate
-    mesh = make_mesh(config.mesh, batch_size=passes)
+    mesh = mesh_for(config)
     with ExitStack() as stack:
+        quiet = quiet or not is_primary()
         display = stack.enter_context(
             Display(quiet=quiet, log_every=config.train.log_every)
         )
         run_dir = Path(run_dir)
         # Before the folder is touched: data that can't serve leaves nothing behind.
         data = (make_dataset(config, "train"), make_dataset(config, "valid"))
-        stack.enter_context(
-            open_run_dir(run_dir, config, resume=resume, note=display.note)
-        )
+        if is_primary():
+            stack.enter_context(
+                open_run_dir(run_dir, config, resume=resume, note=display.note)
+            )
+        stack.enter_context(Watch(run_dir))
         signals = stack.enter_context(StopSignals())
         if optimizer is None:
             optimizer = make_optimizer(config.optim, config.train.steps)
@@ -103,6 +109,8 @@ class _Run:
         self.graphdef, self.state = init_state(config, optimizer, mesh)
         self.step_fn: Any = make_step(config, self.graphdef, optimizer, mesh)
         self.eval_fn = make_eval_step(config, self.graphdef, mesh)
+        self.layout = layout_of(config, mesh)
+        self.votes = Votes(mesh)
         self.checkpoints = Checkpoints(
             run_dir / CHECKPOINTS, keep=config.train.keep_checkpoints
         )
@@ -118,30 +126,28 @@ class _Run:
 
     def restore(self, step: int | None) -> None:
         """Continue from a checkpoint if there is one."""
-        for store in (self.checkpoints, self.best):
+        for store in (self.checkpoints, self.best) if is_primary() else ():
             unfinished = store.discard_unfinished()
             for number in unfinished if store is self.checkpoints else ():
                 self.display.note(f"step {number} was unfinished, ignored")
+        barrier("unfinished checkpoints are gone")
         if not self.checkpoints.steps() and step is None:
             return
         template = named_leaves(self.state)
         self.step, arrays, progress = self.checkpoints.restore(template, step=step)
-        self.checkpoints.discard_after(self.step)
-        state = from_arrays(self.state, arrays)
-        self.state = jax.device_put(state, replicated(self.mesh))
+        barrier("checkpoint is read")
+        if is_primary():
+            self.checkpoints.discard_after(self.step)
+        state = from_arrays(self.state, self.layout.to_memory(arrays))
+        self.state = self.layout.place(state)
         self.progress = self.clock.resume(Progress(**progress))
         self.display.note(f"resuming from step {self.step}")
 
     def train(self) -> dict[str, Any]:
         """Run the loop to the end of a budget; return the summary."""
-        self.metrics = MetricsLog(self.run_dir / METRICS, self.step)
-        self.metrics.add_sinks(self.config, self.run_dir, self.display.warn)
-        write_environment(
-            self.run_dir,
-            {"mesh": dict(self.mesh.shape), "data": self.data.manifest},
-        )
+        self.open_metrics()
         try:
-            if self.step > 0 and self.out_of_time():
+            if self.step > 0 and self.votes.settle(self.out_of_time()):
                 self.display.note(f"step {self.step}: max_seconds is used up")
             elif self.step < self.config.train.steps:
                 self.compile()
@@ -161,6 +167,16 @@ class _Run:
             self.metrics.close()
         return self.summary()
 
+    def open_metrics(self) -> None:
+        """Open the run's log, each process its own, and note the environment."""
+        name = METRICS if is_primary() else f"metrics-{jax.process_index()}.jsonl"
+        self.metrics = MetricsLog(self.run_dir / name, self.step)
+        if is_primary():
+            self.metrics.add_sinks(self.config, self.run_dir, self.display.warn)
+            about = {"mesh": dict(self.mesh.shape), "data": self.data.manifest}
+            about["processes"] = jax.process_count()
+            write_environment(self.run_dir, about)
+
     def compile(self) -> None:
         """Compile the step ahead, so that its time isn't counted as training."""
         start = time.perf_counter()
@@ -169,8 +185,7 @@ class _Run:
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """Return a training batch on the devices."""
-        batch = self.data.batch(step)
-        return put_batch(batch, self.mesh, self.config.train.accumulate)
+        return train_batch(self.data, step, self.mesh, self.config.train.accumulate)
 
     def loop(self) -> None:
         """Dispatch steps; pause for validation, checkpoints and the end."""
@@ -183,11 +198,13 @@ class _Run:
                 self.step += 1
                 previous, self.pending = self.pending, (self.step, metrics)
                 self.read(previous)
-                last = self.step >= train.steps or self.out_of_time()
+                vote = _STOP if self.signals.received else 0
+                vote = self.votes.cast(_TIME_UP if self.out_of_time() else vote)
+                last = self.step >= train.steps or vote == _TIME_UP
                 # Before a stop too, so that a resumed run has the same validations.
                 if last or self.step % train.eval_every == 0:
                     self.validate()
-                if self.signals.received and not last:
+                if vote == _STOP and not last:
                     self.stop()
                 if last or self.step % train.save_every == 0:
                     self.save(self.checkpoints)
@@ -280,7 +297,7 @@ class _Run:
         self.clock.update()
         store.save(
             self.step,
-            snapshot(self.state),
+            self.layout.to_file(snapshot(self.state)),
             dataclasses.asdict(self.config),
             self.progress.as_json(),
         )
@@ -294,8 +311,7 @@ class _Run:
 
     def stop(self) -> None:
         """Save and raise StopRun for the signal received."""
-        received = self.signals.received
-        assert received is not None
+        received = self.signals.received or signal.SIGTERM  # of another process
         self.save(self.checkpoints)
         self.checkpoints.close()
         self.best.close()

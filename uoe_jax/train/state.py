@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,8 @@ from jaxtyping import PyTree
 
 from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.model import make_model
-from uoe_jax.partition.mesh import replicated
+from uoe_jax.partition.layout import Layout, make_layout
+from uoe_jax.partition.names import leaf_name
 
 # Initialisation runs once: on a CPU compiling it well takes longer than running it.
 _COMPILE_FAST = {
@@ -44,14 +47,53 @@ def split_model(config: ModelConfig, seed: int) -> tuple[nnx.GraphDef, Any]:
     return jax.eval_shape(make)[0], lambda: make()[1:]
 
 
+@functools.cache
+def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of a model by name; nothing is computed."""
+    params, _ = jax.eval_shape(split_model(config, 0)[1])
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {leaf_name(path): leaf.shape for path, leaf in leaves}
+
+
+def layout_of(config: ExperimentConfig, mesh: Mesh) -> Layout:
+    """Return the layout of an experiment's model on a mesh."""
+    return make_layout(config, mesh, param_shapes(config.model))
+
+
 def init_state(
     config: ExperimentConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """Return the model's static half and the first state, on every device."""
+    """Return the model's static half and the first state, laid out on the mesh."""
+    graphdef, init, shardings = _initialiser(config, optimizer, mesh)
+    run = jax.jit(init, out_shardings=shardings, compiler_options=_COMPILE_FAST)
+    return graphdef, run()
+
+
+def abstract_state(
+    config: ExperimentConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Return what `init_state` does, with shapes and shardings in place of arrays."""
+    graphdef, init, shardings = _initialiser(config, optimizer, mesh)
+    described = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        jax.eval_shape(init),
+        shardings,
+    )
+    return graphdef, described
+
+
+def _initialiser(
+    config: ExperimentConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[nnx.GraphDef, Callable[[], TrainState], PyTree]:
+    """Return a model's static half, what makes its state, and the state's shardings."""
     graphdef, make = split_model(config.model, config.train.seed)
+    layout = layout_of(config, mesh)
 
     def init() -> TrainState:
         params, buffers = make()
+        params = layout.to_memory(params)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -60,5 +102,4 @@ def init_state(
             bad_steps=jnp.zeros((), jnp.int32),
         )
 
-    run = jax.jit(init, out_shardings=replicated(mesh), compiler_options=_COMPILE_FAST)
-    return graphdef, run()
+    return graphdef, init, layout.sharding_tree(jax.eval_shape(init))

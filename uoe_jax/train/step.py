@@ -1,4 +1,4 @@
-"""One training step: a single jitted shard_map over the data axis."""
+"""One training step: gradients in a shard_map over the whole mesh, then the update."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.hardware.count import num_tokens
 from uoe_jax.model import Decoder, router_losses, update_router_bias
-from uoe_jax.ops._dispatch import vary_together
 from uoe_jax.optim import make_schedule
-from uoe_jax.partition.mesh import DATA_AXIS, split_over_data
+from uoe_jax.partition.collectives import Parallel, agreed, count_copies, total
+from uoe_jax.partition.layout import Layout, batch_spec
+from uoe_jax.partition.mesh import DATA_AXIS
 from uoe_jax.train.loss import (
     LossSums,
     class_losses,
     linear_cross_entropy,
     output_layer,
 )
-from uoe_jax.train.state import TrainState
+from uoe_jax.train.state import TrainState, layout_of
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Any]
@@ -35,13 +36,19 @@ Metrics = dict[str, Any]
 def put_batch(
     batch: Mapping[str, np.ndarray], mesh: Mesh, accumulate: int = 1
 ) -> dict[str, Array]:
-    """Place a host batch [B, ...] as microbatches [A, B/A, ...], split over data."""
-    sharding = split_over_data(mesh, axis=1)
+    """Place a host batch [B, ...] as microbatches [A, B/A, ...] on the mesh.
+
+    Rows are split over data and fsdp, tokens over sequence.
+    """
     parts = {
         k: v.reshape(accumulate, v.shape[0] // accumulate, *v.shape[1:])
         for k, v in batch.items()
     }
-    return jax.device_put(parts, sharding)
+    shardings = {
+        name: NamedSharding(mesh, batch_spec(mesh, part.ndim))
+        for name, part in parts.items()
+    }
+    return jax.device_put(parts, shardings)
 
 
 def example_weights(batch: Batch) -> Float[Array, "*N"]:
@@ -70,24 +77,47 @@ def hidden_states(
     return model.hidden(batch["tokens"], **kwargs)
 
 
+def loss_tokens(
+    x: Float[Array, "B T D"],
+    targets: Int[Array, "B T2"],
+    weights: Float[Array, "B T2"],
+    parallel: Parallel | None,
+) -> tuple[Array, Array, Array]:
+    """Return the hidden states, targets and weights whose loss this device takes.
+
+    The devices of a tensor group share the tokens, so that none repeats the output
+    layer's work.
+    """
+    if parallel is None:
+        return x, targets, weights
+    own = parallel.own_tokens
+    return x if parallel.scatters else own(x), own(targets), own(weights)
+
+
 def batch_loss(
     model: Any,
     batch: Batch,
     config: ExperimentConfig,
     *,
     key: jax.Array | None = None,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    parallel: Parallel | None = None,
 ) -> tuple[LossSums, PyTree]:
-    """Return loss sums over one batch [B, ...] and the routers' statistics."""
+    """Return loss sums over one batch [B, ...] and the routers' statistics.
+
+    With a `parallel` the sums are of the tokens whose loss this device takes.
+    """
     kwargs: dict[str, Any] = {"key": key, "train": True, "axis_name": axis_name}
+    kwargs["parallel"] = parallel
     weights = example_weights(batch)
     train = config.train
     if config.model.kind == "decoder":
         x, aux = hidden_states(model, batch, config, **kwargs)
+        x, targets, weights = loss_tokens(x, batch["targets"], weights, parallel)
         sums = linear_cross_entropy(
             x.reshape(-1, x.shape[-1]),
             *output_layer(model),
-            batch["targets"].reshape(-1),
+            targets.reshape(-1),
             weights.reshape(-1),
             train.loss_chunk,
             train.z_loss,
@@ -110,59 +140,67 @@ def gradients(
     batch: Batch,
     key: jax.Array,
     config: ExperimentConfig,
-    mesh: Mesh,
+    layout: Layout,
 ) -> tuple[PyTree, Metrics, PyTree]:
     """Return (gradients, sums, router statistics) of a global batch, in a shard_map.
 
     Weighted exactly: the loss is the sum over all devices and microbatches divided by
     the number of tokens they hold together.
     """
+    parallel = layout.parallel
     # Gradients of varying copies stay local until the one sum at the end.
-    local = jax.tree.map(lambda p: jax.lax.pcast(p, DATA_AXIS, to="varying"), params)
-    total = jax.lax.psum(jnp.sum(example_weights(batch)), DATA_AXIS)
+    local = layout.vary(params)
+    count = jnp.maximum(sum_over_devices(jnp.sum(example_weights(batch))), 1.0)
     parts = example_weights(batch).shape[0]
-    share = 1.0 / (parts * mesh.shape[DATA_AXIS])
 
     def objective(local: PyTree, part: Batch, index: Array) -> tuple[Array, Any]:
-        model = nnx.merge(graphdef, local, buffers)
+        model = nnx.merge(graphdef, parallel.gather_params(local), buffers)
         sums, aux = batch_loss(
             model,
             part,
             config,
             key=jax.random.fold_in(key, index),
-            axis_name=DATA_AXIS,
+            axis_name=parallel.token_axes,
+            parallel=parallel,
         )
-        value = sums.objective / jnp.maximum(total, 1.0)
+        value = sums.objective / count
+        # Every device adds its part of what they all know.
+        share = 1.0 / (parts * count_copies(value, parallel.sizes))
         value += share * router_losses(aux, config.model)
         return value, (sums.nll, count_tokens(part, config), aux)
 
+    compute = jax.value_and_grad(objective, has_aux=True)
+    (value, nll, tokens, aux), grads = _over_microbatches(compute, local, batch)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    grads = layout.sum_gradients(grads)
+    sums = {
+        "objective": sum_over_devices(value),
+        "loss": sum_over_devices(nll) / count,
+        "tokens": sum_over_devices(tokens),
+    }
+    return grads, sums, jax.tree.map(agreed, aux)
+
+
+def _over_microbatches(
+    compute: Callable[..., Any], local: PyTree, batch: Batch
+) -> tuple[tuple[Array, Array, Array, PyTree], PyTree]:
+    """Return (objective, nll, tokens, mean statistics) and gradients of all parts."""
+    parts = example_weights(batch).shape[0]
+    if parts == 1:
+        first = jax.tree.map(lambda a: a[0], dict(batch))
+        (value, extra), grads = compute(local, first, jnp.int32(0))
+        return (value, *extra), grads
+
     def one(carry: PyTree, inputs: Any) -> tuple[PyTree, Any]:
-        part, index = inputs
-        (value, extra), grads = jax.value_and_grad(objective, has_aux=True)(
-            local, part, index
-        )
+        (value, extra), grads = compute(local, *inputs)
         add = lambda a, g: a + g.astype(a.dtype)
         return jax.tree.map(add, carry, grads), (value, *extra)
 
-    if parts == 1:
-        first = jax.tree.map(lambda a: a[0], dict(batch))
-        (value, (nll, tokens, aux)), grads = jax.value_and_grad(
-            objective, has_aux=True
-        )(local, first, jnp.int32(0))
-    else:
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), local)
-        indices = jnp.arange(parts)
-        grads, outputs = jax.lax.scan(one, zeros, (dict(batch), indices))
-        value, nll, tokens = (jnp.sum(o) for o in outputs[:3])
-        aux = jax.tree.map(lambda a: jnp.mean(a, axis=0), outputs[3])
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    grads = jax.lax.psum(grads, DATA_AXIS)
-    sums = {
-        "objective": sum_over_devices(value),
-        "loss": sum_over_devices(nll) / jnp.maximum(total, 1.0),
-        "tokens": sum_over_devices(tokens),
-    }
-    return grads, sums, aux
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), local)
+    grads, outputs = jax.lax.scan(one, zeros, (dict(batch), jnp.arange(parts)))
+    value, nll, tokens = (jnp.sum(o) for o in outputs[:3])
+    aux = jax.tree.map(lambda a: jnp.mean(a, axis=0), outputs[3])
+    return (value, nll, tokens, aux), grads
 
 
 def step_key(config: ExperimentConfig, step: Int[Array, ""]) -> jax.Array:
@@ -171,13 +209,13 @@ def step_key(config: ExperimentConfig, step: Int[Array, ""]) -> jax.Array:
 
 
 def sum_over_devices(x: Array) -> Array:
-    """Return the sum over the data axis; an unvarying value counts once per device."""
-    x, _ = vary_together(x, jax.lax.axis_index(DATA_AXIS))
-    return jax.lax.psum(x, DATA_AXIS)
+    """Return the sum over devices; over data an unvarying value counts once each."""
+    return total(x, (DATA_AXIS,))
 
 
 def router_metrics(aux: Mapping[str, Any]) -> Metrics:
-    """Return mean router losses, and load and entropy by layer, where layers route."""
+    """Return mean router losses and drop rate, and load, entropy and drop rate by
+    layer, where layers route."""
     routed = {k: v for k, v in aux.items() if v}
     mean = lambda name: (
         jnp.mean(jnp.concatenate([v[name].reshape(-1) for v in routed.values()]))
@@ -187,10 +225,37 @@ def router_metrics(aux: Mapping[str, Any]) -> Metrics:
     return {
         "balance_loss": mean("balance_loss"),
         "z_loss": mean("z_loss"),
+        "dropped": mean("dropped"),
         "router": {
-            k: {"load": v["load"], "entropy": v["entropy"]} for k, v in routed.items()
+            part: {name: stats[name] for name in ("load", "entropy", "dropped")}
+            for part, stats in routed.items()
         },
     }
+
+
+def make_gradients(
+    config: ExperimentConfig, graphdef: nnx.GraphDef, layout: Layout
+) -> Callable[[TrainState, Batch, Array], tuple[PyTree, Metrics, PyTree]]:
+    """Return (state, batch, step) -> (gradients, sums, router statistics).
+
+    Gradients are laid out as the parameters, the rest is the same on every device.
+    """
+
+    def run(state: TrainState, batch: Batch, step: Array) -> Any:
+        def body(params: PyTree, buffers: PyTree, step: Array, batch: Batch) -> Any:
+            key = step_key(config, step)
+            return gradients(graphdef, params, buffers, batch, key, config, layout)
+
+        whole, specs = PartitionSpec(), layout.spec_tree(state.params)
+        sharded = jax.shard_map(
+            body,
+            mesh=layout.mesh,
+            in_specs=(specs, whole, whole, layout.batch_specs(batch)),
+            out_specs=(specs, whole, whole),
+        )
+        return sharded(state.params, state.buffers, step, dict(batch))
+
+    return run
 
 
 def make_step(
@@ -205,12 +270,10 @@ def make_step(
     as they were; after `max_bad_steps` of them in a row nothing changes any more.
     """
     schedule = make_schedule(config.optim, config.train.steps)
+    compute = make_gradients(config, graphdef, layout_of(config, mesh))
 
-    def body(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = step_key(config, state.step)
-        grads, sums, aux = gradients(
-            graphdef, state.params, state.buffers, batch, key, config, mesh
-        )
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, sums, aux = compute(state, batch, state.step)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums["objective"]) & jnp.isfinite(norm)
         keep = finite & (state.bad_steps < config.train.max_bad_steps)
@@ -242,11 +305,4 @@ def make_step(
         }
         return new, metrics
 
-    spec = PartitionSpec
-    sharded = jax.shard_map(
-        body,
-        mesh=mesh,
-        in_specs=(spec(), spec(None, DATA_AXIS)),
-        out_specs=(spec(), spec()),
-    )
-    return jax.jit(sharded, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0)

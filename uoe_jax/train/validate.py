@@ -15,13 +15,15 @@ from jaxtyping import Array, PyTree
 
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import Dataset, prefetch
-from uoe_jax.partition.mesh import DATA_AXIS
+from uoe_jax.partition.collectives import Parallel, agreed
+from uoe_jax.train.feed import whole_batch
 from uoe_jax.train.loss import class_losses, output_layer, token_scores
+from uoe_jax.train.state import layout_of
 from uoe_jax.train.step import (
     Batch,
     example_weights,
     hidden_states,
-    put_batch,
+    loss_tokens,
     router_metrics,
     sum_over_devices,
 )
@@ -33,27 +35,28 @@ def batch_scores(
     model: Any,
     batch: Batch,
     config: ExperimentConfig,
-    axis_name: str | None = None,
+    parallel: Parallel | None = None,
 ) -> tuple[Array, Array, PyTree]:
     """Return (summed nll, summed correctness, router statistics) of one batch."""
+    axis_name = None if parallel is None else parallel.token_axes
+    options: dict[str, Any] = {"axis_name": axis_name, "parallel": parallel}
     weights = example_weights(batch)
     kind = config.model.kind
     if kind == "decoder":
-        x, aux = hidden_states(model, batch, config, axis_name=axis_name)
+        x, aux = hidden_states(model, batch, config, **options)
+        x, targets, weights = loss_tokens(x, batch["targets"], weights, parallel)
         nll, correct = token_scores(
             x.reshape(-1, x.shape[-1]),
             *output_layer(model),
-            batch["targets"].reshape(-1),
+            targets.reshape(-1),
             config.train.loss_chunk,
         )
         weights = weights.reshape(-1)
         return jnp.sum(nll * weights), jnp.sum(correct * weights), aux
     if kind == "encoder":
-        logits, aux = model(
-            batch["tokens"], segments=batch["segments"], axis_name=axis_name
-        )
+        logits, aux = model(batch["tokens"], segments=batch["segments"], **options)
     else:
-        logits, aux = model(batch["images"], axis_name=axis_name)
+        logits, aux = model(batch["images"], **options)
     nll = class_losses(logits, batch["labels"], weights).nll
     correct = jnp.argmax(logits, axis=-1) == batch["labels"]
     return nll, jnp.sum(correct * weights), aux
@@ -63,11 +66,13 @@ def make_eval_step(
     config: ExperimentConfig, graphdef: nnx.GraphDef, mesh: Mesh
 ) -> EvalStep:
     """Return the jitted (params, buffers, batch) -> sums over one global batch."""
+    layout = layout_of(config, mesh)
+    parallel = layout.parallel
 
     def body(params: PyTree, buffers: PyTree, batch: Batch) -> dict[str, Any]:
         batch = jax.tree.map(lambda a: a[0], dict(batch))
-        model = nnx.merge(graphdef, params, buffers)
-        nll, correct, aux = batch_scores(model, batch, config, DATA_AXIS)
+        model = nnx.merge(graphdef, parallel.gather_params(params), buffers)
+        nll, correct, aux = batch_scores(model, batch, config, parallel)
         sums = {
             "nll": nll,
             "correct": correct,
@@ -75,18 +80,20 @@ def make_eval_step(
         }
         return {
             **jax.tree.map(sum_over_devices, sums),
-            **router_metrics(aux),
+            **router_metrics(jax.tree.map(agreed, aux)),
         }
 
-    spec = PartitionSpec
-    return jax.jit(
-        jax.shard_map(
+    def run(params: PyTree, buffers: PyTree, batch: Batch) -> dict[str, Any]:
+        whole, specs = PartitionSpec(), layout.spec_tree(params)
+        sharded = jax.shard_map(
             body,
             mesh=mesh,
-            in_specs=(spec(), spec(), spec(None, DATA_AXIS)),
-            out_specs=spec(),
+            in_specs=(specs, whole, layout.batch_specs(batch)),
+            out_specs=whole,
         )
-    )
+        return sharded(params, buffers, dict(batch))
+
+    return jax.jit(run)
 
 
 def run_validation(
@@ -105,7 +112,7 @@ def run_validation(
     outputs, num_bytes = [], 0.0
     count = min(max_batches or data.num_batches, data.num_batches)
     for batch in prefetch(data.batch, 0, count):
-        outputs.append(step(params, buffers, put_batch(batch, mesh)))
+        outputs.append(step(params, buffers, whole_batch(batch, mesh)))
         num_bytes += data.count_bytes(batch) or 0.0
     outputs = jax.device_get(outputs)
     total = {

@@ -1,0 +1,99 @@
+"""Calibration finds the factors that made the times, and says how far off it is."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+
+from uoe_jax.errors import DataError
+from uoe_jax.hardware import fit
+from uoe_jax.hardware.devices import find_device, parse_topology
+from uoe_jax.hardware.roofline import DEFAULT_FACTORS, Calibration, predict
+from uoe_jax.presets import get_preset
+
+H200 = find_device("NVIDIA H200")
+TRUTH = Calibration(
+    device="H200",
+    factors={kind: 1.2 * factor for kind, factor in DEFAULT_FACTORS.items()},
+    step_seconds=0.002,
+)
+
+
+def timed(noise=0.0, seed=0):
+    """Steps as TRUTH would have them, with relative noise."""
+    rng = random.Random(seed)
+    found = []
+    for preset in ("small", "small-union", "small-moe", "1b", "1b-union"):
+        for batch, length in ((8, 1024), (4, 2048), (16, 1024), (2, 4096)):
+            base = get_preset(preset)
+            config = dataclasses.replace(
+                base,
+                model=dataclasses.replace(base.model, max_seq_len=8192),
+                data=dataclasses.replace(base.data, batch_size=batch, seq_len=length),
+            )
+            topology = parse_topology("h200:1")
+            seconds = predict(config, fit.ONE, topology, TRUTH).step_seconds
+            seconds *= 1 + noise * rng.uniform(-1, 1)
+            name = f"{preset} {batch} x {length}"
+            found.append(fit.Measurement(name=name, config=config, seconds=seconds))
+    return found
+
+
+def test_exact_times_are_fitted_exactly():
+    measured = timed()
+    calibration = fit.fit(H200, measured, "made up")
+    errors = fit.check(H200, calibration, measured)
+    assert errors.median < 0.01 and errors.worst < 0.05
+
+
+def test_other_shapes_are_predicted_from_noisy_ones():
+    measured = timed(noise=0.05)
+    calibration = fit.fit(H200, measured[::2], "made up")
+    errors = fit.check(H200, calibration, measured[1::2])
+    assert errors.median < 0.08
+
+
+def test_no_factor_beats_the_data_sheet():
+    fast = [dataclasses.replace(m, seconds=m.seconds / 100) for m in timed()]
+    calibration = fit.fit(H200, fast, "too fast")
+    assert all(factor >= 1 for factor in calibration.factors.values())
+    assert fit.check(H200, calibration, fast).median > 1
+
+
+def test_a_file_of_timed_steps_is_read(tmp_path):
+    path = tmp_path / "steps.json"
+    result = {"preset": "small", "batch": 8, "seq_len": 512, "milliseconds": 30.0}
+    path.write_text(json.dumps({"device": "NVIDIA H200", "results": [result]}))
+    device, measured = fit.read_measurements(path)
+    assert device.name == "H200"
+    assert measured[0].seconds == 0.03
+    assert measured[0].config.seq_len == 512
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("{}", "isn't a file of timed steps"),
+        ("[1]", "isn't a file of timed steps"),
+        ('{"device": "abacus", "results": []}', "no data sheet"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, text, message):
+    path = tmp_path / "steps.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        fit.read_measurements(path)
+
+
+def test_a_calibration_survives_its_file(tmp_path):
+    fit.save(TRUTH, tmp_path / "h200.json")
+    assert fit.load(tmp_path / "h200.json") == TRUTH
+    (tmp_path / "bad.json").write_text('{"speed": 1}')
+    with pytest.raises(DataError, match="isn't a calibration"):
+        fit.load(tmp_path / "bad.json")
+
+
+def test_nothing_measured_is_refused():
+    with pytest.raises(DataError, match="no timed steps"):
+        fit.fit(H200, [], "empty.json")

@@ -1,0 +1,68 @@
+"""A layout changes where things are computed, not what comes out."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from tiny_layouts import compute, make_config, one_device
+
+from uoe_jax.model.sharded_attention import gathered_attention, ring_attention
+from uoe_jax.ops.dense_attention.reference import dense_attention
+
+EVERYTHING = {
+    "tensor_reduce": "reduce_scatter",
+    "dispatch": "all_to_all",
+    "experts": "round_robin",
+}
+# Every axis and every choice of a layout at least once; all legal layouts of eight
+# devices are compared by benchmarks/layout_matrix.py.
+CASES = {
+    "dense": ("dense", {"fsdp": 2, "sequence": 2, "tensor": 2}, {}),
+    "moe": ("moe", {"fsdp": 2, "tensor": 4}, {"experts": "round_robin"}),
+    "union": ("union", {"data": 2, "sequence": 2, "tensor": 2}, EVERYTHING),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_fast():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_are_those_of_one_device(case):
+    kind, mesh, layout = CASES[case]
+    expected, got = one_device(kind), compute(make_config(kind, mesh, layout))
+    assert expected[0].keys() == got[0].keys()
+    for name, grad in expected[0].items():
+        np.testing.assert_allclose(got[0][name], grad, atol=1e-5, err_msg=name)
+        assert np.abs(grad).max() > 0, f"{name} has no gradient to compare"
+    for a, b in zip(*map(jax.tree.leaves, (expected[1:], got[1:])), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rings_and_gathers_attend_as_one_device_does(causal):
+    rng = np.random.default_rng(0)
+    draw = lambda heads: jnp.asarray(rng.normal(size=(2, 16, heads, 4)), jnp.float32)
+    q, k, v = draw(4), draw(2), draw(2)
+    segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, 16)), axis=1), jnp.int32)
+    expected = dense_attention(
+        q, k, v, causal=causal, segments=segments, window=None, scale=0.5
+    )
+    mesh = jax.make_mesh((4,), ("sequence",))
+    split = PartitionSpec(None, "sequence")
+    for attend in (ring_attention, gathered_attention):
+        run = jax.shard_map(
+            partial(attend, causal=causal, axis="sequence", size=4),
+            mesh=mesh,
+            in_specs=split,
+            out_specs=split,
+        )
+        place = jax.sharding.NamedSharding(mesh, split)
+        got = jax.jit(run)(*jax.device_put((q, k, v, segments), place))
+        np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -1,0 +1,98 @@
+"""One-layer experiments on eight devices, their gradients and their collectives."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from uoe_jax.checkpoint import named_leaves
+from uoe_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    LayoutConfig,
+    MeshConfig,
+    ModelConfig,
+    MoeConfig,
+    UnionConfig,
+)
+from uoe_jax.optim import make_optimizer
+from uoe_jax.partition.mesh import mesh_for
+from uoe_jax.train.state import abstract_state, init_state, layout_of
+from uoe_jax.train.step import make_gradients, put_batch
+
+KINDS = {
+    "dense": {"attention": ("dense",), "mlp": ("dense",)},
+    "moe": {"attention": ("dense",), "mlp": ("moe",)},
+    "union": {"attention": ("union",), "mlp": ("union",)},
+}
+
+
+def make_config(kind, mesh=None, layout=None, **model):
+    base = ModelConfig(
+        vocab_size=64,
+        max_seq_len=16,
+        d_model=16,
+        d_ff=32,
+        num_layers=1,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=4,
+        use_bias=True,
+        activation="swiglu",
+        union=UnionConfig(num_experts=4, top_k=2),
+        moe=MoeConfig(num_experts=4, top_k=2),
+        **KINDS[kind],
+    )
+    return ExperimentConfig(
+        name=kind,
+        model=dataclasses.replace(base, **model),
+        data=DataConfig(batch_size=8, pack="documents", seq_len=16),
+        mesh=MeshConfig(**{"data": 1, **(mesh or {})}),
+        layout=LayoutConfig(**(layout or {})),
+    )
+
+
+def make_batch(seed=0, rows=8, length=16):
+    """Two documents a row, the second cut at another place in each, some padding."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 64, (rows, length + 1)).astype(np.int32)
+    place = np.arange(length)[None]
+    cut = rng.integers(3, length - 3, (rows, 1))
+    segments = np.where(place < cut, 1, 2).astype(np.int32)
+    segments[0, -3:] = 0
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.where(place < cut, place, place - cut).astype(np.int32),
+        "segments": segments,
+        "mask": (segments > 0).astype(np.float32),
+    }
+
+
+def compute(config, layout=None):
+    """Gradients by name with experts in their own order, sums, router statistics."""
+    mesh = mesh_for(config)
+    graphdef, state = init_state(config, make_optimizer(config.optim, 10), mesh)
+    layout = layout or layout_of(config, mesh)
+    run = jax.jit(make_gradients(config, graphdef, layout))
+    batch = put_batch(make_batch(), mesh, config.train.accumulate)
+    grads, sums, aux = jax.device_get(run(state, batch, state.step))
+    return named_leaves(layout.to_file(grads)), sums, aux
+
+
+@functools.cache
+def one_device(kind):
+    return compute(make_config(kind))
+
+
+def trace(config, layout=None):
+    """The traced gradients of an experiment; nothing is compiled."""
+    from uoe_jax.train.ahead import abstract_batch
+
+    mesh = mesh_for(config)
+    optimizer = make_optimizer(config.optim, 10)
+    graphdef, state = abstract_state(config, optimizer, mesh)
+    layout = layout or layout_of(config, mesh)
+    run = jax.jit(make_gradients(config, graphdef, layout))
+    return run.trace(state, abstract_batch(config, mesh), state.step).jaxpr

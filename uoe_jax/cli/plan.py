@@ -1,0 +1,207 @@
+"""`uoe plan`: which layouts a topology has, what they cost, and which is fastest."""
+
+from __future__ import annotations
+
+import importlib.util
+import json as json_text
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uoe_jax.cli.parse import Experiment, parse, take_preset
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.errors import ConfigError
+from uoe_jax.hardware import fit
+from uoe_jax.hardware.devices import Topology, parse_topology
+from uoe_jax.hardware.roofline import UNCALIBRATED, Calibration, Prediction
+from uoe_jax.partition.plan import (
+    Plan,
+    as_json,
+    describe_sizes,
+    make_plan,
+    reasons,
+    write_layout,
+)
+from uoe_jax.report.table import format_table, si
+from uoe_jax.validation import validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Compare the layouts of a preset on a topology; no accelerator is needed."""
+
+    config: Experiment
+    topology: str = "cpu:8"  # v5p:4x4x4, v5e:4x4, h100:8, cpu:8
+    budget: float | None = None  # GB of memory a chip may use; its own if not given
+    compile: int = 3  # the fastest layouts compiled ahead of time, on TPU topologies
+    max_seconds: float = 540.0  # after which nothing more is compiled
+    calibration: Path | None = None  # a file of --fit; measured factors
+    fit: tuple[Path, ...] = ()  # files of timed steps to calibrate from
+    out: Path | None = None  # the fastest layout that fits, for uoe train --layout
+    show: int = 12  # rows of the table
+    json: bool = False  # one JSON object instead of tables
+    html: Path | None = None  # a page with the table and a picture of each layout
+
+
+def plan(args: list[str]) -> int:
+    """Print the plan of `PRESET --topology NAME [options]`; 1 if no layout fits."""
+    preset, rest = take_preset(args, "plan")
+    options = parse(PlanOptions, rest, "plan", default=PlanOptions(config=preset))
+    validate(options.config)
+    topology = parse_topology(options.topology)
+    calibration = _calibration(options, topology)
+    budget = options.budget
+    if budget is not None and not budget > 0:
+        raise ConfigError(f"--budget is {budget}; give the GB a chip may use")
+    limit = None if budget is None else budget * 1e9
+    found = make_plan(options.config, topology, calibration, limit)
+    compiled = _compile(options, found) if topology.is_tpu else {}
+    content = as_json(found, compiled)
+    if options.json:
+        print(json_text.dumps(content, indent=1))
+    else:
+        print(describe(found, compiled, options.show))
+    if options.html is not None:
+        from uoe_jax.report.plan import plan_page
+
+        options.html.write_text(plan_page(found, compiled))
+        print(f"page: {options.html}", file=sys.stderr)
+    if options.out is not None and found.fitting:
+        write_layout(options.out, options.config, found.fitting[0].sizes)
+        print(f"layout: {options.out}", file=sys.stderr)
+    return 0 if found.fitting else 1
+
+
+def _calibration(options: PlanOptions, topology: Topology) -> Calibration:
+    """Return the factors asked for, typical ones if none; print the error of a fit."""
+    if not options.fit:
+        if options.calibration is not None:
+            return fit.load(options.calibration)
+        return UNCALIBRATED
+    measured: list[fit.Measurement] = []
+    device = topology.device
+    for path in options.fit:
+        device, found = fit.read_measurements(path)
+        measured.extend(found)
+    names = ", ".join(path.name for path in options.fit)
+    calibration = fit.fit(device, measured, names)
+    errors = fit.check(device, calibration, measured)
+    print(
+        f"{device.name}: {len(measured)} timed steps fitted with a median error of "
+        f"{errors.median:.1%}, at most {errors.worst:.1%}",
+        file=sys.stderr,
+    )
+    if options.calibration is not None:
+        fit.save(calibration, options.calibration)
+    return calibration
+
+
+def _compile(options: PlanOptions, found: Plan) -> dict[str, Any]:
+    """Compile the fastest layouts for their TPU; return what the compiler said."""
+    count = min(options.compile, len(found.fitting))
+    if count == 0:
+        return {}
+    if importlib.util.find_spec("libtpu") is None:
+        print(
+            "libtpu isn't installed, so nothing is compiled; "
+            "pip install 'uoe_jax[tpu]'",
+            file=sys.stderr,
+        )
+        return {}
+    from uoe_jax.cli.device import prepare
+
+    prepare()
+    import jax
+
+    from uoe_jax.train.ahead import compile_step, with_mesh
+
+    start, results = time.perf_counter(), {}
+    for number, layout in enumerate(found.fitting[:count]):
+        name = describe_sizes(layout.sizes)
+        passed = time.perf_counter() - start
+        # The next one takes about as long as those before it.
+        if number and passed * (number + 1) / number > options.max_seconds:
+            print(
+                f"{passed:.0f} s spent: {count - number} not compiled", file=sys.stderr
+            )
+            break
+        print(
+            f"[{number + 1}/{count}] compiling {name} for {found.topology.name} ...",
+            file=sys.stderr,
+            flush=True,
+        )
+        try:
+            said = compile_step(
+                with_mesh(options.config, layout.sizes), found.topology.name
+            )
+            results[name] = {**said.as_dict(), "peak_bytes": said.peak_bytes}
+        except jax.errors.JaxRuntimeError as error:
+            results[name] = {"error": " ".join(str(error).split())[:300]}
+    return results
+
+
+def describe(found: Plan, compiled: dict[str, Any], show: int) -> str:
+    """Return a plan as tables."""
+    config, topology = found.config, found.topology
+    device = topology.device
+    lines = [
+        f"{config.name} on {topology.name}: {topology.num_devices} x {device.name}, "
+        f"{si(device.bf16_flops, 'FLOP/s')} and {si(device.memory_bytes, 'B')} each; "
+        f"{config.data.batch_size} x {config.seq_len} tokens a step",
+        f"{len(found.fitting)} layouts fit, {len(found.too_large)} don't, "
+        f"{len(found.illegal)} are illegal; factors: {found.calibration.source}",
+    ]
+    if found.fitting:
+        rows = [_cells(p, compiled) for p in found.fitting[:show]]
+        header = ("layout", "step", "tokens/s", "MFU", "chip", "compiled", "bound by")
+        lines += ["", format_table(header, rows)]
+        lines += ["", _traffic(found.fitting[0], config)]
+    if found.too_large:
+        short = [
+            (describe_sizes(p.sizes), si(p.memory_bytes, "B"), si(p.shortfall, "B"))
+            for p in found.too_large[:show]
+        ]
+        lines += ["", format_table(("too large", "chip needs", "short of"), short)]
+    for problem, count, first in reasons(found.illegal)[:show]:
+        lines += ["", f"illegal x {count} (such as {first}): {problem}"]
+    return "\n".join(lines)
+
+
+def _cells(found: Prediction, compiled: dict[str, Any]) -> tuple[str, ...]:
+    said = compiled.get(describe_sizes(found.sizes), {})
+    peak = "-"
+    if "peak_bytes" in said:
+        peak = si(said["peak_bytes"], "B")
+    elif "error" in said:
+        peak = "refused"
+    return (
+        describe_sizes(found.sizes),
+        f"{found.step_seconds * 1e3:.0f} ms",
+        si(found.tokens_per_second),
+        f"{found.mfu:.1%}",
+        si(found.memory_bytes, "B"),
+        peak,
+        found.bound,
+    )
+
+
+def _traffic(found: Prediction, config: ExperimentConfig) -> str:
+    """Return the collectives of the fastest layout, the largest first."""
+    pairs = sorted(found.collectives, key=lambda p: -p[0].num_bytes * p[0].count)
+    rows = [
+        (
+            f"{c.kind} over {c.axis}",
+            c.what,
+            str(c.count),
+            si(c.num_bytes, "B"),
+            f"{seconds * 1e3:.1f} ms",
+            "beside" if c.hidden else "waits",
+        )
+        for c, seconds in pairs
+    ]
+    if not rows:
+        return "nothing moves between devices"
+    header = ("fastest layout moves", "what", "times", "each", "in all", "arithmetic")
+    return format_table(header, rows)

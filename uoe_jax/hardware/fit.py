@@ -1,0 +1,191 @@
+"""Calibration of the cost model from measured steps, and its error. Imports no jax.
+
+A measured step is a sum of kinds of work at the data sheet's rate, each times a factor.
+The factors are those that make the relative errors least, none below 1: nothing runs
+faster than its peak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.errors import DataError
+from uoe_jax.hardware.devices import Device, Topology, find_device
+from uoe_jax.hardware.roofline import (
+    DEFAULT_FACTORS,
+    UNCALIBRATED,
+    Calibration,
+    predict,
+)
+from uoe_jax.presets import get_preset
+
+ONE = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
+_FIXED = "fixed"  # what a step costs whatever its size
+_PRIOR = 0.02  # weight of the default factors, where measurements say nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One timed configuration on one chip."""
+
+    name: str
+    config: ExperimentConfig
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """Relative errors of predicted against measured steps, by measurement."""
+
+    errors: dict[str, float]
+
+    @property
+    def median(self) -> float:
+        """Median of the errors' sizes."""
+        return statistics.median(abs(e) for e in self.errors.values())
+
+    @property
+    def worst(self) -> float:
+        """The largest error's size."""
+        return max(abs(e) for e in self.errors.values())
+
+
+def read_measurements(path: Path) -> tuple[Device, list[Measurement]]:
+    """Return the device and the steps timed in a file of `benchmarks/bench_train.py`.
+
+    Raises:
+      DataError: not such a file, or of a device that isn't known.
+    """
+    try:
+        content = json.loads(path.read_text())
+        results, kind = content["results"], content["device"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} isn't a file of timed steps ({error}); make one with "
+            "benchmarks/bench_train.py --out FILE"
+        ) from None
+    device = find_device(kind)
+    if device is None:
+        raise DataError(f"{path} is of {kind!r}, which has no data sheet here")
+    timed = [result for result in results if "milliseconds" in result]
+    return device, [_measurement(result) for result in timed]
+
+
+def _measurement(result: dict[str, Any]) -> Measurement:
+    config = get_preset(result["preset"])
+    batch, length = result["batch"], result["seq_len"]
+    model = dataclasses.replace(
+        config.model,
+        max_seq_len=max(length, config.model.max_seq_len),
+        remat=result.get("remat", config.model.remat),
+        scan_layers=result.get("scan_layers", config.model.scan_layers),
+    )
+    data = dataclasses.replace(config.data, batch_size=batch, seq_len=length)
+    train = dataclasses.replace(config.train, accumulate=result.get("accumulate", 1))
+    config = dataclasses.replace(config, model=model, data=data, train=train)
+    name = result.get("run", f"{result['preset']}:{batch} x {length}")
+    return Measurement(name=name, config=config, seconds=result["milliseconds"] / 1000)
+
+
+def fit(device: Device, measured: Sequence[Measurement], source: str) -> Calibration:
+    """Return the calibration that predicts the measurements best.
+
+    Raises:
+      DataError: nothing was measured.
+    """
+    if not measured:
+        raise DataError(f"{source} holds no timed steps; nothing to calibrate from")
+    kinds = [*DEFAULT_FACTORS, _FIXED]
+    rows = []
+    for item in measured:
+        ideal = _ideal(device, item.config)
+        rows.append([ideal[kind] / item.seconds for kind in kinds])
+    prior = [*DEFAULT_FACTORS.values(), 0.0]
+    least = [1.0] * len(DEFAULT_FACTORS) + [0.0]
+    solved = _least_squares(rows, prior, least)
+    factors = dict(zip(kinds, solved, strict=True))
+    fixed = factors.pop(_FIXED)
+    return Calibration(
+        device=device.name,
+        factors={kind: round(value, 4) for kind, value in factors.items()},
+        step_seconds=round(fixed * _UNIT, 6),
+        source=source,
+    )
+
+
+_UNIT = 1e-3  # seconds that one unit of the fixed factor stands for
+
+
+def _ideal(device: Device, config: ExperimentConfig) -> dict[str, float]:
+    """Return the seconds of each kind of work at the data sheet's rate."""
+    topology = Topology(name="one", device=device, shape=(1,) * _dimensions(device))
+    factors = dict.fromkeys(DEFAULT_FACTORS, 1.0)
+    calibration = dataclasses.replace(UNCALIBRATED, factors=factors)
+    found = predict(config, ONE, topology, calibration)
+    return {**found.work_seconds, _FIXED: _UNIT}
+
+
+def _dimensions(device: Device) -> int:
+    return device.link.dimensions if device.link.kind == "torus" else 1
+
+
+def _least_squares(
+    rows: Sequence[Sequence[float]], prior: Sequence[float], least: Sequence[float]
+) -> list[float]:
+    """Return x >= least that makes |rows x - 1|^2 + prior weight least, by coordinates.
+
+    The objective is convex, so descent along one coordinate at a time ends at its
+    minimum.
+    """
+    size = range(len(prior))
+    squares = [[sum(row[i] * row[j] for row in rows) for j in size] for i in size]
+    sides = [sum(row[i] for row in rows) for i in size]
+    for i in size:
+        weight = (_PRIOR / max(prior[i], 1.0)) ** 2
+        squares[i][i] += weight
+        sides[i] += weight * prior[i]
+    x = list(prior)
+    for _ in range(5000):
+        moved = 0.0
+        for i in size:
+            rest = sides[i] - sum(squares[i][j] * x[j] for j in size if j != i)
+            new = max(least[i], rest / squares[i][i])
+            moved = max(moved, abs(new - x[i]))
+            x[i] = new
+        if moved < 1e-9:
+            break
+    return x
+
+
+def check(
+    device: Device, calibration: Calibration, measured: Sequence[Measurement]
+) -> Errors:
+    """Return the relative errors of a calibration on measured steps."""
+    topology = Topology(name="one", device=device, shape=(1,) * _dimensions(device))
+    errors = {}
+    for item in measured:
+        found = predict(item.config, ONE, topology, calibration)
+        errors[item.name] = found.step_seconds / item.seconds - 1
+    return Errors(errors=errors)
+
+
+def save(calibration: Calibration, path: Path) -> None:
+    """Write a calibration as JSON."""
+    path.write_text(json.dumps(dataclasses.asdict(calibration), indent=1) + "\n")
+
+
+def load(path: Path) -> Calibration:
+    """Return a calibration written by `save`; raise DataError on anything else."""
+    try:
+        return Calibration(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{path} isn't a calibration ({error}); make one with uoe plan --fit FILE"
+        ) from None

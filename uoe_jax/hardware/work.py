@@ -1,0 +1,305 @@
+"""What one device does in one training step of a layout. Imports no jax.
+
+A step is split into kinds of work that run at different shares of the peak: plain and
+routed products, their attention scores, the output layer, elementwise passes over
+memory, the optimizer. Collectives are listed as the layout makes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from uoe_jax.config import ExperimentConfig, ModelConfig
+from uoe_jax.hardware.count import (
+    DTYPE_BYTES,
+    count_params,
+    flops_per_token,
+    num_tokens,
+)
+
+# Kinds of work; those of the first tuple are in FLOPs, of the second in bytes.
+FLOP_KINDS = ("products", "routed products", "scores", "routed scores", "output")
+BYTE_KINDS = ("elementwise", "optimizer")
+
+_FLOAT32 = 4.0  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One kind of collective of a step: over an axis, `count` times `num_bytes`.
+
+    Bytes are of the whole array, see `comms.seconds`. `hidden` says that it can run
+    beside the work of other layers.
+    """
+
+    kind: str
+    axis: str
+    what: str
+    num_bytes: float
+    count: int
+    hidden: bool
+
+
+def _one_layer(model: ModelConfig, attention: str, mlp: str) -> ModelConfig:
+    return dataclasses.replace(
+        model,
+        num_layers=1,
+        attention=(attention,),  # type: ignore[arg-type]
+        mlp=(mlp,),  # type: ignore[arg-type]
+    )
+
+
+def layer_groups(model: ModelConfig) -> Counter[tuple[str, str]]:
+    """Return how many layers there are of each (attention, mlp) kind."""
+    return Counter(model.layer_kinds)
+
+
+def tokens_per_device(config: ExperimentConfig, sizes: Mapping[str, int]) -> float:
+    """Return the tokens of one step that one device's data, fsdp and sequence hold."""
+    length = num_tokens(config.model, config.seq_len)
+    shares = sizes["data"] * sizes["fsdp"] * sizes["sequence"]
+    return config.data.batch_size * length / shares
+
+
+def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Return FLOPs and bytes of one device in one step, by kind of work.
+
+    Backward counts twice the forward, rematerialisation once more; a routed layer is
+    counted at balanced load.
+    """
+    model, tokens = config.model, tokens_per_device(config, sizes)
+    length = num_tokens(model, config.seq_len)
+    passes = 4.0 if model.remat == "full" else 3.0
+    split = tokens / sizes["tensor"]
+    work: dict[str, float] = dict.fromkeys((*FLOP_KINDS, *BYTE_KINDS), 0.0)
+    for (attention, mlp), layers in layer_groups(model).items():
+        parts = flops_per_token(_one_layer(model, attention, mlp), length).parts
+        for name, flops in parts.items():
+            if name in ("head", "embedding"):
+                continue
+            routed = (attention if "attention" in name else mlp) != "dense"
+            kind = ("routed " if routed else "") + (
+                "scores" if "scores" in name else "products"
+            )
+            share = tokens if name == "routers" else split
+            work[kind] += layers * flops * share * passes
+        size = DTYPE_BYTES[model.compute_dtype]
+        reads = _elementwise(model, attention, mlp, sizes)
+        work["elementwise"] += layers * tokens * size * reads * passes
+    head = flops_per_token(model, length).parts["head"]
+    work["output"] = head * split * 3
+    state = sum(held_params(model, sizes).values()) * _FLOAT32
+    work["optimizer"] = 8.0 * state  # four arrays read, three written, one cast
+    return work
+
+
+def _elementwise(
+    model: ModelConfig, attention: str, mlp: str, sizes: Mapping[str, int]
+) -> float:
+    """Return numbers read and written a token in a layer's passes over memory."""
+    tensor = sizes["tensor"]
+    keep = model.union.top_k / model.union.num_experts
+    # Norms and residual sums: read and written by each of the two parts.
+    total = 8.0 * model.d_model
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    total += 2 * heads * (keep if attention == "union" else 1) / tensor
+    wide = {
+        "dense": float(model.d_ff),
+        "union": model.d_ff * keep,
+        "moe": float(model.d_expert * model.moe.top_k),
+    }.get(mlp, float(model.d_ff))
+    matrices = 3 if model.activation == "swiglu" else 2
+    total += 2 * wide * matrices / tensor
+    if attention == "union":  # rows gathered and summed back
+        total += 4 * model.d_model * model.union.top_k / tensor
+    if mlp != "dense":
+        picks = model.union.top_k if mlp == "union" else model.moe.top_k
+        total += 4 * model.d_model * picks / tensor
+    if model.scan_layers and model.remat != "full":
+        # A scan copies what the backward pass needs into a stack of all layers.
+        total += (2 * model.d_model + heads + wide * matrices) / tensor
+    return total
+
+
+def held_params(model: ModelConfig, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Return the parameters one device keeps, by part."""
+    params = count_params(model)
+    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
+    shares = {
+        "attention": fsdp * tensor,
+        "mlp": fsdp * tensor,
+        "embedding": fsdp,
+        "positions": fsdp,
+        "head": fsdp,
+    }
+    return {name: count / shares.get(name, 1) for name, count in params.items()}
+
+
+def collectives(
+    config: ExperimentConfig, sizes: Mapping[str, int]
+) -> Iterator[Collective]:
+    """Yield the collectives of one step."""
+    steps = config.train.accumulate
+    yield from _weights(config, sizes, steps)
+    for kinds, layers in layer_groups(config.model).items():
+        yield from _tensor(config, sizes, kinds, layers * steps)
+        yield from _sequence(config, sizes, kinds, layers * steps)
+    yield from _gradients(config, sizes)
+
+
+def _weights(
+    config: ExperimentConfig, sizes: Mapping[str, int], steps: int
+) -> Iterator[Collective]:
+    """Weights of a layer are gathered for each pass and their gradients scattered."""
+    model = config.model
+    if sizes["fsdp"] == 1:
+        return
+    size = DTYPE_BYTES[model.compute_dtype]
+    params = count_params(model)
+    layer = (params["attention"] + params["mlp"]) / model.num_layers / sizes["tensor"]
+    count = model.num_layers * steps
+    for kind, times in (("all_gather", 2), ("reduce_scatter", 1)):
+        yield Collective(
+            kind=kind,
+            axis="fsdp",
+            what="layer weights",
+            num_bytes=layer * size,
+            count=times * count,
+            hidden=True,
+        )
+        outer = params["embedding"] + params.get("head", 0)
+        yield Collective(
+            kind=kind,
+            axis="fsdp",
+            what="embeddings",
+            num_bytes=outer * _FLOAT32,
+            count=steps,
+            hidden=False,
+        )
+
+
+def _tensor(
+    config: ExperimentConfig,
+    sizes: Mapping[str, int],
+    kinds: tuple[str, str],
+    count: int,
+) -> Iterator[Collective]:
+    model, layout = config.model, config.layout
+    if sizes["tensor"] == 1:
+        return
+    size = DTYPE_BYTES[model.compute_dtype]
+    tokens = tokens_per_device(config, sizes) / config.train.accumulate
+    whole = tokens * model.d_model * size
+    scattered = layout.tensor_reduce == "reduce_scatter"
+    again = 1 if model.remat == "full" else 0
+    parts = 2
+    if layout.dispatch == "all_to_all" and kinds[1] != "dense":
+        parts = 1
+        routed = model.moe if kinds[1] == "moe" else model.union
+        # Room for every row that could go there.
+        local = routed.num_experts // sizes["tensor"]
+        rows = min(routed.top_k, local) * whole
+        yield Collective(
+            kind="all_to_all",
+            axis="tensor",
+            what="rows to experts and back",
+            num_bytes=rows * sizes["tensor"],
+            count=count * (4 + 2 * again),
+            hidden=False,
+        )
+        if not scattered:
+            for kind in ("all_gather", "all_reduce"):
+                yield Collective(
+                    kind=kind,
+                    axis="tensor",
+                    what="MLP outputs",
+                    num_bytes=whole,
+                    count=count,
+                    hidden=False,
+                )
+    names = ("all_gather", "reduce_scatter") if scattered else ("all_reduce",)
+    for kind in names:
+        yield Collective(
+            kind=kind,
+            axis="tensor",
+            what="layer inputs and outputs",
+            num_bytes=whole,
+            count=count * parts * (2 + again),
+            hidden=False,
+        )
+
+
+def _sequence(
+    config: ExperimentConfig,
+    sizes: Mapping[str, int],
+    kinds: tuple[str, str],
+    count: int,
+) -> Iterator[Collective]:
+    model, sequence = config.model, sizes["sequence"]
+    if sequence == 1:
+        return
+    size = DTYPE_BYTES[model.compute_dtype]
+    tokens = tokens_per_device(config, sizes) / config.train.accumulate * sequence
+    again = 1 if model.remat == "full" else 0
+    if kinds[0] == "union":
+        for kind in ("all_gather", "reduce_scatter"):
+            yield Collective(
+                kind=kind,
+                axis="sequence",
+                what="tokens to experts and back",
+                num_bytes=tokens * model.d_model * size,
+                count=count * (2 + again),
+                hidden=False,
+            )
+        return
+    keys = 2 * tokens * model.num_kv_heads * model.head_dim * size / sizes["tensor"]
+    if config.layout.sequence_attention == "gather":
+        for kind, times in (("all_gather", 1 + again), ("reduce_scatter", 1)):
+            yield Collective(
+                kind=kind,
+                axis="sequence",
+                what="keys and values",
+                num_bytes=keys,
+                count=count * times,
+                hidden=False,
+            )
+        return
+    yield Collective(
+        kind="collective_permute",
+        axis="sequence",
+        what="keys and values",
+        num_bytes=keys,
+        count=count * (sequence - 1) * (2 + again),
+        hidden=True,
+    )
+
+
+def _gradients(
+    config: ExperimentConfig, sizes: Mapping[str, int]
+) -> Iterator[Collective]:
+    model = config.model
+    held = sum(held_params(model, sizes).values()) * _FLOAT32
+    for axis in ("data", "sequence"):
+        if sizes[axis] > 1:
+            yield Collective(
+                kind="all_reduce",
+                axis=axis,
+                what="gradients",
+                num_bytes=held,
+                count=1,
+                hidden=axis == "data",
+            )
+    if sizes["tensor"] > 1:
+        params = count_params(model)
+        outer = params["embedding"] + params.get("head", 0)
+        yield Collective(
+            kind="all_reduce",
+            axis="tensor",
+            what="gradients of embeddings",
+            num_bytes=outer * _FLOAT32,
+            count=1,
+            hidden=False,
+        )

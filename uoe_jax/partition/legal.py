@@ -1,0 +1,232 @@
+"""Which meshes a model can be laid out on, and why not on the others. Imports no jax.
+
+Sizes are devices by axis name. `sequence` splits the tokens of a sample, `tensor` the
+experts of a union or mixture and the heads and MLP columns of dense layers, `fsdp` and
+`data` the batch; `fsdp` also splits weights and optimizer state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from uoe_jax.config import ExperimentConfig, LayoutConfig, MeshConfig, ModelConfig
+from uoe_jax.errors import ConfigError
+
+# Neighbours in the last axes are neighbours on the machine: these talk most.
+AXES = ("data", "fsdp", "sequence", "tensor")
+Sizes = Mapping[str, int]
+
+# Parts of a layer whose weights split over `tensor`.
+_SPLIT = {"attention": ("dense", "union"), "mlp": ("dense", "union", "moe")}
+
+
+class Verdict(NamedTuple):
+    """One factorisation of the devices; legal where nothing speaks against it."""
+
+    sizes: dict[str, int]
+    problems: tuple[str, ...]
+
+
+def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Return devices by axis, `mesh.data` 0 filled in with what is left.
+
+    Raises:
+      ConfigError: an axis below 1, or more devices asked for than there are.
+    """
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
+    for axis in AXES:
+        least = 0 if axis == "data" else 1
+        if sizes[axis] < least:
+            raise ConfigError(
+                f"mesh.{axis} is {sizes[axis]}; it must be at least {least}"
+            )
+    others = math.prod(sizes[axis] for axis in AXES[1:])
+    sizes["data"] = sizes["data"] or max(num_devices // others, 1)
+    count = sizes["data"] * others
+    if count > num_devices:
+        text = " x ".join(f"{a} {n}" for a, n in sizes.items() if n > 1 or a == "data")
+        if others == 1:
+            raise ConfigError(
+                f"mesh.data is {count} but {num_devices} devices are visible; "
+                f"use mesh.data {num_devices} or less (0 takes all)"
+            )
+        raise ConfigError(
+            f"mesh {text} needs {count} devices but {num_devices} are visible; "
+            f"choose axes whose product is at most {num_devices}"
+        )
+    return sizes
+
+
+def factorisations(num_devices: int) -> Iterator[dict[str, int]]:
+    """Yield every way to write a number of devices as a product of the axes."""
+
+    def split(count: int, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
+        if len(axes) == 1:
+            yield {axes[0]: count}
+            return
+        for size in range(1, count + 1):
+            if count % size == 0:
+                for rest in split(count // size, axes[1:]):
+                    yield {axes[0]: size, **rest}
+
+    yield from split(num_devices, AXES)
+
+
+def verdicts(config: ExperimentConfig, num_devices: int) -> list[Verdict]:
+    """Return every factorisation of the devices with what speaks against it."""
+    return [
+        Verdict(sizes, tuple(layout_problems(config, sizes)))
+        for sizes in factorisations(num_devices)
+    ]
+
+
+def check_layout(config: ExperimentConfig, sizes: Sizes) -> None:
+    """Raise ConfigError with every reason why the model can't be laid out so."""
+    if problems := list(layout_problems(config, sizes)):
+        raise ConfigError("; ".join(problems))
+
+
+def layout_problems(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:
+    """Yield what doesn't divide as "value, rule, fix"."""
+    yield from _batch(config, sizes)
+    fsdp, width = sizes["fsdp"], config.model.d_model
+    if width % fsdp:
+        yield _indivisible("mesh.fsdp", fsdp, "model.d_model", width)
+    yield from _tensor(config.model, sizes)
+    yield from _sequence(config, sizes)
+    yield from _choices(config, sizes)
+
+
+def _batch(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:
+    count = sizes["data"] * sizes["fsdp"]
+    size = config.data.batch_size // max(config.train.accumulate, 1)
+    if size % count == 0:
+        return
+    fits = ", ".join(str(n) for n in range(1, count) if size % n == 0)
+    yield (
+        f"a batch of {size} doesn't divide over {count} devices (mesh.data "
+        f"{sizes['data']} x mesh.fsdp {sizes['fsdp']}); use a product of {fits}, or a "
+        f"batch of {-(-size // count) * count}"
+    )
+
+
+def tensor_counts(model: ModelConfig) -> dict[str, int]:
+    """Return the numbers that `tensor` must divide, by the name of their field."""
+    counts = {}
+    for attention, mlp in set(model.layer_kinds):
+        if attention == "dense":
+            counts["model.num_kv_heads"] = model.num_kv_heads
+        if attention == "union":
+            experts = model.union_for("attention").num_experts
+            counts["the experts of union attention"] = experts
+        if mlp == "dense":
+            counts["model.d_ff"] = model.d_ff
+        if mlp == "union":
+            counts["model.union.num_experts"] = model.union.num_experts
+        if mlp == "moe":
+            counts["model.moe.num_experts"] = model.moe.num_experts
+    return counts
+
+
+def _tensor(model: ModelConfig, sizes: Sizes) -> Iterator[str]:
+    tensor, sequence = sizes["tensor"], sizes["sequence"]
+    if tensor * sequence > 1:
+        yield from _unsplit(model)
+    for name, number in sorted(tensor_counts(model).items()):
+        if number % tensor:
+            yield _indivisible("mesh.tensor", tensor, name, number)
+    union = any(attention == "union" for attention, _ in model.layer_kinds)
+    experts = model.union_for("attention").num_experts
+    if union and experts % tensor == 0 and (experts // tensor) % sequence:
+        yield (
+            f"mesh.tensor {tensor} x mesh.sequence {sequence} doesn't divide the "
+            f"{experts} experts of union attention, which the sequence devices share "
+            f"out; use a product of {_divisors(experts)}"
+        )
+
+
+def _unsplit(model: ModelConfig) -> Iterator[str]:
+    for index, part in enumerate(("attention", "mlp")):
+        kinds = {kinds[index] for kinds in model.layer_kinds} - set(_SPLIT[part])
+        for kind in sorted(kinds):
+            yield (
+                f"model.{part} {kind!r} isn't split over mesh.tensor or mesh.sequence; "
+                f"leave both 1 or use {', '.join(_SPLIT[part])}"
+            )
+    union = any(attention == "union" for attention, _ in model.layer_kinds)
+    if union and model.union_for("attention").shared_kv:
+        yield (
+            "union attention with shared_kv isn't split over mesh.tensor or "
+            "mesh.sequence; leave both 1 or switch shared_kv off"
+        )
+    if "mod" in model.block_kinds:
+        yield (
+            "model.blocks 'mod' isn't split over mesh.tensor or mesh.sequence; leave "
+            "both 1"
+        )
+
+
+def _sequence(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:
+    sequence, tensor = sizes["sequence"], sizes["tensor"]
+    if config.model.kind != "decoder":
+        if sequence > 1:
+            yield (
+                f"mesh.sequence is {sequence} and model.kind {config.model.kind!r}; "
+                "classifiers aren't split by tokens, use mesh.sequence 1"
+            )
+        return
+    # Devices of one tensor group each take the loss of their share of the tokens.
+    if config.seq_len % (sequence * tensor):
+        yield (
+            f"mesh.sequence {sequence} x mesh.tensor {tensor} doesn't divide the "
+            f"{config.seq_len} tokens of a sequence; use a product of "
+            f"{_divisors(config.seq_len)}"
+        )
+
+
+def _choices(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:
+    layout, model = config.layout, config.model
+    default = LayoutConfig()
+    if sizes["tensor"] == 1:
+        return
+    if layout.tensor_reduce != default.tensor_reduce and model.kind != "decoder":
+        yield (
+            f"layout.tensor_reduce is {layout.tensor_reduce!r} and model.kind "
+            f"{model.kind!r}; classifiers keep all tokens, use all_reduce"
+        )
+    if layout.dispatch == "all_to_all":
+        yield from _all_to_all(model)
+
+
+def _all_to_all(model: ModelConfig) -> Iterator[str]:
+    if model.kind != "decoder":
+        yield (
+            f"layout.dispatch is 'all_to_all' and model.kind {model.kind!r}; it "
+            "shares out the tokens of decoders, use replicated"
+        )
+    routed = {"union": model.union, "moe": model.moe}
+    for kind in sorted({mlp for _, mlp in model.layer_kinds} & set(routed)):
+        router = routed[kind]
+        if router.router != "token" or getattr(router, "patch_size", 1) > 1:
+            yield (
+                f"layout.dispatch is 'all_to_all' but model.{kind}'s router looks at "
+                "other tokens; use replicated, or router token with patch_size 1"
+            )
+        if router.capacity_factor is not None:
+            yield (
+                f"layout.dispatch is 'all_to_all' but model.{kind}.capacity_factor is "
+                f"{router.capacity_factor}, counted over whole samples; use replicated"
+            )
+
+
+def _indivisible(axis: str, size: int, name: str, number: int) -> str:
+    return f"{axis} {size} doesn't divide {name} {number}; use {_divisors(number)}"
+
+
+def _divisors(number: int, limit: int = 8) -> str:
+    found = [str(d) for d in range(1, number + 1) if number % d == 0]
+    if len(found) > limit:
+        found = [*found[: limit - 1], "...", found[-1]]
+    return ", ".join(found)

@@ -1,0 +1,151 @@
+"""Every layout of a topology with what it is predicted to cost. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uoe_jax.config import ExperimentConfig, LayoutConfig, MeshConfig, from_json
+from uoe_jax.errors import ConfigError
+from uoe_jax.hardware.devices import Topology
+from uoe_jax.hardware.roofline import UNCALIBRATED, Calibration, Prediction, predict
+from uoe_jax.partition.legal import AXES, Sizes, Verdict, verdicts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Layouts that fit, fastest first; those that don't, least short first."""
+
+    config: ExperimentConfig
+    topology: Topology
+    calibration: Calibration
+    fitting: tuple[Prediction, ...]
+    too_large: tuple[Prediction, ...]
+    illegal: tuple[Verdict, ...]
+
+
+def make_plan(
+    config: ExperimentConfig,
+    topology: Topology,
+    calibration: Calibration = UNCALIBRATED,
+    budget: float | None = None,
+) -> Plan:
+    """Return the predicted plan; `budget` is the bytes a chip may use, None: all."""
+    limit = topology.device.memory_bytes
+    if budget is not None:
+        limit = min(limit, budget)
+    found, illegal = [], []
+    for verdict in verdicts(config, topology.num_devices):
+        if verdict.problems:
+            illegal.append(verdict)
+            continue
+        prediction = predict(config, verdict.sizes, topology, calibration)
+        found.append(dataclasses.replace(prediction, memory_limit=limit))
+    fitting = [p for p in found if p.fits]
+    too_large = [p for p in found if not p.fits]
+    return Plan(
+        config=config,
+        topology=topology,
+        calibration=calibration,
+        fitting=tuple(sorted(fitting, key=lambda p: p.step_seconds)),
+        too_large=tuple(sorted(too_large, key=lambda p: p.shortfall)),
+        illegal=tuple(illegal),
+    )
+
+
+def describe_sizes(sizes: Sizes) -> str:
+    """Return a mesh as "fsdp 16, sequence 4"; "one device" where nothing is split."""
+    named = [f"{axis} {sizes[axis]}" for axis in AXES if sizes[axis] > 1]
+    return ", ".join(named) or "one device"
+
+
+def as_json(plan: Plan, compiled: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a plan as plain numbers; `compiled` is what a compiler said, by mesh."""
+    return {
+        "experiment": plan.config.name,
+        "topology": plan.topology.name,
+        "device": plan.topology.device.name,
+        "calibration": dataclasses.asdict(plan.calibration),
+        "layouts": [
+            _row(p, compiled.get(describe_sizes(p.sizes))) for p in plan.fitting
+        ],
+        "too_large": [_row(p, None) for p in plan.too_large],
+        "illegal": [
+            {"mesh": v.sizes, "problems": list(v.problems)} for v in plan.illegal
+        ],
+    }
+
+
+def _row(found: Prediction, compiled: Any) -> dict[str, Any]:
+    return {
+        "mesh": found.sizes,
+        "step_seconds": found.step_seconds,
+        "tokens_per_second": found.tokens_per_second,
+        "mfu": found.mfu,
+        "bound": found.bound,
+        "memory_bytes": found.memory_bytes,
+        "memory": found.memory,
+        "shortfall_bytes": found.shortfall,
+        "work_seconds": found.work_seconds,
+        "collectives": [
+            {
+                "kind": c.kind,
+                "axis": c.axis,
+                "what": c.what,
+                "bytes": c.num_bytes,
+                "count": c.count,
+                "seconds": time,
+                "hidden": c.hidden,
+            }
+            for c, time in found.collectives
+        ],
+        "compiled": compiled,
+    }
+
+
+def write_layout(path: Path, config: ExperimentConfig, sizes: Sizes) -> None:
+    """Write a mesh and the layout's choices as a file for `read_layout`."""
+    content = {
+        "experiment": config.name,
+        "mesh": dict(sizes),
+        "layout": dataclasses.asdict(config.layout),
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_layout(path: Path, config: ExperimentConfig) -> ExperimentConfig:
+    """Return the experiment on the mesh and with the choices of a layout file.
+
+    Raises:
+      ConfigError: not a layout file.
+    """
+    try:
+        content = json.loads(path.read_text())
+        mesh, layout = content["mesh"], content["layout"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} isn't a layout file ({type(error).__name__}: {error}); write one "
+            "with uoe plan PRESET --topology NAME --out FILE"
+        ) from None
+    return dataclasses.replace(
+        config,
+        mesh=from_json(json.dumps(mesh), MeshConfig),
+        layout=from_json(json.dumps(layout), LayoutConfig),
+    )
+
+
+def reasons(illegal: Sequence[Verdict]) -> list[tuple[str, int, str]]:
+    """Return (reason, how many meshes it rules out, the first of them)."""
+    seen: dict[str, list[Verdict]] = {}
+    for verdict in illegal:
+        for problem in verdict.problems:
+            seen.setdefault(problem, []).append(verdict)
+    rows = [
+        (problem, len(found), describe_sizes(found[0].sizes))
+        for problem, found in seen.items()
+    ]
+    return sorted(rows, key=lambda row: -row[1])

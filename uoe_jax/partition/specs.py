@@ -1,0 +1,172 @@
+"""PartitionSpecs of parameters and optimizer state, by the pattern of their names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jax.sharding import PartitionSpec
+
+from uoe_jax.config import ModelConfig
+from uoe_jax.errors import ConfigError
+
+
+class Rule(NamedTuple):
+    """Names that match `pattern` whole, and the mesh axis of each of their dimensions.
+
+    `axes` is a word a dimension: an axis, or "." for a dimension that stays whole. "*"
+    alone leaves everything whole.
+    """
+
+    pattern: str
+    axes: str
+
+
+def default_rules(model: ModelConfig) -> tuple[Rule, ...]:
+    """Return the rules of a model: fsdp along the model width of every matrix, tensor
+    along experts, and along heads and MLP columns where a layer is dense."""
+    rules = [Rule(r"trunk\.norm\.(scale|bias)", "*"), *_outer_rules(model)]
+    period = math.lcm(len(model.attention), len(model.mlp), len(model.blocks))
+    for stack in range(min(period, model.num_layers)):
+        attention, mlp = model.layer_kinds[stack]
+        block = rf"trunk\.blocks\.{stack}"
+        rules.append(Rule(rf"{block}\.\w+_norm\.(scale|bias)", "*"))
+        if attention not in ("dense", "moba") or mlp != "dense":
+            rules.append(Rule(rf"{block}\.\w+\.router\.\w+", "*"))
+        routed = attention in ("union", "moh")
+        rules += _attention_rules(model, rf"{block}\.attention", routed)
+        rules += _mlp_rules(model, rf"{block}\.mlp", mlp != "dense")
+        if model.block_kinds[stack] == "mod":
+            rules.append(Rule(rf"{block}\.router\.\w+", "*"))
+    return tuple(rules)
+
+
+def _outer_rules(model: ModelConfig) -> list[Rule]:
+    embedding = "weight" if model.kind == "vision" else "embedding"
+    rules = [Rule(rf"embed\.{embedding}", ". fsdp")]
+    if model.kind == "vision":
+        rules.append(Rule(r"embed\.bias", "*"))
+    if model.position == "learned":
+        rules.append(Rule(r"embed\.position\.embedding", ". fsdp"))
+    if model.kind != "decoder" or not model.tie_embeddings:
+        rules.append(Rule(r"head\.weight", "fsdp ."))
+    if model.kind != "decoder":
+        rules.append(Rule(r"head\.bias", "*"))
+    return rules
+
+
+def _attention_rules(model: ModelConfig, part: str, routed: bool) -> list[Rule]:
+    # Layers, experts E, width D, key heads J, query groups G, head width H.
+    e, j = ("tensor", ".") if routed else (".", "tensor")
+    rules = [
+        Rule(rf"{part}\.wq", f". {e} fsdp {j} . ."),
+        Rule(rf"{part}\.w[kv]", f". {e} fsdp {j} ."),
+        Rule(rf"{part}\.wo", f". {e} {j} . . fsdp"),
+    ]
+    if model.use_bias:
+        rules += [
+            Rule(rf"{part}\.bq", f". {e} {j} . ."),
+            Rule(rf"{part}\.b[kv]", f". {e} {j} ."),
+            Rule(rf"{part}\.bo", "*"),
+        ]
+    return rules
+
+
+def _mlp_rules(model: ModelConfig, part: str, routed: bool) -> list[Rule]:
+    # Layers, experts E, width D, neurons F.
+    e, f = ("tensor", ".") if routed else (".", "tensor")
+    gate = "(up|gate)" if model.activation == "swiglu" else "up"
+    rules = [
+        Rule(rf"{part}\.w_{gate}", f". {e} fsdp {f}"),
+        Rule(rf"{part}\.w_down", f". {e} {f} fsdp"),
+    ]
+    if model.use_bias:
+        rules += [
+            Rule(rf"{part}\.b_{gate}", f". {e} {f}"),
+            Rule(rf"{part}\.b_down", "*"),
+        ]
+    return rules
+
+
+def param_specs(
+    shapes: Mapping[str, tuple[int, ...]],
+    rules: Sequence[Rule],
+    sizes: Mapping[str, int],
+) -> dict[str, PartitionSpec]:
+    """Return the spec of every parameter by name; axes of one device are left out.
+
+    Raises:
+      ConfigError: a parameter that no rule or more than one matches, a rule that
+        matches none, or a dimension that its axis doesn't divide.
+    """
+    used, specs = set(), {}
+    for name, shape in shapes.items():
+        found = [rule for rule in rules if re.fullmatch(rule.pattern, name)]
+        if len(found) != 1:
+            patterns = " and ".join(rule.pattern for rule in found)
+            raise ConfigError(
+                f"parameter {name} {list(shape)} "
+                + (f"matches {patterns}; keep one" if found else "has no layout rule")
+                + ("" if found else "; add one to partition/specs.py")
+            )
+        used.add(found[0])
+        specs[name] = _spec(name, shape, found[0], sizes)
+    for rule in rules:
+        if rule not in used:
+            raise ConfigError(
+                f"layout rule {rule.pattern} matches no parameter; correct or remove it"
+            )
+    return specs
+
+
+def _spec(
+    name: str, shape: tuple[int, ...], rule: Rule, sizes: Mapping[str, int]
+) -> PartitionSpec:
+    if rule.axes == "*":
+        return PartitionSpec()
+    axes = rule.axes.split()
+    if len(axes) != len(shape):
+        raise ConfigError(
+            f"layout rule {rule.pattern} names {len(axes)} dimensions and {name} is "
+            f"{list(shape)}; name {len(shape)}"
+        )
+    for axis, size in zip(axes, shape, strict=True):
+        if size % sizes.get(axis, 1):
+            raise ConfigError(
+                f"mesh.{axis} {sizes[axis]} doesn't divide dimension {size} of {name} "
+                f"{list(shape)}; use a divisor of {size}"
+            )
+    return PartitionSpec(*[a if sizes.get(a, 1) > 1 else None for a in axes])
+
+
+def state_spec(
+    name: str,
+    shape: tuple[int, ...],
+    specs: Mapping[str, PartitionSpec],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> PartitionSpec:
+    """Return the spec of an optimizer's array: that of the parameter it is about.
+
+    Its name ends in the parameter's and its shape is the same; others stay whole.
+    """
+    parts = name.split(".")
+    for start in range(len(parts)):
+        owner = ".".join(parts[start:])
+        if owner in specs and shapes[owner] == shape:
+            return specs[owner]
+    return PartitionSpec()
+
+
+def spec_axes(spec: PartitionSpec) -> tuple[str, ...]:
+    """Return the mesh axes that a spec names."""
+    return tuple(axis for axis in spec if axis is not None)
+
+
+def axis_place(spec: PartitionSpec, axis: Any) -> int | None:
+    """Return the dimension split over an axis, counted from the end; None: none is."""
+    for place, named in enumerate(spec):
+        if named == axis:
+            return place - len(spec)
+    return None

@@ -1,0 +1,73 @@
+"""A plan as a page: the layouts side by side, each with its picture."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from uoe_jax.hardware.roofline import Prediction
+from uoe_jax.partition.picture import draw_layout
+from uoe_jax.partition.plan import Plan, describe_sizes, reasons
+from uoe_jax.report.page import page
+from uoe_jax.report.table import si
+
+_PICTURES = 6
+
+
+def plan_page(plan: Plan, compiled: Mapping[str, Any]) -> str:
+    """Return the document; `compiled` holds what a compiler said, by mesh."""
+    header = ("layout", "step", "tokens/s", "MFU", "chip", "compiled", "bound by")
+    rows = [_cells(found, compiled) for found in plan.fitting]
+    short = [
+        (describe_sizes(p.sizes), si(p.memory_bytes, "B"), si(p.shortfall, "B"))
+        for p in plan.too_large
+    ]
+    illegal = [(first, str(n), why) for why, n, first in reasons(plan.illegal)]
+    pictures = "".join(
+        f"<figure>{_svg(plan, found)}</figure>" for found in plan.fitting[:_PICTURES]
+    )
+    sections = [
+        ("Layouts that fit, fastest first", _table(header, rows)),
+        ("Who holds what", pictures),
+        ("Too large", _table(("layout", "chip needs", "short of"), short)),
+        ("Illegal", _table(("such as", "meshes", "why"), illegal)),
+    ]
+    device = plan.topology.device
+    return page(
+        f"{plan.config.name} on {plan.topology.name}",
+        f"{plan.topology.num_devices} x {device.name} ({device.source}); factors: "
+        f"{plan.calibration.source}",
+        sections,
+    )
+
+
+def _cells(found: Prediction, compiled: Mapping[str, Any]) -> tuple[str, ...]:
+    said = compiled.get(describe_sizes(found.sizes)) or {}
+    peak = said.get("peak_bytes")
+    return (
+        describe_sizes(found.sizes),
+        f"{found.step_seconds * 1e3:.0f} ms",
+        si(found.tokens_per_second),
+        f"{found.mfu:.1%}",
+        si(found.memory_bytes, "B"),
+        si(peak, "B") if peak else said.get("error", "-"),
+        found.bound,
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    cells = lambda tag, row: "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row)
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    head = f"<tr>{cells('th', header)}</tr>"
+    return f'<div class="scroll"><table>{head}{body}</table></div>'
+
+
+def _svg(plan: Plan, found: Prediction) -> str:
+    file = io.StringIO()
+    draw_layout(plan.config, found.sizes).savefig(file, format="svg")
+    text = file.getvalue()
+    return text[text.index("<svg") :]
