@@ -6,10 +6,15 @@ from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops._dispatch import dispatch
-from uoe_jax.ops.segment_attention import reference, xla
+from uoe_jax.ops.segment_attention import mosaic_gpu, mosaic_tpu, reference, xla
 
 # In order of preference; `implementation=None` takes the first that can serve.
-BACKENDS = {"xla": xla.segment_attention, "reference": reference.segment_attention}
+BACKENDS = {
+    "mosaic_tpu": mosaic_tpu.segment_attention,
+    "mosaic_gpu": mosaic_gpu.segment_attention,
+    "xla": xla.segment_attention,
+    "reference": reference.segment_attention,
+}
 
 
 def segment_attention(

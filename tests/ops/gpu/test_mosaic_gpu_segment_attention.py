@@ -1,0 +1,139 @@
+"""The GPU kernels without a GPU: their interpreter, and lowering for the real thing."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ops_oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from uoe_jax.errors import ConfigError
+from uoe_jax.ops import segment_attention
+from uoe_jax.ops.segment_attention import mosaic_gpu
+
+ROWS, SEGMENTS = 150, 3  # not a multiple of the 8 rows that copies are aligned to
+cuts = st.lists(st.integers(0, ROWS), min_size=SEGMENTS, max_size=SEGMENTS).map(sorted)
+SIMULATED = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+
+
+@functools.partial(
+    jax.jit, static_argnames=("causal", "window", "with_bounds", "deterministic")
+)
+def value_and_grads(
+    q, k, v, grad, offsets, bounds, causal, window, with_bounds, deterministic
+):
+    def attend(q, k, v):
+        return mosaic_gpu.segment_attention(
+            q,
+            k,
+            v,
+            offsets,
+            causal=causal,
+            window=window,
+            bounds=bounds if with_bounds else None,
+            scale=0.2,
+            deterministic=deterministic,
+        )
+
+    out, vjp = jax.vjp(attend, q, k, v)
+    return out, *vjp(grad)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "groups", "width", "causal", "window", "with_bounds", "deterministic"),
+    [
+        (jnp.bfloat16, 1, 128, True, None, False, False),
+        (jnp.float16, 2, 64, False, 70, True, True),
+    ],
+)
+def test_value_and_gradients_match_float64(
+    capfd, dtype, groups, width, causal, window, with_bounds, deterministic
+):
+    @settings(deadline=None, max_examples=3)
+    @given(cuts, st.integers(20, 90), st.integers(0, 2**32 - 1))
+    def check(cuts, document, seed):
+        rng = np.random.default_rng(seed)
+        shapes = (ROWS, groups, width), (ROWS, width), (ROWS, width)
+        q, k, v = (jnp.asarray(rng.normal(size=s), dtype) for s in shapes)
+        grad = jnp.asarray(rng.normal(size=q.shape), dtype)
+        offsets, row = [0, *cuts], np.arange(ROWS)
+        first = row // document * document
+        bounds = first, first + document - 1
+        flags = causal, window, with_bounds, deterministic
+        # Rows past the end must neither be seen nor reach others as 0 * nan.
+        spoilt = [x.at[offsets[-1] :].set(jnp.nan) for x in (q, k, v, grad)]
+        arrays = jnp.asarray(offsets), tuple(jnp.asarray(x) for x in bounds)
+        with mosaic_gpu.interpreted(SIMULATED):
+            got = jax.block_until_ready(value_and_grads(*spoilt, *arrays, *flags))
+        visible = ops_oracle.segment_visible(offsets, ROWS, causal, window)
+        if with_bounds:
+            visible &= (row >= bounds[0][:, None]) & (row <= bounds[1][:, None])
+        want = ops_oracle.attention(q, k, v, grad, visible, 0.2)
+        assert {x.dtype for x in got} == {jnp.dtype(dtype)}
+        # Weights and results are rounded once each: two half-steps, and slack.
+        ops_oracle.assert_near(got, want, 3 * float(jnp.finfo(dtype).eps) / 2)
+        for x in got:
+            assert not np.asarray(x[offsets[-1] :]).any()
+
+    check()
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("dtype", "groups", "width", "causal", "deterministic"),
+    [(jnp.bfloat16, 1, 128, True, False), (jnp.float16, 2, 64, False, True)],
+)
+def test_kernels_lower_for_a_gpu(
+    monkeypatch, dtype, groups, width, causal, deterministic
+):
+    """Register layouts and shared memory are decided here, not on the device."""
+    monkeypatch.setattr(mosaic_gpu, "_cores", lambda: 132)
+    rows = 1024
+
+    def struct(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    q, k = struct(rows, groups, width), struct(rows, width)
+    bounds = (struct(rows, dtype=jnp.int32),) * 2
+    offsets = struct(5, dtype=jnp.int32)
+    flags = (causal, None, not causal, deterministic)
+    traced = value_and_grads.trace(q, k, k, q, offsets, bounds, *flags)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == (3 if deterministic else 2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "scale", "reason"),
+    [
+        (jnp.float32, 64, 1.0, "not float32"),
+        (jnp.bfloat16, 96, 1.0, "heads of 96; it takes 64 or 128"),
+        (jnp.bfloat16, 64, -1.0, "a number above 0"),
+    ],
+)
+def test_calls_it_cannot_serve_say_why(monkeypatch, dtype, width, scale, reason):
+    monkeypatch.setattr(mosaic_gpu, "_cores", lambda: 132)
+    q, k = jnp.zeros((8, 1, width), dtype), jnp.zeros((8, width), dtype)
+    with pytest.raises(ConfigError, match=reason):
+        segment_attention(
+            q,
+            k,
+            k,
+            jnp.asarray([0, 8]),
+            causal=True,
+            scale=scale,
+            implementation="mosaic_gpu",
+        )
+
+
+def test_other_devices_are_served_by_another_backend():
+    q, k = jnp.ones((8, 1, 64), jnp.bfloat16), jnp.ones((8, 64), jnp.bfloat16)
+    offsets = jnp.asarray([0, 8])
+    with pytest.raises(ConfigError, match="needs a Hopper GPU, not cpu"):
+        segment_attention(q, k, k, offsets, causal=True, implementation="mosaic_gpu")
+    np.testing.assert_array_equal(segment_attention(q, k, k, offsets, causal=True), q)

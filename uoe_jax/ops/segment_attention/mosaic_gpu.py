@@ -1,0 +1,223 @@
+"""Segment attention on Hopper GPUs: warp-specialised kernels that follow the segments.
+
+One warpgroup brings blocks into shared memory while two others multiply them and take
+softmax by turns (FlashAttention-3, arXiv 2407.08608). Which tiles there are is computed
+on the device from the offsets; every shape is static.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import numbers
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from uoe_jax.ops._dispatch import vary_together
+from uoe_jax.ops.segment_attention import mosaic_gpu_plan as plans
+from uoe_jax.ops.segment_attention.mosaic_gpu_forward import forward
+from uoe_jax.ops.segment_attention.mosaic_gpu_key_gradients import (
+    QUERIES,
+    key_gradients,
+)
+from uoe_jax.ops.segment_attention.mosaic_gpu_parts import WG_ROWS, Options
+from uoe_jax.ops.segment_attention.mosaic_gpu_query_gradient import query_gradient
+
+WGS = 2  # warpgroups that compute
+TILE = WGS * WG_ROWS
+HOPPER = "9.0"
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Sides of the blocks that stream past a tile, and how many are in flight."""
+
+    forward: Options
+    query: Options
+    key: Options
+    deterministic: bool
+
+
+@contextlib.contextmanager
+def interpreted(params: plgpu.InterpretGPUParams | None = None) -> Iterator[None]:
+    """Run the kernels on this machine's processor: slow, for checking them."""
+    token = _interpreted.set(True)
+    try:
+        with plgpu.force_gpu_interpret_mode(params or plgpu.InterpretGPUParams()):
+            yield
+    finally:
+        _interpreted.reset(token)
+
+
+def segment_attention(
+    q: Float[Array, "M G H"],
+    k: Float[Array, "M H"],
+    v: Float[Array, "M H"],
+    offsets: Int[Array, " S1"],
+    *,
+    causal: bool,
+    window: int | None,
+    bounds: tuple[Int[Array, " M"], Int[Array, " M"]] | None,
+    scale: float,
+    deterministic: bool = True,
+) -> Float[Array, "M G H"]:
+    """Return attention inside each segment.
+
+    With `deterministic` gradients are the same bits on every run, from two kernels that
+    each compute the scores. Otherwise one kernel adds up the queries' gradient in any
+    order: 5 products instead of 7, but measured slower (docs/kernels.md).
+
+    Raises:
+      NotImplementedError: no Hopper GPU, or a dtype, head width or scale that the
+        kernels don't take.
+    """
+    cores = _cores()
+    num_rows, _, width = q.shape
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"it takes bfloat16 or float16, not {q.dtype}")
+    if width not in (64, 128):
+        raise NotImplementedError(f"heads of {width}; it takes 64 or 128")
+    if not isinstance(scale, numbers.Real) or scale <= 0:
+        raise NotImplementedError(f"scale is {scale}; it takes a number above 0")
+    if num_rows == 0:
+        return q
+    if window is not None and window >= num_rows:
+        window = None  # it hides nothing, and sums with it could overflow
+    settings = make_settings(
+        width,
+        cores,
+        causal=causal,
+        window=window,
+        scale=scale,
+        deterministic=deterministic,
+    )
+    more = -num_rows % plans.ALIGN  # copies of tiles want whole groups of rows
+    q, k, v, offsets = vary_together(q, k, v, offsets)
+    if more:
+        q, k, v = (_pad_rows(x, more) for x in (q, k, v))
+    rows = None
+    if bounds is not None:
+        first, last, _ = vary_together(*bounds, q)
+        rows = plans.make_rows(
+            offsets, (first, last), causal=causal, window=window, pad=TILE + more
+        )
+    return _attention(settings, q, k, v, offsets, rows)[:num_rows]
+
+
+def make_settings(
+    width: int,
+    cores: int,
+    *,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    deterministic: bool,
+) -> Settings:
+    """Return the tiles of the three kernels for heads of `width`."""
+    common = {
+        "causal": causal,
+        "window": window,
+        "scale": float(scale),
+        "consumers": WGS,
+        "cores": cores,
+        "registers": 232,
+        "interpreted": _interpreted.get(),
+    }
+    small = width == 64
+    return Settings(
+        forward=Options(key_block=128, stages=4 if small else 2, **common),
+        query=Options(key_block=64, stages=4 if small else 3, **common),
+        key=Options(key_block=TILE, stages=3 if small else 2, **common),
+        deterministic=deterministic,
+    )
+
+
+def _cores() -> int:
+    """Return the multiprocessors to fill, or say why there are none."""
+    if _interpreted.get():
+        return 1  # the interpreter runs them one by one anyway
+    if jax.default_backend() not in ("gpu", "cuda"):
+        raise NotImplementedError(f"it needs a Hopper GPU, not {jax.default_backend()}")
+    device = jax.devices()[0]
+    if device.compute_capability != HOPPER:
+        raise NotImplementedError(
+            f"it needs a Hopper GPU (compute capability {HOPPER}), not "
+            f"{device.device_kind} ({device.compute_capability})"
+        )
+    return device.core_count
+
+
+def _pad_rows(x: jax.Array, more: int) -> jax.Array:
+    return jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(settings, q, k, v, offsets, rows):
+    return _attention_fwd(settings, q, k, v, offsets, rows)[0]
+
+
+def _attention_fwd(settings, q, k, v, offsets, rows):
+    options = settings.forward
+    plan = plans.query_plan(
+        offsets,
+        q.shape[0],
+        TILE,
+        options.key_block,
+        causal=options.causal,
+        window=options.window,
+        rows=rows,
+        cores=options.cores,
+    )
+    slots = plans.num_tiles(q.shape[0], offsets.shape[0] - 1, TILE)
+    # Kernels don't say over which mesh axes their outputs vary: as their inputs do.
+    _, out, lse = vary_together(q, *forward(q, k, v, plan, rows, slots, options))
+    return out, (q, k, v, offsets, rows, plan, out, lse)
+
+
+def _attention_bwd(settings, saved, dout):
+    q, k, v, offsets, rows, query_plan, out, lse = saved
+    stats = lse, _delta(offsets, dout, out)
+    options = settings.key
+    plan = plans.key_plan(
+        offsets,
+        q.shape[0],
+        TILE,
+        QUERIES,
+        causal=options.causal,
+        window=options.window,
+        rows=rows,
+        cores=options.cores,
+    )
+    args = q, k, v, dout, stats
+    if settings.deterministic:
+        dk, dv = key_gradients(*args, plan, rows, options)
+        ratio = settings.forward.key_block // settings.query.key_block
+        query_plan = plans.smaller_blocks(query_plan, ratio)
+        dq = query_gradient(*args, query_plan, rows, settings.query)
+    else:
+        shape = q.shape[0] + QUERIES, *q.shape[1:]  # whole blocks may pass the end
+        total = jax.new_ref(jnp.zeros(shape, jnp.float32))
+        dk, dv = key_gradients(*args, plan, rows, options, total)
+        dq = (total[...][: q.shape[0]] * options.scale).astype(q.dtype)
+    _, *grads = vary_together(q, dq, dk, dv)
+    return *grads, None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _delta(
+    offsets: Int[Array, " S1"], dout: Float[Array, "M G H"], out: Float[Array, "M G H"]
+) -> Float[Array, "G N2"]:
+    """Return rowsum(dout * out) by slots of query tiles."""
+    rows = plans.slot_rows(offsets, out.shape[0], TILE)
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=2)
+    rows = jnp.pad(rows, (0, TILE))  # and a slot for no tile
+    return delta.T.at[:, rows].get(mode="clip")
