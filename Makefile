@@ -4,17 +4,20 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NEXT := $(VENV)/jax-next
+# The TPU compiler lies beside the packages: among them, jax would look for TPUs first.
+LIBTPU := $(VENV)/libtpu
 # What the newer jax is held to: configs, operations, models, one step, one run.
 REDUCED := tests/test_config.py tests/test_validation.py tests/hardware tests/ops \
   tests/model/test_transformer.py tests/test_generate.py tests/train/test_step.py
 PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help venv demo test lint notebooks clean
+.PHONY: help venv demo test lint aot notebooks clean
 help:
 	@echo "make venv   the project's own .venv"
 	@echo "make demo   train a dense, an MoE and a union model on this machine; table and report"
 	@echo "make test   every test on jax 0.11, the reduced set on jax 0.12, coverage"
 	@echo "make lint   ruff and pyrefly"
+	@echo "make aot    compile kernels and training steps for TPUs that aren't here; hours"
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@python=$$(sh .ci/find-python) && \
@@ -34,15 +37,21 @@ $(NEXT)/.done: constraints-next.txt $(VENV)/.dev
 	@$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(NEXT) --requirement constraints-next.txt
 	@touch $@
 
+$(LIBTPU)/.done: constraints-tpu.txt $(VENV)/.dev
+	@echo "Installing the TPU compiler beside it ..."
+	@rm -rf $(LIBTPU)
+	@$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(LIBTPU) --requirement constraints-tpu.txt
+	@touch $@
+
 venv: $(VENV)/.base
 	@echo "$(VENV) is ready: $(VENV)/bin/uoe --help"
 
 demo: $(VENV)/.base
 	@$(VENV)/bin/uoe demo
 
-test: $(VENV)/.dev $(NEXT)/.done
+test: $(VENV)/.dev $(NEXT)/.done $(LIBTPU)/.done
 	@echo "== every test, jax 0.11, 8 simulated devices"
-	@$(PYTEST) --cov --cov-report= tests
+	@PYTHONPATH=$(LIBTPU) $(PYTEST) --cov --cov-report= tests
 	@$(PY) -m coverage report --fail-under=85 --skip-covered --show-missing | tail -n 40
 	@echo "== the reduced set, jax 0.12"
 	@PYTHONPATH=$(NEXT) $(PYTEST) $(REDUCED)
@@ -50,6 +59,9 @@ test: $(VENV)/.dev $(NEXT)/.done
 lint: $(VENV)/.dev
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/pyrefly check
+
+aot: $(LIBTPU)/.done
+	@PYTHONPATH=$(LIBTPU) $(PY) benchmarks/aot_tpu.py --out benchmarks/results/aot_tpu.json
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
