@@ -1,8 +1,8 @@
-"""Speed of the array functions on this machine: `python benchmarks/bench_ops.py`.
+"""Errors of grouped products on this device: `python benchmarks/bench_ops.py`.
 
-Segment attention beside dense attention of the same scores, and grouped matmul beside
-one dense product. A time is the best of interleaved rounds, so that a busy machine
-slows all candidates alike.
+Values and gradients of every backend that can serve, against float64, on fresh inputs:
+uneven and empty groups, rows of no group, sides that fill no tile. Also whether a
+second run gives the same bits. Times are `uoe bench union`'s.
 """
 
 from __future__ import annotations
@@ -10,167 +10,124 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
-import time
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uoe_jax import ops
+from uoe_jax.errors import ConfigError
+from uoe_jax.ops import gather_project, grouped_matmul, pack_choices, project_scatter
+from uoe_jax.ops.grouped_matmul.api import GROUPED_MATMUL
 
-RESULTS = Path(__file__).parent / "results"
-# batch, T, experts, chosen, G, H
-ATTENTION = [(16, 256, 8, 4, 1, 32), (4, 1024, 8, 4, 1, 64), (8, 512, 4, 2, 2, 32)]
-# rows, I, O, groups
-MATMUL = [
-    (8192, 128, 64, 8),
-    (8192, 128, 512, 8),
-    (8192, 256, 256, 16),
-    (8192, 512, 64, 16),
-    (8192, 512, 512, 16),
-]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "ops"))
+import ops_oracle  # noqa: E402
 
-
-def race(programs, rounds, clock):
-    """Best seconds of each program, run in turns, each time warm."""
-    best = dict.fromkeys(programs, float("inf"))
-    for _ in range(rounds):
-        for name, (fun, args) in programs.items():
-            jax.block_until_ready(fun(*args))
-            start = clock()
-            jax.block_until_ready(fun(*args))
-            best[name] = min(best[name], clock() - start)
-    return best
+# rows, I, O, groups, rows inside groups
+GROUPED = [(1000, 192, 320, 5, 970), (333, 100, 77, 3, 333), (4096, 128, 128, 64, 4000)]
+# B, T, I, O, E, X
+ROUTED = [(4, 256, 256, 512, 8, 4), (3, 71, 72, 40, 5, 2), (2, 64, 64, 128, 1, 1)]
+DTYPES = ("bfloat16", "float16", "float32")
 
 
-def both_passes(fun):
-    """fun's value and gradients, given arguments and a cotangent."""
-
-    def run(*args):
-        *args, grad = args
-        out, vjp = jax.vjp(fun, *args)
-        return out, vjp(grad)
-
-    return jax.jit(run)
+def value_and_grads(fun, *args):
+    """Return fun's value and gradients; the last argument is the cotangent."""
+    *args, grad = args
+    out, vjp = jax.vjp(fun, *args)
+    return out, *vjp(grad)
 
 
-def bench_attention(case, rounds, clock):
-    """Dense attention of N = E heads beside each token choosing X of them."""
-    batch, length, experts, top_k, groups, width = case
-    rng = np.random.default_rng(0)
-    score = rng.random((batch, length, experts))
-    choices = jnp.asarray(np.argsort(score, axis=-1)[..., :top_k], jnp.int32)
-    packing = ops.pack_choices(choices, experts)
-    rows = batch * length * top_k
-
-    def draw(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-    def segment(q, k, v):
-        return ops.segment_attention(q, k, v, packing.segment_offsets, causal=True)
-
-    def dense(q, k, v, implementation=None):
-        return ops.dense_attention(q, k, v, causal=True, implementation=implementation)
-
-    def plain(q, k, v):
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, implementation="xla"
-        )
-
-    q, grad = (draw(rows, groups, width) for _ in range(2))
-    k, v = (draw(rows, width) for _ in range(2))
-    qd, gd = (draw(batch, length, experts * groups, width) for _ in range(2))
-    kd, vd = (draw(batch, length, experts, width) for _ in range(2))
-    programs = {}
-    for name, fun, args in (
-        ("segment", segment, (q, k, v, grad)),
-        ("dense", dense, (qd, kd, vd, gd)),
-        ("plain", plain, (qd, kd, vd, gd)),
-    ):
-        programs[name] = jax.jit(fun), args[:3]
-        programs[name + "+grad"] = both_passes(fun), args
-    seconds = race(programs, rounds, clock)
-    lengths = np.diff(np.asarray(packing.segment_offsets)).astype(float)
-    # Two products of the scores each token sees.
-    flops = {
-        "segment": 4 * groups * width * (lengths * (lengths + 1) / 2).sum(),
-        "dense": 4 * groups * width * batch * experts * length * (length + 1) / 2,
-    }
-    flops["plain"] = flops["dense"]
-    name = f"B{batch} T{length} X{top_k}/{experts} G{groups} H{width}"
+def relative(got, want):
+    """Return Frobenius errors over the norms of what is wanted."""
+    pairs = zip(got, want, strict=True)
     return [
-        row("attention", name, key, seconds[key], flops[key.split("+")[0]])
-        for key in programs
+        float(np.linalg.norm(np.asarray(g, np.float64) - w) / np.linalg.norm(w))
+        for g, w in pairs
     ]
 
 
-def bench_matmul(case, rounds, clock):
-    """One product of all rows beside one product per group."""
-    num_rows, ins, outs, groups = case
-    rng = np.random.default_rng(0)
-    sizes = rng.multinomial(num_rows, np.full(groups, 1 / groups))
-    offsets = jnp.asarray(np.concatenate([[0], np.cumsum(sizes)]), jnp.int32)
-    x, w, grad = (
-        jnp.asarray(rng.normal(size=s), jnp.float32)
-        for s in ((num_rows, ins), (groups, ins, outs), (num_rows, outs))
+def check_grouped(case, dtype, backend, rng):
+    """Return {operation: errors, repeatable} of one grouped product."""
+    rows, inner, outer, groups, inside = case
+    cuts = np.sort(rng.integers(0, inside + 1, groups))
+    cuts[-1] = inside
+    cuts[: groups > 3] = 0  # an empty group
+    offsets = [0, *map(int, cuts)]
+    x, w, grad = draw(rng, dtype, (rows, inner), (groups, inner, outer), (rows, outer))
+    product = functools.partial(
+        grouped_matmul, offsets=jnp.asarray(offsets), implementation=backend
     )
-    grouped = functools.partial(ops.grouped_matmul, offsets=offsets)
-    programs = {
-        "dense": (jax.jit(jnp.matmul), (x, w[0])),
-        "grouped": (jax.jit(grouped), (x, w)),
-        "dense+grad": (both_passes(jnp.matmul), (x, w[0], grad)),
-        "grouped+grad": (both_passes(grouped), (x, w, grad)),
-    }
-    seconds = race(programs, rounds, clock)
-    name = f"M{num_rows} I{ins} O{outs} E{groups}"
-    flops = 2 * num_rows * ins * outs
-    return [row("matmul", name, key, seconds[key], flops) for key in programs]
+    run = jax.jit(functools.partial(value_and_grads, product))
+    got, again = run(x, w, grad), run(x, w, grad)
+    same = all(bool((a == b).all()) for a, b in zip(got, again, strict=True))
+    want = ops_oracle.grouped(x, w, offsets, grad)
+    return {"grouped_matmul": relative(got, want), "repeatable": same}
 
 
-def row(op, case, name, seconds, forward_flops):
-    """One line of the table; a backward pass counts 2.5 or 2 forward ones."""
-    both = 3.5 if op == "attention" else 3
-    flops = forward_flops * (both if "grad" in name else 1)
-    return {
-        "op": op,
-        "case": case,
-        "name": name,
-        "milliseconds": seconds * 1e3,
-        "gflops_per_second": flops / seconds / 1e9,
-    }
+def check_routed(case, dtype, backend, rng):
+    """Return {operation: errors} of the gather and the sum around a product."""
+    batch, length, inner, outer, experts, picks = case
+    score = rng.random((batch, length, experts)) + np.arange(experts) / experts
+    choices = np.argsort(score, axis=-1)[..., :picks].astype(np.int32)
+    packing = pack_choices(jnp.asarray(choices), experts)
+    ids, offsets = np.asarray(packing.token_ids), np.asarray(packing.group_offsets)
+    tokens, rows = batch * length, batch * length * picks
+    wide = lambda a: np.asarray(a, np.float64)
+
+    def summed(values):
+        total = np.zeros((tokens, values.shape[1]))
+        np.add.at(total, ids, values)
+        return total
+
+    shapes = (tokens, inner), (experts, inner, outer), (rows, outer)
+    x, w, grad = draw(rng, dtype, *shapes)
+    call = lambda op: jax.jit(
+        functools.partial(
+            value_and_grads,
+            functools.partial(op, packing=packing, implementation=backend),
+        )
+    )
+    out, dx, dw = ops_oracle.grouped(wide(x)[ids], w, offsets, grad)
+    gathered = relative(call(gather_project)(x, w, grad), (out, summed(dx), dw))
+    r, token_grad = draw(rng, dtype, (rows, inner), (tokens, outer))
+    out, dr, dw = ops_oracle.grouped(r, w, offsets, wide(token_grad)[ids])
+    scattered = relative(call(project_scatter)(r, w, token_grad), (summed(out), dr, dw))
+    return {"gather_project": gathered, "project_scatter": scattered}
+
+
+def draw(rng, dtype, *shapes):
+    """Return normal arrays."""
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def check_backend(backend, rng):
+    """Yield a row of errors for every dtype and case, none where it can't serve."""
+    for dtype in DTYPES:
+        for check, cases in ((check_grouped, GROUPED), (check_routed, ROUTED)):
+            for case in cases:
+                try:
+                    found = check(case, dtype, backend, rng)
+                except ConfigError as error:
+                    print(f"{backend}: {error}", flush=True)
+                    return
+                yield {"backend": backend, "dtype": dtype, "case": case, **found}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--cpu-time", action="store_true", help="processor time")
-    parser.add_argument("--out", help="name of a file to write in benchmarks/results")
+    parser.add_argument("--seed", type=int, help="fresh every time without one")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    print(f"{'op':<10}{'case':<28}{'name':<14}{'ms':>9}{'GFLOP/s':>10}")
-    rows = []
-    for bench, cases in ((bench_attention, ATTENTION), (bench_matmul, MATMUL)):
-        for case in cases:
-            for line in bench(case, args.rounds, clock):
-                rows.append(line)
-                print(
-                    f"{line['op']:<10}{line['case']:<28}{line['name']:<14}"
-                    f"{line['milliseconds']:>9.2f}{line['gflops_per_second']:>10.1f}",
-                    flush=True,
-                )
+    rng = np.random.default_rng(args.seed)
+    record = {"command": "python benchmarks/bench_ops.py", "results": []}
+    record |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    for backend in GROUPED_MATMUL:
+        for row in check_backend(backend, rng):
+            print(*row.values(), flush=True)
+            record["results"].append(row)
     if args.out:
-        device = jax.devices()[0].device_kind
-        record = {
-            "device": device,
-            "processor": platform.processor() or platform.machine(),
-            "jax": jax.__version__,
-            "clock": "processor" if args.cpu_time else "wall",
-            "rows": rows,
-        }
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / args.out).write_text(json.dumps(record, indent=2) + "\n")
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

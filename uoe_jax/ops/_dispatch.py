@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.ops import _tuning
 
 
 def dispatch(
@@ -17,17 +18,22 @@ def dispatch(
     backends: Mapping[str, Callable[..., Any]],
     implementation: str | None,
     *args: Any,
+    shape: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Return `op` computed by the named backend, or by the first that can serve.
+    """Return `op` computed by the named backend, or by the fastest that can serve.
 
-    A backend says that it can't by raising `NotImplementedError(reason)`.
+    A backend says that it can't by raising `NotImplementedError(reason)`. What is
+    fastest is looked up by `shape`; where nothing was measured near it, the order of
+    `backends` decides.
 
     Raises:
       ConfigError: unknown name, or a named backend that can't serve this call.
     """
     if implementation is None:
         names = tuple(backends)
+        if shape is not None:
+            names = _tuning.prefer(op, names, shape)
     elif implementation in backends:
         names = (implementation,)
     else:
@@ -61,6 +67,11 @@ def zeros_varying(
 ) -> jax.Array:
     """Return a filled array that varies over the same mesh axes as `like`."""
     return _cast(jnp.full(shape, fill, dtype), _varying(like))
+
+
+def vary_like(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Return an array that varies over the mesh axes that `like` varies over."""
+    return _cast(array, _varying(like))
 
 
 def accumulator_dtype(dtype: Any) -> Any:

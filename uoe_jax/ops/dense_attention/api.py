@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops._dispatch import dispatch
-from uoe_jax.ops.dense_attention import cudnn, reference, xla
+from uoe_jax.ops.dense_attention import (
+    cudnn,
+    mosaic_tpu,
+    peers,
+    reference,
+    splash,
+    xla,
+)
 
-# In order of preference; `implementation=None` takes the first that can serve.
+# In order of preference where nothing was measured near a call's shape: the first that
+# can serve. Libraries of others come last, so that only a measurement chooses them.
 BACKENDS = {
     "cudnn": cudnn.dense_attention,
+    "splash": splash.dense_attention,
+    "mosaic_tpu": mosaic_tpu.dense_attention,
     "xla": xla.dense_attention,
     "reference": reference.dense_attention,
+    "tokamax": peers.tokamax,
+    "linear_attention": peers.linear_attention,
 }
+
+
+def call_shape(q: Float[Array, "B T N H"], causal: bool) -> dict[str, Any]:
+    """Return what a plain call's fastest backend depends on."""
+    batch, length, heads, width = q.shape
+    return {
+        "sequences": batch * heads,
+        "length": length,
+        "width": width,
+        "causal": causal,
+        "dtype": q.dtype.name,
+    }
 
 
 def dense_attention(
@@ -62,6 +88,7 @@ def dense_attention(
         q,
         k,
         v,
+        shape=call_shape(q, causal),
         causal=causal,
         segments=segments,
         window=window,

@@ -8,13 +8,41 @@ from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops._dispatch import dispatch
-from uoe_jax.ops.grouped_matmul import reference, xla
+from uoe_jax.ops.grouped_matmul import mosaic_tpu, reference, triton, xla
 from uoe_jax.ops.packing import Packing
 
-# In order of preference; `implementation=None` takes the first that can serve.
-GROUPED_MATMUL = {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}
-GATHER_PROJECT = {"xla": xla.gather_project, "reference": reference.gather_project}
-PROJECT_SCATTER = {"xla": xla.project_scatter, "reference": reference.project_scatter}
+# In order of preference where nothing was measured near a call's shape: the first that
+# can serve.
+GROUPED_MATMUL = {
+    "mosaic_tpu": mosaic_tpu.grouped_matmul,
+    "triton": triton.grouped_matmul,
+    "xla": xla.grouped_matmul,
+    "reference": reference.grouped_matmul,
+}
+GATHER_PROJECT = {
+    "mosaic_tpu": mosaic_tpu.gather_project,
+    "triton": triton.gather_project,
+    "xla": xla.gather_project,
+    "reference": reference.gather_project,
+}
+PROJECT_SCATTER = {
+    "mosaic_tpu": mosaic_tpu.project_scatter,
+    "triton": triton.project_scatter,
+    "xla": xla.project_scatter,
+    "reference": reference.project_scatter,
+}
+
+
+def call_shape(num_rows: int, w: Float[Array, "E I O"]) -> dict[str, Any]:
+    """Return what a call's fastest backend depends on."""
+    groups, inner, outer = w.shape
+    return {
+        "rows": num_rows,
+        "inner": inner,
+        "outer": outer,
+        "groups": groups,
+        "dtype": w.dtype.name,
+    }
 
 
 def grouped_matmul(
@@ -33,7 +61,10 @@ def grouped_matmul(
       ConfigError: shapes or dtypes that don't fit, unknown or unfit backend.
     """
     _check(x, w, offsets)
-    return dispatch("grouped_matmul", GROUPED_MATMUL, implementation, x, w, offsets)
+    shape = call_shape(x.shape[0], w)
+    return dispatch(
+        "grouped_matmul", GROUPED_MATMUL, implementation, x, w, offsets, shape=shape
+    )
 
 
 def gather_project(
@@ -49,7 +80,10 @@ def gather_project(
       ConfigError: as `grouped_matmul`.
     """
     _check(x, w, packing.group_offsets)
-    return dispatch("gather_project", GATHER_PROJECT, implementation, x, w, packing)
+    shape = call_shape(packing.token_ids.shape[0], w)
+    return dispatch(
+        "gather_project", GATHER_PROJECT, implementation, x, w, packing, shape=shape
+    )
 
 
 def project_scatter(
@@ -65,8 +99,15 @@ def project_scatter(
       ConfigError: as `grouped_matmul`.
     """
     _check(rows, w, packing.group_offsets)
+    shape = call_shape(rows.shape[0], w)
     return dispatch(
-        "project_scatter", PROJECT_SCATTER, implementation, rows, w, packing
+        "project_scatter",
+        PROJECT_SCATTER,
+        implementation,
+        rows,
+        w,
+        packing,
+        shape=shape,
     )
 
 

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import jax.numpy as jnp
+import pytest
+
+from uoe_jax.errors import ConfigError
+from uoe_jax.ops import _triton, grouped_matmul
+from uoe_jax.ops.grouped_matmul import triton
+
+
+@pytest.mark.parametrize(
+    ("bridge", "compiler", "fault"),
+    [
+        ("0.3.1", "3.6.0", None),
+        ("0.4.1", "3.7.0", None),
+        ("0.4.1", "3.6.0", "install jax-triton 0.3"),
+        ("0.3.1", "3.7.1", "install jax-triton 0.4"),
+        ("0.3.1", "3.5.0", "install jax-triton 0.3 and triton 3.6"),
+        ("0.9.0", "3.6.0", "install jax-triton 0.3"),
+    ],
+)
+def test_pair_of_releases_is_checked(bridge, compiler, fault):
+    found = _triton.pair_fault(bridge, compiler)
+    if fault is None:
+        assert found is None
+    else:
+        assert fault in found and bridge in found and compiler in found
+
+
+def test_forced_backend_names_the_device_it_needs():
+    x, w = jnp.zeros((4, 8)), jnp.zeros((2, 8, 4))
+    with pytest.raises(ConfigError, match="needs an NVIDIA GPU, not cpu"):
+        grouped_matmul(x, w, jnp.asarray([0, 2, 4]), implementation="triton")
+
+
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("op", ["products", "weight_grads"])
+@pytest.mark.parametrize(("inner", "outer"), [(2048, 2048), (72, 24), (512, 130)])
+def test_tiles_outside_the_tables_fit(monkeypatch, kilobytes, dtype, op, inner, outer):
+    """In shared memory, with at least two stages, and no wider than the result."""
+    monkeypatch.setattr(_triton, "shared_memory", lambda: kilobytes << 10)
+    shape = {"rows": 4096, "inner": inner, "outer": outer, "dtype": dtype}
+    tile = triton.choose_tiles(op, shape)
+    if op == "weight_grads":
+        stage = (tile.inner + tile.outer) * tile.rows
+    else:
+        stage = (tile.rows + tile.outer) * tile.inner
+    used = stage * tile.num_stages * jnp.dtype(dtype).itemsize
+    assert tile.num_stages >= 2 and used <= kilobytes << 10
+    assert tile.outer < 2 * max(outer, 16) and tile.inner < 2 * max(inner, 16)

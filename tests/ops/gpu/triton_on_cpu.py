@@ -1,0 +1,70 @@
+"""Triton kernels on numpy arrays, in triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import ml_dtypes
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+class Pointer:
+    """A numpy array as the interpreter takes one."""
+
+    def __init__(self, array):
+        self.array, self.dtype = array, str(array.dtype)
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+
+class Executor(interpreter.GridExecutor):
+    """Arrays are in this process's memory already: nothing to copy."""
+
+    def _init_args_hst(self, args_dev, kwargs):
+        return args_dev, kwargs
+
+    def _restore_args_dev(self, *args):
+        pass
+
+
+def patch_tensor(tensor, scope, patch=interpreter._patch_lang_tensor):
+    patch(tensor, scope)
+    # numpy 2.5 makes no integer of a one-element array.
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = patch_tensor
+
+
+class Builder(interpreter.InterpreterBuilder):
+    """Its product of bfloat16 matrices would multiply their bits as integers."""
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        a, b = (widen(x) for x in (a, b))
+        return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
+
+
+def widen(x):
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    data = x.data.view(ml_dtypes.bfloat16).astype(np.float32)
+    return interpreter.TensorHandle(data, tl.float32)
+
+
+interpreter._patch_lang_tensor = patch_tensor
+interpreter.interpreter_builder.__class__ = Builder
+
+
+def run(kernel, grid, constants, shape, *arrays):
+    """The array that a kernel writes; NaN where it writes nothing."""
+    out = np.full(shape.shape, np.nan, shape.dtype)
+    arrays = [np.array(a) for a in arrays]
+    pointers = [Pointer(a) for a in (*arrays, out)]
+    constants = {k: tl.constexpr(v) for k, v in constants.items()}
+    Executor(kernel.rewrite(), kernel.arg_names, (grid,))(*pointers, **constants)
+    return out

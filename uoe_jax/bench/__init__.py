@@ -1,0 +1,1 @@
+"""Speed of this machine: our operations, layers and steps beside installed peers."""

@@ -1,0 +1,121 @@
+"""What `uoe bench` does: runs benchmarks, prints a table, writes JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from uoe_jax.bench.attention import bench_attention
+from uoe_jax.bench.plot import plot_sweep
+from uoe_jax.bench.sizes import SIZES, Sizes
+from uoe_jax.bench.timing import Row
+from uoe_jax.bench.train import bench_train
+from uoe_jax.bench.tune import tune
+from uoe_jax.bench.union import bench_sweep, bench_union
+from uoe_jax.errors import ConfigError
+from uoe_jax.report.table import format_table
+
+BENCHMARKS: dict[str, Callable[[Sizes, int], Iterator[Row]]] = {
+    "attention": bench_attention,
+    "union": bench_union,
+    "sweep": bench_sweep,
+    "train": bench_train,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRequest:
+    """Which benchmarks to run, at which size, and what to write."""
+
+    names: tuple[str, ...]
+    size: str | None = None
+    rounds: int = 5
+    tune: bool = False
+    out: Path | None = None
+    plot: Path | None = None
+
+
+def run_bench(request: BenchRequest, say: Callable[[str], None] = print) -> list[Row]:
+    """Return the measured rows, printed as they come and as a table at the end.
+
+    Raises:
+      ConfigError: no such benchmark or size, rounds < 1, a plot without its sweep.
+    """
+    for name in request.names:
+        if name not in BENCHMARKS:
+            raise ConfigError(
+                f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}"
+            )
+    if request.rounds < 1:
+        raise ConfigError(f"--rounds is {request.rounds}; it must be at least 1")
+    if request.plot and "sweep" not in request.names:
+        raise ConfigError("--plot draws the sweep; name it: uoe bench sweep --plot ...")
+    size = request.size or ("small" if jax.default_backend() == "cpu" else "full")
+    if size not in SIZES:
+        raise ConfigError(f"--size is {size!r}; choose from {', '.join(SIZES)}")
+    device = jax.devices()[0].device_kind
+    say(f"{device}, jax {jax.__version__}, {size} sizes, medians of {request.rounds}")
+    if request.tune:
+        say(f"tiles and backends measured: {tune(SIZES[size], request.rounds, say)}")
+    rows = []
+    for name in request.names:
+        for row in BENCHMARKS[name](SIZES[size], request.rounds):
+            rows.append(row)
+            say(describe(row))
+            if request.out:
+                write(request.out, request, rows, device, size)
+    say("")
+    say(table(rows))
+    if request.plot:
+        plot_sweep([row for row in rows if row.op == "sweep"], request.plot)
+    return rows
+
+
+def describe(row: Row) -> str:
+    """Return one row as a line."""
+    head = f"{row.op}: {row.case}: {row.name}, {row.what}"
+    if row.milliseconds is None:
+        return f"{head}: {row.note}"
+    rate = f", {row.tflops:.1f} TFLOP/s" if row.tflops else ""
+    return f"{head}: {row.milliseconds:.3f} ms{rate}"
+
+
+def table(rows: list[Row]) -> str:
+    """Return all rows that were measured as one aligned table."""
+    header = ("operation", "case", "name", "pass", "ms", "TFLOP/s", "temp GB")
+    number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
+    return format_table(
+        header,
+        [
+            (
+                row.op,
+                row.case,
+                row.name,
+                row.what,
+                number(row.milliseconds, 3),
+                number(row.tflops, 1),
+                number(row.gigabytes, 2),
+            )
+            for row in rows
+            if row.milliseconds is not None
+        ],
+    )
+
+
+def write(
+    path: Path, request: BenchRequest, rows: list[Row], device: str, size: str
+) -> None:
+    """Write the rows measured so far as JSON."""
+    record: dict[str, Any] = {
+        "command": " ".join(["uoe bench", *request.names, "--size", size]),
+        "device": device,
+        "jax": jax.__version__,
+        "rounds": request.rounds,
+        "rows": [row.as_dict() for row in rows],
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,243 @@
+"""Which tile and which backend is fastest here, as the table that dispatch reads."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uoe_jax.bench.attention import draw
+from uoe_jax.bench.sizes import Sizes
+from uoe_jax.bench.timing import Program, both_passes, measure
+from uoe_jax.bench.union import uneven_offsets
+from uoe_jax.ops import _tuning, dense_attention, grouped_matmul, pack_choices
+from uoe_jax.ops.dense_attention.api import BACKENDS as DENSE
+from uoe_jax.ops.dense_attention.api import call_shape as dense_shape
+from uoe_jax.ops.grouped_matmul import triton
+from uoe_jax.ops.grouped_matmul.api import GROUPED_MATMUL
+from uoe_jax.ops.grouped_matmul.api import call_shape as matmul_shape
+
+Tiles = triton.Tiles
+_PICKS = 8  # rows of a token where sums of rows are tuned
+# rows, inner, outer, band, warps, stages
+PRODUCTS = (
+    Tiles(128, 64, 256, 8, 8, 3),
+    Tiles(128, 64, 256, 8, 8, 4),
+    Tiles(128, 64, 256, 16, 8, 4),
+    Tiles(256, 64, 128, 16, 8, 4),
+    Tiles(128, 64, 128, 16, 4, 3),  # two programs a multiprocessor
+)
+SUMMED = (
+    Tiles(128, 64, 256, 8, 8, 5),
+    Tiles(128, 64, 256, 8, 8, 7),
+    Tiles(128, 32, 256, 8, 8, 7),
+)
+WEIGHTS = (
+    Tiles(32, 128, 256, 16, 8, 5),
+    Tiles(32, 128, 256, 16, 8, 7),
+    Tiles(64, 128, 256, 8, 8, 3),
+    Tiles(64, 128, 128, 8, 8, 4),
+)
+
+
+def tune(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> Path:
+    """Measure the cases' backends and tiles; return the table written.
+
+    A case's backends are ordered by the time of both passes; those that can't serve it
+    are left out.
+    """
+    found: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "command": "uoe bench --tune",
+        "order": {},
+        "tiles": {},
+    }
+    for case in sizes.matmul:
+        _tune_tiles(case, sizes.dtype, rounds, found["tiles"], say)
+    _write(found)  # so that what follows runs with its own best tiles
+    for case in sizes.matmul:
+        _tune_sums(case, sizes.dtype, rounds, found["tiles"], say)
+    _write(found)
+    for case in sizes.matmul:
+        _order_matmul(case, sizes.dtype, rounds, found["order"], say)
+    for case in sizes.attention:
+        _order_dense(case, sizes.dtype, rounds, found["order"], say)
+    return _write(found)
+
+
+def _write(found: Mapping[str, Any]) -> Path:
+    path = _tuning.user_folder() / f"{_tuning.device_name()}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(format_table(found))
+    _tuning.load.cache_clear()
+    jax.clear_caches()  # programs traced with another choice
+    return path
+
+
+def format_table(found: Mapping[str, Any]) -> str:
+    """Return a table as JSON with one entry a line."""
+    parts = []
+    for key, value in found.items():
+        text = json.dumps(value)
+        if isinstance(value, dict):
+            lists = [
+                f"  {json.dumps(op)}: [\n   "
+                + ",\n   ".join(json.dumps(entry) for entry in entries)
+                + "\n  ]"
+                for op, entries in value.items()
+            ]
+            text = "{\n" + ",\n".join(lists) + "\n }"
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _ranked(times: Mapping[Any, float | None]) -> dict[Any, float]:
+    """Return what was measured, fastest first, milliseconds rounded for the table."""
+    known = [(key, time) for key, time in times.items() if time is not None]
+    return {key: round(time, 4) for key, time in sorted(known, key=lambda kv: kv[1])}
+
+
+def _order(
+    op: str, shape: Mapping[str, Any], backends: Any, call: Callable, args: tuple,
+    rounds: int, found: dict, say: Callable,
+) -> None:  # fmt: skip
+    names = [name for name in backends if name != "reference"]
+    programs = [
+        Program(
+            fun=both_passes(functools.partial(call, implementation=name)),
+            args=args,
+            labels={"op": op, "case": "tune", "name": name},
+        )
+        for name in names
+    ]
+    rows = measure(programs, rounds)
+    times = _ranked({row.name: row.milliseconds for row in rows})
+    if times:
+        entry = {"shape": dict(shape), "fastest": list(times), "ms": times}
+        found.setdefault(op, []).append(entry)
+        say(f"{op} {dict(shape)}: {times}")
+
+
+def _order_matmul(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -> None:
+    rows, inner, outer, groups = case
+    x, w, grad = draw(dtype, (rows, inner), (groups, inner, outer), (rows, outer))
+    offsets = jnp.asarray(uneven_offsets(rows, groups))
+
+    def call(x: Any, w: Any, implementation: str) -> Any:
+        return grouped_matmul(x, w, offsets, implementation=implementation)
+
+    shape = matmul_shape(rows, w)
+    args = (x, w, grad)
+    _order("grouped_matmul", shape, GROUPED_MATMUL, call, args, rounds, found, say)
+    for op in ("gather_project", "project_scatter"):
+        # The same products, moved alike.
+        found[op] = found.get("grouped_matmul", [])
+
+
+def _order_dense(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -> None:
+    batch, length, heads, width, causal = case
+    args = tuple(draw(dtype, *[(batch, length, heads, width)] * 4))
+    call = functools.partial(dense_attention, causal=causal)
+    shape = dense_shape(args[0], causal)
+    _order("dense_attention", shape, DENSE, call, args, rounds, found, say)
+
+
+def _tune_tiles(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -> None:
+    for op, shape, candidates, run, args in _tile_calls(case, dtype):
+        programs = [
+            Program(
+                fun=functools.partial(run, tiles=tile),
+                args=args,
+                labels={"op": op, "case": "tune", "name": str(tuple(tile))},
+            )
+            for tile in candidates
+        ]
+        rows = measure(programs, rounds)
+        times = [row.milliseconds for row in rows]
+        ranked = _ranked(dict(zip(candidates, times, strict=True)))
+        for tile, time in list(ranked.items())[:1]:
+            entry = {"shape": shape, "tile": tile._asdict(), "ms": time}
+            found.setdefault(op, []).append(entry)
+            say(f"{op} {shape}: {tuple(tile)} {time} ms")
+
+
+def _tile_calls(case: tuple, dtype: str) -> Iterator[tuple]:
+    """Yield (operation, shape, tiles to try, function, arguments) of one product."""
+    rows, inner, outer, groups = case
+    offsets = jnp.asarray(uneven_offsets(rows, groups))
+    ids = jnp.arange(rows, dtype=jnp.int32)
+    x, w, grad = draw(dtype, (rows, inner), (groups, inner, outer), (rows, outer))
+    for transpose in (False, True):
+        left, right = (grad, w) if transpose else (x, w)
+        sides = (outer, inner) if transpose else (inner, outer)
+        for gather in (False, True):
+            shape = _shape(rows, *sides, dtype, gather=gather, transpose=transpose)
+            run = functools.partial(_product, transpose=transpose, gather=gather)
+            yield "products", shape, PRODUCTS, run, (left, right, offsets, ids)
+    for gather in (False, True):
+        shape = _shape(rows, inner, outer, dtype, gather=gather)
+        run = functools.partial(_weights, gather=gather)
+        yield "weight_grads", shape, WEIGHTS, run, (x, grad, offsets, ids)
+
+
+def _tune_sums(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -> None:
+    """Record a tile for sums inside one product where it beats the two steps."""
+    rows, inner, outer, groups = case
+    if groups < _PICKS:
+        return
+    score = np.random.default_rng(0).random((1, rows // _PICKS, groups))
+    choices = np.argsort(score, axis=-1)[..., :_PICKS].astype(np.int32)
+    packing = pack_choices(jnp.asarray(choices), groups)
+    for transpose in (False, True):
+        side = (groups, outer, inner) if transpose else (groups, inner, outer)
+        x, w = draw(dtype, (rows, inner), side)
+        shape = triton.sum_shape(rows, rows // _PICKS, w, transpose)
+        labels = {"op": "summed_products", "case": "tune"}
+        programs = [
+            Program(
+                fun=functools.partial(_sum, transpose=transpose, tiles=tile),
+                args=(x, w, packing),
+                labels={**labels, "name": str(tile and tuple(tile))},
+            )
+            for tile in (None, *SUMMED)
+        ]
+        times = [row.milliseconds for row in measure(programs, rounds)]
+        ranked = _ranked(dict(zip((None, *SUMMED), times, strict=True)))
+        best = next(iter(ranked), None)
+        if best is not None:
+            entry = {"shape": shape, "tile": best._asdict(), "ms": ranked[best]}
+            found.setdefault("summed_products", []).append(entry)
+        say(f"summed_products {shape}: {list(ranked.items())}")
+
+
+def _shape(rows: int, inner: int, outer: int, dtype: str, **flags: int) -> dict:
+    return {"rows": rows, "inner": inner, "outer": outer, "dtype": dtype, **flags}
+
+
+def _sum(rows, w, packing, *, transpose: bool, tiles: Tiles | None):
+    """Return sums inside one product, or without a tile in two steps."""
+    triton.require(rows, w)
+    if tiles is not None:
+        return triton.summed_products(
+            rows, w, packing, transpose=transpose, tiles=tiles
+        )
+    out = triton.products(rows, w, packing.group_offsets, None, transpose=transpose)
+    return triton.sum_rows(out, packing.row_ids)
+
+
+def _product(x, w, offsets, ids, *, transpose: bool, gather: bool, tiles: Tiles):
+    triton.require(x, w)
+    ids = ids if gather else None
+    return triton.products(x, w, offsets, ids, transpose=transpose, tiles=tiles)
+
+
+def _weights(x, grad, offsets, ids, *, gather: bool, tiles: Tiles):
+    triton.require(x, grad)
+    return triton.weight_grads(x, grad, offsets, ids if gather else None, None, tiles)

@@ -1,0 +1,54 @@
+"""`uoe bench`: this machine's speed beside the installed peers'."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from uoe_jax.cli.parse import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Time operations, layers and training steps here, beside installed peers.
+
+    Benchmarks: attention, union (products and layers), sweep (layer time by share of
+    experts kept and sequence length), train. --tune first measures which backend and
+    tile is fastest on this device and keeps that for all later runs.
+    """
+
+    benchmarks: Positional[
+        Annotated[tuple[str, ...], arg(metavar="attention|union|sweep|train")]
+    ] = ("attention", "union")
+    size: str | None = None  # full or small; None: small on a CPU
+    rounds: int = 5  # a time is the median of this many
+    tune: bool = False
+    out: Path | None = None  # JSON file of all rows
+    plot: Path | None = None  # PNG file of the sweep
+
+
+def bench(args: list[str]) -> int:
+    """Run the benchmarks named in `args`; returns the exit status 0."""
+    options = parse(BenchOptions, args, "bench")
+    # Peers of other frameworks need device memory beside jax's.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+    from uoe_jax.bench.command import BenchRequest, run_bench
+    from uoe_jax.cli.device import prepare
+
+    prepare()
+    run_bench(
+        BenchRequest(
+            names=options.benchmarks,
+            size=options.size,
+            rounds=options.rounds,
+            tune=options.tune,
+            out=options.out,
+            plot=options.plot,
+        )
+    )
+    return 0

@@ -1,0 +1,369 @@
+"""Grouped matmul on NVIDIA GPUs from Ampere on, and the gather or sum around it.
+
+Rows of x are loaded by token id inside the products, so no copy of x by rows is ever
+written. A sum over a token's rows is made in a fixed order, in one of two ways: by
+writing the rows once and adding them up, which moves bytes, or inside one product as
+deep as all groups together, which multiplies zeros. Both repeat bit by bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from uoe_jax.ops import _triton, _tuning
+from uoe_jax.ops._dispatch import vary_together
+from uoe_jax.ops.packing import Packing
+
+
+class Tiles(NamedTuple):
+    """Sides of a tile, and how it is compiled."""
+
+    rows: int
+    inner: int
+    outer: int
+    band: int  # tiles down before the next column
+    num_warps: int
+    num_stages: int
+
+
+def grouped_matmul(
+    x: Float[Array, "M I"], w: Float[Array, "E I O"], offsets: Int[Array, " E1"]
+) -> Float[Array, "M O"]:
+    """Return each row times its group's weight; rows past the last group are zero.
+
+    Raises:
+      NotImplementedError: no fit device, package or dtype, or an empty axis.
+    """
+    require(x, w)
+    x, w, offsets = vary_together(x, w, offsets)
+    return _grouped(x, w, offsets.astype(jnp.int32))
+
+
+def gather_project(
+    x: Float[Array, "N I"], w: Float[Array, "E I O"], packing: Packing
+) -> Float[Array, "M O"]:
+    """Return each row's token times the row's expert weight; keeps only x and w.
+
+    Raises:
+      NotImplementedError: as `grouped_matmul`.
+    """
+    require(x, w, packing.token_ids)
+    x, w, *ids = vary_together(x, w, *packing)
+    return _gather_project(x, w, Packing(*ids))
+
+
+def project_scatter(
+    rows: Float[Array, "M I"], w: Float[Array, "E I O"], packing: Packing
+) -> Float[Array, "N O"]:
+    """Return each token's sum of its rows times their expert weights.
+
+    Raises:
+      NotImplementedError: as `grouped_matmul`.
+    """
+    require(rows, w, packing.row_ids)
+    rows, w, *ids = vary_together(rows, w, *packing)
+    return _project_scatter(rows, w, Packing(*ids))
+
+
+def require(x: jax.Array, w: jax.Array, *ids: jax.Array) -> None:
+    """Return if the kernels can serve; raises NotImplementedError."""
+    _triton.require(x.dtype)
+    if 0 in (*x.shape, *w.shape, *(side for array in ids for side in array.shape)):
+        raise NotImplementedError("it takes no empty arrays")
+
+
+def map_tiles(
+    offsets: Int[Array, " E1"], num_rows: int, size: int
+) -> Int[Array, "3 C"]:
+    """Return group, first row and end of the group of every tile of `size` rows.
+
+    Rows past the last group are group E; spare tiles at the end have a group above it.
+    One map serves all products over a packing, so it costs a few small kernels once.
+    """
+    groups = offsets.shape[0]  # the rows of no group included
+    offsets = jnp.append(offsets.astype(jnp.int32), num_rows)
+    counts = -(-jnp.diff(offsets) // size)
+    place = jnp.arange(groups)
+    ends = jnp.sum(jnp.where(place[None] <= place[:, None], counts[None], 0), axis=1)
+    tile = jnp.arange((num_rows + groups * (size - 1)) // size, dtype=jnp.int32)
+    group = jnp.sum((ends[None] <= tile[:, None]).astype(jnp.int32), axis=1)
+    known = jnp.minimum(group, groups - 1)
+    first = offsets[known] + (tile - (ends - counts)[known]) * size
+    return jnp.stack([group, first, offsets[known + 1]])
+
+
+@functools.partial(jax.jit, static_argnames=("transpose", "tiles"))
+def products(
+    x: Float[Array, "N A"],
+    w: Float[Array, "E I O"],
+    offsets: Int[Array, " E1"],
+    ids: Int[Array, " M"] | None,
+    *,
+    transpose: bool,
+    tiles: Tiles | None = None,
+) -> Float[Array, "M B"]:
+    """Return each row (of x, or of x[ids]) times its group's weight (transposed)."""
+    num_rows = x.shape[0] if ids is None else ids.shape[0]
+    num_groups, inner, outer = w.shape
+    if transpose:
+        inner, outer = outer, inner
+    shape = {"rows": num_rows, "inner": inner, "outer": outer, "dtype": x.dtype.name}
+    shape |= {"gather": ids is not None, "transpose": transpose}
+    tiles = tiles or choose_tiles("products", shape)
+    tile_map = map_tiles(offsets, num_rows, tiles.rows)
+    from uoe_jax.ops.grouped_matmul import triton_kernels
+
+    return _triton.launch(
+        triton_kernels.products,
+        x,
+        w,
+        tile_map,
+        offsets if ids is None else ids,
+        out_shape=((num_rows, outer), x.dtype),
+        grid=tile_map.shape[1] * -(-outer // tiles.outer),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        TILES=tile_map.shape[1],
+        I=inner,
+        O=outer,
+        E=num_groups,
+        GATHER=ids is not None,
+        TRANSPOSE=transpose,
+        ROWS=tiles.rows,
+        INNER=tiles.inner,
+        OUTER=tiles.outer,
+        BAND=tiles.band,
+        PRECISION=_precision(x.dtype),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("tiles",))
+def weight_grads(
+    x: Float[Array, "Nx I"],
+    grad: Float[Array, "Ng O"],
+    offsets: Int[Array, " E1"],
+    x_ids: Int[Array, " M"] | None,
+    grad_ids: Int[Array, " M"] | None,
+    tiles: Tiles | None = None,
+) -> Float[Array, "E I O"]:
+    """Return every group's sum of x (outer) grad over its rows, rounded once."""
+    num_groups, inner, outer = offsets.shape[0] - 1, x.shape[1], grad.shape[1]
+    num_rows = x.shape[0] if x_ids is None else x_ids.shape[0]
+    shape = {"rows": num_rows, "inner": inner, "outer": outer, "dtype": x.dtype.name}
+    shape |= {"gather": x_ids is not None or grad_ids is not None}
+    tiles = tiles or choose_tiles("weight_grads", shape)
+    from uoe_jax.ops.grouped_matmul import triton_kernels
+
+    return _triton.launch(
+        triton_kernels.weight_grads,
+        x,
+        grad,
+        offsets,
+        offsets if x_ids is None else x_ids,
+        offsets if grad_ids is None else grad_ids,
+        out_shape=((num_groups, inner, outer), x.dtype),
+        grid=num_groups * -(-inner // tiles.inner) * -(-outer // tiles.outer),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        I=inner,
+        O=outer,
+        GATHER_X=x_ids is not None,
+        GATHER_GRAD=grad_ids is not None,
+        ROWS=tiles.rows,
+        INNER=tiles.inner,
+        OUTER=tiles.outer,
+        BAND=tiles.band,
+        PRECISION=_precision(x.dtype),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("tokens", "num_warps"))
+def sum_rows(
+    rows: Float[Array, "M D"],
+    row_ids: Int[Array, "N X"],
+    tokens: int = 1,
+    num_warps: int = 4,
+) -> Float[Array, "N D"]:
+    """Return each token's sum over its rows, added in float32."""
+    from uoe_jax.ops.grouped_matmul import triton_kernels
+
+    num_tokens, picks = row_ids.shape
+    return _triton.launch(
+        triton_kernels.sum_rows,
+        rows,
+        row_ids,
+        out_shape=((num_tokens, rows.shape[1]), rows.dtype),
+        grid=-(-num_tokens // tokens),
+        num_warps=num_warps,
+        num_stages=1,
+        M=rows.shape[0],
+        N=num_tokens,
+        X=picks,
+        D=rows.shape[1],
+        TOKENS=tokens,
+        WIDTH=_power(rows.shape[1]),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("transpose", "tiles"))
+def summed_products(
+    rows: Float[Array, "M A"],
+    w: Float[Array, "E I O"],
+    packing: Packing,
+    *,
+    transpose: bool,
+    tiles: Tiles,
+) -> Float[Array, "N B"]:
+    """Return each token's sum of its rows times their weights, in one product."""
+    num_groups, inner, outer = w.shape
+    if transpose:
+        inner, outer = outer, inner
+    num_tokens = packing.row_ids.shape[0]
+    members = find_members(packing.group_offsets, packing.row_ids, rows.shape[0])
+    from uoe_jax.ops.grouped_matmul import triton_kernels
+
+    return _triton.launch(
+        triton_kernels.summed_products,
+        rows,
+        w,
+        members,
+        out_shape=((num_tokens, outer), rows.dtype),
+        grid=-(-num_tokens // tiles.rows) * -(-outer // tiles.outer),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        N=num_tokens,
+        I=inner,
+        O=outer,
+        E=num_groups,
+        TRANSPOSE=transpose,
+        ROWS=tiles.rows,
+        INNER=tiles.inner,
+        OUTER=tiles.outer,
+        BAND=tiles.band,
+        PRECISION=_precision(rows.dtype),
+    )
+
+
+def find_members(
+    offsets: Int[Array, " E1"], row_ids: Int[Array, "N X"], num_rows: int
+) -> Int[Array, "N E"]:
+    """Return each token's row in every group, -1 where it has none."""
+    ids = row_ids[:, :, None]
+    last = jnp.minimum(offsets[1:], num_rows)[None, None]
+    inside = (ids >= offsets[:-1][None, None]) & (ids < last)
+    return jnp.max(jnp.where(inside, ids, -1), axis=1)
+
+
+def choose_tiles(op: str, shape: Mapping[str, Any]) -> Tiles:
+    """Return the tile that measured fastest near this shape, or one that must fit.
+
+    Outside the tables a tile is as wide as the result up to 256 columns, and its
+    stages are what shared memory holds.
+    """
+    found = _tuning.tiles(op, shape)
+    if found is not None:
+        return Tiles(**found)
+    wide = shape["dtype"] == "float32"
+    columns = min(128 if wide else 256, max(16, _power(shape["outer"])))
+    depth = max(16, _power(shape["inner"]))
+    if op == "weight_grads":
+        # Few rows at a time and many stages: ids are loaded before the rows they name.
+        rows, inner, most = 32, min(128, depth), 5
+        stage = rows * (inner + columns)
+    else:
+        rows, inner, most = 128, min(32 if wide else 64, depth), 4
+        stage = inner * (rows + columns)
+    held = _triton.shared_memory() // (stage * (4 if wide else 2))
+    stages = max(1, min(most, held))
+    return Tiles(rows, inner, columns, band=16, num_warps=8, num_stages=stages)
+
+
+def sum_shape(num_rows: int, num_tokens: int, w: jax.Array, transpose: bool) -> dict:
+    """Return what decides how the sum of a token's rows is made fastest."""
+    groups, inner, outer = w.shape
+    if transpose:
+        inner, outer = outer, inner
+    shape = {"rows": num_rows, "tokens": num_tokens, "groups": groups}
+    shape |= {"inner": inner, "outer": outer, "dtype": w.dtype.name}
+    return shape | {"transpose": transpose}
+
+
+def _project_sum(rows, w, packing, transpose):
+    """Return each token's sum of its rows times their weights.
+
+    In one product where that measured faster near this shape, else in two steps.
+    """
+    shape = sum_shape(rows.shape[0], packing.row_ids.shape[0], w, transpose)
+    found = _tuning.tiles("summed_products", shape)
+    if found is not None:
+        tiles = Tiles(**found)
+        return summed_products(rows, w, packing, transpose=transpose, tiles=tiles)
+    out = products(rows, w, packing.group_offsets, None, transpose=transpose)
+    return sum_rows(out, packing.row_ids)
+
+
+def _power(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _precision(dtype) -> str:
+    # Float32 by three tf32 products: errors of float32, not of tf32.
+    return "tf32x3" if dtype == jnp.float32 else "tf32"
+
+
+@jax.custom_vjp
+def _grouped(x, w, offsets):
+    return products(x, w, offsets, None, transpose=False)
+
+
+def _grouped_fwd(x, w, offsets):
+    return _grouped(x, w, offsets), (x, w, offsets)
+
+
+def _grouped_bwd(saved, grad):
+    x, w, offsets = saved
+    dx = products(grad, w, offsets, None, transpose=True)
+    return dx, weight_grads(x, grad, offsets, None, None), None
+
+
+@jax.custom_vjp
+def _gather_project(x, w, packing):
+    return products(x, w, packing.group_offsets, packing.token_ids, transpose=False)
+
+
+def _gather_project_fwd(x, w, packing):
+    return _gather_project(x, w, packing), (x, w, packing)
+
+
+def _gather_project_bwd(saved, grad):
+    x, w, packing = saved
+    offsets, ids = packing.group_offsets, packing.token_ids
+    dw = weight_grads(x, grad, offsets, ids, None)
+    return _project_sum(grad, w, packing, True), dw, None
+
+
+@jax.custom_vjp
+def _project_scatter(rows, w, packing):
+    return _project_sum(rows, w, packing, False)
+
+
+def _project_scatter_fwd(rows, w, packing):
+    return _project_scatter(rows, w, packing), (rows, w, packing)
+
+
+def _project_scatter_bwd(saved, grad):
+    rows, w, packing = saved
+    offsets, ids = packing.group_offsets, packing.token_ids
+    drows = products(grad, w, offsets, ids, transpose=True)
+    return drows, weight_grads(rows, grad, offsets, None, ids), None
+
+
+_grouped.defvjp(_grouped_fwd, _grouped_bwd)
+_gather_project.defvjp(_gather_project_fwd, _gather_project_bwd)
+_project_scatter.defvjp(_project_scatter_fwd, _project_scatter_bwd)

@@ -1,0 +1,231 @@
+"""Triton kernels of grouped matmul: products, weight gradients, sums of rows.
+
+Tiles of M rows never straddle groups. A map made from the group offsets on the device
+says which rows each tile has; rows past the last group are one more group, E, whose
+result is zero. Letters: M rows, I inner, O outer width of a weight.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+from uoe_jax.ops._triton_language import jit, tl
+
+
+@jit
+@no_type_check
+def swizzle(program, rows: tl.constexpr, columns: tl.constexpr, BAND: tl.constexpr):
+    """(row, column) of a program: down bands of BAND rows, whose inputs stay in L2."""
+    band = program // (BAND * columns)
+    height = min(rows - band * BAND, BAND)
+    place = program % (BAND * columns)
+    return band * BAND + place % height, place // height
+
+
+@jit
+@no_type_check
+def products(
+    x,
+    w,
+    tile_map,
+    ids,
+    out,
+    TILES: tl.constexpr,
+    I: tl.constexpr,
+    O: tl.constexpr,
+    E: tl.constexpr,
+    GATHER: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    BAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[m] = x[ids[m]] @ w[group of m]; w is [E, I, O], or [E, O, I] transposed.
+
+    tile_map is [3, TILES]: group, first row, end of the group. Above E: no tile.
+    """
+    tile, column = swizzle(tl.program_id(0), TILES, (O + OUTER - 1) // OUTER, BAND)
+    group = tl.load(tile_map + tile)
+    first = tl.load(tile_map + TILES + tile)
+    stop = tl.load(tile_map + 2 * TILES + tile)
+    if group > E:
+        return
+    row = first + tl.arange(0, ROWS)
+    # Rows past the group are computed as its first and not stored: no mask in the loop.
+    source = tl.where(row < stop, row, first)
+    if GATHER:
+        source = tl.load(ids + source)
+    o = column * OUTER + tl.arange(0, OUTER)
+    at = o
+    if O % OUTER:
+        at = tl.where(o < O, o, 0)
+    i = tl.arange(0, INNER)
+    x_at = x + source.to(tl.int64)[:, None] * I + i[None, :]
+    w_at = w + group.to(tl.int64) * (I * O)
+    if TRANSPOSE:
+        w_at += at[None, :] * I + i[:, None]
+        step: tl.constexpr = INNER
+    else:
+        w_at += i[:, None] * O + at[None, :]
+        step: tl.constexpr = INNER * O
+    total = tl.zeros((ROWS, OUTER), tl.float32)
+    # The group past the last has no weight.
+    for left in range(tl.where(group < E, I, 0), 0, -INNER):
+        if I % INNER:
+            a = tl.load(x_at, mask=i[None, :] < left, other=0)
+            b = tl.load(w_at, mask=i[:, None] < left, other=0)
+        else:
+            a = tl.load(x_at)
+            b = tl.load(w_at)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        x_at += INNER
+        w_at += step
+    out_at = out + row.to(tl.int64)[:, None] * O + o[None, :]
+    inside = (row < stop)[:, None]
+    if O % OUTER:
+        inside = inside & (o < O)[None, :]
+    tl.store(out_at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+@no_type_check
+def weight_grads(
+    x,
+    grad,
+    offsets,
+    x_ids,
+    grad_ids,
+    out,
+    I: tl.constexpr,
+    O: tl.constexpr,
+    GATHER_X: tl.constexpr,
+    GATHER_GRAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    BAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[e] = sum over the rows m of group e of x[x_ids[m]] (outer) grad[..]."""
+    high: tl.constexpr = (I + INNER - 1) // INNER
+    wide: tl.constexpr = (O + OUTER - 1) // OUTER
+    group = tl.program_id(0) // (high * wide)
+    up, column = swizzle(tl.program_id(0) % (high * wide), high, wide, BAND)
+    i = up * INNER + tl.arange(0, INNER)
+    o = column * OUTER + tl.arange(0, OUTER)
+    i_at, o_at = i, o
+    if I % INNER:
+        i_at = tl.where(i < I, i, 0)
+    if O % OUTER:
+        o_at = tl.where(o < O, o, 0)
+    start = tl.load(offsets + group)
+    stop = tl.load(offsets + group + 1)
+    total = tl.zeros((INNER, OUTER), tl.float32)
+    for first in range(start, stop, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = row < stop
+        x_row, grad_row = row, row
+        if GATHER_X:
+            x_row = tl.load(x_ids + row, mask=inside, other=0)
+        if GATHER_GRAD:
+            grad_row = tl.load(grad_ids + row, mask=inside, other=0)
+        x_at = x + x_row.to(tl.int64)[:, None] * I + i_at[None, :]
+        grad_at = grad + grad_row.to(tl.int64)[:, None] * O + o_at[None, :]
+        a = tl.load(x_at, mask=inside[:, None], other=0)
+        b = tl.load(grad_at, mask=inside[:, None], other=0)
+        total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
+    out_at = out + group.to(tl.int64) * (I * O) + i[:, None] * O + o[None, :]
+    value = total.to(out.dtype.element_ty)
+    if (I % INNER) or (O % OUTER):
+        tl.store(out_at, value, mask=(i < I)[:, None] & (o < O)[None, :])
+    else:
+        tl.store(out_at, value)
+
+
+@jit
+@no_type_check
+def sum_rows(
+    rows,
+    row_ids,
+    out,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    X: tl.constexpr,
+    D: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """out[n] = sum over x of rows[row_ids[n, x]], in order; ids past M add nothing."""
+    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.arange(0, WIDTH)
+    token = tl.where(n < N, n, 0)
+    total = tl.zeros((TOKENS, WIDTH), tl.float32)
+    for x in tl.static_range(X):
+        row = tl.load(row_ids + token * X + x)
+        at = rows + row.to(tl.int64)[:, None] * D + d[None, :]
+        real = (row < M)[:, None] & (d < D)[None, :]
+        total += tl.load(at, mask=real, other=0).to(tl.float32)
+    out_at = out + n.to(tl.int64)[:, None] * D + d[None, :]
+    value = total.to(out.dtype.element_ty)
+    tl.store(out_at, value, mask=(n < N)[:, None] & (d < D)[None, :])
+
+
+@jit
+@no_type_check
+def summed_products(
+    x,
+    w,
+    members,
+    out,
+    N: tl.constexpr,
+    I: tl.constexpr,
+    O: tl.constexpr,
+    E: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    BAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[n] = sum over e of x[members[n, e]] @ w[e]; no member (-1) adds nothing.
+
+    One product as deep as all groups together: rows of no member are zeros in it, and
+    the sum over a token's rows is its own. w as in `products`.
+    """
+    high: tl.constexpr = (N + ROWS - 1) // ROWS
+    parts: tl.constexpr = (I + INNER - 1) // INNER
+    tile, column = swizzle(tl.program_id(0), high, (O + OUTER - 1) // OUTER, BAND)
+    n = tile * ROWS + tl.arange(0, ROWS)
+    token = tl.where(n < N, n, 0)
+    o = column * OUTER + tl.arange(0, OUTER)
+    at = o
+    if O % OUTER:
+        at = tl.where(o < O, o, 0)
+    lane = tl.arange(0, INNER)
+    total = tl.zeros((ROWS, OUTER), tl.float32)
+    for step in range(E * parts):
+        group = step // parts
+        i = (step - group * parts) * INNER + lane
+        row = tl.load(members + token * E + group)
+        x_at = x + row.to(tl.int64)[:, None] * I + i[None, :]
+        w_at = w + group.to(tl.int64) * (I * O)
+        if TRANSPOSE:
+            w_at += at[None, :] * I + i[:, None]
+        else:
+            w_at += i[:, None] * O + at[None, :]
+        real = (row >= 0)[:, None]
+        if I % INNER:
+            a = tl.load(x_at, mask=real & (i[None, :] < I), other=0)
+            b = tl.load(w_at, mask=i[:, None] < I, other=0)
+        else:
+            a = tl.load(x_at, mask=real, other=0)
+            b = tl.load(w_at)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    out_at = out + n.to(tl.int64)[:, None] * O + o[None, :]
+    inside = (n < N)[:, None]
+    if O % OUTER:
+        inside = inside & (o < O)[None, :]
+    tl.store(out_at, total.to(out.dtype.element_ty), mask=inside)
