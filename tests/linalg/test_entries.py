@@ -1,0 +1,162 @@
+"""Bad entries are refused in one line that names them, or treated as documented."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.linalg.completion import complete, predict
+from uoe_jax.linalg.completion.build import make_buckets, make_segments
+from uoe_jax.linalg.completion.entries import clean_entries, split_entries
+from uoe_jax.linalg.completion.widths import choose_widths
+
+GOOD = (np.array([0, 1, 2]), np.array([0, 1, 1]), np.array([1.0, 2.0, 3.0]))
+
+
+def refuses(error, *words):
+    """Expect one line that holds every word."""
+    pattern = r"(?s)\A" + "".join(f"(?=.*{word})" for word in words) + r"[^\n]*\Z"
+    return pytest.raises(error, match=pattern)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (2, [1.0, np.nan, 3.0], ["values", "nan", "1 such"]),
+        (2, [1.0, 2.0, np.inf], ["values", "inf"]),
+        (2, ["1", "two", "3"], ["values", "numbers", "two"]),
+        (0, [0, 1, 3], ["rows", "3", "0 to 2"]),
+        (0, [0, -1, 2], ["rows", "-1", "0 to 2"]),
+        (1, [0, 1, 2], ["cols", "2", "0 to 1"]),
+        (0, [0.0, 1.5, 2.0], ["rows", "1.5", "integer"]),
+        (0, ["a", "b", "c"], ["rows", "integers"]),
+        (1, [0, 1], ["lengths", "3, 2, 3"]),
+        (0, [[0, 1, 2]], ["rows", "2 dimensions"]),
+    ],
+)
+def test_bad_entries_are_named(place, value, words):
+    arrays = list(GOOD)
+    arrays[place] = np.array(value)
+    with refuses(DataError, *words):
+        clean_entries(*arrays, (3, 2))
+
+
+def test_no_entries_and_negative_weights():
+    empty = np.zeros(0, int)
+    with refuses(DataError, "0 entries"):
+        clean_entries(empty, empty, np.zeros(0), (3, 2))
+    with refuses(DataError, "weights", "-1"):
+        clean_entries(*GOOD, (3, 2), weights=np.array([1.0, -1.0, 1.0]))
+
+
+def test_duplicates_are_averaged_or_refused():
+    rows, cols = np.array([0, 1, 0, 0]), np.array([1, 1, 1, 0])
+    values, weights = np.array([1.0, 5.0, 4.0, 7.0]), np.array([1.0, 1.0, 2.0, 1.0])
+    entries = clean_entries(rows, cols, values, (2, 2), weights=weights)
+    at = list(zip(entries.rows.tolist(), entries.cols.tolist(), strict=True))
+    assert sorted(at) == [(0, 0), (0, 1), (1, 1)]
+    where = at.index((0, 1))
+    assert entries.values[where] == 3.0 and entries.weights[where] == 3.0
+    assert entries.num_duplicates == 1
+    with refuses(DataError, r"\(0, 1\)", "1 repeats"):
+        clean_entries(rows, cols, values, (2, 2), duplicates="error")
+    with refuses(DataError, r"\(0, 1\)", "numpy"):
+        clean_entries(jnp.asarray(rows), jnp.asarray(cols), jnp.asarray(values), (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank": 3}, ["rank is 3", "1 to 2"]),
+        ({"rank": 0}, ["rank is 0"]),
+        ({"rank": "big"}, ["rank is 'big'"]),
+        ({"solver": "exakt"}, ["solver is 'exakt'", "did you mean exact"]),
+        ({"kernel": "tile"}, ["kernel is 'tile'"]),
+        ({"kernel": "segment", "solver": "exact"}, ["segment", "exact"]),
+        ({"dtype": np.float64}, ["float64", "jax_enable_x64"]),
+        ({"dtype": np.int32}, ["int32"]),
+        ({"ridge": -1.0}, ["ridge is -1"]),
+        ({"tol": float("nan")}, ["tol is nan"]),
+        ({"iters": 0}, ["iters is 0"]),
+        ({"holdout": 1.5}, ["holdout is 1.5"]),
+        ({"duplicates": "sum"}, ["duplicates is 'sum'"]),
+    ],
+)
+def test_bad_requests_are_refused_in_one_line(options, words):
+    with refuses(ConfigError, *words):
+        complete(*GOOD, (3, 2), **{"rank": 1, **options})
+
+
+def test_rank_above_the_degrees_warns_and_stays_finite():
+    with pytest.warns(UserWarning, match="underdetermined"):
+        factors = complete(*GOOD, (3, 2), 2, iters=5, solver="exact")
+    assert np.isfinite(np.asarray(factors.dense())).all()
+    with refuses(DataError, "rows holds 3", "partial_fit"):
+        predict(factors, np.array([3]), np.array([0]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_layouts_hold_each_entry_once(data):
+    m, n = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 40))
+    seen = np.array(data.draw(st.lists(st.booleans(), min_size=m * n, max_size=m * n)))
+    rows, cols = np.nonzero(seen.reshape(m, n))
+    rows, cols = rows.astype(np.int32), cols.astype(np.int32)
+    shards = data.draw(st.sampled_from([1, 2, 8]))
+    order = np.random.default_rng(m).permutation(len(rows))
+    rows, cols = rows[order], cols[order]
+    if not len(rows):
+        return
+    found = {}
+    for bucket in make_buckets(rows, cols, m, n, block_entries=16, shards=shards):
+        assert bucket.ids.shape[0] % shards == 0
+        ids = np.broadcast_to(np.asarray(bucket.ids)[..., None], bucket.index.shape)
+        real = np.asarray(bucket.entry) < len(rows)
+        assert (np.asarray(bucket.index)[~real] == n).all()
+        for unknown, index, entry in zip(
+            ids[real],
+            np.asarray(bucket.index)[real],
+            np.asarray(bucket.entry)[real],
+            strict=True,
+        ):
+            assert entry not in found
+            found[int(entry)] = (int(unknown), int(index))
+    assert found == {e: (int(rows[e]), int(cols[e])) for e in range(len(rows))}
+    run = make_segments(rows, cols, m, n, shards=shards)
+    unknown = np.asarray(run.unknown).ravel()
+    assert (np.diff(unknown) >= 0).all()
+    entry = np.asarray(run.entry).ravel()
+    assert sorted(entry[entry < len(rows)].tolist()) == list(range(len(rows)))
+
+
+def test_device_arrays_lay_out_like_host_arrays():
+    draw = np.random.default_rng()
+    rows, cols = np.nonzero(draw.random((30, 20)) < 0.4)
+    rows, cols = rows.astype(np.int32), cols.astype(np.int32)
+    host = make_buckets(rows, cols, 30, 20, block_entries=64)
+    device = make_buckets(
+        jnp.asarray(rows), jnp.asarray(cols), 30, 20, block_entries=64
+    )
+    for a, b in zip(host, device, strict=True):
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_widths_pad_little_for_skewed_degrees():
+    degree = (np.random.default_rng().pareto(1.2, 5000) * 5 + 1).astype(int)
+    widths = np.array(choose_widths(degree, 6))
+    assert len(widths) <= 6 and widths[-1] >= degree.max()
+    area = widths[np.searchsorted(widths, degree)].sum()
+    # Powers of two, the usual choice, take more buckets and pad by about 1.4.
+    powers = 2.0 ** np.ceil(np.log2(degree))
+    assert area < 2 * powers.sum()
+
+
+def test_split_partitions_the_entries():
+    entries = clean_entries(*GOOD, (3, 2))
+    kept, held = split_entries(entries, 0.34, 0)
+    assert (kept.size, held.size) == (2, 1)
+    both = np.concatenate([kept.values, held.values])
+    assert sorted(both.tolist()) == [1.0, 2.0, 3.0]

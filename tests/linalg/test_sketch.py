@@ -1,0 +1,65 @@
+"""Sketches keep the geometry of tall matrices, and precondition bad ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uoe_jax.errors import ConfigError
+from uoe_jax.linalg.completion import Solver
+from uoe_jax.linalg.completion.solve import Equations, sketch_triangle, solve_batch
+from uoe_jax.linalg.sketch import sketch_rows, walsh_hadamard
+
+FACTOR = 16
+
+
+@pytest.mark.parametrize("kind", ["countsketch", "srht"])
+def test_sketch_preconditions_within_its_distortion(kind, seed, x64):
+    draw = np.random.default_rng(seed)
+    a = draw.normal(size=(1, 1024, 8)) * 10.0 ** -np.arange(8)
+    solver = Solver("sketch", sketch=kind, sketch_factor=FACTOR)
+
+    @jax.jit
+    def singular(key):
+        triangle = sketch_triangle(jnp.asarray(a), jnp.zeros((1, 8)), solver, key)
+        flat = jax.lax.linalg.triangular_solve(triangle, jnp.asarray(a), lower=False)
+        return jnp.linalg.svd(flat[0], compute_uv=False)
+
+    spread = 1 / FACTOR**0.5
+    for key in jax.random.split(jax.random.key(seed % 2**31), 50):
+        values = singular(key)
+        assert values.max() <= 1.1 / (1 - spread)
+        assert values.min() >= 1 / (1 + spread) / 1.1
+
+
+def test_hadamard_transform_is_orthonormal():
+    eye = jnp.eye(16)[None]
+    full = walsh_hadamard(eye)[0]
+    np.testing.assert_allclose(full @ full.T, np.eye(16), atol=1e-6)
+    np.testing.assert_allclose(np.abs(full), 0.25, atol=1e-7)
+
+
+def test_sketched_solver_needs_few_steps_where_plain_cg_needs_many(seed, x64):
+    draw = np.random.default_rng(seed)
+    a = jnp.asarray(draw.normal(size=(2, 512, 24)) * np.logspace(0, -3, 24))
+    truth = jnp.asarray(draw.normal(size=(2, 24)))
+    b = jnp.einsum("csk,ck->cs", a, truth)
+    zeros = jnp.zeros((2, 24))
+    equations = Equations(a, b, zeros, zeros + 1)
+    steps = {}
+    for kind in ("cg", "sketch"):
+        solver = Solver(kind, max_steps=200, sketch_factor=8)
+        x, _, taken = solve_batch(
+            equations, zeros, solver, jnp.float64(1e-10), jax.random.key(0)
+        )
+        np.testing.assert_allclose(x, truth, rtol=1e-4, atol=1e-6)
+        steps[kind] = int(taken.max())
+    # Condition 1e3 against at most 2.1: the reason to sketch at all.
+    assert steps["sketch"] * 2 < steps["cg"]
+
+
+def test_short_matrices_pass_and_unknown_sketches_are_refused():
+    a = jnp.ones((1, 4, 2))
+    assert sketch_rows(a, 8, jax.random.key(0)) is a
+    with pytest.raises(ConfigError, match="did you mean countsketch"):
+        sketch_rows(a, 8, jax.random.key(0), "countsketh")

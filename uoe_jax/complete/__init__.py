@@ -1,0 +1,1 @@
+"""`uoe complete`: low-rank completion of a file of entries."""

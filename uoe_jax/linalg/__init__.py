@@ -1,0 +1,1 @@
+"""Decompositions as such: matrix completion, sketching, low-rank tools."""

@@ -1,0 +1,160 @@
+"""`complete`: fill a low-rank matrix from some of its entries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, SupportsIndex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from uoe_jax.linalg.completion.checks import (
+    check_dtype,
+    check_kernel,
+    check_numbers,
+    check_rank,
+    hold_out,
+    make_solver,
+    mean_value,
+    warn_degrees,
+)
+from uoe_jax.linalg.completion.entries import Entries, clean_entries
+from uoe_jax.linalg.completion.factors import Factors
+from uoe_jax.linalg.completion.half import Hyper
+from uoe_jax.linalg.completion.layout import Problem
+from uoe_jax.linalg.completion.loop import Parts, run_sweeps
+from uoe_jax.linalg.completion.problem import lay_out
+from uoe_jax.linalg.completion.run import AXIS, Method, start_state
+from uoe_jax.linalg.completion.solver import Solver
+from uoe_jax.linalg.completion.spectral import spectral_gap_rank
+
+MAX_AUTO_RANK = 32
+
+
+def complete(
+    rows: Any,
+    cols: Any,
+    values: Any,
+    shape: Sequence[SupportsIndex] | None = None,
+    rank: int | str = 8,
+    *,
+    solver: str | Solver = "auto",
+    tol: float = 1e-5,
+    iters: int = 50,
+    ridge: float = 0.0,
+    bias_ridge: float | None = None,
+    ridge_power: float = 0.0,
+    biases: bool = False,
+    weights: Any = None,
+    clip_mu: float = 3.0,
+    split: bool = False,
+    holdout: float | tuple[Any, Any, Any] = 0.0,
+    patience: int = 3,
+    kernel: str = "auto",
+    duplicates: str = "mean",
+    dtype: Any = np.float32,
+    mesh: Mesh | None = None,
+    key: Key[Array, ""] | None = None,
+    passes: int = 6,
+    callback: Callable[[dict[str, float]], None] | None = None,
+) -> Factors:
+    """Complete a low-rank matrix by robust alternating minimisation.
+
+    Minimises sum of weight * (value - offset - row_bias - col_bias - u.v)^2 plus
+    ridge * n**ridge_power * |u|^2 (n: a row's entries; likewise for v and biases).
+    Gu, Song, Yin, Zhang, arXiv 2302.11068; the practical form: all entries in every
+    sweep, each half-step started from the last factor in the new basis.
+
+    Args:
+      rows: row of each observed entry, from 0. numpy arrays are laid out on the host,
+        jax arrays on their device.
+      cols: column of each entry.
+      values: value of each entry.
+      shape: of the matrix; None: just large enough.
+      rank: of the model, or "auto" for the largest gap of the spectrum (at most 32).
+      solver: "exact", "cg", "sketch", "auto", or a `Solver` with everything set.
+      tol: relative accuracy of each half-step, and the relative change of the training
+        RMSE below which sweeps stop.
+      iters: sweeps at most.
+      ridge: penalty of the factors; 0 keeps one factor orthonormal instead.
+      bias_ridge: penalty of the biases; None: `ridge`.
+      ridge_power: 0 for a constant ridge, 1 for one that grows with the entries.
+      biases: add an offset (the mean), row biases and column biases.
+      weights: of each entry in the squared error.
+      clip_mu: incoherence bound of the spectral start's rows.
+      split: the theory's form: each half-step sees its own random part of the entries.
+      holdout: fraction of entries, or (rows, cols, values), to stop early by.
+      patience: sweeps without a better held-out error before stopping.
+      kernel: "bucket", "segment" (CG only, no padding), or "auto" (buckets).
+      duplicates: "mean" or "error".
+      dtype: float32 or float64 (with jax_enable_x64).
+      mesh: devices with an axis "data": entries split over it, factors gathered.
+      key: of the spectral start, the sketches and the splits.
+      passes: of the spectral start over the entries (twice each).
+      callback: called after each sweep with its numbers.
+
+    Returns:
+      Factors. `info` holds, one line a sweep: train_rmse (after the column half-step),
+      loss (weighted squared error before each half-step), steps (iterations of the
+      slowest problem), flops, and valid_rmse; and singular_values (of the start),
+      empty_rows, empty_cols (their factors are zero), num_duplicates, best_sweep.
+
+    Raises:
+      ConfigError, DataError: one line with the value, the rule and the fix.
+      NonFiniteError: the iteration diverged.
+    """
+    dtype = check_dtype(dtype)
+    key = jax.random.key(0) if key is None else key
+    entries = clean_entries(
+        rows, cols, values, shape, weights=weights, duplicates=duplicates, dtype=dtype
+    )
+    entries, held = hold_out(entries, holdout, key)
+    method = Method(make_solver(solver), ridge > 0 or bool(bias_ridge), biases)
+    kernel = check_kernel(kernel, method.solver)
+    check_numbers(tol=tol, ridge=ridge, bias_ridge=bias_ridge or 0.0, iters=iters)
+    shards = 1 if mesh is None else mesh.shape[AXIS]
+    width = MAX_AUTO_RANK if rank == "auto" else check_rank(rank, entries.shape)
+    layout = lay_out(entries, width + biases, kernel=kernel, shards=shards)
+    offset = mean_value(entries) if biases else jnp.zeros((), dtype)
+    parts = Parts(entries, layout, offset, mesh, 2 * iters + 1 if split else 1, key)
+    whole = parts.problem(0)
+    start = dict(clip_mu=clip_mu, passes=passes)
+    if rank == "auto":
+        width = _gap_rank(whole, key, method, mesh, entries, start)
+    state, singular = start_state(whole, key, method, mesh, rank=width, **start)
+    warn_degrees(whole, width, method)
+    bias_ridge = ridge if bias_ridge is None else bias_ridge
+    numbers = (ridge, bias_ridge, ridge_power, tol)
+    hyper = Hyper(*(jnp.asarray(x, dtype) for x in numbers))
+    state, info = run_sweeps(
+        parts, state, hyper, method, iters, tol, held, patience, callback
+    )
+    empty = {
+        "empty_rows": np.asarray(whole.rows.degree == 0),
+        "empty_cols": np.asarray(whole.cols.degree == 0),
+    }
+    info |= empty | {
+        "singular_values": np.asarray(singular),
+        "num_duplicates": np.asarray(entries.num_duplicates),
+    }
+    return Factors(*state, offset, info)
+
+
+def _gap_rank(
+    problem: Problem,
+    key: Key[Array, ""],
+    method: Method,
+    mesh: Mesh | None,
+    entries: Entries,
+    start: dict[str, Any],
+) -> int:
+    most = min(MAX_AUTO_RANK, *entries.shape)
+    _, singular = start_state(problem, key, method, mesh, rank=most, **start)
+    if most == 1:
+        return 1
+    centred = jnp.asarray(entries.values) - problem.offset
+    square = jnp.mean(centred * centred)
+    return int(spectral_gap_rank(singular, square, entries.size, entries.shape))

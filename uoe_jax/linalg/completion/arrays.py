@@ -1,0 +1,70 @@
+"""Arrays a caller gives, refused in one line that names the first offender."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from uoe_jax.errors import DataError
+
+MAX_INDEX = 2**31 - 2
+
+
+def check_indices(library: Any, array: Any, name: str) -> Any:
+    """Return `array` as integers; `library` is numpy or jax.numpy."""
+    array = library.asarray(array)
+    if array.ndim != 1:
+        raise DataError(f"{name} has {array.ndim} dimensions; it must have 1")
+    if library.issubdtype(array.dtype, library.integer):
+        return array
+    if not library.issubdtype(array.dtype, library.floating):
+        example = array.ravel()[:1].tolist()
+        raise DataError(
+            f"{name} holds {array.dtype} such as {example}; indices must be integers"
+        )
+    if not bool((library.floor(array) == array).all()):
+        bad = int(library.argmax(library.floor(array) != array))
+        raise DataError(
+            f"{name}[{bad}] is {float(array[bad])}; an index must be an integer"
+        )
+    return array.astype(np.int64 if library is np else np.int32)
+
+
+def check_numbers(library: Any, array: Any, name: str, dtype: Any) -> Any:
+    """Return `array` as finite numbers of `dtype`."""
+    try:
+        array = library.asarray(array).astype(dtype)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} must be numbers: {error}") from None
+    if array.ndim != 1:
+        raise DataError(f"{name} has {array.ndim} dimensions; it must have 1")
+    finite = library.isfinite(array)
+    if not bool(finite.all()):
+        bad = int(library.argmin(finite))
+        count = int((~finite).sum())
+        raise DataError(
+            f"{name}[{bad}] is {float(array[bad])} ({count} such); drop entries that "
+            "are not finite: what is unknown is left out"
+        )
+    return array
+
+
+def check_range(
+    rows: Any, cols: Any, shape: Sequence[SupportsIndex] | None
+) -> tuple[int, int]:
+    """Return the matrix's shape, the given one or the least that holds the indices."""
+    found = (int(rows.max()) + 1, int(cols.max()) + 1)
+    shape = found if shape is None else (int(shape[0]), int(shape[1]))
+    for name, index, size in (("rows", rows, shape[0]), ("cols", cols, shape[1])):
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= size:
+            bad = low if low < 0 else high
+            raise DataError(
+                f"{name} holds {bad}; indices of a {shape[0]} x {shape[1]} matrix run "
+                f"from 0 to {size - 1}"
+            )
+        if size > MAX_INDEX:
+            raise DataError(f"{name} has size {size}; at most {MAX_INDEX} is supported")
+    return shape

@@ -1,0 +1,105 @@
+"""What `complete` refuses, warns of, and derives from its arguments."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from uoe_jax.errors import ConfigError
+from uoe_jax.linalg.completion.entries import Entries, clean_entries, split_entries
+from uoe_jax.linalg.completion.layout import Problem
+from uoe_jax.linalg.completion.run import Method
+from uoe_jax.linalg.completion.solver import Solver
+
+
+def hold_out(
+    entries: Entries, holdout: float | tuple, key: Key[Array, ""]
+) -> tuple[Entries, Entries | None]:
+    """Return (entries to fit, entries to stop by or None)."""
+    if isinstance(holdout, tuple):
+        rows, cols, values = holdout
+        dtype = entries.values.dtype
+        held = clean_entries(rows, cols, values, entries.shape, dtype=dtype)
+        return entries, held
+    if not holdout:
+        return entries, None
+    seed = int(jax.random.randint(jax.random.fold_in(key, 2), (), 0, 2**31 - 1))
+    return split_entries(entries, holdout, seed)
+
+
+def mean_value(entries: Entries) -> Array:
+    """Return the weighted mean of the values."""
+    values, weights = jnp.asarray(entries.values), entries.weights
+    if weights is None:
+        return values.mean()
+    weights = jnp.asarray(weights)
+    return jnp.sum(weights * values) / jnp.maximum(weights.sum(), 1e-30)
+
+
+def make_solver(solver: str | Solver) -> Solver:
+    """Return a `Solver` from its kind, or as it is."""
+    return solver if isinstance(solver, Solver) else Solver(solver)
+
+
+def check_dtype(dtype: Any) -> np.dtype:
+    """Return float32 or float64; raise ConfigError for what jax would not use."""
+    dtype = np.dtype(dtype)
+    if dtype not in (np.float32, np.float64):
+        raise ConfigError(f"dtype is {dtype}; use float32 or float64")
+    if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise ConfigError(
+            "dtype is float64 but jax computes in float32; call "
+            "jax.config.update('jax_enable_x64', True) first"
+        )
+    return dtype
+
+
+def check_kernel(kernel: str, solver: Solver) -> str:
+    """Return "bucket" or "segment"; raise ConfigError if the solver has none."""
+    if kernel not in ("auto", "bucket", "segment"):
+        raise ConfigError(f"kernel is {kernel!r}; use auto, bucket or segment")
+    if kernel == "segment" and solver.kind not in ("auto", "cg"):
+        raise ConfigError(
+            f"kernel 'segment' has no {solver.kind!r} solver; use solver 'cg' or "
+            "kernel 'bucket'"
+        )
+    return "bucket" if kernel == "auto" else kernel
+
+
+def check_numbers(**numbers: float | int) -> None:
+    """Raise ConfigError for numbers that are negative, or no iterations."""
+    for name, value in numbers.items():
+        low = 1 if name == "iters" else 0
+        if not (np.isfinite(value) and value >= low):
+            raise ConfigError(f"{name} is {value}; it must be at least {low}")
+
+
+def check_rank(rank: int | str, shape: tuple[int, int]) -> int:
+    """Return the rank; raise ConfigError if the matrix is too small for it."""
+    if isinstance(rank, str) or not 1 <= rank <= min(shape):
+        raise ConfigError(
+            f"rank is {rank!r}; a {shape[0]} x {shape[1]} matrix takes 1 to "
+            f"{min(shape)}, or 'auto'"
+        )
+    return int(rank)
+
+
+def warn_degrees(problem: Problem, rank: int, method: Method) -> None:
+    """Warn once, in one line, of unknowns with fewer entries than the rank."""
+    if method.regularised:
+        return
+    counts = [
+        int(((side.degree > 0) & (side.degree < rank)).sum())
+        for side in (problem.rows, problem.cols)
+    ]
+    if any(counts):
+        warnings.warn(
+            f"rank {rank} exceeds the entries of {counts[0]} rows and {counts[1]} "
+            "columns; these are underdetermined: set a ridge or lower the rank",
+            stacklevel=3,
+        )

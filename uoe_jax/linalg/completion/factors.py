@@ -1,0 +1,147 @@
+"""The result of a completion: factors, predictions, storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from uoe_jax.errors import DataError
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Factors:
+    """A completed matrix, `offset + row_bias + col_bias + u @ v.T`."""
+
+    u: Float[Array, "M R"]
+    v: Float[Array, "N R"]
+    row_bias: Float[Array, " M"]
+    col_bias: Float[Array, " N"]
+    offset: Float[Array, ""]
+    info: dict[str, Any] = field(default_factory=dict)  # see `complete`
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the completed matrix."""
+        return self.u.shape[0], self.v.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of each factor."""
+        return self.u.shape[1]
+
+    def dense(self) -> Float[Array, "M N"]:
+        """Return the whole matrix."""
+        product = jnp.matmul(self.u, self.v.T, precision=jax.lax.Precision.HIGHEST)
+        bias = self.row_bias[:, None] + self.col_bias[None, :]
+        return self.offset + bias + product
+
+
+@jax.jit
+def predict_entries(
+    u: Float[Array, "M R"],
+    v: Float[Array, "N R"],
+    row_bias: Float[Array, " M"],
+    col_bias: Float[Array, " N"],
+    offset: Float[Array, ""],
+    rows: Int[Array, " X"],
+    cols: Int[Array, " X"],
+) -> Float[Array, " X"]:
+    """Return the model at (rows, cols), indices unchecked; traceable."""
+    product = jnp.sum(u[rows] * v[cols], axis=1)
+    return offset + row_bias[rows] + col_bias[cols] + product
+
+
+def predict(factors: Factors, rows: Any, cols: Any) -> Float[Array, " X"]:
+    """Return the completed matrix at positions (rows, cols).
+
+    Raises:
+      DataError: an index outside the factors' shape.
+    """
+    rows, cols = jnp.asarray(rows), jnp.asarray(cols)
+    for name, index, size in (
+        ("rows", rows, factors.shape[0]),
+        ("cols", cols, factors.shape[1]),
+    ):
+        if not isinstance(index, jax.core.Tracer) and index.size:
+            low, high = int(index.min()), int(index.max())
+            if low < 0 or high >= size:
+                bad = low if low < 0 else high
+                raise DataError(
+                    f"{name} holds {bad}; these factors know 0 to {size - 1}, "
+                    "add new ones with partial_fit"
+                )
+    return predict_entries(
+        factors.u,
+        factors.v,
+        factors.row_bias,
+        factors.col_bias,
+        factors.offset,
+        rows,
+        cols,
+    )
+
+
+def rmse(factors: Factors, rows: Any, cols: Any, values: Any) -> float:
+    """Return the root mean squared error at the given entries."""
+    error = predict(factors, rows, cols) - jnp.asarray(values)
+    return float(jnp.sqrt(jnp.mean(error * error)))
+
+
+def squared_error_interval(
+    errors: np.ndarray, z: float = 1.96
+) -> tuple[float, float, float]:
+    """Return RMSE and its interval from a normal one of the mean squared error.
+
+    Errors count as independent; 95% at the default z.
+    """
+    squares = np.asarray(errors, np.float64) ** 2
+    mean = squares.mean()
+    spread = squares.std(ddof=1) if squares.size > 1 else np.inf
+    half = z * spread / squares.size**0.5
+    return (
+        float(mean**0.5),
+        float(max(mean - half, 0.0) ** 0.5),
+        float((mean + half) ** 0.5),
+    )
+
+
+def save_factors(factors: Factors, path: str | Path, **extra: np.ndarray) -> None:
+    """Write a safetensors file with u, v, row_bias, col_bias, offset and `extra`."""
+    from safetensors.numpy import save_file
+
+    tensors = {
+        name: np.ascontiguousarray(getattr(factors, name))
+        for name in ("u", "v", "row_bias", "col_bias")
+    }
+    tensors["offset"] = np.asarray(factors.offset).reshape(1)
+    for name, array in extra.items():
+        tensors[name] = np.ascontiguousarray(array)
+    save_file(tensors, str(path))
+
+
+def load_factors(path: str | Path) -> Factors:
+    """Read factors written by `save_factors`; `info` holds whatever else was there.
+
+    Raises:
+      DataError: not a file of factors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} can't be read as safetensors: {error}") from None
+    names = ("u", "v", "row_bias", "col_bias", "offset")
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise DataError(f"{path} has no {missing}; give a file of completed factors")
+    u, v, row_bias, col_bias, offset = (jnp.asarray(tensors.pop(n)) for n in names)
+    return Factors(u, v, row_bias, col_bias, offset.reshape(()), tensors)

@@ -1,0 +1,133 @@
+"""Growing a completion: new or changed rows against factors that stay."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uoe_jax.errors import ConfigError
+from uoe_jax.linalg.completion.entries import clean_entries
+from uoe_jax.linalg.completion.factors import Factors
+from uoe_jax.linalg.completion.half import Fixed, Hyper
+from uoe_jax.linalg.completion.layout import fill
+from uoe_jax.linalg.completion.problem import lay_out
+from uoe_jax.linalg.completion.sides import solve_side
+from uoe_jax.linalg.completion.solver import Solver
+
+ROUNDS = 3  # each one squares away what the exact solver's shift left behind
+
+
+def partial_fit(
+    factors: Factors,
+    rows: Any,
+    cols: Any,
+    values: Any,
+    *,
+    axis: str = "rows",
+    ridge: float = 0.0,
+    bias_ridge: float | None = None,
+    ridge_power: float = 0.0,
+    weights: Any = None,
+    solver: Solver | None = None,
+) -> Factors:
+    """Solve for the rows that occur in `rows` from these entries alone.
+
+    Known rows are replaced, rows past the end are appended (those in between that have
+    no entry are zero), everything else stays. With `axis="cols"` the same for columns.
+
+    Args:
+      factors: of a matrix already completed.
+      rows: row of each entry, from 0.
+      cols: column of each entry.
+      values: value of each entry.
+      axis: which side is solved for, "rows" or "cols".
+      ridge: as in `complete`; use the same.
+      bias_ridge: as in `complete`; a row bias is fitted if the factors have biases.
+      ridge_power: as in `complete`.
+      weights: of each entry.
+      solver: None: exact.
+
+    Raises:
+      ConfigError, DataError: one line with the value, the rule and the fix.
+    """
+    if axis not in ("rows", "cols"):
+        raise ConfigError(f"axis is {axis!r}; use 'rows' or 'cols'")
+    if axis == "cols":
+        solved = partial_fit(
+            _transpose(factors),
+            cols,
+            rows,
+            values,
+            ridge=ridge,
+            bias_ridge=bias_ridge,
+            ridge_power=ridge_power,
+            weights=weights,
+            solver=solver,
+        )
+        return _transpose(solved)
+    dtype = factors.u.dtype
+    if not len(np.shape(rows)) or not np.shape(rows)[0]:
+        return factors
+    size = max(factors.shape[0], int(np.max(np.asarray(rows))) + 1)
+    shape = (size, factors.shape[1])
+    entries = clean_entries(rows, cols, values, shape, weights=weights, dtype=dtype)
+    biases = bool(jnp.any(factors.row_bias != 0) | jnp.any(factors.col_bias != 0))
+    layout = lay_out(entries, factors.rank + biases)
+    side = fill(
+        layout.rows,
+        jnp.asarray(entries.values) - factors.offset,
+        None if entries.weights is None else jnp.asarray(entries.weights),
+        size,
+    )
+    bias_ridge = ridge if bias_ridge is None else bias_ridge
+    numbers = (ridge, bias_ridge, ridge_power, jnp.finfo(dtype).eps * 10)
+    hyper = Hyper(*(jnp.asarray(x, dtype) for x in numbers))
+    solved = _solve_rows(side, factors, hyper, solver or Solver("exact"), biases)
+    pad = size - factors.shape[0]
+    u, bias = (
+        jnp.pad(factors.u, ((0, pad), (0, 0))),
+        jnp.pad(factors.row_bias, (0, pad)),
+    )
+    known = side.degree > 0
+    u = jnp.where(known[:, None], solved[:, : factors.rank], u)
+    if biases:
+        bias = jnp.where(known, solved[:, -1], bias)
+    return dataclasses.replace(factors, u=u, row_bias=bias)
+
+
+def _solve_rows(
+    side: Any, factors: Factors, hyper: Hyper, solver: Solver, biases: bool
+) -> jax.Array:
+    design = factors.v
+    if biases:
+        ones = jnp.ones((design.shape[0], 1), design.dtype)
+        design = jnp.concatenate([design, ones], axis=1)
+    fixed = Fixed(design, factors.col_bias, jnp.mean(design * design, axis=0))
+    solution = jnp.zeros((side.degree.size, design.shape[1]), design.dtype)
+    step = jax.jit(solve_side, static_argnames=("solver", "biases"))
+    for _ in range(ROUNDS):
+        solution, _ = step(
+            side,
+            fixed,
+            solution,
+            hyper,
+            jax.random.key(0),
+            solver=solver,
+            biases=biases,
+        )
+    return solution
+
+
+def _transpose(factors: Factors) -> Factors:
+    return Factors(
+        factors.v,
+        factors.u,
+        factors.col_bias,
+        factors.row_bias,
+        factors.offset,
+        factors.info,
+    )
