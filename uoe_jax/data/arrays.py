@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,15 +21,34 @@ _PAIRS = {
     "test": (("xte", "yte"), ("x_test", "y_test"), ("test_x", "test_y")),
 }
 _ALONE = (("x", "y"), ("images", "labels"), ("tokens", "labels"))
-Pairs = dict[str, tuple[np.ndarray, np.ndarray | None]]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of token ids of any lengths, end to end: row n is starts[n]:starts[n+1]."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    ndim = 2
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def size(self) -> int:
+        """Tokens of all rows."""
+        return self.tokens.size
+
+
+Pairs = dict[str, tuple[Any, np.ndarray | None]]  # inputs: an array or Ragged
 
 
 @dataclass(frozen=True)
 class ArraySource:
     """Arrays of a few splits: `load` returns {split: (inputs, labels or None)}.
 
-    Inputs are images [N, Hi, Wi, Ci], token rows [N, T] or one token stream [T].
-    Splits that are missing are taken from train.
+    Inputs are images [N, Hi, Wi, Ci], token rows [N, T] or `Ragged`, or one token
+    stream [T]. Splits that are missing are taken from train.
     """
 
     name: str
@@ -52,6 +72,8 @@ class ArraySource:
 
 def _fill_splits(given: Pairs, config: DataConfig) -> Pairs:
     """Take the splits that aren't given from train: ranges of a stream, else rows."""
+    if set(given) == set(SPLITS):
+        return {split: given[split] for split in SPLITS}
     inputs, labels = given["train"]
     fraction = {
         "valid": 0.0 if "valid" in given else config.valid_fraction,

@@ -25,6 +25,7 @@ from uoe_jax.data.store import (
     read_manifest,
     write_manifest,
 )
+from uoe_jax.data.tasks.source import TASKS, task_options
 from uoe_jax.data.tokenize import (
     ByteTokenizer,
     IdTokenizer,
@@ -122,7 +123,9 @@ def _settings(data: DataConfig, kind: str) -> dict[str, Any]:
     tokenizer = data.tokenizer
     if tokenizer not in ("byte", "bpe") and Path(tokenizer).expanduser().is_file():
         tokenizer = "sha256:" + sha256_file(Path(tokenizer).expanduser())
-    return {
+    # Only where there is one, so that other folders keep their names.
+    task = {"task": task_options(data)} if data.source in TASKS else {}
+    return task | {
         "use": {"decoder": "text", "encoder": "rows", "vision": "images"}[kind],
         "tokenizer": tokenizer,
         "bpe_vocab_size": data.bpe_vocab_size if tokenizer == "bpe" else None,

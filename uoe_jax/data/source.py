@@ -5,6 +5,7 @@ from __future__ import annotations
 from uoe_jax.config import DataConfig
 from uoe_jax.data.arrays import ArraySource, digits_source, npz_source
 from uoe_jax.data.files import SourceFile, content_suffix, expand
+from uoe_jax.data.tasks.source import TASKS, task_source
 from uoe_jax.data.text import (
     MANY_FILES,
     FileSource,
@@ -33,6 +34,8 @@ def make_source(config: DataConfig, kind: str) -> Source:
         made: Source = FileSource("stdlib", stdlib_files(), config)
     elif source == "digits":
         made = digits_source(config)
+    elif source in TASKS:
+        made = task_source(source, config)
     elif config.path is None:
         raise DataError(f"data.source is {source!r} without data.path; set data.path")
     elif source == "tfds":

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from uoe_jax.data.arrays import ArraySource, Pairs
+from uoe_jax.data.arrays import ArraySource, Pairs, Ragged
 from uoe_jax.data.store import token_dtype
 from uoe_jax.errors import DataError
 
@@ -61,21 +61,21 @@ def _write_images(splits: Pairs, folder: Path) -> dict[str, Any]:
 
 def _write_token_rows(splits: Pairs, labelled: bool, folder: Path) -> dict[str, Any]:
     """Write token ids as one stream a split, with the start of each row."""
-    vocab_size = 1 + max(int(x.max()) for x, _ in splits.values() if x.size)
+    rows = {split: _as_ragged(tokens) for split, (tokens, _) in splits.items()}
+    vocab_size = 1 + max(int(r.tokens.max()) for r in rows.values() if r.size)
     counts, classes = {}, 0
-    for split, (tokens, labels) in splits.items():
-        rows = len(tokens) if tokens.ndim == 2 else min(len(tokens), 1)
-        starts = np.linspace(0, tokens.size, rows + 1).round().astype(np.int64)
-        flat = tokens.ravel().astype(token_dtype(vocab_size))
+    for split, (_, labels) in splits.items():
+        starts = rows[split].starts
+        flat = rows[split].tokens.astype(token_dtype(vocab_size))
         np.save(folder / f"{split}_tokens.npy", flat, allow_pickle=False)
         np.save(folder / f"{split}_starts.npy", starts, allow_pickle=False)
         if labelled and labels is not None:
             np.save(folder / f"{split}_labels.npy", labels, allow_pickle=False)
             classes = max(classes, int(labels.max(initial=-1)) + 1)
         counts[split] = {
-            "documents": rows,
+            "documents": len(rows[split]),
             "bytes": None,
-            "tokens": int(tokens.size),
+            "tokens": int(flat.size),
             "exact_bytes": False,
         }
     return {
@@ -88,3 +88,12 @@ def _write_token_rows(splits: Pairs, labelled: bool, folder: Path) -> dict[str, 
         "classes": [str(c) for c in range(classes)],
         "splits": counts,
     }
+
+
+def _as_ragged(tokens: np.ndarray | Ragged) -> Ragged:
+    """Return rows [N, T], or a stream [T] as one row, end to end."""
+    if isinstance(tokens, Ragged):
+        return tokens
+    rows = len(tokens) if tokens.ndim == 2 else min(len(tokens), 1)
+    starts = np.linspace(0, tokens.size, rows + 1).round().astype(np.int64)
+    return Ragged(tokens.ravel(), starts)

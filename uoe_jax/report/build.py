@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from uoe_jax.report import curves, overlay, page, routers
+from uoe_jax.report.alarms import HEAVY, find_alarms
 from uoe_jax.report.overlay import Overlay
-from uoe_jax.report.read import Run, flatten, read_runs
+from uoe_jax.report.read import BLOCKS, Run, flatten, read_runs
 from uoe_jax.report.style import LIGHT, THEMES, Theme, render
 from uoe_jax.report.table import si
 
@@ -59,6 +60,7 @@ def write_report(
     sections = [
         ("Summary", _summary(runs)),
         ("Learning", "".join(page.picture(p, n) for n, p in shared.items())),
+        ("Decomposition", "".join(_decomposition(run) for run in runs)),
         ("Routers", "".join(_routers(run, overlays.get(run.path)) for run in runs)),
         ("Samples", _samples(samples or {})),
         ("Configuration", _configs(runs)),
@@ -92,13 +94,15 @@ def _routers(run: Run, example: Overlay | None) -> str:
         "load": functools.partial(routers.load_figure, run),
         "load_history": functools.partial(routers.load_history_figure, run),
         "entropy": functools.partial(routers.entropy_figure, run),
+        "depth": functools.partial(routers.depth_figure, run),
     }
     if example is not None and example.image is not None:
         draw["routing"] = functools.partial(overlay.image_figure, example)
     pictures = {name: render(make) for name, make in draw.items()}
-    if not any(pictures.values()):
+    if not any(pictures.values()) and example is None:
         return ""
-    parts = [f"<h3>{html.escape(run.name)}</h3>", page.paragraph(_ABOUT_LOAD)]
+    parts = [f"<h3>{html.escape(run.name)}</h3>", _alarms(run)]
+    parts.append(page.paragraph(_ABOUT_LOAD))
     for name, pngs in pictures.items():
         if pngs:
             _save(run.path / "plots", name, pngs)
@@ -114,6 +118,28 @@ def _routers(run: Run, example: Overlay | None) -> str:
         )
         parts.append(overlay.text_html(example))
     return "".join(parts)
+
+
+def _alarms(run: Run) -> str:
+    """Return what is wrong with the routers, or that nothing is."""
+    if not any(run.router(block, "load") for block in BLOCKS):
+        return ""
+    found = [alarm.text for alarm in find_alarms(run)]
+    if not found:
+        return page.paragraph(
+            "No alarms: no dead expert, none with more than "
+            f"{HEAVY:g} balanced shares, in the last tenth of the run."
+        )
+    return page.alarms(found)
+
+
+def _decomposition(run: Run) -> str:
+    """Return how a decomposed run differs from what it came from."""
+    if not run.decomposed:
+        return ""
+    shown = {k: v for k, v in run.decomposed.items() if not isinstance(v, (dict, list))}
+    rows = [[k.replace("_", " "), _plain(v)] for k, v in shown.items()]
+    return f"<h3>{html.escape(run.name)}</h3>" + page.table(["", "found"], rows)
 
 
 _FORMATS = {

@@ -12,13 +12,13 @@ from flax import nnx
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.model import routing_choices
 from uoe_jax.report.overlay import Overlay
-from uoe_jax.report.read import BLOCKS, routed_layers
+from uoe_jax.report.read import BLOCKS, num_experts, num_shared, routed_layers
 
 _TOKENS = 384  # enough to read; more would only be small
 
 
 def collect_overlay(
-    model: nnx.Module, config: ExperimentConfig, dataset: Any
+    module: nnx.Module, config: ExperimentConfig, dataset: Any
 ) -> Overlay | None:
     """Return the experts chosen in a piece of validation data; None if none route.
 
@@ -35,25 +35,29 @@ def collect_overlay(
     options = {}
     if config.model.kind == "encoder":  # the rest of the row is padding
         options["segments"] = jnp.asarray(batch["segments"])
-    graphdef, state = nnx.split(model)
+    graphdef, state = nnx.split(module)
 
     @jax.jit
     def choose(state: Any, inputs: jax.Array) -> dict[str, jax.Array]:
         return routing_choices(nnx.merge(graphdef, state), inputs, **options)
 
     found = choose(state, jnp.asarray(inputs))
-    moe = "moe" in config.model.mlp
+    model = config.model
+    shared = {b: num_shared(model, b, rows[0]) for b, rows in layers.items()}
     number = {
-        "attention": config.model.union.num_experts,
-        "mlp": config.model.moe.num_experts if moe else config.model.union.num_experts,
+        b: max(num_shared(model, b, i) + num_experts(model, b, i) for i in rows)
+        for b, rows in layers.items()
     }
     return Overlay(
-        choices={block: _join_rows(np.asarray(found[block])) for block in layers},
+        choices={
+            block: _join_rows(np.asarray(found[block])[..., shared[block] :])
+            for block in layers
+        },
         layers=layers,
-        num_experts={block: number[block] for block in layers},
+        num_experts=number,
         tokens=[] if vision else [dataset.decode([int(i)]) for i in inputs.ravel()],
         image=np.asarray(inputs[0]) if vision else None,
-        patch=config.model.image_patch,
+        patch=model.image_patch,
     )
 
 

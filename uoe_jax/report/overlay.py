@@ -15,20 +15,23 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
+from uoe_jax.report.alarms import NAMES
 from uoe_jax.report.routers import some_layers
 from uoe_jax.report.style import LIGHT, Theme
 
 _COLUMNS = 60  # characters in a line of the picture
 _PANELS = 4  # layers shown
+TITLES = {"attention": "attention experts", "mlp": "MLP experts", "depth": "depth"}
 
 
 @dataclass(frozen=True)
 class Overlay:
     """One example and the experts each of its tokens picked, best first.
 
-    `choices` has an array [L, T, X] for "attention" and "mlp" where they are routed,
-    `layers` the layer each of its rows belongs to. Text has `tokens`, an image `image`
-    [Hi, Wi, Ci] in row-major patches of `patch` pixels a side.
+    `choices` has an array [L, T, X] for each part that is routed, always-on experts
+    left out and -1 where a pick was dropped; `layers` the layer of each of its rows.
+    Text has `tokens`, an image `image` [Hi, Wi, Ci] in row-major patches of `patch`
+    pixels a side.
     """
 
     choices: dict[str, np.ndarray]
@@ -37,6 +40,12 @@ class Overlay:
     tokens: Sequence[str] = field(default_factory=list)
     image: np.ndarray | None = None
     patch: int = 1
+
+    def names(self, block: str) -> list[str]:
+        """Return what the choices of a part are called."""
+        if block == "depth":
+            return ["through the block", "around it"]
+        return [str(i) for i in range(self.num_experts[block])]
 
 
 def expert_colors(count: int) -> list[str]:
@@ -55,14 +64,14 @@ def text_html(overlay: Overlay) -> str:
     for block, choices in overlay.choices.items():
         colors = expert_colors(overlay.num_experts[block])
         keys = "".join(
-            f'<span class="key"><i style="background:{color}"></i>{i}</span>'
-            for i, color in enumerate(colors)
+            f'<span class="key"><i style="background:{color}"></i>{name}</span>'
+            for name, color in zip(overlay.names(block), colors, strict=True)
         )
-        title = "MLP" if block == "mlp" else "attention"
-        parts.append(f'<h4>{title} experts</h4><p class="keys">{keys}</p>')
+        parts.append(f'<h4>{TITLES[block]}</h4><p class="keys">{keys}</p>')
         parts.append('<div class="overlays">')
         for row in some_layers(len(choices), _PANELS):
-            spans = _spans(overlay.tokens, choices[row], colors)
+            names = overlay.names(block)
+            spans = _spans(overlay.tokens, choices[row], colors, names)
             layer = overlay.layers[block][row]
             parts.append(
                 f"<figure><figcaption>layer {layer}</figcaption>"
@@ -72,14 +81,17 @@ def text_html(overlay: Overlay) -> str:
     return "".join(parts)
 
 
-def _spans(tokens: Sequence[str], choices: np.ndarray, colors: list[str]) -> str:
+def _spans(
+    tokens: Sequence[str], choices: np.ndarray, colors: list[str], names: list[str]
+) -> str:
     spans = []
     for text, picks in zip(tokens, choices, strict=False):
-        experts = ", ".join(map(str, picks))
+        taken = [int(pick) for pick in picks if pick >= 0]
+        experts = ", ".join(names[pick] for pick in taken) or "none: no room"
         # A newline keeps its colour visible through a mark of its own.
         shown = html.escape(text).replace("\n", "↵\n")
         # 8-digit hex: translucent, so the page's own ink stays readable on it.
-        style = f"background:{colors[picks[0]]}80"
+        style = f"background:{colors[taken[0]]}80" if taken else ""
         spans.append(f'<span style="{style}" title="experts {experts}">{shown}</span>')
     return "".join(spans)
 
@@ -109,12 +121,18 @@ def text_figure(overlay: Overlay, theme: Theme) -> Figure | None:
         axes.set_axis_off()
     for axes, (block, row) in zip(grid, panels, strict=False):
         colors = expert_colors(overlay.num_experts[block])
-        title = "MLP" if block == "mlp" else "attention"
-        axes.set_title(f"{title}, layer {overlay.layers[block][row]}", loc="left")
+        axes.set_title(
+            f"{NAMES[block]}, layer {overlay.layers[block][row]}", loc="left"
+        )
         axes.set_xlim(0, _COLUMNS)
         axes.set_ylim(lines, 0)
         picks = overlay.choices[block][row]
-        cells = [_cell(x, y, colors[picks[token][0]]) for (x, y, _), token in places]
+        first = [next((p for p in row if p >= 0), None) for row in picks.tolist()]
+        cells = [
+            _cell(x, y, colors[first[token]])
+            for (x, y, _), token in places
+            if first[token] is not None
+        ]
         axes.add_collection(PatchCollection(cells, match_original=True))
         for (x, y, char), _ in places:
             if not char.isspace():
@@ -178,10 +196,12 @@ def image_figure(overlay: Overlay, theme: Theme) -> Figure | None:
             line[1:], some_layers(len(overlay.choices[block]), _PANELS), strict=False
         ):
             axes.imshow(gray, cmap="gray", extent=(0, side, side, 0))
-            title = "MLP" if block == "mlp" else "attention"
-            axes.set_title(f"{title}, layer {overlay.layers[block][row]}")
+            axes.set_title(f"{NAMES[block]}, layer {overlay.layers[block][row]}")
             for token, picks in enumerate(overlay.choices[block][row][: side * side]):
                 x, y = token % side, token // side
+                picks = picks[picks >= 0]
+                if not len(picks):
+                    continue
                 axes.add_patch(_cell(x, y, colors[picks[0]]))
                 axes.text(
                     x + 0.5,

@@ -32,6 +32,8 @@ code, pre { font-family: ui-monospace, "DejaVu Sans Mono", monospace;
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--accent); }
 .overlays { display: grid; gap: .8rem;
   grid-template-columns: repeat(auto-fit, minmax(min(31rem, 100%), 1fr)); }
+ul.alarms { list-style: none; margin: .4rem 0 1rem; padding: .5rem .9rem;
+  border-left: 4px solid #d1242f; background: var(--card); border-radius: 4px; }
 figure { margin: 0; } figcaption { color: var(--soft); font-size: .85rem; }
 pre.tokens { background: var(--card); padding: .6rem; margin: .2rem 0; overflow-x: auto;
   line-height: 1.35; border-radius: 4px; }
@@ -101,3 +103,9 @@ def fold(summary: str, content: str) -> str:
 def paragraph(text: str) -> str:
     """Return one paragraph of plain text."""
     return f"<p>{html.escape(text)}</p>"
+
+
+def alarms(texts: Sequence[str]) -> str:
+    """Return warnings as a list that stands out."""
+    items = "".join(f"<li>⚠ {html.escape(text)}</li>" for text in texts)
+    return f'<ul class="alarms">{items}</ul>'

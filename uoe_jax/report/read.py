@@ -10,11 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from uoe_jax.config import ExperimentConfig, ModelConfig, from_json
+from uoe_jax.config import (
+    ExperimentConfig,
+    ModelConfig,
+    MoeConfig,
+    UnionConfig,
+    from_json,
+)
 from uoe_jax.errors import DataError
 from uoe_jax.hardware.count import count_active_params, count_params, flops_per_token
 
-BLOCKS = ("attention", "mlp")  # the two routed places of a layer
+BLOCKS = ("attention", "mlp", "depth")  # where a layer may route
+_ROUTED = ("union", "moe", "moh", "mod")
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Run:
     env: dict[str, Any] = field(default_factory=dict)
     train: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
+    decomposed: dict[str, Any] = field(default_factory=dict)  # what that found, if so
 
     def series(self, key: str, x: str, kind: str = "train") -> np.ndarray:
         """Return [2, n]: `x` (step, seconds, flops) and `key` where both are there."""
@@ -61,6 +69,14 @@ class Run:
         steps, values = zip(*found, strict=True)
         return np.array(steps, dtype=float), np.array(values, dtype=float)
 
+    def num_experts(self, block: str, layer: int) -> int:
+        """Return how many experts a layer's router chooses from."""
+        return num_experts(self.config.model, block, layer)
+
+    def num_shared(self, block: str, layer: int) -> int:
+        """Return how many experts of a layer are always on, numbered first."""
+        return num_shared(self.config.model, block, layer)
+
     def summary(self) -> dict[str, Any]:
         """Return the run's one line: sizes, speed and final validation numbers."""
         model = self.config.model
@@ -82,10 +98,38 @@ class Run:
         }
 
 
+def _kinds(model: ModelConfig, block: str) -> list[str]:
+    if block == "depth":
+        return list(model.block_kinds)
+    return [kinds[BLOCKS.index(block)] for kinds in model.layer_kinds]
+
+
 def routed_layers(model: ModelConfig, block: str) -> list[int]:
-    """Return the numbers of the layers that route in "attention" or "mlp"."""
-    column = BLOCKS.index(block)
-    return [i for i, kind in enumerate(model.layer_kinds) if kind[column] != "dense"]
+    """Return the numbers of the layers that route in one of `BLOCKS`."""
+    return [i for i, kind in enumerate(_kinds(model, block)) if kind in _ROUTED]
+
+
+def num_experts(model: ModelConfig, block: str, layer: int) -> int:
+    """Return how many experts a layer's router chooses from; depth: in or around."""
+    router = _router(model, block, layer)
+    return 2 if router is None else router.num_experts - router.num_shared
+
+
+def num_shared(model: ModelConfig, block: str, layer: int) -> int:
+    """Return how many experts of a layer are always on, numbered first."""
+    router = _router(model, block, layer)
+    return 0 if router is None else router.num_shared
+
+
+def _router(
+    model: ModelConfig, block: str, layer: int
+) -> UnionConfig | MoeConfig | None:
+    kind = _kinds(model, block)[layer]
+    if kind == "mod":
+        return None
+    if kind == "moe":
+        return model.moe
+    return model.union_for("attention" if block == "attention" else "mlp")
 
 
 def read_run(path: Path) -> Run:
@@ -94,11 +138,21 @@ def read_run(path: Path) -> Run:
     env = {}
     if (path / "env.json").is_file():
         env = json.loads((path / "env.json").read_text(encoding="utf-8"))
-    metrics = path / "metrics.jsonl"
-    if not metrics.is_file():
-        raise DataError(f"{path} has no metrics.jsonl; train the run first")
+    written = {}
+    if (path / "decompose.json").is_file():
+        written = json.loads((path / "decompose.json").read_text(encoding="utf-8"))
+    train, evals = _read_metrics(path / "metrics.jsonl", required=not written)
+    return Run(path, config.name, config, env, train, evals, written)
+
+
+def _read_metrics(file: Path, *, required: bool) -> tuple[list[dict], list[dict]]:
+    """Return training and validation records."""
+    if not file.is_file():
+        if not required:
+            return [], []
+        raise DataError(f"{file.parent} has no metrics.jsonl; train the run first")
     train, evals = [], []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except ValueError:  # the last line of a run that was killed while writing
@@ -107,9 +161,9 @@ def read_run(path: Path) -> Run:
             train.append(record)
         elif record.get("kind") == "eval" and record.get("split", "valid") == "valid":
             evals.append(record)
-    if not train and not evals:
-        raise DataError(f"{metrics} has no records yet; train the run first")
-    return Run(path, config.name, config, env, train, evals)
+    if required and not train and not evals:
+        raise DataError(f"{file} has no records yet; train the run first")
+    return train, evals
 
 
 def read_runs(paths: list[Path]) -> list[Run]:

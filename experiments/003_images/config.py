@@ -1,0 +1,103 @@
+"""003: CIFAR-10 images, a union beside dense and MoE at equal FLOPs."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from experiments.shared.case import Case, Study, change, data_file
+from uoe_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from uoe_jax.presets import as_expert_choice, as_moe, baselines
+
+CIFAR = "cifar10_jpg_8k2k.npz"
+
+
+def base(tiny: bool) -> ExperimentConfig:
+    """Return the dense vision transformer: 64 patches of 4x4 pixels, width 192."""
+    config = ExperimentConfig(
+        name="dense",
+        model=ModelConfig(
+            kind="vision",
+            max_seq_len=64,
+            d_model=192,
+            d_ff=768,
+            num_layers=6,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=48,
+            position="learned",
+            tie_embeddings=False,
+            dropout=0.1,
+            image_size=32,
+            image_channels=3,
+            image_patch=4,
+            scan_layers=False,
+            compute_dtype="bfloat16",
+        ),
+        data=DataConfig(
+            source="digits" if tiny else "npz",
+            path=None if tiny else data_module().plain_copy(data_file(CIFAR)),
+            valid_fraction=0.1,
+            test_fraction=0.1,
+            batch_size=256,
+        ),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, weight_decay=0.3),
+        train=TrainConfig(steps=1200, label_smoothing=0.1),
+    )
+    if not tiny:
+        return config
+    small = {"image_size": 8, "image_channels": 1, "image_patch": 2, "max_seq_len": 16}
+    return change(
+        config,
+        model=small | {"d_model": 32, "d_ff": 64, "num_layers": 2, "head_dim": 8},
+        data={"batch_size": 32},
+        optim={"warmup_steps": 10},
+        train={"steps": 100},
+    )
+
+
+def data_module() -> ModuleType:
+    """Return the reader beside this file."""
+    file = Path(__file__).with_name("data.py")
+    spec = importlib.util.spec_from_file_location("images_data", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def study(tiny: bool) -> Study:
+    """Return dense, mixtures and unions, all of the dense model's FLOPs."""
+    dense = base(tiny)
+    seeds = (0,) if tiny else (0, 1, 2)
+    f, heads = dense.model.d_ff, dense.model.num_heads
+
+    def case(name: str, config: ExperimentConfig | None = None, **model: Any) -> Case:
+        changed = change(config or dense, model=model)
+        return Case(name=name, config=changed, seeds=seeds)
+
+    half = {"num_experts": 8, "top_k": 4}
+    wide = {"mlp": ("union",), "d_ff": 2 * f, "union": half}
+    more_heads = {"attention": ("union",), "num_heads": 2 * heads}
+    cases = (
+        case("dense"),
+        case("UoME 4 of 8", **wide),
+        case("MoE 2 of 8", as_moe(dense)),
+        case("SMHA + UoME", **wide, **more_heads, num_kv_heads=2 * heads),
+        case("MoE expert choice", as_expert_choice(dense)),
+        case("MoE fine-grained + shared", baselines(dense)["deepseek"]),
+        case("UoME, patches of 4", **wide | {"union": half | {"patch_size": 4}}),
+        case(
+            "UoME, expert selection", **wide | {"union": half | {"router": "selection"}}
+        ),
+        case("UoME 4 of 8 half", mlp=("union",), union=half),
+    )
+    return Study(title="CIFAR-10 from 8,000 images", metric="accuracy", cases=cases)

@@ -1,0 +1,1 @@
+"""What the experiments share: cases, data on the device, training, results."""

@@ -1,0 +1,87 @@
+"""What an experiment trains: named cases, each a config and its seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.errors import ConfigError, nearest
+
+HERE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One model, trained once for every seed."""
+
+    name: str
+    config: ExperimentConfig
+    seeds: tuple[int, ...] = (0, 1, 2)
+    group: str = ""  # cases of which validation picks one; empty: always reported
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """An experiment: its cases in the order in which they are trained."""
+
+    title: str
+    metric: Literal["bits_per_byte", "accuracy"]
+    cases: tuple[Case, ...]
+    baseline: str = "dense"  # the case whose FLOPs are 100%
+
+
+def find_experiment(name: str) -> Path:
+    """Return the folder of an experiment named by its number or in full."""
+    folders = sorted(p.parent for p in HERE.glob("[0-9]*/config.py"))
+    found = [f for f in folders if f.name == name or f.name.split("_")[0] == name]
+    if len(found) != 1:
+        known = [f.name for f in folders]
+        raise ConfigError(f"no experiment {name!r}; {nearest(name, known)}")
+    return found[0]
+
+
+def load_config(folder: Path) -> ModuleType:
+    """Return an experiment's config.py as a module."""
+    spec = importlib.util.spec_from_file_location(folder.name, folder / "config.py")
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{folder / 'config.py'} can't be imported")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def data_file(name: str) -> str:
+    """Return a file of UOE_DATA_DIR; raise ConfigError where there is none."""
+    folder = os.environ.get("UOE_DATA_DIR")
+    if not folder:
+        raise ConfigError(
+            f"UOE_DATA_DIR isn't set; set it to the folder that holds {name}, or "
+            "use --tiny, which needs no file"
+        )
+    path = Path(folder) / name
+    if not path.is_file():
+        raise ConfigError(f"{path} doesn't exist; set UOE_DATA_DIR to its folder")
+    return str(path)
+
+
+def change(config: ExperimentConfig, **parts: dict[str, Any]) -> ExperimentConfig:
+    """Return a config with fields of its parts replaced: `model={"d_ff": 64}`.
+
+    A dict inside a part replaces fields of the dataclass that stands there.
+    """
+    return _change(config, parts)
+
+
+def _change(config: Any, fields: dict[str, Any]) -> Any:
+    replaced: dict[str, Any] = {}
+    for name, value in fields.items():
+        old = getattr(config, name)
+        nested = isinstance(value, dict) and dataclasses.is_dataclass(old)
+        replaced[name] = _change(old, value) if nested else value
+    return dataclasses.replace(config, **replaced)

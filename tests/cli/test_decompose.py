@@ -1,0 +1,121 @@
+"""`uoe decompose` on a tiny trained run: out, on with half the experts, and back."""
+
+import json
+
+import numpy as np
+import pytest
+
+from uoe_jax.cli import main
+from uoe_jax.decompose.layers import flat_params
+from uoe_jax.evaluate import load_run
+
+
+@pytest.fixture(scope="session")
+def dense_run(tmp_path_factory, text_file):
+    run = tmp_path_factory.mktemp("runs") / "dense"
+    args = ["train", "tiny", "--run-dir", str(run), "--quiet", "--no-report",
+            "--data.path", str(text_file), "--data.cache-dir", str(text_file.parent),
+            "--data.batch-size", "8", "--model.d-model", "16", "--model.d-ff", "32",
+            "--model.num-layers", "2", "--model.head-dim", "4",
+            "--model.max-seq-len", "32", "--train.steps", "4",
+            "--train.log-every", "1", "--train.eval-every", "2",
+            "--train.eval-batches", "2", "--train.save-every", "4"]  # fmt: skip
+    assert main(args) == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def halved_run(dense_run):
+    """The dense run as a union of 8 experts, of which each token uses 4."""
+    out = dense_run.parent / "halved"
+    args = ["decompose", str(dense_run), "--experts", "8", "--top-k", "4",
+            "--grouping", "coactivation", "--out", str(out)]  # fmt: skip
+    assert main(args) == 0
+    return out
+
+
+def read(folder):
+    return json.loads((folder / "decompose.json").read_text())
+
+
+def test_all_experts_compute_what_the_dense_run_does(dense_run, tmp_path, capsys):
+    out = tmp_path / "union"
+    args = ["decompose", str(dense_run), "--experts", "4", "--grouping", "random"]
+    assert main([*args, "--out", str(out), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == read(out)
+    assert said["weights_bitwise"] and said["exact"]
+    assert said["max_logit_difference"] <= 1e-5 * max(1, said["max_logit"])
+    assert said["loss_as_written"] == pytest.approx(said["loss_dense"], abs=1e-5)
+
+    back = tmp_path / "back"
+    assert main(["decompose", str(out), "--merge", "--out", str(back)]) == 0
+    assert "exact" in capsys.readouterr().out
+    assert read(back)["neuron_order_restored"]
+    first, second = (flat_params(load_run(run).model) for run in (dense_run, back))
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_half_of_the_experts_go_on_training(halved_run, capsys):
+    found = read(halved_run)
+    assert found["exact"] and found["router"] == "least_squares"
+    assert found["loss_as_written"] != found["loss_dense"]
+    assert set(found["router_explains"]) == {
+        f"{part} {layer}" for part in ("attention", "mlp") for layer in (0, 1)
+    }
+    args = ["train", str(halved_run), "--train.steps", "6", "--quiet", "--no-report"]
+    assert main(args) == 0
+    run = load_run(halved_run)
+    assert run.step == 6
+    assert run.config.model.union.top_k == 4
+    capsys.readouterr()
+    assert main(["eval", str(halved_run), "--max-batches", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 6
+    prompt = ["--prompt", "def", "--max-new-tokens", "4"]
+    assert main(["generate", str(halved_run), *prompt]) == 0
+    assert capsys.readouterr().out.startswith("def")
+    assert main(["report", str(halved_run)]) == 0
+    assert "Decomposition" in (halved_run / "report.html").read_text()
+
+
+def test_top_k_may_change_when_a_whole_union_goes_on(dense_run, tmp_path, capsys):
+    out = tmp_path / "whole"
+    args = ["decompose", str(dense_run), "--experts", "2", "--parts", "mlp"]
+    assert main([*args, "--out", str(out)]) == 0
+    assert main(["report", str(out)]) == 0  # no training yet
+    args = ["--model.union.top-k", "1", "--train.steps", "5", "--quiet", "--no-report"]
+    assert main(["train", str(out), *args]) == 0
+    run = load_run(out)
+    assert (run.step, run.config.model.union.top_k) == (5, 1)
+    assert run.config.model.attention == ("dense",)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ([], "--experts E"),
+        (["--experts", "0"], "--experts is 0"),
+        (["--experts", "3"], "num_experts 3"),
+        (["--experts", "4", "--top-k", "5"], "--top-k is 5"),
+        (["--merge", "--experts", "4"], "leave out --experts"),
+        (["--merge"], "dense already"),
+        (["--experts", "4", "--top-k", "2", "--calibrate", "0"], "--calibrate is 0"),
+        (["--experts", "4", "--top-k", "2", "--calibrate", "no.txt"], "no.txt"),
+    ],
+)
+def test_bad_requests_are_one_line(dense_run, tmp_path, capsys, options, part):
+    out = tmp_path / "new"
+    assert main(["decompose", str(dense_run), *options, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert part in said and said.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_folder_in_use_and_a_union_are_refused(dense_run, halved_run, capsys):
+    args = ["decompose", str(dense_run), "--experts", "4", "--out", str(halved_run)]
+    assert main(args) == 2
+    assert "isn't empty" in capsys.readouterr().err
+    args = ["decompose", str(halved_run), "--experts", "4", "--out", "x"]
+    assert main(args) == 2
+    assert "union already" in capsys.readouterr().err

@@ -1,0 +1,25 @@
+"""Dense parameters to union parameters and back, exact; no training."""
+
+from uoe_jax.decompose.group import GROUPINGS, order_neurons
+from uoe_jax.decompose.layers import flat_params, param_shapes, with_params
+from uoe_jax.decompose.probe import ProbeResult, probe
+from uoe_jax.decompose.split import (
+    merge_params,
+    merged_config,
+    split_params,
+    union_config,
+)
+
+__all__ = [
+    "GROUPINGS",
+    "ProbeResult",
+    "flat_params",
+    "merge_params",
+    "merged_config",
+    "order_neurons",
+    "param_shapes",
+    "probe",
+    "split_params",
+    "union_config",
+    "with_params",
+]

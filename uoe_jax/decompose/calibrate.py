@@ -1,0 +1,82 @@
+"""What a dense model's layers compute on some text, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from uoe_jax.model.balance import layer_period
+from uoe_jax.model.block import Block
+from uoe_jax.model.context import Context, make_context
+from uoe_jax.model.linear import project
+from uoe_jax.model.mlp import DenseMlp, activate
+from uoe_jax.ops.dense_attention.api import dense_attention
+
+
+class LayerValues(NamedTuple):
+    """One layer on N tokens, padding left out."""
+
+    attention_input: Float[np.ndarray, "N D"]  # normalised
+    heads: Float[np.ndarray, "N Q H"]  # each head's weighted values
+    mlp_input: Float[np.ndarray, "N D"]  # normalised
+    neurons: Float[np.ndarray, "N F"]  # activations, as w_down reads them
+
+
+def layer_values(model: Any, batch: Mapping[str, np.ndarray]) -> Iterator[LayerValues]:
+    """Yield the values of each layer of a dense model on a batch, in order.
+
+    The batch is one of the run's datasets. One layer is in memory at a time.
+    """
+    config = model.config
+    if "images" in batch:
+        x = model.embed(jnp.asarray(batch["images"]))
+        context = make_context(config, x.shape[:2])
+        valid = np.ones(x.shape[:2], bool)
+    else:
+        tokens = jnp.asarray(batch["tokens"])
+        known: dict[str, Any] = {
+            k: jnp.asarray(v) for k, v in batch.items() if k in _OPTIONS
+        }
+        context = make_context(config, tokens.shape, **known)
+        x = model.embed(tokens, context.positions)
+        valid = np.asarray(batch["segments"]) != 0
+    blocks, period = model.trunk.blocks, layer_period(config)
+    for number in range(config.num_layers):
+        stack, index = number % period, number // period
+        block = jax.tree.map(lambda a, index=index: a[index], blocks[stack])
+        x, values = _run_layer(block, x, context)
+        yield LayerValues(*(np.asarray(value)[valid] for value in values))
+
+
+_OPTIONS = ("positions", "segments")
+
+
+@jax.jit
+def _run_layer(
+    block: Block, x: Float[Array, "B T D"], context: Context
+) -> tuple[Array, tuple[Array, ...]]:
+    """Return the block's output and what `LayerValues` holds."""
+    attention: Any = block.attention
+    first = block.attention_norm(x)
+    q, k, v = attention.project_qkv(first, context.positions)
+    causal = attention.config.causal
+    heads = dense_attention(q, k, v, causal=causal, segments=context.segments)
+    x = x + attention.project_out(heads)
+    second = block.mlp_norm(x)
+    neurons, output = _run_mlp(block.mlp, second)
+    return x + output, (first, heads, second, neurons)
+
+
+def _run_mlp(mlp: Any, x: Array) -> tuple[Array, Array]:
+    """Return the neurons' activations and the output."""
+    dense: DenseMlp = mlp
+    part = lambda weight, bias: project(x, weight[0], None if bias is None else bias[0])
+    gate = None if dense.w_gate is None else part(dense.w_gate, dense.b_gate)
+    neurons = activate(part(dense.w_up, dense.b_up), gate)
+    bias = None if dense.b_down is None else dense.b_down[...]
+    return neurons, project(neurons, dense.w_down[0], bias)

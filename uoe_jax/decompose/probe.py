@@ -1,0 +1,93 @@
+"""How far two models are apart on a batch: logits and losses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from uoe_jax.config import ModelConfig
+
+TOLERANCE = 1e-5  # of float32 logits, times the largest logit where that is above 1
+_CHUNK = 4096  # tokens whose logits are alive at once
+
+
+class ProbeResult(NamedTuple):
+    """A model beside a reference on the same batch, in float32."""
+
+    max_logit_difference: float
+    max_logit: float  # largest reference logit, by size
+    reference_loss: float  # nats per token or example
+    loss: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether the logits agree up to rounding."""
+        return self.max_logit_difference <= TOLERANCE * max(1.0, self.max_logit)
+
+
+def in_float32(config: ModelConfig) -> ModelConfig:
+    """Return a config that computes in float32."""
+    return dataclasses.replace(config, compute_dtype="float32")
+
+
+def probe(reference: Any, model: Any, batch: Mapping[str, np.ndarray]) -> ProbeResult:
+    """Return logits and losses of two models on a batch of the run's own data.
+
+    Products are made at full float32 precision, whatever the device's default. Give
+    models of an `in_float32` config.
+    """
+    totals = np.zeros(5)
+    with jax.default_matmul_precision("highest"):
+        for part in _chunks(batch):
+            found = np.asarray(_compare(reference, model, part))
+            totals[:2] = np.maximum(totals[:2], found[:2])
+            totals[2:] += found[2:]
+    difference, largest, first, second, weight = totals.tolist()
+    weight = max(weight, 1.0)
+    return ProbeResult(difference, largest, first / weight, second / weight)
+
+
+def _chunks(batch: Mapping[str, np.ndarray]) -> list[dict[str, Array]]:
+    first = next(iter(batch.values()))
+    length = batch["tokens"].shape[1] if "tokens" in batch else 64
+    rows = max(_CHUNK // length, 1)
+    return [
+        {name: jnp.asarray(a[i : i + rows]) for name, a in batch.items()}
+        for i in range(0, len(first), rows)
+    ]
+
+
+@jax.jit
+def _compare(reference: Any, model: Any, batch: dict[str, Array]) -> Array:
+    """Return [difference, largest logit, two summed losses, weight]."""
+    if "targets" in batch:
+        targets, weights = batch["targets"], batch["mask"]
+    else:
+        targets = jnp.maximum(batch["labels"], 0)
+        weights = (batch["labels"] >= 0).astype(jnp.float32)
+    first, second = logits(reference, batch), logits(model, batch)
+    counts = (weights > 0)[..., None]
+    difference = jnp.max(jnp.where(counts, jnp.abs(first - second), 0.0))
+    largest = jnp.max(jnp.where(counts, jnp.abs(first), 0.0))
+
+    def nll(logits: Array) -> Array:
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
+        picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+        return -jnp.sum(picked * weights)
+
+    sums = (nll(first), nll(second), jnp.sum(weights))
+    return jnp.stack([difference, largest, *sums])
+
+
+def logits(model: Any, batch: Mapping[str, Array]) -> Float[Array, "*N V"]:
+    """Return a model's logits of a dataset's batch."""
+    if "images" in batch:
+        return model(batch["images"])[0]
+    names = ("positions", "segments") if "targets" in batch else ("segments",)
+    return model(batch["tokens"], **{name: batch[name] for name in names})[0]

@@ -1,0 +1,61 @@
+"""Routers for a union that was cut from a dense model, before any training."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+RouterStart = Literal["zero", "least_squares"]
+
+# Scores this small order the experts and leave every gate within 1% of 1.
+SCORE_DEVIATION = 0.02
+_RIDGE = 1e-2  # times the mean eigenvalue of the inputs' second moment
+
+
+class RouterFit(NamedTuple):
+    """A linear router: scores `x @ weight`, and `bias` that only selection sees."""
+
+    weight: Float[np.ndarray, "D E"]
+    bias: Float[np.ndarray, " E"]
+    explained: float  # share of the shares' variance that the scores explain
+
+
+def expert_lengths(
+    inner: Float[np.ndarray, "N F"], weight: Float[np.ndarray, "E W D"]
+) -> Float[np.ndarray, "N E"]:
+    """Return the length of each expert's output, `|inner[:, e] @ weight[e]|`.
+
+    `inner` are neurons or heads' values in the experts' order, F = E W.
+    """
+    experts, width, _ = weight.shape
+    parts = inner.reshape(len(inner), experts, width)
+    outputs = (parts[:, e] @ weight[e] for e in range(experts))
+    return np.stack([np.linalg.norm(y, axis=1) for y in outputs], axis=1)
+
+
+def fit_router(
+    x: Float[np.ndarray, "N D"],
+    shares: Float[np.ndarray, "N E"],
+    deviation: float = SCORE_DEVIATION,
+) -> RouterFit:
+    """Return the least-squares router from inputs to each expert's share.
+
+    Targets are the lengths of the experts' outputs less each token's mean, as routing
+    only compares experts. Scaled to scores of the given standard deviation. Ridge
+    regression; see MoEfication (Zhang et al. 2022, section 3.2) for learnt selection.
+    """
+    targets = shares - shares.mean(axis=1, keepdims=True)
+    target_mean, x_mean = targets.mean(axis=0), x.mean(axis=0)
+    centred, wanted = x - x_mean[None], targets - target_mean[None]
+    moment = centred.T @ centred
+    ridge = _RIDGE * np.trace(moment) / len(moment)
+    weight = np.linalg.solve(moment + ridge * np.eye(len(moment)), centred.T @ wanted)
+    left = np.square(wanted - centred @ weight).sum()
+    total = np.square(wanted).sum()
+    bias = target_mean - x_mean @ weight
+    scores = x @ weight
+    scale = deviation / max(float(scores.std()), 1e-12)
+    explained = 1 - left / total if total else 0.0
+    return RouterFit(weight * scale, bias * scale, float(explained))

@@ -1,0 +1,214 @@
+"""Dense weights cut into experts and joined again: reshapes only, so exact.
+
+A dense layer is a union of one expert. Attention `[1, D, K, G, H] -> [E, D, K/E, G, H]`
+cuts between key/value heads, each with its query heads; the MLP
+`[1, D, F] -> [E, D, F/E]` cuts between neurons, in any order of them. Output biases
+belong to no expert and stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from uoe_jax.config import ModelConfig, UnionOverrides
+from uoe_jax.decompose.layers import Arrays, from_layers, param_shapes, to_layers
+from uoe_jax.errors import ConfigError
+
+Part = Literal["attention", "mlp"]
+PARTS: tuple[Part, ...] = ("attention", "mlp")
+
+# Along which axis of a dense weight, its expert axis left out, heads or neurons lie.
+_AXIS = {
+    "attention": {"wq": 1, "wk": 1, "wv": 1, "wo": 0, "bq": 0, "bk": 0, "bv": 0},
+    "mlp": {"w_up": 1, "w_gate": 1, "w_down": 0, "b_up": 0, "b_gate": 0},
+}
+_ROUTER = ".router."
+
+
+def union_config(
+    config: ModelConfig,
+    num_experts: int,
+    top_k: int,
+    parts: Iterable[Part] = PARTS,
+    attention_experts: int | None = None,
+) -> ModelConfig:
+    """Return a dense model's config with the given parts of every layer a union.
+
+    Attention may have another number of experts; a token then uses the same share of
+    them, rounded. Raises ConfigError if some part of the model isn't dense.
+    """
+    check_dense(config)
+    parts = tuple(parts)
+    if not parts:
+        raise ConfigError("no part to decompose; name attention, mlp or both")
+    union = dataclasses.replace(config.union, num_experts=num_experts, top_k=top_k)
+    own = UnionOverrides()
+    if attention_experts is not None and attention_experts != num_experts:
+        share = max(round(attention_experts * top_k / max(num_experts, 1)), 1)
+        own = UnionOverrides(num_experts=attention_experts, top_k=share)
+    kinds: dict[str, Any] = {part: ("union",) for part in parts}
+    return dataclasses.replace(config, union=union, union_attention=own, **kinds)
+
+
+def merged_config(config: ModelConfig) -> ModelConfig:
+    """Return a union's config with every layer dense.
+
+    Raises ConfigError if it is dense already or some part is neither.
+    """
+    _check_kinds(config, {"dense", "union"}, "only unions and dense layers merge")
+    if "union" not in config.attention + config.mlp:
+        raise ConfigError("the model is dense already; nothing is left to merge")
+    return dataclasses.replace(config, attention=("dense",), mlp=("dense",))
+
+
+def check_dense(config: ModelConfig) -> None:
+    """Raise ConfigError unless every layer of a model is dense."""
+    if "union" in config.attention + config.mlp:
+        raise ConfigError(
+            f"the model is a union already (attention {list(config.attention)}, mlp "
+            f"{list(config.mlp)}); merge it first, or take a dense run"
+        )
+    _check_kinds(config, {"dense"}, "only dense layers decompose")
+
+
+def _check_kinds(config: ModelConfig, known: set[str], rule: str) -> None:
+    for name in ("attention", "mlp", "blocks"):
+        for kind in getattr(config, name):
+            if kind not in known | ({"all"} if name == "blocks" else set()):
+                raise ConfigError(
+                    f"model.{name} has {kind!r} layers; {rule}: take another run"
+                )
+
+
+def split_params(
+    dense: Mapping[str, np.ndarray],
+    dense_config: ModelConfig,
+    union: ModelConfig,
+    permutation: Int[np.ndarray, "L F"] | None = None,
+) -> Arrays:
+    """Return a union's parameters that compute what the dense ones do.
+
+    Args:
+      dense: parameters by name, as `flat_params` gives them.
+      dense_config: the dense model's config.
+      union: the union's config, of the same sizes; its dense layers stay dense.
+      permutation: the order each layer's neurons get before they are cut; None keeps
+        theirs. Layers whose MLP stays dense ignore it.
+
+    Returns:
+      Parameters by name; routers are zero, so that every gate is 1.
+
+    Raises:
+      ConfigError: a shape that doesn't fit, naming the parameter.
+    """
+    _check_order(permutation, union)
+    rest, layers = to_layers(dense, dense_config)
+    cut = []
+    for number, layer in enumerate(layers):
+        order = None if permutation is None else permutation[number]
+        cut.append(_map_layer(layer, union, number, order, _cut))
+    params = from_layers(rest, cut, union)
+    return _fit(params, union)
+
+
+def merge_params(
+    params: Mapping[str, np.ndarray],
+    union: ModelConfig,
+    dense_config: ModelConfig,
+    permutation: Int[np.ndarray, "L F"] | None = None,
+) -> Arrays:
+    """Return the dense parameters of a union's: `split_params` undone, bit for bit.
+
+    `permutation` is the one the union was split with. Routers are left out: where they
+    have learnt gates or leave experts out, the dense model computes something else.
+    Works on gradients as well, as it only moves entries.
+    """
+    _check_order(permutation, union)
+    rest, layers = to_layers(params, union)
+    joined = []
+    for number, layer in enumerate(layers):
+        layer = {name: a for name, a in layer.items() if _ROUTER not in name}
+        order = None if permutation is None else np.argsort(permutation[number])
+        joined.append(_map_layer(layer, union, number, order, _join))
+    return _fit(from_layers(rest, joined, dense_config), dense_config)
+
+
+def _map_layer(
+    layer: Mapping[str, np.ndarray],
+    union: ModelConfig,
+    number: int,
+    order: Int[np.ndarray, " F"] | None,
+    change: Any,
+) -> Arrays:
+    """Return a layer with the weights of its union parts cut or joined."""
+    kinds: Sequence[str] = union.layer_kinds[number]
+    result = dict(layer)
+    for part, kind in zip(PARTS, kinds, strict=True):
+        if kind != "union":
+            continue
+        experts = union.union_for(part).num_experts
+        for name, axis in _AXIS[part].items():
+            if f"{part}.{name}" in layer:
+                weight = layer[f"{part}.{name}"]
+                moved = order if part == "mlp" else None
+                result[f"{part}.{name}"] = change(weight, axis, experts, moved)
+    return result
+
+
+def _cut(weight: np.ndarray, axis: int, experts: int, order: Any) -> np.ndarray:
+    weight = weight[0]
+    if order is not None:
+        weight = np.take(weight, order, axis)
+    size = weight.shape[axis]
+    if size % experts:
+        raise ConfigError(
+            f"{experts} experts don't divide {size} heads or neurons; use a divisor"
+        )
+    shape = (*weight.shape[:axis], experts, size // experts, *weight.shape[axis + 1 :])
+    return np.moveaxis(weight.reshape(shape), axis, 0)
+
+
+def _join(weight: np.ndarray, axis: int, experts: int, order: Any) -> np.ndarray:
+    weight = np.moveaxis(weight, 0, axis)
+    size = experts * weight.shape[axis + 1]
+    weight = weight.reshape(*weight.shape[:axis], size, *weight.shape[axis + 2 :])
+    if order is not None:
+        weight = np.take(weight, order, axis)
+    return weight[None]
+
+
+def _check_order(order: np.ndarray | None, config: ModelConfig) -> None:
+    if order is None:
+        return
+    shape = (config.num_layers, config.d_ff)
+    if order.shape != shape or (np.sort(order) != np.arange(shape[1])).any():
+        raise ConfigError(
+            f"the order of neurons is {list(order.shape)}; it takes a permutation of "
+            f"0 to {shape[1] - 1} for each of {shape[0]} layers"
+        )
+
+
+def _fit(params: Arrays, config: ModelConfig) -> Arrays:
+    """Return the parameters of `config`'s model, routers added as zeros."""
+    wanted = param_shapes(config)
+    fitted: Arrays = {}
+    for name, leaf in wanted.items():
+        if name not in params and _ROUTER in name:
+            fitted[name] = np.zeros(leaf.shape, leaf.dtype)
+            continue
+        have = params[name].shape if name in params else None
+        if have != leaf.shape:
+            found = "absent" if have is None else list(have)
+            raise ConfigError(
+                f"{name} is {found}, expected {list(leaf.shape)}; the two configs must "
+                "describe the same sizes"
+            )
+        fitted[name] = np.ascontiguousarray(params[name])
+    if extra := sorted(set(params) - set(wanted)):
+        raise ConfigError(f"{extra[0]} has no place in the other model")
+    return fitted
