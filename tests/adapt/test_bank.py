@@ -1,0 +1,119 @@
+"""Adapters side by side: switched, replaced and mixed by one compiled function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moved_adapters import randomise
+
+from uoe_jax.adapt import (
+    AdapterConfig,
+    apply_adapted,
+    as_tucker,
+    leaf_delta,
+    mix_adapters,
+    pad_ranks,
+    select_adapter,
+    set_adapter,
+    stack_adapters,
+)
+from uoe_jax.errors import ConfigError
+
+
+@pytest.fixture
+def params():
+    return {"w": jax.random.normal(jax.random.key(0), (6, 5))}
+
+
+@pytest.fixture
+def singles(params, make):
+    """LoRA adapters of ranks 1 to 4."""
+    config = lambda r: AdapterConfig(method="lora", rank=r, targets=("w",))
+    return [make(params, config(r), seed=r) for r in (1, 2, 3, 4)]
+
+
+def fn(params, x):
+    return x @ params["w"]
+
+
+def test_switching_and_replacing_never_recompile(params, singles, make):
+    bank, x = stack_adapters(singles), jnp.ones((2, 6))
+    traces = []
+
+    @jax.jit
+    def run(bank, index, x):
+        traces.append(index)
+        return apply_adapted(fn, params, select_adapter(bank, index), x)
+
+    for index, single in enumerate(singles):
+        want = apply_adapted(fn, params, single, x)
+        np.testing.assert_allclose(run(bank, index, x), want, rtol=1e-5, atol=1e-5)
+    config = AdapterConfig(method="lora", rank=2, targets=("w",))
+    other = make(params, config, seed=9)
+    swapped = set_adapter(bank, 3, other)
+    want = apply_adapted(fn, params, other, x)
+    np.testing.assert_allclose(run(swapped, 3, x), want, rtol=1e-5, atol=1e-5)
+    assert len(traces) == 1
+
+
+@given(st.lists(st.floats(-2, 2), min_size=4, max_size=4))
+@settings(max_examples=4, deadline=None)
+def test_mixed_banks_are_the_weighted_sum(mix):
+
+    from uoe_jax.adapt import init_adapters
+
+    params = {"w": jax.random.normal(jax.random.key(0), (6, 5))}
+    config = lambda r: AdapterConfig(method="tucker", rank=r, targets=("w",))
+    sets = [
+        randomise(init_adapters(params, config(r), jax.random.key(r)), r)
+        for r in (1, 2, 3, 4)
+    ]
+    bank = mix_adapters(stack_adapters(sets), jnp.asarray(mix))
+    want = sum(m * leaf_delta(s, s["w"]) for m, s in zip(mix, sets, strict=True))
+    x = jnp.ones((2, 6))
+    for path in ("factored", "fused"):
+        got = apply_adapted(fn, params, bank, x, path=path)
+        np.testing.assert_allclose(got, x @ (params["w"] + want), rtol=1e-4, atol=1e-4)
+
+
+def test_each_row_may_have_its_own_adapter(params, singles):
+    bank, x = stack_adapters(singles), jax.random.normal(jax.random.key(1), (4, 6))
+    order = jnp.asarray([2, 0, 3, 2])
+
+    @jax.vmap
+    def rows(index, row):
+        single = select_adapter(bank, index)
+        return apply_adapted(fn, params, single, row[None])[0]
+
+    got = rows(order, x)
+    for row, index in enumerate(order.tolist()):
+        want = apply_adapted(fn, params, singles[index], x[row][None])[0]
+        np.testing.assert_allclose(got[row], want, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_and_tucker_share_a_bank(params, singles, make):
+    tucker = make(params, AdapterConfig(rank=4, targets=("w",)))
+    same = as_tucker(singles[1])
+    want = leaf_delta(singles[1], singles[1]["w"])
+    np.testing.assert_allclose(leaf_delta(same, same["w"]), want, rtol=1e-5)
+    bank = stack_adapters([tucker, same])
+    back = select_adapter(bank, 1)
+    np.testing.assert_allclose(leaf_delta(back, back["w"]), want, rtol=1e-5)
+
+
+def test_what_cant_stand_side_by_side_is_named(params, singles, make):
+    tucker = make(params, AdapterConfig(rank=2, targets=("w",)))
+    with pytest.raises(ConfigError, match="one method"):
+        stack_adapters([singles[0], tucker])
+    with pytest.raises(ConfigError, match="highest"):
+        pad_ranks(singles[3], singles[0])
+    other = {"v": params["w"]}
+    foreign = make(other, AdapterConfig(method="lora", rank=2, targets=("v",)))
+    with pytest.raises(ConfigError, match="same targets"):
+        stack_adapters([singles[0], foreign])
+    dora = AdapterConfig(method="lora", rank=2, targets=("w",), use_dora=True)
+    bank = stack_adapters([make(params, dora, seed=s) for s in (0, 1)])
+    with pytest.raises(ConfigError, match="select one"):
+        apply_adapted(fn, params, bank, jnp.ones((2, 6)))

@@ -1,0 +1,148 @@
+"""Models with adapters: `apply_adapted` calls a function of parameters with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from uoe_jax.adapt import network
+from uoe_jax.adapt.adapters import Adapters, named_params
+from uoe_jax.adapt.config import Path
+from uoe_jax.adapt.init import column_norms
+from uoe_jax.adapt.interpret import call_adapted
+from uoe_jax.adapt.network import Lazy, Term
+from uoe_jax.adapt.plan import LeafPlan
+from uoe_jax.adapt.products import Mode
+from uoe_jax.errors import ConfigError, nearest
+
+BANK = "k"  # letter of several adapters summed
+
+
+def apply_adapted(
+    fn: Callable[..., Any],
+    params: PyTree,
+    adapters: Adapters | Sequence[Adapters],
+    *args: Any,
+    path: Path = "auto",
+    training: bool = False,
+    key: jax.Array | None = None,
+) -> Any:
+    """Return `fn(params, *args)` as if every adapted weight were weight + deltas.
+
+    Several adapters add up. `path`: delta (a second product with the whole delta),
+    fused (one product with the sum), factored (small products), or auto: the cheapest
+    at each product. `key` switches on input dropout. Traceable: jit, grad and vmap work
+    over adapters and args, and arrays of the same shapes never recompile.
+
+    Raises ConfigError for an adapter of a weight that isn't there or has another shape.
+    """
+    if isinstance(adapters, Adapters):
+        adapters = (adapters,)
+    leaves = named_params(params)
+    numbers = {name: number for number, name in enumerate(leaves)}
+    lazies: dict[int, Lazy] = {}
+    for adapter in adapters:
+        for plan in adapter.plans:
+            check_leaf(plan, leaves)
+            number = numbers[plan.name]
+            weight = lazies.get(number, Lazy(leaves[plan.name], ()))
+            lazies[number] = attach(weight, adapter, plan)
+    return call_adapted(fn, params, lazies, args, Mode(path, training, key))
+
+
+def adapted_params(params: PyTree, adapters: Adapters | Sequence[Adapters]) -> PyTree:
+    """Return the parameters with all deltas added, in the weights' dtypes.
+
+    Differentiable in the adapters; `merge` does the same from float32 weights.
+    """
+    identity = lambda tree: tree
+    return apply_adapted(identity, params, adapters, path="fused")
+
+
+def check_leaf(plan: LeafPlan, leaves: dict[str, Any]) -> None:
+    """Raise ConfigError unless the planned weight is there with the planned shape."""
+    if plan.name not in leaves:
+        raise ConfigError(
+            f"adapter of {plan.name!r}, which the model hasn't; "
+            + nearest(plan.name, leaves)
+        )
+    shape = tuple(leaves[plan.name].shape)
+    if shape != plan.shape:
+        raise ConfigError(
+            f"adapter of {plan.name} is for shape {list(plan.shape)}, the model has "
+            f"{list(shape)}; use the model it was trained on"
+        )
+
+
+def attach(weight: Lazy, adapter: Adapters, plan: LeafPlan) -> Lazy:
+    """Return an adapted weight with one more adapter.
+
+    A vector's delta is added at once; so is a DoRA delta, whose norms need the whole
+    weight.
+    """
+    parts, scale = adapter.weights[plan.name], adapter.scales[plan.name]
+    terms = [make_term(plan, parts, scale)]
+    if plan.name in adapter.anchor:
+        terms.append(make_term(plan, adapter.anchor[plan.name], -scale))
+    if plan.dora:
+        if plan.bank:
+            raise ConfigError(
+                f"{plan.name} has DoRA adapters side by side; select one of them"
+            )
+        dtype = jnp.promote_types(weight.value.dtype, jnp.float32)
+        wide = Lazy(weight.value.astype(dtype), (*weight.terms, *terms))
+        value = rescale(plan, network.fuse(wide), parts["magnitude"])
+        return Lazy(value.astype(weight.value.dtype), ())
+    if plan.method == "vector":
+        value = network.fuse(Lazy(weight.value, tuple(terms)))
+        return Lazy(value, weight.terms)
+    return Lazy(weight.value, (*weight.terms, *terms))
+
+
+def make_term(plan: LeafPlan, parts: dict[str, Array], scale: Array) -> Term:
+    """Return an adapter's delta of one weight as a network; the scale in its core.
+
+    The arrays of a bank have a leading letter that is summed over.
+    """
+    lead = BANK if plan.bank else ""
+    labels = [(part, lead + word) for part, word in plan.labels if part != "magnitude"]
+    arrays = [parts[part] for part, _ in labels]
+    smallest = min(range(len(arrays)), key=lambda n: math.prod(arrays[n].shape))
+    array = arrays[smallest]
+    scale = scale.reshape(scale.shape + (1,) * (array.ndim - scale.ndim))
+    arrays[smallest] = array * scale.astype(array.dtype)
+    return Term(
+        arrays=tuple(arrays),
+        labels=tuple(word for _, word in labels),
+        axes=tuple(plan.axes.axes),
+        dropout=plan.dropout,
+        name=plan.name,
+    )
+
+
+def leaf_delta(adapter: Adapters, plan: LeafPlan) -> Array:
+    """Return the float32 delta of one weight, an anchor subtracted; without DoRA."""
+    parts, scale = adapter.weights[plan.name], adapter.scales[plan.name]
+    change = network.delta(make_term(plan, parts, scale))
+    if plan.name in adapter.anchor:
+        start = make_term(plan, adapter.anchor[plan.name], scale)
+        change = change - network.delta(start)
+    return change
+
+
+def rescale(plan: LeafPlan, value: Array, magnitude: Array) -> Array:
+    """Return a weight with each output's norm set (DoRA, equation 5).
+
+    The norm is a constant of the backward pass, as in its section 4.3.
+    """
+    norms = jax.lax.stop_gradient(column_norms(plan, value))
+    ratio = magnitude / jnp.maximum(norms, jnp.finfo(value.dtype).tiny)
+    kept, axes = plan.axes.batch + plan.axes.outs, plan.axes.axes
+    ratio = ratio.transpose([kept.index(a) for a in axes if a in kept])
+    sizes = zip(axes, value.shape, strict=True)
+    return value * ratio.reshape([n if a in kept else 1 for a, n in sizes])

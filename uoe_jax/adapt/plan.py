@@ -1,0 +1,253 @@
+"""Which weights get which factors: patterns, axes of a weight, shapes of factors."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from uoe_jax.adapt.config import AdapterConfig, check_adapter, rank_for, scale_for
+from uoe_jax.adapt.equation import Roles, lora_network, tucker_network
+from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.linalg.tucker import clamp_ranks
+
+RANK_LETTERS = "ABCDEFGH"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightAxes:
+    """One letter an axis, in order, and what the axes do.
+
+    Letters in none of `ins`, `outs` and `kernel` are batch axes: each index of them has
+    an adapter of its own. `heads` are the axes that Tucker may take one by one.
+    """
+
+    axes: str
+    ins: str
+    outs: str
+    kernel: str = ""
+    heads: str = ""
+
+    @property
+    def batch(self) -> str:
+        """Letters of the batch axes."""
+        used = self.ins + self.outs + self.kernel
+        return "".join(a for a in self.axes if a not in used)
+
+
+# This library's weights; a leading layer axis is added inside the stacks of blocks.
+LAYER = "l"
+STACKS = "*blocks.*"
+MODEL_AXES: dict[str, WeightAxes] = {
+    "*.attention.wq": WeightAxes(axes="edjgh", ins="d", outs="jgh", heads="jgh"),
+    "*.attention.w[kv]": WeightAxes(axes="edjh", ins="d", outs="jh", heads="jh"),
+    "*.attention.wo": WeightAxes(axes="ejghd", ins="jgh", outs="d", heads="jgh"),
+    "*.mlp.w_up": WeightAxes(axes="edf", ins="d", outs="f"),
+    "*.mlp.w_gate": WeightAxes(axes="edf", ins="d", outs="f"),
+    "*.mlp.w_down": WeightAxes(axes="efd", ins="f", outs="d"),
+    "*.router.weight": WeightAxes(axes="dx", ins="d", outs="x"),
+    "*embedding": WeightAxes(axes="vd", ins="v", outs="d"),
+    "head.weight": WeightAxes(axes="dv", ins="d", outs="v"),
+    "embed.weight": WeightAxes(axes="pd", ins="p", outs="d"),
+}
+EXPERT = "e"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeafPlan:
+    """The adapter of one weight: labels and shapes of its factors. Hashable."""
+
+    name: str
+    axes: WeightAxes
+    shape: tuple[int, ...]
+    method: str  # lora, tucker or vector
+    rank: int
+    ranks: tuple[int, ...]  # of the modes (Tucker), or the one rank
+    labels: tuple[tuple[str, str], ...]  # (part, its letters), in network order
+    dora: bool = False
+    dropout: float = 0.0
+    bank: bool = False  # parts have a leading axis of several adapters
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of every letter."""
+        sizes = dict(zip(self.axes.axes, self.shape, strict=True))
+        return sizes | dict(zip(RANK_LETTERS, self.ranks, strict=False))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every part, of one adapter."""
+        sizes = self.sizes
+        return {part: tuple(sizes[a] for a in word) for part, word in self.labels}
+
+    @property
+    def num_params(self) -> int:
+        """Trained numbers of one adapter."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+def axes_of(
+    name: str, shape: Sequence[int], known: Mapping[str, WeightAxes]
+) -> WeightAxes:
+    """Return a parameter's axes: from `known`, else a vector, a matrix or an image's.
+
+    Two axes are [in, out], three to five a convolution kernel [..., in, out] (HWIO).
+    """
+    for pattern, axes in known.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            missing = len(shape) - len(axes.axes)
+            if missing == 1 and fnmatch.fnmatchcase(name, STACKS):
+                axes = WeightAxes(
+                    axes=LAYER + axes.axes,
+                    ins=axes.ins,
+                    outs=axes.outs,
+                    kernel=axes.kernel,
+                    heads=axes.heads,
+                )
+            elif missing:
+                raise ConfigError(
+                    f"{name} has shape {list(shape)} but its axes are {axes.axes!r}; "
+                    "state one letter for each axis"
+                )
+            return axes
+    stacked = fnmatch.fnmatchcase(name, STACKS)
+    inner = len(shape) - stacked
+    lead = LAYER if stacked else ""
+    if inner == 1:
+        return WeightAxes(axes=lead + "o", ins="", outs="o")
+    if inner in (2, 3, 4, 5):
+        kernel = "xyz"[: inner - 2]
+        axes = f"{lead}{kernel}io"
+        return WeightAxes(axes=axes, ins="i", outs="o", kernel=kernel)
+    raise ConfigError(
+        f"{name} has shape {list(shape)}; state its axes as WeightAxes(axes=..., "
+        "ins=..., outs=...)"
+    )
+
+
+def make_plans(
+    shapes: Mapping[str, Sequence[int]],
+    config: AdapterConfig,
+    axes: Mapping[str, WeightAxes] | None = None,
+) -> tuple[LeafPlan, ...]:
+    """Return the adapters of all parameters that the config's patterns choose.
+
+    `axes` describes weights of other models by pattern. Warns when the adapters are as
+    large as what they adapt. Raises ConfigError for a pattern that matches nothing.
+    """
+    check_adapter(config)
+    known = {**(axes or {}), **MODEL_AXES}
+    for pattern in (*config.targets, *config.rank_pattern):
+        if not fnmatch.filter(shapes, pattern):
+            raise ConfigError(
+                f"no weight matches {pattern!r}; "
+                + nearest(pattern.strip("*."), shapes)
+            )
+    plans: list[LeafPlan] = []
+    for name, shape in shapes.items():
+        chosen = any(fnmatch.fnmatchcase(name, pattern) for pattern in config.targets)
+        rank = rank_for(config, name)
+        if chosen and rank:
+            place = axes_of(name, shape, known)
+            plans.append(_plan_leaf(name, tuple(shape), place, rank, config))
+    if not plans:
+        raise ConfigError("every matching weight has rank 0; give one of them a rank")
+    _warn(plans)
+    return tuple(plans)
+
+
+def _warn(plans: Sequence[LeafPlan]) -> None:
+    """Warn of ranks that a weight can't have, and of adapters as large as the base."""
+    cut = [plan for plan in plans if _is_cut(plan)]
+    if cut:
+        warnings.warn(
+            f"rank {cut[0].rank} is more than {cut[0].name} can have; "
+            f"{list(cut[0].ranks)} used, and so in {len(cut)} of {len(plans)} weights",
+            stacklevel=3,
+        )
+    size = sum(plan.num_params for plan in plans)
+    base = sum(math.prod(plan.shape) for plan in plans)
+    if size >= base:
+        warnings.warn(
+            f"adapters have {size:,} parameters, the weights they adapt {base:,}; "
+            "lower the rank",
+            stacklevel=3,
+        )
+
+
+def _is_cut(plan: LeafPlan) -> bool:
+    """Whether a side of the weight as a whole is narrower than the rank."""
+    if plan.method == "lora":
+        return plan.ranks[0] < plan.rank
+    words = dict(plan.labels)
+    sides = (f"factor_{side}" for side in (plan.axes.ins, plan.axes.outs))
+    return any(
+        plan.sizes[words[part][-1]] < plan.rank for part in sides if part in words
+    )
+
+
+def _plan_leaf(
+    name: str,
+    shape: tuple[int, ...],
+    axes: WeightAxes,
+    rank: int,
+    config: AdapterConfig,
+) -> LeafPlan:
+    sizes = dict(zip(axes.axes, shape, strict=True))
+    shared = EXPERT if config.share_experts and EXPERT in axes.batch else ""
+    if not axes.ins:
+        if config.use_dora:
+            raise ConfigError(f"{name} is a vector; use_dora needs matrices")
+        return LeafPlan(
+            name=name,
+            axes=axes,
+            shape=shape,
+            method="vector",
+            rank=1,
+            ranks=(),
+            labels=(("delta", axes.axes),),
+        )
+    width = lambda word: math.prod(sizes[a] for a in word)
+    if config.method == "lora":
+        limit = min(width(axes.kernel + axes.ins), width(axes.outs))
+        ranks = (min(rank, limit),)
+        roles = Roles(axes.batch, axes.kernel + axes.ins, axes.outs)
+        words = lora_network(roles, RANK_LETTERS[0], shared)
+        labels = tuple(zip(("a", "b"), words, strict=True))
+    else:
+        modes = _modes(axes, config.split_heads)
+        wanted = [config.kernel_rank if m in axes.kernel else rank for m in modes]
+        ranks = clamp_ranks([width(mode) for mode in modes], wanted)
+        letters = RANK_LETTERS[: len(modes)]
+        words = tucker_network(axes.batch, modes, letters, shared)
+        parts = ("core", *(f"factor_{mode}" for mode in modes))
+        labels = tuple(zip(parts, words, strict=True))
+    if config.use_dora:
+        labels = (*labels, ("magnitude", axes.batch + axes.outs))
+    return LeafPlan(
+        name=name,
+        axes=axes,
+        shape=shape,
+        method=config.method,
+        rank=rank,
+        ranks=ranks,
+        labels=labels,
+        dora=config.use_dora,
+        dropout=config.dropout,
+    )
+
+
+def _modes(axes: WeightAxes, split_heads: bool) -> tuple[str, ...]:
+    """Return Tucker's modes: in, out, then the spatial ones; the official order."""
+    modes: list[str] = []
+    for side in (axes.ins, axes.outs):
+        split = split_heads and set(side) <= set(axes.heads)
+        modes += list(side) if split else [side]
+    return (*modes, *axes.kernel)
+
+
+def leaf_scale(plan: LeafPlan, config: AdapterConfig) -> float:
+    """Return the scale of a planned adapter; a vector counts as it is."""
+    return 1.0 if plan.method == "vector" else scale_for(config, plan.rank)

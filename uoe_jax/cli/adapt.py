@@ -1,0 +1,173 @@
+"""`uoe adapt`: a run adapted to other data by a few factors; the run stays as it is."""
+
+from __future__ import annotations
+
+import json as json_text
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from uoe_jax.cli.parse import parse
+from uoe_jax.cli.paths import RUNS, find_run, read_config
+from uoe_jax.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptOptions:
+    """Adapt a run to other data with Tucker or LoRA factors, beside its weights."""
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
+
+    method: Literal["tucker", "lora"] = "tucker"
+
+    rank: int = 8
+
+    # File, folder, glob, tfds:NAME, stdlib or digits; the run's own if not given.
+    data: str | None = None
+
+    steps: int = 300  # 0: only merge what --load names
+
+    learning_rate: float = 3e-3
+
+    batch_size: int | None = None  # the run's if not given
+
+    # Shell patterns on parameter names; every projection of the blocks by default.
+    targets: tuple[str, ...] = ("*.attention.w?", "*.mlp.w_*")
+
+    rank_pattern: tuple[str, ...] = ()  # PATTERN=RANK, first match wins; 0: leave out
+
+    alpha: float | None = None  # scale; the init's published default if not given
+
+    init: Literal["flora", "loralib", "peft", "gaussian", "orthonormal", "hosvd"] = (
+        "peft"
+    )
+
+    split_heads: bool = False  # Tucker: heads, groups and head width as own modes
+
+    share_experts: bool = False  # a union's experts share their factors
+
+    rslora: bool = False  # scale alpha over the root of the rank
+
+    dora: bool = False  # learned magnitudes of the outputs
+
+    dropout: float = 0.0  # of the adapter's input
+
+    path: Literal["auto", "delta", "fused", "factored"] = "auto"
+
+    load: Path | None = None  # start from this adapter folder, or PEFT's LoRA
+
+    merge: bool = False  # also write a run with the deltas in its weights
+
+    checkpoint: Literal["last", "best"] = "last"
+
+    out: Path | None = None  # folder of the adapter; runs/<name>-<method><rank>
+
+    seed: int = 0
+
+    json: bool = False  # one JSON object instead of tables
+
+    quiet: bool = False  # no progress
+
+
+def adapt(args: list[str]) -> int:
+    """Train an adapter of a run; print its parameters, memory, speed and gain."""
+    options = parse(AdaptOptions, args, "adapt")
+    folder = find_run(options.run)
+    name = f"{read_config(folder).name}-{options.method}{options.rank}"
+    out = options.out or RUNS / name
+
+    from uoe_jax.cli.device import prepare
+
+    prepare()
+    from uoe_jax.adapt.config import AdapterConfig
+    from uoe_jax.adapt.run import adapt_run
+
+    adapter = AdapterConfig(
+        method=options.method,
+        rank=options.rank,
+        targets=options.targets,
+        rank_pattern=_patterns(options.rank_pattern),
+        alpha=options.alpha,
+        init=options.init,
+        split_heads=options.split_heads,
+        share_experts=options.share_experts,
+        use_rslora=options.rslora,
+        use_dora=options.dora,
+        dropout=options.dropout,
+    )
+    silent = options.quiet or options.json
+    report = adapt_run(
+        folder,
+        out,
+        adapter,
+        data=options.data,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        load=options.load,
+        merged=options.merge,
+        which=options.checkpoint,
+        path=options.path,
+        seed=options.seed,
+        note=(lambda text: None) if silent else print,
+    )
+    if options.json:
+        print(json_text.dumps(report, indent=2))
+    else:
+        print(describe(report))
+        print(f"adapter: {out}")
+    return 0
+
+
+def _patterns(words: tuple[str, ...]) -> dict[str, int]:
+    """Return rank patterns from `*.wq=16`."""
+    found = {}
+    for word in words:
+        pattern, _, rank = word.rpartition("=")
+        if not pattern or not rank.isdigit():
+            raise ConfigError(
+                f"rank pattern is {word!r}; write PATTERN=RANK, as in *.wq=16"
+            )
+        found[pattern] = int(rank)
+    return found
+
+
+def describe(report: dict[str, Any]) -> str:
+    """Return a report as tables."""
+    from uoe_jax.report.table import format_table, si
+
+    params = report["params"]
+    share = params["adapter"] / params["base"]
+    rows = [
+        ("base parameters", si(params["base"])),
+        ("adapter parameters", f"{si(params['adapter'])} ({share:.2%})"),
+        ("file", f"{si(report['file_bytes'])}B"),
+    ]
+    if "steps" in report:
+        memory = report["memory_bytes"]
+        trained = memory["adapter"] + memory["optimizer"]
+        rows += [
+            ("frozen base", f"{si(memory['frozen_base'])}B"),
+            ("adapter and optimizer", f"{si(trained)}B"),
+            ("speed", f"{si(report['tokens_per_second'])} tokens/s"),
+            ("time", f"{report['seconds']:.1f} s, compiled in "
+                     f"{report['compile_seconds']:.1f} s"),
+        ]  # fmt: skip
+    keys = ("loss", "bits_per_byte", "accuracy")
+    scores = [
+        (when, *(_number(report[when][key]) for key in keys))
+        for when in ("before", "after")
+        if when in report
+    ]
+    text = format_table(("adapter", f"{report['method']} {report['rank']}"), rows)
+    header = ("validation", "loss", "bits/byte", "accuracy")
+    text += "\n\n" + format_table(header, scores)
+    if "merged" in report:
+        text += f"\n\nmerged run: {report['merged']}"
+    return text
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
