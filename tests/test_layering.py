@@ -28,16 +28,28 @@ LAYERS = {
         "complete",
         "runs",
     },
-    4: {"cli", "demo", "__main__"},
+    4: {"bench", "cli", "demo", "__main__"},
 }
 LEVEL = {room: level for level, rooms in LAYERS.items() for room in rooms}
 # Why: the trainer saves verified checkpoints; evaluation restores and reuses them.
 SAME_LEVEL = {
+    # A plan predicts what its layouts cost.
+    ("partition", "hardware"),
     ("train", "checkpoint"),
     ("train", "integrity"),
     ("checkpoint", "integrity"),
     ("evaluate", "checkpoint"),
     ("evaluate", "train"),
+    # A decomposed run is read and written as the trainer's runs are.
+    ("decompose", "checkpoint"),
+    ("decompose", "evaluate"),
+    ("decompose", "integrity"),
+    ("decompose", "train"),
+    # So is a run that is adapted.
+    ("adapt", "checkpoint"),
+    ("adapt", "evaluate"),
+    ("adapt", "integrity"),
+    ("adapt", "train"),
 }
 NO_JAX = ("config", "validation", "presets", "errors", "hardware")
 

@@ -25,10 +25,17 @@ VERBS: dict[str, Verb] = {
     "eval": Verb("cli.runs:evaluate", "loss, perplexity, bits per byte of a run"),
     "generate": Verb("cli.runs:generate", "sample text from a run"),
     "report": Verb("cli.runs:report", "plots and a page for one run or several"),
+    "decompose": Verb(
+        "cli.decompose:decompose", "a dense run into a union run, exactly, and back"
+    ),
     "leakcheck": Verb(
         "cli.checks:leakcheck", "perturb what must not matter; what moved?"
     ),
     "data": Verb("cli.checks:data", "what a preset trains on"),
+    "bench": Verb("cli.bench:bench", "this machine's speed beside installed peers"),
+    "plan": Verb("cli.plan:plan", "the layouts of a pod: what fits, how fast, and why"),
+    "adapt": Verb("cli.adapt:adapt", "a run fitted to other data by small factors"),
+    "complete": Verb("cli.complete:complete", "a low-rank matrix from its entries"),
     "cost": Verb("cli.cost:cost", "parameters, FLOPs and bytes of a preset"),
 }
 

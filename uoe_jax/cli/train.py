@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uoe_jax.cli.parse import Experiment, parse, take_preset
-from uoe_jax.cli.paths import RUNS
+from uoe_jax.cli.paths import RUNS, find_run, is_run, read_config
+from uoe_jax.partition.plan import read_layout
 from uoe_jax.presets import PRESETS
 from uoe_jax.validation import validate
 
@@ -17,7 +18,11 @@ class TrainOptions:
 
     config: Experiment
 
+    layout: Path | None = None  # mesh and choices of a file that uoe plan --out wrote
+
     run_dir: Path | None = None  # folder of the run; runs/<name> if not given
+
+    distributed: bool = False  # one process of several, see docs/layouts.md
 
     resume: bool = True  # continue what the folder holds; otherwise it must be new
 
@@ -29,8 +34,13 @@ class TrainOptions:
 
 
 def train(args: list[str]) -> int:
-    """Train `PRESET [options]`; the same command continues an unfinished run."""
-    preset, rest = take_preset(args, "train")
+    """Train `PRESET [options]`, or go on with a run; once more continues it too."""
+    folder = None
+    if args and args[0] not in PRESETS and is_run(args[0]):
+        folder = find_run(args[0])
+        preset, rest = read_config(folder), args[1:]
+    else:
+        preset, rest = take_preset(args, "train")
     options = parse(
         TrainOptions,
         rest,
@@ -38,22 +48,31 @@ def train(args: list[str]) -> int:
         default=TrainOptions(config=preset),
         description="Train PRESET (the first argument): " + ", ".join(PRESETS) + ".",
     )
-    validate(options.config)
-    run_dir = options.run_dir or RUNS / options.config.name
+    config = options.config
+    if options.layout is not None:
+        config = read_layout(options.layout, config)
+    validate(config)
+    run_dir = options.run_dir or folder or RUNS / config.name
 
     from uoe_jax.cli.device import prepare
 
     prepare()
+    if options.distributed:
+        from uoe_jax.train.peers import join
+
+        join()
     from uoe_jax.train import train as run_training
 
     run_training(
-        options.config,
+        config,
         run_dir,
         resume=options.resume,
         resume_step=options.resume_step,
         quiet=options.quiet,
     )
-    if options.report:
+    from uoe_jax.train.peers import is_primary
+
+    if options.report and is_primary():
         from uoe_jax.cli.runs import write
 
         page = write([run_dir])
