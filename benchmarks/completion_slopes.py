@@ -179,7 +179,7 @@ def plot_slopes(reports: dict[str, dict], path: Path) -> None:
 def plot_panel(axis: Any, part: dict[str, Any], column: int) -> None:
     """Draw one column of a section for every solver that ran; legend with slopes."""
     kind = {1: "_slope", 3: "_flops_slope"}.get(column)
-    for name, mark in (("gram", "^--"), ("exact", "s-"), ("cg", "o:")):
+    for name, mark in (("gram", "C0^--"), ("exact", "C1s-"), ("cg", "C2o:")):
         if name in part:
             points = np.array(part[name], float)
             note = f", slope {part[name + kind]:.2f}" if kind else ""
