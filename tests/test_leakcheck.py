@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import uoe_jax.model.attention
 import uoe_jax.model.encoder
 import uoe_jax.model.router
+import uoe_jax.model.sharded
 from uoe_jax.config import MobaConfig, ModelConfig, MoeConfig, UnionConfig
 from uoe_jax.leakcheck import (
     Finding,
@@ -120,12 +120,12 @@ def test_a_gate_normalised_over_the_batch_is_caught(monkeypatch):
 
 
 def test_attention_that_sees_one_ahead_is_caught(monkeypatch):
-    honest = uoe_jax.model.attention.dense_attention
+    honest = uoe_jax.model.sharded.dense_attention
 
     def ahead(q, k, v, **options):
         return honest(q, jnp.roll(k, -1, axis=1), jnp.roll(v, -1, axis=1), **options)
 
-    monkeypatch.setattr(uoe_jax.model.attention, "dense_attention", ahead)
+    monkeypatch.setattr(uoe_jax.model.sharded, "dense_attention", ahead)
     found = run(DENSE)
     assert not found["future"].passed and not found["gradient"].passed
     assert found["gradient"].max_diff > 1e-4
@@ -142,12 +142,12 @@ def test_padding_in_the_mean_is_caught(monkeypatch):
 
 
 def test_documents_that_see_each_other_are_caught(monkeypatch):
-    honest = uoe_jax.model.attention.dense_attention
+    honest = uoe_jax.model.sharded.dense_attention
 
     def blind(q, k, v, *, causal, segments):
         return honest(q, k, v, causal=causal, segments=None)
 
-    monkeypatch.setattr(uoe_jax.model.attention, "dense_attention", blind)
+    monkeypatch.setattr(uoe_jax.model.sharded, "dense_attention", blind)
     forward, tokens, other = planted(DENSE)
     assert not check_documents(forward, tokens, other, 1e-5).passed
     assert not check_padding(forward, tokens, other, 1e-5, per_token=True).passed

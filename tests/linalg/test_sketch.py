@@ -26,10 +26,13 @@ def test_sketch_preconditions_within_its_distortion(kind, seed, x64):
         return jnp.linalg.svd(flat[0], compute_uv=False)
 
     spread = 1 / FACTOR**0.5
-    for key in jax.random.split(jax.random.key(seed % 2**31), 50):
-        values = singular(key)
-        assert values.max() <= 1.1 / (1 - spread)
-        assert values.min() >= 1 / (1 + spread) / 1.1
+    keys = jax.random.split(jax.random.key(seed % 2**31), 50)
+    values = np.array([singular(key) for key in keys])
+    # The edges of the spectrum are random: 0.13% of 1,500 sketches of either kind lay
+    # past the upper bound (largest 1.52), so one of 50 does in 6% of runs. Three: 4e-5.
+    assert np.sum(values.max(axis=1) > 1.1 / (1 - spread)) <= 2
+    assert values.max() <= 1.3 / (1 - spread)
+    assert values.min() >= 1 / (1 + spread) / 1.1
 
 
 def test_hadamard_transform_is_orthonormal():

@@ -70,7 +70,8 @@ def test_every_step_has_its_line_with_the_schema(long):
     lines = lines_of(run, "train", drop=())
     assert [line["step"] for line in lines] == list(range(1, 31))
     keys = {"kind", "step", "seconds", "loss", "lr", "grad_norm", "tokens", "flops"}
-    keys |= {"tokens_per_second", "mfu", "balance_loss", "z_loss", "skipped"}
+    keys |= {"tokens_per_second", "mfu", "balance_loss", "z_loss", "dropped"}
+    keys.add("skipped")
     for line in lines:
         routed = {"router"} if line["step"] % config.train.log_every == 0 else set()
         assert set(line) == keys | routed

@@ -223,6 +223,6 @@ def _layer_width(model: Any, kinds: tuple[str, str], tensor: int) -> float:
     return heads + wide
 
 
-def _room(top_k: int, num_experts: int, tensor: int) -> float:
+def _room(top_k: int, num_experts: int, tensor: int) -> int:
     """Return the rows a token has room for on one device: all it could pick there."""
     return min(top_k, num_experts // tensor)
