@@ -7,8 +7,12 @@ import ops_oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from uoe_jax.ops import Packing, combine_rows, gather_rows, pack_choices
+from uoe_jax.ops.counting import BLOCK, count_choices
+from uoe_jax.ops.packing import sort_choices
 
 BATCH, LENGTH, EXPERTS = 3, 7, 5
 seeds = st.integers(0, 2**32 - 1)
@@ -38,6 +42,35 @@ def test_rows_are_sorted_and_offsets_bound_them(seed, top_k, skew):
     rows = np.asarray(packing.row_ids).reshape(BATCH, LENGTH, top_k)
     for (b, t, x), e in np.ndenumerate(choices):
         assert want[rows[b, t, x]] == (e, b, t)
+
+
+@pytest.mark.parametrize("length", [LENGTH, 2 * BLOCK], ids=["odd", "blocks"])
+@pytest.mark.parametrize("drop", [False, True], ids=["all", "some"])
+def test_counting_gives_what_sorting_gives(length, drop):
+    count = jax.jit(count_choices, static_argnums=1)
+    order = jax.jit(sort_choices, static_argnums=1)
+    for skew in (0.0, 2.0):
+        rng = np.random.default_rng()
+        score = rng.random((BATCH, length, EXPERTS)) + skew * np.arange(EXPERTS)
+        choices = np.argsort(score, axis=-1)[..., :2].astype(np.int32)
+        kept = rng.random(choices.shape) < 0.5 if drop else None
+        counted = count(choices, EXPERTS, kept)
+        for ours, theirs in zip(counted, order(choices, EXPERTS, kept), strict=True):
+            assert ours.dtype == theirs.dtype == jnp.int32
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_counting_works_where_devices_hold_different_samples():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    choices = random_choices(np.random.default_rng(), 2)[:1].repeat(4, axis=0)
+
+    def local(choices):
+        return count_choices(choices, EXPERTS)[1]
+
+    split = jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    rows = jax.jit(split)(choices).reshape(4, LENGTH, 2)
+    for row in rows:
+        np.testing.assert_array_equal(row, local(jnp.asarray(choices[:1])))
 
 
 def test_packing_shapes_and_types():

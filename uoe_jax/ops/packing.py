@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from uoe_jax.ops._dispatch import accumulator_dtype, vary_together
+from uoe_jax.ops.counting import count_choices
+
+MAX_COUNTED = 256  # experts; the table of running counts is B x T x E numbers
 
 
 class Packing(NamedTuple):
@@ -41,13 +44,31 @@ def pack_choices(
     known that no more picks are kept.
     """
     batch, length, top_k = choices.shape
-    limit = num_rows
-    num_tokens, num_rows = batch * length, batch * length * top_k
+    num_tokens = batch * length
     if (num_experts + top_k) * num_tokens >= 2**31:
         raise ValueError(
             f"{num_experts} experts x {num_tokens} tokens; row keys need fewer than "
             "2**31; make the batch per device smaller"
         )
+    few = num_experts <= MAX_COUNTED
+    pack = count_choices if few and jax.default_backend() == "gpu" else sort_choices
+    token_ids, row_ids, segment_offsets = pack(choices, num_experts, kept)
+    return Packing(
+        token_ids=token_ids[:num_rows],
+        row_ids=row_ids,
+        segment_offsets=segment_offsets,
+        group_offsets=segment_offsets[::batch],
+    )
+
+
+def sort_choices(
+    choices: Int[Array, "B T X"],
+    num_experts: int,
+    kept: Bool[Array, "B T X"] | None = None,
+) -> tuple[Int[Array, " M"], Int[Array, "N X"], Int[Array, " S1"]]:
+    """Return token ids, row ids and segment offsets by sorting all picks."""
+    batch, length, top_k = choices.shape
+    num_tokens, num_rows = batch * length, batch * length * top_k
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     keys = choices.reshape(num_tokens, top_k).astype(jnp.int32) * num_tokens
     keys = (keys + token[:, None]).reshape(num_rows)
@@ -61,12 +82,7 @@ def pack_choices(
     edges = jnp.arange(num_experts * batch + 1, dtype=jnp.int32) * length
     segment_offsets = jnp.searchsorted(keys, edges).astype(jnp.int32)
     token_ids = keys % num_tokens if kept is None else order // top_k
-    return Packing(
-        token_ids=token_ids[:limit],
-        row_ids=rows.reshape(num_tokens, top_k),
-        segment_offsets=segment_offsets,
-        group_offsets=segment_offsets[::batch],
-    )
+    return token_ids, rows.reshape(num_tokens, top_k), segment_offsets
 
 
 def gather_rows(x: Float[Array, "N D"], packing: Packing) -> Float[Array, "M D"]:
