@@ -3,10 +3,14 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Nearly all test time is compilation; code that runs once needn't be optimised.
+# Nearly all test time is compilation; code that runs once needn't be optimised. A
+# training step compiles in 2.5 s with these and in 14 s without, half of which goes to
+# the newer emitters alone.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 
 from jaxtyping import install_import_hook
