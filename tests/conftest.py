@@ -1,6 +1,9 @@
 """Eight simulated CPU devices, checked annotations, pytree-mode NNX for every test."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all test time is compilation; code that runs once needn't be optimised. A
@@ -12,6 +15,14 @@ os.environ.setdefault(
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
     "--xla_cpu_parallel_codegen_split_count=1",
 )
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # A program is compiled once for all workers and the processes that tests start:
+    # they inherit the variable.
+    programs = tempfile.mkdtemp(prefix="uoe-jax-programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from jaxtyping import install_import_hook
 

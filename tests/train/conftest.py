@@ -1,9 +1,9 @@
-"""Shared folders, and one compilation of each program for all tests."""
+"""Folders that all workers of a test run share."""
 
 import functools
 import os
+from pathlib import Path
 
-import jax
 import pytest
 from tiny_runs import make_tiny
 
@@ -15,26 +15,10 @@ def shared_folder(tmp_path_factory):
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
-@pytest.fixture(scope="package", autouse=True)
-def compiled(shared_folder):
-    """Compile every program once and without optimising: most of these tests' time.
-
-    Returns the folder of programs that this process or another one compiled.
-    """
-    folder = shared_folder / "compiled"
-    cache = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in cache}
-    for name, value in cache.items():
-        jax.config.update(name, value)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield folder
-    jax.config.update("jax_disable_most_optimizations", False)
-    for name, value in before.items():
-        jax.config.update(name, value)
+@pytest.fixture(scope="session")
+def compiled():
+    """The folder of programs that any process of this test run compiled."""
+    return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 @pytest.fixture(scope="session")
