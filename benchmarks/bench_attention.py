@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uoe_jax.ops.segment_attention import mosaic_gpu
+from uoe_jax.ops.segment_attention import mosaic_gpu, triton
 
 RESULTS = Path(__file__).parent / "results"
 DENSE = [  # causal, B, T, N, H
@@ -37,11 +37,16 @@ PACKED = [  # B, T, N, X, H
     (2, 8192, 16, 4, 128),
 ]
 SETS = 4  # of inputs
+BACKWARD = {  # the ways to gradients
+    "fused": {"deterministic": False},
+    "deterministic": {"deterministic": True},
+    "Triton": {"backend": triton},
+}
 
 
-def attend(q, k, v, offsets, causal, deterministic=False):
-    """Segment attention by the GPU kernels."""
-    return mosaic_gpu.segment_attention(
+def attend(q, k, v, offsets, causal, backend=mosaic_gpu, **options):
+    """Segment attention by the kernels of Hopper, or by those in Triton."""
+    return backend.segment_attention(
         q,
         k,
         v,
@@ -50,7 +55,7 @@ def attend(q, k, v, offsets, causal, deterministic=False):
         window=None,
         bounds=None,
         scale=q.shape[2] ** -0.5,
-        deterministic=deterministic,
+        **options,
     )
 
 
@@ -104,10 +109,11 @@ def segment_times(name, lengths, width, causal):
     forward = [(q, k, v, offsets) for q, k, v, _, offsets in sets]
     back = [(q, k, v, offsets, grad) for q, k, v, grad, offsets in sets]
     yield row(name, "forward", flops, partial(attend, causal=causal), forward)
-    for label, deterministic in (("", False), (", deterministic", True)):
-        function = partial(attend, causal=causal, deterministic=deterministic)
-        both = partial(both_passes, function)
-        yield row(name, "forward + backward" + label, 3.5 * flops, both, back)
+    function = partial(attend, causal=causal, backend=triton)
+    yield row(name, "Triton forward", flops, function, forward)
+    for label, options in BACKWARD.items():
+        both = partial(both_passes, partial(attend, causal=causal, **options))
+        yield row(name, f"forward + backward, {label}", 3.5 * flops, both, back)
 
 
 def dense_times(case):
@@ -160,10 +166,14 @@ def errors(width=128, length=1024, heads=4):
     rows = pack(q)[:, None], pack(k), pack(v), offsets, pack(grad)[:, None]
     theirs = jax.jit(partial(both_passes, partial(cudnn, causal=True)))
     table = {"cudnn": [x[0] for x in theirs(q, k, v, grad)]}
-    for label, deterministic in (("fused", False), ("deterministic", True)):
-        function = partial(attend, causal=True, deterministic=deterministic)
-        got = jax.jit(partial(both_passes, function))(*rows)
-        back = lambda x: jnp.moveaxis(x.reshape(heads, length, width), 0, 1)
+    back = lambda x: jnp.moveaxis(x.reshape(heads, length, width), 0, 1)
+    for label, options in BACKWARD.items():
+        function = partial(attend, causal=True, **options)
+        try:
+            got = jax.jit(partial(both_passes, function))(*rows)
+        except NotImplementedError as error:
+            print(f"{label}: {error}")
+            continue
         table[label] = [back(x) for x in got]
     norm = np.linalg.norm
     return {

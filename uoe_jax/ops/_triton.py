@@ -97,21 +97,26 @@ def shared_memory() -> int:
 def launch(
     kernel: Any,
     *args: jax.Array,
-    out_shape: tuple[tuple[int, ...], Any],
+    out_shape: tuple[tuple[int, ...], Any] | list[tuple[tuple[int, ...], Any]],
     grid: int,
     num_warps: int,
     num_stages: int,
     **constants: Any,
-) -> jax.Array:
+) -> Any:
     """Return the array that `grid` programs of a kernel write, of any content before.
 
-    The kernel takes the arrays, then the output, then the constants.
+    The kernel takes the arrays, then the output, then the constants. A list of shapes
+    makes it a list of outputs.
     """
-    shape = jax.ShapeDtypeStruct(*out_shape)
+    if isinstance(out_shape, list):
+        shape = [jax.ShapeDtypeStruct(*each) for each in out_shape]
+    else:
+        shape = jax.ShapeDtypeStruct(*out_shape)
     run = _INTERPRETER.value
     if run is not None:
         call = functools.partial(run, kernel, grid, constants, shape)
-        return vary_like(jax.pure_callback(call, shape, *args), args[0])
+        out = jax.pure_callback(call, shape, *args)
+        return jax.tree.map(lambda x: vary_like(x, args[0]), out)
     out = importlib.import_module("jax_triton").triton_call(
         *args,
         kernel=kernel,
@@ -121,4 +126,4 @@ def launch(
         num_stages=num_stages,
         **constants,
     )
-    return vary_like(out, args[0])
+    return jax.tree.map(lambda x: vary_like(x, args[0]), out)

@@ -56,7 +56,6 @@ def widen(x):
     return interpreter.TensorHandle(data, tl.float32)
 
 
-interpreter._patch_lang_tensor = patch_tensor
 interpreter.interpreter_builder.__class__ = Builder
 
 

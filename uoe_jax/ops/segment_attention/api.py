@@ -6,12 +6,19 @@ from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops._dispatch import dispatch
-from uoe_jax.ops.segment_attention import mosaic_gpu, mosaic_tpu, reference, xla
+from uoe_jax.ops.segment_attention import (
+    mosaic_gpu,
+    mosaic_tpu,
+    reference,
+    triton,
+    xla,
+)
 
 # In order of preference; `implementation=None` takes the first that can serve.
 BACKENDS = {
     "mosaic_tpu": mosaic_tpu.segment_attention,
     "mosaic_gpu": mosaic_gpu.segment_attention,
+    "triton": triton.segment_attention,
     "xla": xla.segment_attention,
     "reference": reference.segment_attention,
 }
@@ -66,9 +73,12 @@ def segment_attention(
         )
     if window is not None and window < 1:
         raise ConfigError(f"window is {window}; rows it sees must be >= 1, or None")
+    backends = dict(BACKENDS)
+    if implementation is None and not triton.is_default():
+        del backends["triton"]
     return dispatch(
         "segment_attention",
-        BACKENDS,
+        backends,
         implementation,
         q,
         k,

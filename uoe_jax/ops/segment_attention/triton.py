@@ -1,0 +1,256 @@
+"""Segment attention on NVIDIA GPUs from Ampere on, in Triton.
+
+FlashAttention-2 (arXiv 2307.08691) over the schedule of the Hopper kernels: tiles that
+never straddle two segments, found on the device, longest first. A program works on one
+tile, and every sum has one program, so values and gradients repeat bit by bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from uoe_jax.ops import _triton, _tuning
+from uoe_jax.ops._dispatch import vary_together
+from uoe_jax.ops.segment_attention import mosaic_gpu_plan as plans
+
+WIDTHS = (16, 32, 64, 128, 256)  # of a head
+LOG2E = 1.4426950408889634
+HOPPER = 9.0  # from here on only a call that names this backend gets it
+
+
+class Tiles(NamedTuple):
+    """Sides of one kernel's tiles, and how it is compiled."""
+
+    rows: int  # of a program's tile
+    block: int  # rows of the other side that stream past it, a block at a time
+    num_warps: int
+    num_stages: int
+
+
+class Settings(NamedTuple):
+    """Everything static about one call; part of jit's cache key."""
+
+    causal: bool
+    window: int | None
+    scale: float
+    forward: Tiles
+    query_gradient: Tiles
+    key_gradients: Tiles
+
+
+# By kernel and head width, largest first; narrower heads take those of 64.
+DEFAULTS = {
+    "forward": {
+        64: [Tiles(128, 64, 4, 3)],
+        128: [Tiles(128, 64, 8, 3)],
+        256: [Tiles(64, 32, 8, 3), Tiles(64, 32, 8, 2)],
+    },
+    "query_gradient": {
+        64: [Tiles(128, 32, 4, 3)],
+        128: [Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3)],
+        256: [Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2)],
+    },
+    "key_gradients": {
+        64: [Tiles(128, 32, 8, 3)],
+        128: [Tiles(128, 32, 8, 3)],
+        256: [Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 2)],
+    },
+}
+
+
+def segment_attention(
+    q: Float[Array, "M G H"],
+    k: Float[Array, "M H"],
+    v: Float[Array, "M H"],
+    offsets: Int[Array, " S1"],
+    *,
+    causal: bool,
+    window: int | None,
+    bounds: tuple[Int[Array, " M"], Int[Array, " M"]] | None,
+    scale: float,
+) -> Float[Array, "M G H"]:
+    """Return attention inside each segment, summed in float32.
+
+    Raises:
+      NotImplementedError: no fit device or package, or a dtype, head width or scale
+        that the kernels don't take.
+    """
+    _triton.require(q.dtype)
+    num_rows, _, width = q.shape
+    if q.dtype == jnp.float32:
+        raise NotImplementedError("it takes bfloat16 or float16, not float32")
+    if width not in WIDTHS:
+        raise NotImplementedError(
+            f"heads of {width}; it takes {', '.join(map(str, WIDTHS))}"
+        )
+    if not isinstance(scale, numbers.Real) or scale <= 0:
+        raise NotImplementedError(f"scale is {scale}; it takes a number above 0")
+    if q.size == 0:
+        return q
+    if window is not None and window >= num_rows:
+        window = None  # it hides nothing, and sums with it could overflow
+    settings = make_settings(q, causal=causal, window=window, scale=float(scale))
+    q, k, v, offsets = vary_together(q, k, v, offsets)
+    rows = None
+    if bounds is not None:
+        first, last, _ = vary_together(*bounds, q)
+        rows = plans.make_rows(
+            offsets, (first, last), causal=causal, window=window, pad=0
+        )
+    return _attention(settings, q, k, v, offsets, rows)
+
+
+def is_default() -> bool:
+    """Return whether calls that name no backend get this one: not from Hopper on.
+
+    There it was never measured beside plain JAX, and Hopper has kernels of its own.
+    """
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return capability is not None and float(capability) < HOPPER
+
+
+def make_settings(
+    q: Float[Array, "M G H"], *, causal: bool, window: int | None, scale: float
+) -> Settings:
+    """Return the tiles of the three kernels: measured near this shape, or that fit."""
+    num_rows, groups, width = q.shape
+    shape = {"rows": num_rows, "groups": groups, "width": width}
+    shape |= {"causal": causal, "dtype": q.dtype.name}
+    names = ("forward", "query_gradient", "key_gradients")
+    return Settings(causal, window, scale, *(choose_tiles(x, shape) for x in names))
+
+
+def choose_tiles(kernel: str, shape: dict[str, Any]) -> Tiles:
+    """Return the tile that measured fastest near this shape, or one that must fit.
+
+    Outside the tables it is the first of `DEFAULTS` that shared memory holds; all of
+    them compile without spilled registers (docs/kernels.md).
+    """
+    found = _tuning.tiles(f"segment_attention_{kernel}", shape)
+    if found is not None:
+        return Tiles(**found)
+    width, itemsize = shape["width"], jnp.dtype(shape["dtype"]).itemsize
+    memory = _triton.shared_memory()
+    return next(
+        tiles
+        for tiles in DEFAULTS[kernel][max(64, width)]
+        if shared_bytes(kernel, width, itemsize, tiles) <= memory
+    )
+
+
+def shared_bytes(kernel: str, width: int, itemsize: int, tiles: Tiles) -> int:
+    """Return the most bytes of shared memory that a program takes.
+
+    On Ampere and Ada; Hopper's products hold one block more in flight.
+    """
+    own = 1 if kernel == "forward" else 2  # arrays of the tile: q; q, dout; or k, v
+    streamed = 2 * max(1, tiles.num_stages - 1) * tiles.block  # rows of two arrays
+    total = (own * tiles.rows + streamed) * width * itemsize
+    if tiles.rows < 128:  # warps share rows, and exchange weights
+        total += tiles.rows * tiles.block * itemsize
+    if kernel == "key_gradients":
+        # Per streamed query its logsumexp and rowsum(dout * out), low and high.
+        total += 8 * streamed
+    return total
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(settings, q, k, v, offsets, rows):
+    return _attention_fwd(settings, q, k, v, offsets, rows)[0]
+
+
+def _attention_fwd(settings, q, k, v, offsets, rows):
+    plan = _plan(plans.query_plan, settings, settings.forward, q, offsets, rows)
+    shapes = [(q.shape, q.dtype), (q.shape[1::-1], jnp.float32)]
+    out, lse = _launch("forward", settings, (q, k, v), plan, rows, shapes)
+    return out, (q, k, v, offsets, rows, plan, out, lse)
+
+
+def _attention_bwd(settings, saved, grad):
+    q, k, v, offsets, rows, plan, out, lse = saved
+    delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=2).T
+    args = q, k, v, grad, lse, delta
+    tiles, known = settings.query_gradient, settings.forward
+    if tiles.rows == known.rows and known.block % tiles.block == 0:
+        plan = plans.smaller_blocks(plan, known.block // tiles.block)
+    else:
+        plan = _plan(plans.query_plan, settings, tiles, q, offsets, rows)
+    of_query, of_key = (q.shape, q.dtype), (k.shape, k.dtype)
+    (dq,) = _launch("query_gradient", settings, args, plan, rows, [of_query])
+    tiles = settings.key_gradients
+    plan = _plan(plans.key_plan, settings, tiles, q, offsets, rows)
+    dk, dv = _launch("key_gradients", settings, args, plan, rows, [of_key] * 2)
+    return dq, dk, dv, None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _plan(
+    make: Callable[..., plans.Plan],
+    settings: Settings,
+    tiles: Tiles,
+    q: Float[Array, "M G H"],
+    offsets: Int[Array, " S1"],
+    rows: plans.Rows | None,
+) -> plans.Plan:
+    """Return the tiles of one kernel, longest first: a round for each program."""
+    return make(
+        offsets,
+        q.shape[0],
+        tiles.rows,
+        tiles.block,
+        causal=settings.causal,
+        window=settings.window,
+        rows=rows,
+        cores=1,
+    )
+
+
+def _launch(
+    name: str,
+    settings: Settings,
+    arrays: tuple[jax.Array, ...],
+    plan: plans.Plan,
+    rows: plans.Rows | None,
+    out_shape: list[tuple[tuple[int, ...], Any]],
+) -> list[jax.Array]:
+    """Return what a kernel writes, started once for each tile (of each query head)."""
+    from uoe_jax.ops.segment_attention import triton_gradient_kernels, triton_kernels
+
+    table = plan.tiles.reshape(-1, plans.COLUMNS)
+    kernels = triton_kernels if name == "forward" else triton_gradient_kernels
+    num_rows, groups, width = arrays[0].shape
+    tiles: Tiles = getattr(settings, name)
+    scales = {"FACTOR": settings.scale * LOG2E}
+    if name != "forward":
+        scales["SCALE"] = settings.scale
+    run = functools.partial(
+        _triton.launch,
+        getattr(kernels, name),
+        out_shape=out_shape,
+        grid=table.shape[0] * (1 if name == "key_gradients" else groups),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        M=num_rows,
+        G=groups,
+        H=width,
+        **scales,
+        CAUSAL=settings.causal,
+        WINDOW=settings.window or 0,
+        BOUNDS=rows is not None,
+        ALIGN=plans.ALIGN,
+        ROWS=tiles.rows,
+        BLOCK=tiles.block,
+    )
+    # A bridge to triton has no rule for vmap.
+    return jax.custom_batching.sequential_vmap(run)(
+        *arrays, table, *(rows or (table, table))
+    )
