@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moved_adapters import randomise
+from moved_adapters import move_adapters
 
 from uoe_jax.adapt import (
     AdapterConfig,
+    WeightAxes,
     apply_adapted,
     as_tucker,
     leaf_delta,
@@ -19,27 +20,33 @@ from uoe_jax.adapt import (
     set_adapter,
     stack_adapters,
 )
+from uoe_jax.adapt.apply import make_term
 from uoe_jax.errors import ConfigError
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def params():
-    return {"w": jax.random.normal(jax.random.key(0), (6, 5))}
+    return {"w": jax.random.normal(jax.random.key(0), (12, 10))}
 
 
-@pytest.fixture
-def singles(params, make):
+@pytest.fixture(scope="module")
+def singles(params):
     """LoRA adapters of ranks 1 to 4."""
     config = lambda r: AdapterConfig(method="lora", rank=r, targets=("w",))
-    return [make(params, config(r), seed=r) for r in (1, 2, 3, 4)]
+    return [move_adapters(params, config(r), seed=r) for r in (1, 2, 3, 4)]
 
 
 def fn(params, x):
     return x @ params["w"]
 
 
+def plain(params, single, x):
+    """The function of weight + delta, in numpy."""
+    return np.asarray(x @ (params["w"] + leaf_delta(single, single["w"])))
+
+
 def test_switching_and_replacing_never_recompile(params, singles, make):
-    bank, x = stack_adapters(singles), jnp.ones((2, 6))
+    bank, x = stack_adapters(singles), jnp.ones((2, 12))
     traces = []
 
     @jax.jit
@@ -48,40 +55,47 @@ def test_switching_and_replacing_never_recompile(params, singles, make):
         return apply_adapted(fn, params, select_adapter(bank, index), x)
 
     for index, single in enumerate(singles):
-        want = apply_adapted(fn, params, single, x)
-        np.testing.assert_allclose(run(bank, index, x), want, rtol=1e-5, atol=1e-5)
+        want = plain(params, single, x)
+        np.testing.assert_allclose(run(bank, index, x), want, rtol=1e-4, atol=1e-4)
     config = AdapterConfig(method="lora", rank=2, targets=("w",))
     other = make(params, config, seed=9)
     swapped = set_adapter(bank, 3, other)
-    want = apply_adapted(fn, params, other, x)
-    np.testing.assert_allclose(run(swapped, 3, x), want, rtol=1e-5, atol=1e-5)
+    want = plain(params, other, x)
+    np.testing.assert_allclose(run(swapped, 3, x), want, rtol=1e-4, atol=1e-4)
     assert len(traces) == 1
 
 
-@given(st.lists(st.floats(-2, 2), min_size=4, max_size=4))
-@settings(max_examples=4, deadline=None)
-def test_mixed_banks_are_the_weighted_sum(mix):
-
-    from uoe_jax.adapt import init_adapters
-
-    params = {"w": jax.random.normal(jax.random.key(0), (6, 5))}
+@pytest.fixture(scope="module")
+def tuckers(params):
+    """Tucker adapters of ranks 1 to 4, and their mixed bank's outputs by path."""
     config = lambda r: AdapterConfig(method="tucker", rank=r, targets=("w",))
-    sets = [
-        randomise(init_adapters(params, config(r), jax.random.key(r)), r)
-        for r in (1, 2, 3, 4)
-    ]
-    bank = mix_adapters(stack_adapters(sets), jnp.asarray(mix))
+    sets = [move_adapters(params, config(r), seed=r) for r in (1, 2, 3, 4)]
+    bank = stack_adapters(sets)
+
+    @jax.jit
+    def run(mix, x):
+        mixed = mix_adapters(bank, mix)
+        call = lambda path: apply_adapted(fn, params, mixed, x, path=path)
+        return call("factored"), call("fused")
+
+    return sets, run
+
+
+@given(st.lists(st.floats(-2, 2, width=32), min_size=4, max_size=4))
+@settings(max_examples=25, deadline=None)
+def test_mixed_banks_are_the_weighted_sum(params, tuckers, mix):
+    sets, run = tuckers
     want = sum(m * leaf_delta(s, s["w"]) for m, s in zip(mix, sets, strict=True))
-    x = jnp.ones((2, 6))
-    for path in ("factored", "fused"):
-        got = apply_adapted(fn, params, bank, x, path=path)
+    x = jnp.ones((2, 12))
+    for got in run(jnp.asarray(mix), x):
         np.testing.assert_allclose(got, x @ (params["w"] + want), rtol=1e-4, atol=1e-4)
 
 
 def test_each_row_may_have_its_own_adapter(params, singles):
-    bank, x = stack_adapters(singles), jax.random.normal(jax.random.key(1), (4, 6))
+    bank, x = stack_adapters(singles), jax.random.normal(jax.random.key(1), (4, 12))
     order = jnp.asarray([2, 0, 3, 2])
 
+    @jax.jit
     @jax.vmap
     def rows(index, row):
         single = select_adapter(bank, index)
@@ -89,8 +103,8 @@ def test_each_row_may_have_its_own_adapter(params, singles):
 
     got = rows(order, x)
     for row, index in enumerate(order.tolist()):
-        want = apply_adapted(fn, params, singles[index], x[row][None])[0]
-        np.testing.assert_allclose(got[row], want, rtol=1e-4, atol=1e-5)
+        want = plain(params, singles[index], x[row])
+        np.testing.assert_allclose(got[row], want, rtol=1e-4, atol=1e-4)
 
 
 def test_lora_and_tucker_share_a_bank(params, singles, make):
@@ -116,4 +130,28 @@ def test_what_cant_stand_side_by_side_is_named(params, singles, make):
     dora = AdapterConfig(method="lora", rank=2, targets=("w",), use_dora=True)
     bank = stack_adapters([make(params, dora, seed=s) for s in (0, 1)])
     with pytest.raises(ConfigError, match="select one"):
-        apply_adapted(fn, params, bank, jnp.ones((2, 6)))
+        apply_adapted(fn, params, bank, jnp.ones((2, 12)))
+
+
+def test_places_and_shares_that_a_bank_hasnt_are_named(singles):
+    bank = stack_adapters(singles)
+    with pytest.raises(ConfigError, match="adapter 4 of a bank of 4"):
+        select_adapter(bank, 4)
+    with pytest.raises(ConfigError, match="adapter -5"):
+        set_adapter(bank, -5, singles[0])
+    with pytest.raises(ConfigError, match="each of the 4"):
+        mix_adapters(bank, jnp.ones(3))
+    with pytest.raises(ConfigError, match="not a bank"):
+        select_adapter(singles[0], 0)
+
+
+def test_no_letter_of_an_axis_is_the_banks_own(make):
+    """Every letter an axis may have, as a batch axis: none meets the bank's."""
+    for letter in "abcdefghjklmnpqrstuvwxyz":
+        axes = {"w": WeightAxes(axes=f"{letter}io", ins="i", outs="o")}
+        params = {"w": jnp.ones((2, 3, 4))}
+        config = AdapterConfig(method="lora", rank=1, targets=("w",))
+        sets = [make(params, config, seed=s, axes=axes) for s in (0, 1)]
+        bank = mix_adapters(stack_adapters(sets), jnp.ones(2))
+        term = make_term(bank["w"], bank.weights["w"], bank.scales["w"])
+        assert all(len(set(word)) == len(word) for word in term.labels)

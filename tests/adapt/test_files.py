@@ -10,14 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from uoe_jax.adapt import AdapterConfig, WeightAxes, adapted_params, leaf_delta
 from uoe_jax.adapt.files import CONFIG, WEIGHTS, load_adapters, save_adapters
-from uoe_jax.adapt.foreign import (
-    Place,
-    llama_names,
-    module_delta,
-    place_modules,
-    read_lycoris,
-    read_peft,
-)
+from uoe_jax.adapt.foreign import Module, module_delta, read_lycoris, read_peft
+from uoe_jax.adapt.place import Place, llama_names, place_modules
 from uoe_jax.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
@@ -65,12 +59,10 @@ def test_f12_round_trips_are_exact(options, params, make, tmp_path):
     assert jax.tree.structure(back.weights) == jax.tree.structure(adapters.weights)
     jax.tree.map(np.testing.assert_array_equal, back.weights, adapters.weights)
     jax.tree.map(np.testing.assert_array_equal, back.anchor, adapters.anchor)
-    for a, b in zip(
-        jax.tree.leaves(adapted_params(params, back)),
-        jax.tree.leaves(adapted_params(params, adapters)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+    # With these every delta is the same computation on the same numbers.
+    assert back.scales == adapters.scales and back.plans == adapters.plans
+    dtypes = lambda one: jax.tree.map(lambda a: a.dtype, one.weights)
+    assert dtypes(back) == dtypes(adapters)
 
 
 def test_lora_files_have_pefts_keys_and_read_back_as_peft(params, make, tmp_path):
@@ -94,6 +86,39 @@ def test_lora_files_have_pefts_keys_and_read_back_as_peft(params, make, tmp_path
     kernel = leaf_delta(adapters, adapters["conv.weight"])
     got = module_delta(modules["conv"])
     np.testing.assert_allclose(got, kernel.transpose(3, 2, 0, 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_every_module_keeps_its_scale_in_pefts_terms(
+    use_rslora, params, make, tmp_path
+):
+    """Ranks set apart by a pattern, or cut to what a weight has, and their alphas."""
+    config = AdapterConfig(
+        method="lora",
+        rank=3,
+        targets=("*.wq", "*.w_up", "conv.*", "embed.*"),
+        rank_pattern={"*.wq": 2, "conv.*": 9},
+        alpha=5.0,
+        use_rslora=use_rslora,
+    )
+    with pytest.warns(UserWarning, match="rank 9 is more than conv.weight can have"):
+        adapters = make(params, config)
+    save_adapters(tmp_path, adapters, config)
+    modules = read_peft(tmp_path)
+    deltas = {p.name: np.asarray(leaf_delta(adapters, p)) for p in adapters.plans}
+    blocks = "trunk.blocks.0"
+    wanted = {"conv": deltas["conv.weight"].transpose(3, 2, 0, 1)}
+    wanted["embed.embedding"] = deltas["embed.embedding"].T
+    for layer in range(2):
+        wq = deltas[f"{blocks}.attention.wq"][layer, 0]
+        wanted[f"{blocks}.{layer}.attention.wq"] = wq.reshape(6, 24).T
+        for expert in range(3):
+            up = deltas[f"{blocks}.mlp.w_up"][layer, expert]
+            wanted[f"{blocks}.{layer}.mlp.w_up.experts.{expert}"] = up.T
+    assert set(modules) == set(wanted)
+    for name, delta in wanted.items():
+        got = module_delta(modules[name])
+        np.testing.assert_allclose(got, delta, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def peft_folder(path, tensors, **config):
@@ -203,6 +228,7 @@ def test_f11_lycoris_tucker_reproduces_its_delta(tmp_path):
         (["x.something"], "something"),
         (["x.lora_up.weight"], "without lora_down"),
     ],
+    ids=str,
 )
 def test_other_lycoris_algorithms_are_named(keys, words, tmp_path):
     path = tmp_path / "other.safetensors"
@@ -210,6 +236,29 @@ def test_other_lycoris_algorithms_are_named(keys, words, tmp_path):
     with pytest.raises(DataError, match=words) as caught:
         read_lycoris(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"lora_up": (5, 2), "lora_down": (3, 4)}, "ranks must meet"),
+        ({"lora_up": (5, 2), "lora_down": (2,)}, "two axes"),
+        ({"lora_up": (5, 2, 3, 3), "lora_down": (2, 4)}, "kernel of size 1"),
+        (
+            {"lora_up": (5, 3), "lora_mid": (2, 2, 3, 3), "lora_down": (2, 4)},
+            "ranks must meet",
+        ),
+        ({"lora_up": (5, 2), "lora_down": (2, 4), "alpha": (2,)}, "give a number"),
+    ],
+    ids=str,
+)
+def test_lycoris_arrays_that_dont_fit_are_named(shapes, words, tmp_path):
+    path = tmp_path / "odd.safetensors"
+    key = lambda part: f"net.{part}" + ("" if part == "alpha" else ".weight")
+    save_file({key(part): draw(*shape) for part, shape in shapes.items()}, path)
+    with pytest.raises(DataError, match=words) as caught:
+        read_lycoris(path)
+    assert "net" in str(caught.value) and "\n" not in str(caught.value)
 
 
 PAIR = {"l.lora_A.weight": draw(2, 6), "l.lora_B.weight": draw(5, 2)}
@@ -224,7 +273,13 @@ PAIR = {"l.lora_A.weight": draw(2, 6), "l.lora_B.weight": draw(5, 2)}
         (PAIR, {"r": 4}, "its config says 4"),
         ({"l.lora_A.weight": PAIR["l.lora_A.weight"]}, {}, "without lora_B"),
         (PAIR | {"l.ia3": draw(2)}, {}, "ia3"),
+        ({}, {}, "no arrays"),
+        (PAIR | {"l.lora_B.weight": draw(5)}, {}, "two axes"),
+        (PAIR | {"l.lora_B.weight": draw(5, 3)}, {}, "ranks 2 and 3"),
+        (PAIR, {"lora_alpha": "big"}, "alpha of l is 'big'"),
+        (PAIR, {"rank_pattern": {"(": 3}}, "pattern '\\('"),
     ],
+    ids=str,
 )
 def test_other_peft_adapters_are_named(tensors, config, words, tmp_path):
     folder = peft_folder(tmp_path / "bad", tensors, **config)
@@ -254,6 +309,19 @@ def test_pickles_and_damage_are_refused(tmp_path, params, make):
     save_adapters(own, make(params, config), config)
     with pytest.raises(ConfigError, match="hasn't"):
         load_adapters(own, {"other": draw(2, 2)})
+    raw = json.loads((own / CONFIG).read_text())
+    for spoil in (
+        lambda part: part.pop("config"),
+        lambda part: part["config"].update(rank="2"),
+        lambda part: part["scales"].clear(),
+        lambda part: part["weights"]["conv.weight"].update(axes=3),
+    ):
+        spoiled = json.loads(json.dumps(raw))
+        spoil(spoiled["uoe_jax"])
+        (own / CONFIG).write_text(json.dumps(spoiled))
+        with pytest.raises(DataError, match="damaged 'uoe_jax' part"):
+            load_adapters(own, params)
+    (own / CONFIG).write_text(json.dumps(raw))
     stored = load_file(own / WEIGHTS)
     save_file({k: v for k, v in stored.items() if "lora_B" not in k}, own / WEIGHTS)
     with pytest.raises(DataError, match="incomplete"):
@@ -264,7 +332,7 @@ def test_pickles_and_damage_are_refused(tmp_path, params, make):
 
 
 def test_modules_without_a_place_are_named():
-    module = read_module(draw(2, 6), draw(5, 2))
+    module = Module(draw(2, 6), draw(5, 2), None, 1.0, None)
     params = {"lin": {"weight": jnp.asarray(draw(6, 5))}}
     with pytest.raises(DataError, match="no place"):
         place_modules({"linn": module}, params, {})
@@ -272,6 +340,15 @@ def test_modules_without_a_place_are_named():
         place_modules(
             {"x": module}, {"lin": {"weight": draw(7, 5)}}, {"x": "lin.weight"}
         )
+    stacked = {"blocks": {"w": jnp.asarray(draw(2, 6, 5))}}
+    axes = {"blocks.w": WeightAxes(axes="lio", ins="i", outs="o")}
+    for place in (
+        Place("blocks.w"),
+        Place("blocks.w", (2,)),
+        Place("blocks.w", (0, 0)),
+    ):
+        with pytest.raises(DataError, match="say which"):
+            place_modules({"x": module}, stacked, {"x": place}, axes=axes)
     assert llama_names("model.layers.3.mlp.up_proj") == (
         "trunk.blocks.0.mlp.w_up",
         (3,),
@@ -279,15 +356,9 @@ def test_modules_without_a_place_are_named():
     assert llama_names("visual.blocks.0") is None
 
 
-def read_module(down, up):
-    from uoe_jax.adapt.foreign import Module
-
-    return Module(down, up, None, 1.0, None)
-
-
 def test_axes_of_another_model_are_saved_with_the_adapter(tmp_path, make):
     axes = {"odd": WeightAxes(axes="oi", ins="i", outs="o")}
-    params = {"odd": jnp.asarray(draw(4, 6))}
+    params = {"odd": jnp.asarray(draw(8, 9))}
     config = AdapterConfig(rank=2, targets=("odd",))
     adapters = make(params, config, axes=axes)
     save_adapters(tmp_path, adapters, config)

@@ -1,5 +1,6 @@
 """Every path of every kind of weight gives what the merged weight gives."""
 
+import contextlib
 import warnings
 
 import jax
@@ -18,7 +19,8 @@ from uoe_jax.adapt import (
     leaf_delta,
 )
 from uoe_jax.adapt.cost import Site, path_costs
-from uoe_jax.adapt.network import Lazy, Term, delta
+from uoe_jax.adapt.network import Lazy, Term, delta, fuse
+from uoe_jax.adapt.plan import make_plans, warn_of
 from uoe_jax.errors import ConfigError
 
 PATHS = ("delta", "fused", "factored", "auto")
@@ -52,30 +54,30 @@ def close(got, want):
 # What a model may do to a weight before it meets an input.
 USES = {
     "w": (
-        (6, 4),
+        (8, 6),
         lambda p, x: x @ p["w"],
-        (3, 5, 6),
+        (3, 5, 8),
     ),
     "w transposed, cast and sliced": (
-        (6, 4),
+        (8, 6),
         lambda p, x: jnp.einsum("oi,bi->bo", p["w"].T[1:3].astype(x.dtype), x),
-        (3, 6),
-    ),
-    "w first": ((6, 4), lambda p, x: jnp.einsum("io,bi->ob", p["w"], x), (3, 6)),
-    "w joined": (
-        (6, 4),
-        lambda p, x: x @ jnp.concatenate([p["w"], jnp.ones((6, 3)), p["w"]], axis=1),
-        (3, 6),
-    ),
-    "w joined at its inputs": (
-        (6, 4),
-        lambda p, x: x @ jnp.concatenate([jnp.ones((2, 4)), p["w"]], axis=0),
         (3, 8),
     ),
+    "w first": ((8, 6), lambda p, x: jnp.einsum("io,bi->ob", p["w"], x), (3, 8)),
+    "w joined": (
+        (8, 6),
+        lambda p, x: x @ jnp.concatenate([p["w"], jnp.ones((8, 3)), p["w"]], axis=1),
+        (3, 8),
+    ),
+    "w joined at its inputs": (
+        (8, 6),
+        lambda p, x: x @ jnp.concatenate([jnp.ones((2, 6)), p["w"]], axis=0),
+        (3, 10),
+    ),
     "w through a function nobody knows": (
-        (6, 4),
+        (8, 6),
         lambda p, x: x @ jnp.sin(p["w"]),
-        (3, 6),
+        (3, 8),
     ),
     "wq": (
         (2, 6, 3, 2, 4),
@@ -131,7 +133,11 @@ def test_f3_paths_agree_for_convolutions(case, method, make):
             x, p["kernel"], **options, dimension_numbers=numbers
         )
 
-    adapters = make(params, config(**method), axes=AXES)
+    # Tucker's input factor can't have rank 2 where a group has one channel.
+    cut = case == "depthwise" and method["method"] == "tucker"
+    told = pytest.warns(match="rank 2 is more") if cut else contextlib.nullcontext()
+    with told:
+        adapters = make(params, config(**method), axes=AXES)
     want = fn(adapted_params(params, adapters), x)
     for path in PATHS:
         close(apply_adapted(fn, params, adapters, x, path=path), want)
@@ -165,13 +171,13 @@ def test_embedding_rows_are_adapted_without_the_table(method, make):
 
 
 def test_vectors_and_stacks_of_layers_are_adapted(make):
-    params = {"blocks": {"0": {"w": draw(3, 4, 4), "scale": draw(3, 4, seed=2)}}}
+    params = {"blocks": {"0": {"w": draw(3, 6, 6), "scale": draw(3, 6, seed=2)}}}
 
     def fn(p, x):
         body = lambda x, layer: (jnp.tanh(x @ layer["w"]) * layer["scale"][None], None)
         return jax.lax.scan(body, x, p["blocks"]["0"])[0]
 
-    x = draw(2, 4, seed=1)
+    x = draw(2, 6, seed=1)
     for method in METHODS[:2]:
         adapters = make(params, config(**method))
         want = fn(adapted_params(params, adapters), x)
@@ -182,7 +188,7 @@ def test_vectors_and_stacks_of_layers_are_adapted(make):
 
 
 def test_gradients_of_all_paths_agree(make):
-    params, x = {"w": draw(6, 4)}, draw(3, 6, seed=1)
+    params, x = {"w": draw(8, 6)}, draw(3, 8, seed=1)
     fn = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]))
     adapters = make(params, config())
 
@@ -230,8 +236,8 @@ def test_f2_the_network_is_the_chained_tensordot(modes, data):
     ],
 )
 def test_f1_a_fresh_adapter_changes_no_bit(init, dtype):
-    params = {"w": draw(6, 4).astype(dtype), "kernel": draw(3, 3, 2, 4).astype(dtype)}
-    x, image = draw(3, 6, seed=1).astype(dtype), draw(1, 5, 5, 2, seed=2).astype(dtype)
+    params = {"w": draw(8, 6).astype(dtype), "kernel": draw(3, 3, 2, 4).astype(dtype)}
+    x, image = draw(3, 8, seed=1).astype(dtype), draw(1, 5, 5, 2, seed=2).astype(dtype)
 
     def fn(p, x, image):
         kernel = jax.lax.conv_general_dilated(
@@ -253,7 +259,7 @@ def test_f1_a_fresh_adapter_changes_no_bit(init, dtype):
 
 
 def test_f9_a_core_of_ones_is_lora(make):
-    params = {"w": draw(6, 4)}
+    params = {"w": draw(8, 6)}
     tucker = make(params, config(alpha=3.0))
     tucker.weights["w"]["core"] = jnp.eye(2)
     lora = make(params, config(method="lora", alpha=3.0))
@@ -264,7 +270,7 @@ def test_f9_a_core_of_ones_is_lora(make):
 
 
 def test_several_adapters_add_up(make):
-    params, x = {"w": draw(6, 4)}, draw(3, 6, seed=1)
+    params, x = {"w": draw(8, 6)}, draw(3, 8, seed=1)
     fn = lambda p, x: x @ p["w"]
     sets = [make(params, config(**m), seed=s) for s, m in enumerate(METHODS[:2])]
     total = params["w"] + sum(leaf_delta(one, one["w"]) for one in sets)
@@ -282,23 +288,24 @@ def test_dropout_drops_the_adapters_input_only(make):
     np.testing.assert_allclose(
         still, fn(adapted_params(params, adapters), x), rtol=1e-5
     )
-    # Every row is base + a subset of the delta's rows, doubled; their mean is the sum.
-    np.testing.assert_allclose(jnp.mean(dropped, 0), still[0], atol=0.35)
-    assert float(jnp.std(dropped[:, 0])) > 0.1
+    # A row is base + a subset of the delta's rows, doubled: the mean is the sum, the
+    # variance of one output the sum of its squares. Five deviations of the mean of 400.
+    spread = jnp.sqrt(jnp.sum(change**2, axis=0))
+    assert (jnp.abs(jnp.mean(dropped, 0) - still[0]) < 5 * spread / 400**0.5).all()
+    np.testing.assert_allclose(jnp.std(dropped, 0), spread, rtol=0.25)
     again = apply_adapted(fn, params, adapters, x, key=jax.random.key(0))
     np.testing.assert_array_equal(dropped, again)
     by_delta = apply_adapted(
         fn, params, adapters, x, key=jax.random.key(0), path="delta"
     )
     close(by_delta, dropped)
-    assert float(jnp.abs(change).max()) > 0
     with pytest.raises(ConfigError, match="dropout"):
         unknown = lambda p, x: x @ jnp.sin(p["w"])
         apply_adapted(unknown, params, adapters, x, key=jax.random.key(0))
 
 
 def test_dora_sets_the_norms_of_the_outputs(make):
-    params, x = {"w": draw(6, 4)}, draw(3, 6, seed=1)
+    params, x = {"w": draw(8, 6)}, draw(3, 8, seed=1)
     fn = lambda p, x: x @ p["w"]
     options = config(method="lora", use_dora=True)
     fresh = init_adapters(params, options, jax.random.key(0))
@@ -318,21 +325,51 @@ def test_cost_picks_small_products_for_few_rows_and_the_sum_for_a_small_weight()
     assert path_costs(site(16, 4096, 8), training=False).cheapest() == "factored"
     assert path_costs(site(16_384, 4096, 8), training=True).cheapest() == "factored"
     assert path_costs(site(100_000, 64, 32), training=False).cheapest() == "fused"
+    # Dropout rules out the sum: then a high rank takes the whole delta, a low one not.
     dropped = path_costs(site(100_000, 64, 32), training=False)
-    assert dropped.cheapest(allow_fused=False) in ("factored", "delta")
+    assert dropped.cheapest(allow_fused=False) == "delta"
+    dropped = path_costs(site(16, 4096, 8), training=True)
+    assert dropped.cheapest(allow_fused=False) == "factored"
+
+
+@pytest.mark.parametrize(
+    ("letters", "words"),
+    [
+        ({"axes": "iI"}, "lower-case"),
+        ({"axes": "ii"}, "of its own"),
+        ({"axes": "io", "outs": "z"}, "name axes only"),
+        ({"axes": "io", "outs": "i"}, "none of them in two"),
+        ({"axes": "io", "heads": "h"}, "heads 'h'"),
+    ],
+)
+def test_axes_that_cant_be_are_named(letters, words):
+    with pytest.raises(ConfigError, match=words):
+        WeightAxes(**{"ins": "i", "outs": "o"} | letters)
+
+
+def test_axes_that_are_given_win_over_this_librarys_own():
+    shapes = {"head.weight": (5, 6)}
+    turned = {"head.weight": WeightAxes(axes="oi", ins="i", outs="o")}
+    plan = make_plans(shapes, config(method="lora"), turned)[0]
+    assert plan.shapes == {"a": (6, 2), "b": (2, 5)}
 
 
 def test_mistakes_are_named(make):
-    params = {"w": draw(6, 4), "v": draw(4)}
+    params = {"w": draw(8, 6), "v": draw(4)}
     adapters = make(params, config(targets=("w",)))
-    with pytest.raises(ConfigError, match="no weight matches 'wx'"):
-        make(params, config(targets=("wx",)))
-    with pytest.raises(ConfigError, match=r"shape \[6, 4\], the model has \[6, 5\]"):
+    with pytest.raises(ConfigError, match=r"no weight matches '\*.wx'.*mean \*w"):
+        make(params, config(targets=("*.wx",)))
+    with pytest.raises(ConfigError, match="no weight among the targets"):
+        make(params, config(targets=("w",), rank_pattern={"v": 1}))
+    with pytest.raises(ConfigError, match=r"shape \[8, 6\], the model has \[6, 5\]"):
         apply_adapted(lambda p: p, {"w": draw(6, 5)}, adapters)
     with pytest.raises(ConfigError, match="hasn't"):
-        apply_adapted(lambda p: p, {"u": draw(6, 4)}, adapters)
+        apply_adapted(lambda p: p, {"u": draw(8, 6)}, adapters)
     for options, words in (
         ({"init": "gaussian"}, "tucker takes"),
+        ({"alpha": 0.0}, "alpha is 0"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"kernel_rank": 0}, "kernel_rank is 0"),
         ({"dropout": 1.0}, r"\[0, 1\)"),
         ({"dropout": 0.1, "use_dora": True}, "DoRA"),
         ({"method": "lora", "split_heads": True}, "split_heads"),
@@ -340,18 +377,21 @@ def test_mistakes_are_named(make):
     ):
         with pytest.raises(ConfigError, match=words):
             make(params, config(targets=("w",), **options))
-    with pytest.warns(UserWarning, match="lower the rank"):
+    with pytest.warns(UserWarning) as told:
         init_adapters(params, AdapterConfig(rank=64, targets=("w",)), jax.random.key(0))
+    cut, large = (str(one.message) for one in told)
+    assert cut.startswith("rank 64 is more than w can have; [6, 6] used")
+    assert large.startswith("adapters have 120 parameters, the weights they adapt 48")
 
 
 def test_f6_parameters_are_counted_by_the_formula():
     shapes = {"w": (40, 30), "kernel": (3, 3, 256, 256)}
-    from uoe_jax.adapt.plan import make_plans
-
-    with warnings.catch_warnings():
+    lora = make_plans(shapes, AdapterConfig(method="lora", rank=16, targets=("*",)))
+    tucker = make_plans(shapes, AdapterConfig(rank=16, targets=("*",)))
+    with warnings.catch_warnings():  # none of these is worth a word
         warnings.simplefilter("error")
-        lora = make_plans(shapes, AdapterConfig(method="lora", rank=16, targets=("*",)))
-        tucker = make_plans(shapes, AdapterConfig(rank=16, targets=("*",)))
+        warn_of(lora)
+        warn_of(tucker)
     counts = {plan.name: plan.num_params for plan in lora}
     assert counts == {"w": 16 * 70, "kernel": 16 * (9 * 256 + 256)}  # 40,960
     counts = {plan.name: plan.num_params for plan in tucker}
@@ -359,7 +399,5 @@ def test_f6_parameters_are_counted_by_the_formula():
 
 
 def test_a_lazy_weight_without_terms_is_itself():
-    from uoe_jax.adapt.network import fuse
-
     value = draw(2, 3)
     assert fuse(Lazy(value, ())) is value

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from moved_adapters import draw_model
 
 from uoe_jax.adapt import (
     AdapterConfig,
@@ -21,8 +22,7 @@ from uoe_jax.adapt import (
 )
 from uoe_jax.adapt.plan import make_plans
 from uoe_jax.adapt.step import freeze_params, init_adapt_state, make_adapt_step
-from uoe_jax.config import ExperimentConfig, ModelConfig, TrainConfig
-from uoe_jax.model import make_model
+from uoe_jax.config import ExperimentConfig, MeshConfig, ModelConfig, TrainConfig
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh
 
@@ -81,8 +81,12 @@ def test_f5_the_trained_delta_has_the_mode_ranks():
 def test_f8_full_ranks_reach_any_delta_in_closed_form():
     params = {"w": draw(6, 5)}
     config = AdapterConfig(rank=6, targets=("w",), init="orthonormal")
-    with pytest.warns(UserWarning, match="lower the rank"):
+    with pytest.warns(UserWarning) as told:
         fresh = init_adapters(params, config, jax.random.key(0))
+    assert [str(one.message)[:15] for one in told] == [
+        "rank 6 is more ",
+        "adapters have 8",
+    ]
     target = draw(6, 5, seed=1)
     parts = dict(fresh.weights["w"])
     # One rank of the wide mode is cut: 5 columns can't fill 6.
@@ -92,7 +96,8 @@ def test_f8_full_ranks_reach_any_delta_in_closed_form():
     reached = leaf_delta(fresh.with_weights({"w": parts}), fresh["w"])
     np.testing.assert_allclose(reached, inside, atol=1e-5)
     square = {"w": draw(5, 5)}
-    with pytest.warns(UserWarning):
+    config = AdapterConfig(rank=5, targets=("w",), init="orthonormal")
+    with pytest.warns(UserWarning, match="lower the rank"):
         fresh = init_adapters(square, config, jax.random.key(0))
     parts = dict(fresh.weights["w"])
     parts["core"] = parts["factor_i"].T @ target[:5] @ parts["factor_o"]
@@ -141,7 +146,7 @@ def tiny_language_model(**model):
             max_seq_len=8,
             d_model=8,
             d_ff=16,
-            num_layers=2,
+            num_layers=1,
             num_heads=2,
             num_kv_heads=2,
             head_dim=4,
@@ -149,12 +154,11 @@ def tiny_language_model(**model):
         ),
         train=TrainConfig(steps=4, loss_chunk=64),
     )
-    return config, make_model(config.model, jax.random.key(0))
+    return config, *draw_model(config.model)
 
 
 def test_f10_the_base_has_no_gradient_and_no_optimizer_state():
-    config, model = tiny_language_model()
-    graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
+    config, graphdef, params, buffers = tiny_language_model()
     adapter = AdapterConfig(rank=2, targets=("*.w?", "*.mlp.w_*"))
     fresh = init_adapters(params, adapter, jax.random.key(0))
     optimizer = make_optimizer(config.optim, 4)
@@ -163,26 +167,39 @@ def test_f10_the_base_has_no_gradient_and_no_optimizer_state():
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     # Adam's two moments of the factors, nothing else.
     assert sum(leaf.size for leaf in moments) == 2 * trained
-    mesh = make_mesh(config.mesh, batch_size=8)
+    mesh = make_mesh(MeshConfig(data=2), batch_size=8)
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 31, (1, 8, 8)), jnp.int32)
     batch = {"tokens": tokens, "targets": jnp.roll(tokens, -1, 2)}
     batch |= {"mask": jnp.ones((1, 8, 8)), "segments": jnp.ones((1, 8, 8), jnp.int32)}
-    batch["positions"] = jnp.zeros((1, 8, 8), jnp.int32)
+    batch["positions"] = jnp.tile(jnp.arange(8, dtype=jnp.int32), (1, 8, 1))
     before = jax.tree.map(np.asarray, params)
     step = make_adapt_step(config, graphdef, fresh, optimizer, mesh)
-    losses = []
+    losses, norms = [], []
     for _ in range(3):
         state, metrics = step(state, params, buffers, batch)
         losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
     assert losses[2] < losses[0]
+
+    @jax.jit
+    @jax.value_and_grad
+    def whole_batch(weights):
+        merged = adapted_params(params, fresh.with_weights(weights))
+        logits = nnx.merge(graphdef, merged, buffers)(tokens[0])[0]
+        chosen = jnp.take_along_axis(logits, batch["targets"][0][..., None], 2)[..., 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=2) - chosen)
+
+    # Two devices with half the batch each, by factors: one model with merged weights.
+    loss, grads = whole_batch(fresh.weights)
+    np.testing.assert_allclose(losses[0], loss, rtol=1e-5)
+    np.testing.assert_allclose(norms[0], optax.tree.norm(grads), rtol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, before, params)
     assert int(state.step) == 3 and set(state.params) == set(fresh.weights)
 
 
 def test_frozen_base_in_half_precision_gives_the_same_forward():
-    config, model = tiny_language_model(compute_dtype="bfloat16")
-    graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
+    config, graphdef, params, buffers = tiny_language_model(compute_dtype="bfloat16")
     frozen = freeze_params(params, config)
     tokens = jnp.arange(8)[None] % 31
     run = jax.jit(lambda p: nnx.merge(graphdef, p, buffers)(tokens)[0])
@@ -192,7 +209,7 @@ def test_frozen_base_in_half_precision_gives_the_same_forward():
 
 
 def test_padded_ranks_train_as_if_they_were_alone():
-    params, target = {"w": draw(6, 5)}, draw(6, 5, seed=1)
+    params, target = {"w": draw(9, 8)}, draw(9, 8, seed=1)
     for method in ("lora", "tucker"):
         config = lambda r, m=method: AdapterConfig(method=m, rank=r, targets=("w",))
         small = init_adapters(params, config(1), jax.random.key(0))
@@ -205,7 +222,7 @@ def test_padded_ranks_train_as_if_they_were_alone():
 
 
 def test_adapters_of_many_ranks_train_side_by_side_under_vmap():
-    params, x = {"w": draw(6, 5)}, draw(4, 6, seed=2)
+    params, x = {"w": draw(9, 8)}, draw(4, 9, seed=2)
     make = lambda r: init_adapters(
         params, AdapterConfig(rank=r, targets=("w",)), jax.random.key(r)
     )

@@ -1,17 +1,25 @@
 """`uoe adapt`: trained, saved, loaded again, merged; mistakes in one line."""
 
 import json
+import math
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from uoe_jax.adapt import adapted_params
+from uoe_jax.adapt import AdapterConfig, adapted_params
 from uoe_jax.adapt.files import load_adapters
 from uoe_jax.adapt.merge import merge
+from uoe_jax.adapt.plan import make_plans, warn_of
+from uoe_jax.adapt.run import write_run
+from uoe_jax.adapt.session import StepLog
 from uoe_jax.cli import main
+from uoe_jax.cli.notes import plain_warnings
+from uoe_jax.config import ExperimentConfig, OptimConfig, TrainConfig
+from uoe_jax.errors import NonFiniteError
 from uoe_jax.evaluate import load_run
+from uoe_jax.model import make_model
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +30,22 @@ def other_text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def union_run(tiny_config, tmp_path_factory):
+    """A union as it starts: what it has learned plays no part here."""
+    config, folder = tiny_config(), tmp_path_factory.mktemp("runs") / "fresh"
+    model = make_model(config.model, jax.random.key(0))
+    _, params, buffers = nnx.split(model, nnx.Param, ...)
+    write_run(folder, config, params, buffers, 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def adapted(union_run, other_text, tmp_path_factory):
-    """An adapter of the union, with its merged run."""
+    """An adapter of the union, with its merged run; nine rows fit one device."""
     out = tmp_path_factory.mktemp("adapters") / "lora"
     args = ["adapt", str(union_run), "--method", "lora", "--rank", "2", "--steps", "6",
             "--data", str(other_text), "--learning-rate", "0.03", "--merge",
-            "--out", str(out), "--quiet"]  # fmt: skip
+            "--batch-size", "9", "--out", str(out), "--quiet"]  # fmt: skip
     assert main(args) == 0
     return out
 
@@ -59,7 +77,7 @@ def test_an_adapter_is_trained_reported_and_merged(adapted, union_run, capsys):
 def test_a_saved_adapter_merges_untrained(adapted, union_run, tmp_path, capsys):
     out = tmp_path / "again"
     args = ["adapt", str(union_run), "--load", str(adapted), "--steps", "0", "--merge",
-            "--out", str(out), "--json"]  # fmt: skip
+            "--batch-size", "9", "--out", str(out), "--json"]  # fmt: skip
     assert main(args) == 0
     report = json.loads(capsys.readouterr().out)
     assert "after" not in report
@@ -78,9 +96,14 @@ def test_a_saved_adapter_merges_untrained(adapted, union_run, tmp_path, capsys):
         (["--targets", "*.wz"], "no weight matches"),
         (["--init", "gaussian"], "tucker takes"),
         (["--steps", "0"], "--load"),
-        (["--data", "nowhere.txt"], "nowhere.txt"),
+        (["--data", "nowhere.txt", "--rank", "2"], "nowhere.txt"),
         (["--rank-pattern", "*.wq"], "PATTERN=RANK"),
         (["--load", "nowhere"], "nowhere"),
+        (["--load", "nowhere", "--dora"], "--dora is True with --load"),
+        (["--method", "loha"], "choose from 'tucker', 'lora'"),
+        (["--alpha", "0"], "alpha is 0"),
+        (["--learning-rate", "-1"], "learning_rate is -1"),
+        (["--batch-size", "0"], "batch_size is 0"),
     ],
 )
 def test_mistakes_are_one_line(options, words, union_run, tmp_path, capsys):
@@ -91,6 +114,39 @@ def test_mistakes_are_one_line(options, words, union_run, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_an_adapter_is_never_overwritten(adapted, union_run, capsys):
-    assert main(["adapt", str(union_run), "--out", str(adapted)]) == 2
-    assert "holds an adapter already" in capsys.readouterr().err
+def test_nothing_is_ever_overwritten(adapted, union_run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "half" / "merged").mkdir(parents=True)
+    for out, words in (
+        (adapted, "holds an adapter already"),
+        (tmp_path / "half", "holds a merged run already"),
+        (tmp_path / "file", "is a file"),
+    ):
+        assert main(["adapt", str(union_run), "--out", str(out)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_loaded_adapter_needs_a_folder_for_what_becomes_of_it(union_run, capsys):
+    assert main(["adapt", str(union_run), "--load", "some", "--merge"]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_warnings_are_one_line_without_a_place_in_code(capsys):
+    with plain_warnings():
+        warn_of(make_plans({"w": (6, 4)}, AdapterConfig(rank=64, targets=("w",))))
+    said = capsys.readouterr().err.splitlines()
+    assert [line[:24] for line in said] == [
+        "uoe: rank 64 is more tha",
+        "uoe: adapters have 56 pa",
+    ]
+
+
+def test_training_that_diverges_stops_with_the_rate_to_lower(tmp_path):
+    train = TrainConfig(max_bad_steps=2)
+    log = StepLog(ExperimentConfig(train=train, optim=OptimConfig(learning_rate=0.5)))
+    step = {"loss": 1.0, "tokens": 8, "bad_steps": 0}
+    for metrics in (step, step | {"loss": math.nan, "bad_steps": 1}, step):
+        log.read(metrics)
+    assert (log.tokens, log.skipped, len(log.losses)) == (24, 1, 3)
+    with pytest.raises(NonFiniteError, match="2 steps in a row up to step 4.*0.5"):
+        log.read(step | {"bad_steps": 2})

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from uoe_jax.cli import main
-from uoe_jax.complete.command import run_complete
+from uoe_jax.complete.command import describe, run_complete
+from uoe_jax.complete.fit import split
 from uoe_jax.complete.options import CompleteArgs
-from uoe_jax.complete.read import read_entries
+from uoe_jax.complete.read import Table, read_entries
 from uoe_jax.errors import DataError
 from uoe_jax.linalg.completion import load_factors, predict
 
@@ -68,9 +71,34 @@ def test_csv_and_parquet_read_like_npz(ratings, tmp_path):
     np.savez(tmp_path / "dense.npz", matrix=dense)
     whole = read_entries(tmp_path / "dense.npz")
     np.testing.assert_array_equal(whole.values, table.values)
+    assert table.names == ("user", "item", "rating")
+    assert others[0].names == ("userId", "movieId", "rating")
     for other in others:
-        for a, b in zip(other, table, strict=True):
+        for a, b in zip(other[:5], table[:5], strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_ids_keep_all_their_digits(tmp_path):
+    path = tmp_path / "long.csv"
+    path.write_text("1,9007199254740993,1\n1,9007199254740992,2\n")
+    assert read_entries(path).col_ids.tolist() == [2**53, 2**53 + 1]
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.2, 0.5]))
+@settings(max_examples=25, deadline=None)
+def test_a_split_keeps_the_entries_of_a_position_together(seed, holdout):
+    draw = np.random.default_rng(seed)
+    rows, cols = draw.integers(0, 6, 60), draw.integers(0, 5, 60)
+    ids = (np.arange(6), np.arange(5))
+    table = Table(rows, cols, draw.normal(size=60), *ids, ("r", "c", "v"))
+    parts = split(table, holdout, seed)
+    picked = parts[:3]
+    assert sorted(np.concatenate(picked).tolist()) == list(range(60))
+    places = [set(zip(rows[p], cols[p], strict=True)) for p in picked]
+    count = len(set(zip(rows, cols, strict=True)))
+    assert parts.repeats == 60 - count
+    assert sum(map(len, places)) == count  # so no position is in two parts
+    assert len(places[1]) + len(places[2]) == round(holdout * count)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +107,12 @@ def test_csv_and_parquet_read_like_npz(ratings, tmp_path):
         ("user,item,rating\n1,2,good\n", "good"),
         ("user,item,rating\nann,2,3\n", "ann"),
         ("user,item,rating\n1.5,2,3\n", "1.5"),
+        ("user,item,rating\n1e30,2,3\n", "ids must be integers"),
+        ("user,item,rating\ninf,2,3\n", "ids must be integers"),
+        ("user,item,rating\n1,2,3\n1,3,nan\n", "entry 2 is nan"),
+        ("user,item,rating\n1,2,-inf\n", "entry 1 is -inf"),
+        ("time,user,item,stars\n0,1,2,3\n", "--columns"),
+        ("user,item,rating\n", "no entries"),
         ("user,item,rating\n1,2\n", "line 2"),
         ("user,item\n1,2\n", "needs a row"),
         ("", "empty"),
@@ -100,9 +134,30 @@ def test_bad_files_and_requests_are_named(ratings, tmp_path):
         read_entries(Path("x.xlsx"))
     with pytest.raises(DataError, match="did you mean rating"):
         read_entries(path, ("user", "item", "ratin"))
-    (tmp_path / "junk.npz").write_bytes(b"junk")
-    with pytest.raises(DataError, match="junk.npz"):
-        read_entries(tmp_path / "junk.npz")
+    damaged = {
+        "junk.npz": b"junk",
+        "empty.npz": b"",
+        "cut.npz": path.read_bytes()[:300],
+        "text.csv": b"\xff\xfe\x00",
+    }
+    np.save(tmp_path / "bare.npy", np.eye(2))
+    damaged["bare.npz"] = (tmp_path / "bare.npy").read_bytes()
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name} can't be read"):
+            read_entries(tmp_path / name)
+    arrays = {
+        "none seen": {"matrix": np.full((2, 2), np.nan)},
+        "an infinite one": {"matrix": np.array([[np.inf, 1.0]])},
+        "complex": {"row": [0], "col": [0], "value": [1j]},
+        "two axes": {"row": [[0]], "col": [0], "value": [1.0]},
+        "two lengths": {"row": [0], "col": [0, 1], "value": [1.0]},
+    }
+    words = ("no entries", "is inf", "complex128", "shape", "lengths")
+    for held, word in zip(arrays.values(), words, strict=True):
+        np.savez(tmp_path / "bad.npz", **held)
+        with pytest.raises(DataError, match=word):
+            read_entries(tmp_path / "bad.npz")
 
 
 @pytest.mark.parametrize(
@@ -112,11 +167,43 @@ def test_bad_files_and_requests_are_named(ratings, tmp_path):
         ("--holdout=1.0", "holdout is 1.0"),
         ("--solver=exakt", "did you mean exact"),
         ("--ridg=1", "--ridge"),
+        ("--ridge=-1", "ridge is -1"),
+        ("--ridge-power=nan", "ridge_power is nan"),
         ("--rank=99", "50 x 40"),
+        ("--rank=0", "rank is 0"),
+        ("--iters=0", "iters is 0"),
+        ("--seed=-1", "uoe: seed is -1"),
+        ("--holdout=0.0001", "2 held out"),
     ],
 )
-def test_bad_requests_are_one_line_and_exit_2(option, words, ratings, capsys):
+def test_bad_requests_are_one_line_and_exit_2(
+    option, words, ratings, capsys, tmp_path, monkeypatch
+):
     path, *_ = ratings
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
     assert main(["complete", str(path), option, "--quiet"]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_file_in_the_place_of_the_folder_is_kept(ratings, tmp_path, capsys):
+    place = tmp_path / "taken"
+    place.write_text("mine")
+    args = ["complete", str(ratings[0]), "--out", str(place), "--quiet"]
+    assert main(args) == 2
+    assert "is a file" in capsys.readouterr().err and place.read_text() == "mine"
+
+
+def test_what_a_file_holds_is_said_before_the_fit(tmp_path):
+    dense = np.full((3, 4), np.nan)
+    dense[:2, :3] = 1.0
+    np.savez(tmp_path / "m.npz", m=dense)
+    table = read_entries(tmp_path / "m.npz")
+    lines = describe(Path("m.npz"), table, split(table, 0.0, 0))
+    assert "6 entries (m) of a 3 x 4 matrix, 0 held out" in lines[0]
+    assert [line.split(" have")[0] for line in lines[1:]] == ["1 rows", "1 columns"]
+    twice = table._replace(rows=np.zeros_like(table.rows))
+    assert any("3 entries repeat" in s for s in describe(
+        Path("m.npz"), twice, split(twice, 0.0, 0)))  # fmt: skip

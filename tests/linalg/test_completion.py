@@ -11,6 +11,7 @@ from uoe_jax.linalg.completion.entries import clean_entries
 from uoe_jax.linalg.completion.problem import lay_out
 from uoe_jax.linalg.completion.run import Method, start_state
 from uoe_jax.linalg.completion.spectral import clip_rows
+from uoe_jax.linalg.completion.step import gauge
 from uoe_jax.linalg.lowrank import orthonormalise, subspace_distance
 
 F64 = {"dtype": np.float64}
@@ -192,6 +193,16 @@ def test_held_out_entries_stop_early(seed):
     errors = factors.info["valid_rmse"]
     assert len(errors) < 40
     assert int(factors.info["best_sweep"]) == int(np.argmin(errors))
+
+
+@pytest.mark.parametrize("regularised", [False, True])
+def test_a_change_of_basis_keeps_the_product(regularised, seed, x64):
+    draw = np.random.default_rng(seed)
+    u, v = (jnp.asarray(draw.normal(size=(n, 4)) * [9, 3, 1, 0.1]) for n in (30, 20))
+    fixed, other, scale = gauge(u, v, regularised)
+    np.testing.assert_allclose(fixed @ other.T, u @ v.T, atol=1e-10)
+    # Orthogonal columns, of the mean square that preconditions the solvers.
+    np.testing.assert_allclose(fixed.T @ fixed / 30, np.diag(scale), atol=1e-10)
 
 
 def test_orthonormalise_keeps_the_product(seed, x64):

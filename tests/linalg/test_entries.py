@@ -1,5 +1,8 @@
 """Bad entries are refused in one line that names them, or treated as documented."""
 
+import itertools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uoe_jax.errors import ConfigError, DataError
-from uoe_jax.linalg.completion import complete, predict
+from uoe_jax.linalg.completion import complete, partial_fit, predict
 from uoe_jax.linalg.completion.build import make_buckets, make_segments
+from uoe_jax.linalg.completion.checks import check_numbers, check_rank
 from uoe_jax.linalg.completion.entries import clean_entries, split_entries
-from uoe_jax.linalg.completion.widths import choose_widths
+from uoe_jax.linalg.completion.widths import choose_widths, round_up
 
 GOOD = (np.array([0, 1, 2]), np.array([0, 1, 1]), np.array([1.0, 2.0, 3.0]))
 
@@ -43,12 +47,16 @@ def test_bad_entries_are_named(place, value, words):
         clean_entries(*arrays, (3, 2))
 
 
-def test_no_entries_and_negative_weights():
+def test_no_entries_and_weights_that_are_none():
     empty = np.zeros(0, int)
     with refuses(DataError, "0 entries"):
         clean_entries(empty, empty, np.zeros(0), (3, 2))
     with refuses(DataError, "weights", "-1"):
         clean_entries(*GOOD, (3, 2), weights=np.array([1.0, -1.0, 1.0]))
+    with refuses(DataError, "weights are all 0"):
+        clean_entries(*GOOD, (3, 2), weights=np.zeros(3))
+    with refuses(DataError, "two sizes"):
+        clean_entries(*GOOD, (3, 2, 1))
 
 
 def test_duplicates_are_averaged_or_refused():
@@ -79,7 +87,13 @@ def test_duplicates_are_averaged_or_refused():
         ({"dtype": np.int32}, ["int32"]),
         ({"ridge": -1.0}, ["ridge is -1"]),
         ({"tol": float("nan")}, ["tol is nan"]),
-        ({"iters": 0}, ["iters is 0"]),
+        ({"iters": 0}, ["iters is 0", "above 0"]),
+        ({"ridge_power": float("inf")}, ["ridge_power is inf"]),
+        ({"bias_ridge": -1.0}, ["bias_ridge is -1"]),
+        ({"clip_mu": 0.0}, ["clip_mu is 0", "above 0"]),
+        ({"passes": 0}, ["passes is 0"]),
+        ({"patience": 0}, ["patience is 0"]),
+        ({"holdout": [[0], [0]]}, ["holdout has 2 parts"]),
         ({"holdout": 1.5}, ["holdout is 1.5"]),
         ({"duplicates": "sum"}, ["duplicates is 'sum'"]),
     ],
@@ -89,12 +103,31 @@ def test_bad_requests_are_refused_in_one_line(options, words):
         complete(*GOOD, (3, 2), **{"rank": 1, **options})
 
 
+def test_fractions_of_sweeps_and_ranks_are_refused():
+    with refuses(ConfigError, "iters is 2.5", "whole"):
+        check_numbers(iters=2.5)
+    for rank in (1.5, None, "2"):
+        with refuses(ConfigError, f"rank is {rank!r}", "1 to 2"):
+            check_rank(rank, (3, 2))
+
+
+def test_a_mesh_without_a_data_axis_is_refused():
+    with refuses(ConfigError, "'rows'", "'data'"):
+        complete(*GOOD, (3, 2), 1, mesh=jax.make_mesh((2,), ("rows",)))
+
+
 def test_rank_above_the_degrees_warns_and_stays_finite():
     with pytest.warns(UserWarning, match="underdetermined"):
         factors = complete(*GOOD, (3, 2), 2, iters=5, solver="exact")
     assert np.isfinite(np.asarray(factors.dense())).all()
     with refuses(DataError, "rows holds 3", "partial_fit"):
         predict(factors, np.array([3]), np.array([0]))
+    with refuses(DataError, "cols", "0.5"):
+        predict(factors, [0], [0.5])
+    with refuses(DataError, "rows", "integers"):
+        partial_fit(factors, ["a"], [0], [1.0])
+    with refuses(ConfigError, "ridge is -1"):
+        partial_fit(factors, [0], [0], [1.0], ridge=-1.0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -152,6 +185,18 @@ def test_widths_pad_little_for_skewed_degrees():
     # Powers of two, the usual choice, take more buckets and pad by about 1.4.
     powers = 2.0 ** np.ceil(np.log2(degree))
     assert area < 2 * powers.sum()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 3))
+def test_widths_are_the_best_of_all_choices(degree, most):
+    degree = np.array(degree)
+    widths = choose_widths(degree, most)
+    sizes = np.unique(round_up(-(-degree // 4) * 4))
+    area = lambda widths: np.array(widths)[np.searchsorted(widths, degree)].sum()
+    choices = itertools.combinations(sizes, min(most, len(sizes)))
+    assert area(widths) == min(area(c) for c in choices if c[-1] == sizes[-1])
+    assert len(widths) <= most
 
 
 def test_split_partitions_the_entries():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from planted_matrices import make_planted
+from safetensors.numpy import load_file, save_file
 
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.linalg.completion import (
@@ -42,6 +43,10 @@ def test_factors_survive_storage(small, tmp_path):
     loaded = load_factors(path)
     np.testing.assert_array_equal(loaded.dense(), factors.dense())
     np.testing.assert_array_equal(loaded.info["row_ids"], np.arange(60))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    save_file({**load_file(path), "v": np.zeros((4, 9), np.float32)}, path)
+    with pytest.raises(DataError, match="don't belong"):
+        load_factors(path)
     path.write_bytes(b"no tensors here")
     with pytest.raises(DataError, match="safetensors"):
         load_factors(path)

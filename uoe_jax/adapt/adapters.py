@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from uoe_jax.adapt.config import AdapterConfig
 from uoe_jax.adapt.init import init_leaf
-from uoe_jax.adapt.plan import LeafPlan, WeightAxes, leaf_scale, make_plans
+from uoe_jax.adapt.plan import LeafPlan, WeightAxes, leaf_scale, make_plans, warn_of
 from uoe_jax.optim import leaf_name
 
 Weights = dict[str, dict[str, Array]]
@@ -68,10 +68,12 @@ def init_adapters(
 ) -> Adapters:
     """Return a fresh adapter of the weights that `config.targets` choose.
 
-    Its delta is exactly zero. Raises ConfigError as `make_plans` does.
+    Its delta is exactly zero. Warns of ranks that a weight can't have and of adapters
+    as large as what they adapt. Raises ConfigError as `make_plans` does.
     """
     leaves = named_params(params)
     plans = make_plans({n: leaf.shape for n, leaf in leaves.items()}, config, axes)
+    warn_of(plans)
     weights: Weights = {}
     for number, plan in enumerate(plans):
         leaf_key = jax.random.fold_in(key, number)

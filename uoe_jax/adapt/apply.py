@@ -20,7 +20,7 @@ from uoe_jax.adapt.plan import LeafPlan
 from uoe_jax.adapt.products import Mode
 from uoe_jax.errors import ConfigError, nearest
 
-BANK = "k"  # letter of several adapters summed
+BANK = "K"  # letter of several adapters summed; no axis has it
 
 
 def apply_adapted(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,13 +98,21 @@ def stack_adapters(
 
 
 def select_adapter(bank: Adapters, index: int | Int[Array, ""]) -> Adapters:
-    """Return one adapter of a bank. The index may be traced: no recompilation."""
+    """Return one adapter of a bank. The index may be traced: no recompilation.
+
+    Raises ConfigError for a number that the bank hasn't; traced ones give NaN there.
+    """
+    _check_index(bank, index)
     take = lambda array: jnp.take(array, index, axis=0)
     return _single(bank, jax.tree.map(take, _arrays(bank)))
 
 
 def set_adapter(bank: Adapters, index: int, adapters: Adapters) -> Adapters:
-    """Return the bank with one place taken by another adapter of no higher rank."""
+    """Return the bank with one place taken by another adapter of no higher rank.
+
+    Raises ConfigError for a place that the bank hasn't, or as `pad_ranks` does.
+    """
+    _check_index(bank, index)
     padded = _arrays(pad_ranks(adapters, [_one(plan) for plan in bank.plans]))
     put = lambda array, new: array.at[index].set(new)
     weights, scales, anchor = jax.tree.map(put, _arrays(bank), padded)
@@ -111,11 +120,32 @@ def set_adapter(bank: Adapters, index: int, adapters: Adapters) -> Adapters:
 
 
 def mix_adapters(bank: Adapters, mix: Float[Array, " K"]) -> Adapters:
-    """Return the bank as one sum of its adapters, each times its share of `mix`."""
+    """Return the bank as one sum of its adapters, each times its share of `mix`.
+
+    Raises ConfigError for another number of shares than adapters.
+    """
+    if mix.shape != (_count(bank),):
+        raise ConfigError(
+            f"mix has shape {list(mix.shape)}; give a share to each of the "
+            f"{_count(bank)} adapters"
+        )
     scales = {
         name: scale * mix.astype(scale.dtype) for name, scale in bank.scales.items()
     }
     return dataclasses.replace(bank, scales=scales)
+
+
+def _count(bank: Adapters) -> int:
+    """Return how many adapters a bank has; ConfigError for a single one."""
+    if not all(plan.bank for plan in bank.plans):
+        raise ConfigError("this is one adapter, not a bank; stack_adapters makes banks")
+    return next(iter(bank.scales.values())).shape[0]
+
+
+def _check_index(bank: Adapters, index: Any) -> None:
+    count = _count(bank)
+    if isinstance(index, int) and not -count <= index < count:
+        raise ConfigError(f"adapter {index} of a bank of {count}; count from 0")
 
 
 def _arrays(adapters: Adapters) -> _Arrays:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -54,16 +55,18 @@ def check_adapter(config: AdapterConfig) -> None:
         raise ConfigError(
             f"init is {config.init!r}; {config.method} takes {', '.join(allowed)}"
         )
-    if config.rank < 1 or config.kernel_rank < 1:
-        raise ConfigError(
-            f"rank is {config.rank} and kernel_rank {config.kernel_rank}; "
-            "each must be at least 1"
-        )
+    for name in ("rank", "kernel_rank"):
+        rank = getattr(config, name)
+        if not isinstance(rank, int) or rank < 1:
+            raise ConfigError(f"{name} is {rank!r}; it must be at least 1")
     for pattern, rank in config.rank_pattern.items():
-        if rank < 0:
+        if not isinstance(rank, int) or rank < 0:
             raise ConfigError(
-                f"rank_pattern {pattern!r} is {rank}; use 0 (no adapter) or more"
+                f"rank_pattern {pattern!r} is {rank!r}; use 0 (no adapter) or more"
             )
+    alpha = config.alpha
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ConfigError(f"alpha is {alpha}; it must be a number above 0")
     if not 0 <= config.dropout < 1:
         raise ConfigError(f"dropout is {config.dropout}; it must be in [0, 1)")
     if not config.targets:

@@ -12,6 +12,8 @@ import fnmatch
 import itertools
 import json
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,6 @@ def save_adapters(
     """
     if any(plan.bank for plan in adapters.plans):
         raise DataError("a bank of adapters has no file form; save each of them")
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
     for plan in adapters.plans:
         trees = {"": adapters.weights, ANCHOR: adapters.anchor}
@@ -61,36 +62,59 @@ def save_adapters(
                 for key, index in _keys(plan, part, mark):
                     value = _to_file(plan, part, np.asarray(array)[index])
                     tensors[key] = np.ascontiguousarray(value)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    write_atomically(
-        folder / CONFIG, json.dumps(_describe(adapters, config, base), indent=2) + "\n"
-    )
+    described = json.dumps(_describe(adapters, config, base), indent=2) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    # The arrays last: a folder that has them is whole.
+    write_atomically(folder / CONFIG, described)
+    temporary = folder / f".{WEIGHTS}.{os.getpid()}"
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.replace(folder / WEIGHTS)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _modules(plan: LeafPlan) -> list[str]:
+    """Return the names of a weight's modules in a file."""
+    keys = {
+        key.removeprefix(PREFIX).rpartition("." + _suffix(plan, part))[0]
+        for part, _ in plan.labels
+        for key, _ in _keys(plan, part)
+    }
+    return sorted(keys)
 
 
 def _describe(adapters: Adapters, config: AdapterConfig, base: str) -> dict[str, Any]:
-    """Return the fields of PEFT's config, and what rebuilds the adapter here."""
+    """Return the fields of PEFT's config, and what rebuilds the adapter here.
+
+    PEFT divides alpha by a module's own rank, so its patterns name every module whose
+    rank was cut or set apart.
+    """
     scales = {p.name: float(adapters.scales[p.name]) for p in adapters.plans}
-    alpha = {
-        p.name: scales[p.name] * (p.rank**0.5 if config.use_rslora else p.rank)
-        for p in adapters.plans
-    }
+    ranks = {p.name: p.ranks[0] if p.ranks else p.rank for p in adapters.plans}
+    root = 0.5 if config.use_rslora else 1.0
+    # Seven digits, all that a float32 scale has.
+    alpha = {n: float(f"{scales[n] * r**root:.7g}") for n, r in ranks.items()}
+    first = alpha[adapters.plans[0].name]
+    named = {p.name: [re.escape(m) for m in _modules(p)] for p in adapters.plans}
+
+    def pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+        """Return what differs from the usual value, by module."""
+        apart = {
+            n: v for n, v in values.items() if v != usual and config.method == "lora"
+        }
+        return {module: v for n, v in apart.items() for module in named[n]}
+
     return {
         "peft_type": "LORA" if config.method == "lora" else "TUCKER",
         "base_model_name_or_path": base,
         "task_type": None,
         "r": config.rank,
-        "lora_alpha": alpha[adapters.plans[0].name],
+        "lora_alpha": first,
         "lora_dropout": config.dropout,
-        "target_modules": sorted(
-            {key.removeprefix(PREFIX).rpartition("." + _suffix(plan, part))[0]
-             for plan in adapters.plans for part, _ in plan.labels
-             for key, _ in _keys(plan, part)}
-        ),
-        "rank_pattern": {
-            p.name: p.ranks[0] for p in adapters.plans if p.method == "lora"
-            and p.ranks[0] != config.rank
-        },
-        "alpha_pattern": {},
+        "target_modules": sorted(m for p in adapters.plans for m in _modules(p)),
+        "rank_pattern": pattern(ranks, config.rank),
+        "alpha_pattern": pattern(alpha, first),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_dora": config.use_dora,
@@ -103,7 +127,7 @@ def _describe(adapters: Adapters, config: AdapterConfig, base: str) -> dict[str,
                 for p in adapters.plans
             },
         },
-    }  # fmt: skip
+    }
 
 
 def load_adapters(folder: Path, params: PyTree) -> tuple[Adapters, AdapterConfig]:
@@ -119,19 +143,23 @@ def load_adapters(folder: Path, params: PyTree) -> tuple[Adapters, AdapterConfig
             f"{folder / CONFIG} wasn't written here ({raw.get('peft_type')}); "
             "import_peft reads PEFT's LoRA"
         )
-    config = adapter_from_dict(own["config"])
-    axes = {
-        name: WeightAxes(**{k: v for k, v in one.items() if k != "shape"})
-        for name, one in own["weights"].items()
-    }
-    leaves = named_params(params)
-    plans = make_plans(
-        {n: one["shape"] for n, one in own["weights"].items()},
-        dataclasses.replace(
-            config, targets=tuple(axes), rank_pattern=_patterns(config, axes)
-        ),
-        axes,
+    try:
+        config = adapter_from_dict(own["config"])
+        axes = {
+            name: WeightAxes(**{k: v for k, v in one.items() if k != "shape"})
+            for name, one in own["weights"].items()
+        }
+        shapes = {name: one["shape"] for name, one in own["weights"].items()}
+        scales = {name: jnp.float32(own["scales"][name]) for name in axes}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{folder / CONFIG} has a damaged 'uoe_jax' part ({error}); restore it"
+        ) from None
+    exact = dataclasses.replace(
+        config, targets=tuple(axes), rank_pattern=_patterns(config, axes)
     )
+    plans = make_plans(shapes, exact, axes)
+    leaves = named_params(params)
     for plan in plans:
         check_leaf(plan, leaves)
     tensors = read_tensors(folder / WEIGHTS)
@@ -144,7 +172,6 @@ def load_adapters(folder: Path, params: PyTree) -> tuple[Adapters, AdapterConfig
             f"{folder / WEIGHTS} has {len(tensors)} arrays too many, {min(tensors)} "
             f"first; it isn't the file of {folder / CONFIG}"
         )
-    scales = {n: jnp.float32(own["scales"][n]) for n in axes}
     adapters = Adapters(weights=weights, scales=scales, anchor=anchor, plans=plans)
     return adapters, config
 

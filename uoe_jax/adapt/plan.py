@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import string
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from uoe_jax.adapt.config import AdapterConfig, check_adapter, rank_for, scale_for
 from uoe_jax.adapt.equation import Roles, lora_network, tucker_network
@@ -14,6 +16,7 @@ from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.linalg.tucker import clamp_ranks
 
 RANK_LETTERS = "ABCDEFGH"
+PACKAGE = f"{Path(__file__).parents[1]}/"  # whose frames a warning doesn't point to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,9 @@ class WeightAxes:
     """One letter an axis, in order, and what the axes do.
 
     Letters in none of `ins`, `outs` and `kernel` are batch axes: each index of them has
-    an adapter of its own. `heads` are the axes that Tucker may take one by one.
+    an adapter of its own. `heads` are the axes that Tucker may take one by one. Letters
+    are lower case: ranks and banks have the others. Raises ConfigError for a letter
+    that is none, occurs twice, or isn't an axis.
     """
 
     axes: str
@@ -30,11 +35,28 @@ class WeightAxes:
     kernel: str = ""
     heads: str = ""
 
+    def __post_init__(self):
+        if set(self.axes) - set(string.ascii_lowercase) or _repeats(self.axes):
+            raise ConfigError(
+                f"axes are {self.axes!r}; give each axis a lower-case letter of its own"
+            )
+        used = self.ins + self.outs + self.kernel
+        if _repeats(used) or set(used + self.heads) - set(self.axes):
+            raise ConfigError(
+                f"ins {self.ins!r}, outs {self.outs!r}, kernel {self.kernel!r} and "
+                f"heads {self.heads!r} of axes {self.axes!r}: name axes only, none of "
+                "them in two of the first three"
+            )
+
     @property
     def batch(self) -> str:
         """Letters of the batch axes."""
         used = self.ins + self.outs + self.kernel
         return "".join(a for a in self.axes if a not in used)
+
+
+def _repeats(word: str) -> bool:
+    return len(set(word)) < len(word)
 
 
 # This library's weights; a leading layer axis is added inside the stacks of blocks.
@@ -134,38 +156,49 @@ def make_plans(
 ) -> tuple[LeafPlan, ...]:
     """Return the adapters of all parameters that the config's patterns choose.
 
-    `axes` describes weights of other models by pattern. Warns when the adapters are as
-    large as what they adapt. Raises ConfigError for a pattern that matches nothing.
+    `axes` describes weights by pattern, before this library's own. Raises ConfigError
+    for a pattern that matches nothing.
     """
     check_adapter(config)
-    known = {**(axes or {}), **MODEL_AXES}
-    for pattern in (*config.targets, *config.rank_pattern):
+    given = dict(axes or {})
+    known = {**given, **MODEL_AXES, **given}  # the order of the first, its values too
+    for pattern in config.targets:
         if not fnmatch.filter(shapes, pattern):
             raise ConfigError(
-                f"no weight matches {pattern!r}; "
-                + nearest(pattern.strip("*."), shapes)
+                f"no weight matches {pattern!r}; {_nearest_tail(pattern, shapes)}"
+            )
+    match = fnmatch.fnmatchcase
+    chosen = [n for n in shapes if any(match(n, p) for p in config.targets)]
+    for pattern in config.rank_pattern:
+        if not fnmatch.filter(chosen, pattern):
+            raise ConfigError(
+                f"rank pattern {pattern!r} matches no weight among the targets; "
+                + _nearest_tail(pattern, chosen)
             )
     plans: list[LeafPlan] = []
-    for name, shape in shapes.items():
-        chosen = any(fnmatch.fnmatchcase(name, pattern) for pattern in config.targets)
-        rank = rank_for(config, name)
-        if chosen and rank:
-            place = axes_of(name, shape, known)
-            plans.append(_plan_leaf(name, tuple(shape), place, rank, config))
+    for name in chosen:
+        if rank := rank_for(config, name):
+            place = axes_of(name, shapes[name], known)
+            plans.append(_plan_leaf(name, tuple(shapes[name]), place, rank, config))
     if not plans:
         raise ConfigError("every matching weight has rank 0; give one of them a rank")
-    _warn(plans)
     return tuple(plans)
 
 
-def _warn(plans: Sequence[LeafPlan]) -> None:
+def _nearest_tail(pattern: str, names: Iterable[str]) -> str:
+    """Return a hint of patterns that match: `*` and the last part of a name."""
+    tails = {"*" + name.rpartition(".")[2] for name in names}
+    return nearest("*" + pattern.rpartition(".")[2].strip("*"), tails)
+
+
+def warn_of(plans: Sequence[LeafPlan]) -> None:
     """Warn of ranks that a weight can't have, and of adapters as large as the base."""
     cut = [plan for plan in plans if _is_cut(plan)]
     if cut:
         warnings.warn(
             f"rank {cut[0].rank} is more than {cut[0].name} can have; "
             f"{list(cut[0].ranks)} used, and so in {len(cut)} of {len(plans)} weights",
-            stacklevel=3,
+            skip_file_prefixes=(PACKAGE,),
         )
     size = sum(plan.num_params for plan in plans)
     base = sum(math.prod(plan.shape) for plan in plans)
@@ -173,7 +206,7 @@ def _warn(plans: Sequence[LeafPlan]) -> None:
         warnings.warn(
             f"adapters have {size:,} parameters, the weights they adapt {base:,}; "
             "lower the rank",
-            stacklevel=3,
+            skip_file_prefixes=(PACKAGE,),
         )
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def plot_adaptation(report: dict[str, Any], path: Path) -> None:
     """Write a PNG of the training loss by step with the two validation losses."""
-    losses = np.asarray(report["losses"])
+    losses = np.array(report["losses"], float)  # None of a skipped step: a gap
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -30,6 +31,7 @@ def plot_adaptation(report: dict[str, Any], path: Path) -> None:
         fontsize=10,
     )
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("loss (nats)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

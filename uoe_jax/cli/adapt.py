@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as json_text
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from uoe_jax.cli.notes import plain_warnings
 from uoe_jax.cli.parse import parse
 from uoe_jax.cli.paths import RUNS, find_run, read_config
 from uoe_jax.errors import ConfigError
@@ -18,18 +20,18 @@ from uoe_jax.errors import ConfigError
 class AdaptOptions:
     """Adapt a run to other data with Tucker or LoRA factors, beside its weights."""
 
-    run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
+    run: Positional[Annotated[str, arg(metavar="RUN")]]  # its folder, or a name in runs
 
     method: Literal["tucker", "lora"] = "tucker"
 
-    rank: int = 8
+    rank: int = 8  # of the factors; cut where a weight has less
 
     # File, folder, glob, tfds:NAME, stdlib or digits; the run's own if not given.
     data: str | None = None
 
     steps: int = 300  # 0: only merge what --load names
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 3e-3  # highest; after a warm-up it falls
 
     batch_size: int | None = None  # the run's if not given
 
@@ -54,27 +56,35 @@ class AdaptOptions:
 
     dropout: float = 0.0  # of the adapter's input
 
+    # How products are computed: with the small factors, or with the whole delta.
     path: Literal["auto", "delta", "fused", "factored"] = "auto"
 
-    load: Path | None = None  # start from this adapter folder, or PEFT's LoRA
+    # Start from this adapter folder, or PEFT's LoRA; its method and ranks stay.
+    load: Path | None = None
 
     merge: bool = False  # also write a run with the deltas in its weights
 
-    checkpoint: Literal["last", "best"] = "last"
+    checkpoint: Literal["last", "best"] = "last"  # of the run
 
-    out: Path | None = None  # folder of the adapter; runs/<name>-<method><rank>
+    out: Path | None = None  # new folder; runs/<name>-<method><rank> if not given
 
-    seed: int = 0
+    seed: int = 0  # of the factors and the order of the data
 
     json: bool = False  # one JSON object instead of tables
 
     quiet: bool = False  # no progress
 
 
+# What an adapter that is loaded brings with it.
+SHAPE = ("method", "rank", "targets", "rank_pattern", "alpha", "init", "split_heads",
+         "share_experts", "rslora", "dora", "dropout")  # fmt: skip
+
+
 def adapt(args: list[str]) -> int:
     """Train an adapter of a run; print its parameters, memory, speed and gain."""
     options = parse(AdaptOptions, args, "adapt")
     folder = find_run(options.run)
+    check_load(options)
     name = f"{read_config(folder).name}-{options.method}{options.rank}"
     out = options.out or RUNS / name
 
@@ -98,27 +108,47 @@ def adapt(args: list[str]) -> int:
         dropout=options.dropout,
     )
     silent = options.quiet or options.json
-    report = adapt_run(
-        folder,
-        out,
-        adapter,
-        data=options.data,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        batch_size=options.batch_size,
-        load=options.load,
-        merged=options.merge,
-        which=options.checkpoint,
-        path=options.path,
-        seed=options.seed,
-        note=(lambda text: None) if silent else print,
-    )
+    with plain_warnings():
+        report = adapt_run(
+            folder,
+            out,
+            adapter,
+            data=options.data,
+            steps=options.steps,
+            learning_rate=options.learning_rate,
+            batch_size=options.batch_size,
+            load=options.load,
+            merged=options.merge,
+            which=options.checkpoint,
+            path=options.path,
+            seed=options.seed,
+            note=(lambda text: None) if silent else print,
+        )
     if options.json:
         print(json_text.dumps(report, indent=2))
     else:
         print(describe(report))
         print(f"adapter: {out}")
     return 0
+
+
+def check_load(options: AdaptOptions) -> None:
+    """Raise ConfigError for --load with options that the loaded adapter settles."""
+    if options.load is None:
+        return
+    usual = {field.name: field.default for field in dataclasses.fields(AdaptOptions)}
+    asked = [name for name in SHAPE if getattr(options, name) != usual[name]]
+    if asked:
+        option = asked[0].replace("_", "-")
+        raise ConfigError(
+            f"--{option} is {getattr(options, asked[0])!r} with --load; a loaded "
+            "adapter keeps its own: leave one of them out"
+        )
+    if options.out is None:
+        raise ConfigError(
+            f"--load {options.load} without --out; say which new folder the result "
+            "goes to"
+        )
 
 
 def _patterns(words: tuple[str, ...]) -> dict[str, int]:
@@ -155,6 +185,8 @@ def describe(report: dict[str, Any]) -> str:
             ("time", f"{report['seconds']:.1f} s, compiled in "
                      f"{report['compile_seconds']:.1f} s"),
         ]  # fmt: skip
+        if report["skipped_steps"]:
+            rows.append(("steps skipped, not finite", str(report["skipped_steps"])))
     keys = ("loss", "bits_per_byte", "accuracy")
     scores = [
         (when, *(_number(report[when][key]) for key in keys))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from uoe_jax.cli.notes import plain_warnings
 from uoe_jax.cli.parse import parse
 from uoe_jax.complete.options import CompleteArgs
 
@@ -12,4 +13,5 @@ def complete(args: list[str]) -> int:
 
     from uoe_jax.complete.command import run_complete
 
-    return run_complete(options)
+    with plain_warnings():
+        return run_complete(options)

@@ -120,6 +120,8 @@ def flatten(box: str) -> str:
     else:
         text = blocks[min(1, len(blocks) - 1)]
     text = " ".join(text.split()).removesuffix(".")
+    # What a dataclass refuses says enough without the dataclass's name.
+    text = re.sub(r"^Error parsing [A-Z]\w*: ", "", text)
     for kind, words in (("int", "a whole number"), ("float", "a number")):
         found = re.search(rf"parsing (\S+): .*\b{kind}\b.*: '?(.*?)'?$", text)
         if found:

@@ -11,10 +11,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from uoe_jax.complete.fit import fit, split
+from uoe_jax.complete.fit import Parts, fit, split
 from uoe_jax.complete.options import CompleteArgs
 from uoe_jax.complete.plot import plot_convergence
 from uoe_jax.complete.read import Table, read_entries
+from uoe_jax.errors import ConfigError
 from uoe_jax.linalg.completion import Factors, predict, save_factors
 from uoe_jax.linalg.completion.factors import squared_error_interval
 
@@ -27,18 +28,17 @@ def run_complete(args: CompleteArgs) -> int:
     """
     if args.float64:
         jax.config.update("jax_enable_x64", True)
+    out = args.out or Path(args.file.stem + "_completed")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; give a folder with --out")
     table = read_entries(args.file, args.columns)
     parts = split(table, args.holdout, args.seed)
     console = Console(quiet=args.quiet)
-    console.print(
-        f"{args.file}: {len(table.values):,} entries of a {len(table.row_ids):,} x "
-        f"{len(table.col_ids):,} matrix, {len(parts.valid) + len(parts.test):,} held "
-        "out",
-        soft_wrap=True,
-    )
+    for line in describe(args.file, table, parts):
+        console.print(line, soft_wrap=True)
     factors, ridge = fit(args, table, parts, console)
     console.print(sweeps_table(factors, ridge))
-    result = summary(args.file, factors, ridge)
+    result = summary(args.file, factors, ridge, parts.repeats)
     if len(parts.test):
         result["heldout"] = held_out_error(factors, table, parts.test)
         error, (low, high) = result["heldout"]["rmse"], result["heldout"]["interval95"]
@@ -47,7 +47,6 @@ def run_complete(args: CompleteArgs) -> int:
             f"{len(parts.test):,} entries that chose nothing)",
             soft_wrap=True,
         )
-    out = args.out or Path(args.file.stem + "_completed")
     out.mkdir(parents=True, exist_ok=True)
     ids = {"row_ids": table.row_ids, "col_ids": table.col_ids}
     save_factors(factors, out / "factors.safetensors", **ids)
@@ -57,16 +56,34 @@ def run_complete(args: CompleteArgs) -> int:
     return 0
 
 
+def describe(file: Path, table: Table, parts: Parts) -> list[str]:
+    """Return what a file holds and what becomes of it, a line a fact."""
+    held = len(parts.valid) + len(parts.test)
+    lines = [
+        f"{file}: {len(table.values):,} entries ({', '.join(table.names)}) of a "
+        f"{len(table.row_ids):,} x {len(table.col_ids):,} matrix, {held:,} held out"
+    ]
+    if parts.repeats:
+        lines.append(f"{parts.repeats:,} entries repeat a position; averaged")
+    sides = ((table.rows, table.row_ids, "row"), (table.cols, table.col_ids, "column"))
+    for index, ids, name in sides:
+        empty = len(ids) - len(np.unique(index[parts.train]))
+        if empty:
+            lines.append(f"{empty:,} {name}s have no entry to train on; factors zero")
+    return lines
+
+
 def sweeps_table(factors: Factors, ridge: float) -> RichTable:
     """Return a table with a line a sweep; the kept one has a star."""
     info = factors.info
     shown = RichTable(title=f"rank {factors.rank}, ridge {ridge:.3g}")
-    for name in ("sweep", "train RMSE", "held-out RMSE", "iterations", "GFLOP"):
+    for name in ("sweep", "train RMSE", "validation RMSE", "iterations", "GFLOP"):
         shown.add_column(name, justify="right")
     for number, error in enumerate(info["train_rmse"]):
         valid = f"{info['valid_rmse'][number]:.5f}" if "valid_rmse" in info else "-"
         mark = "*" if number == info["best_sweep"] else ""
-        steps = "/".join(str(s) for s in info["steps"][number])
+        taken = info["steps"][number]
+        steps = "/".join(map(str, taken)) if any(taken) else "-"  # solved directly
         flops = info["flops"][number].sum() / 1e9
         shown.add_row(
             f"{mark}{number + 1}", f"{error:.5f}", valid, steps, f"{flops:.3g}"
@@ -74,7 +91,7 @@ def sweeps_table(factors: Factors, ridge: float) -> RichTable:
     return shown
 
 
-def summary(file: Path, factors: Factors, ridge: float) -> dict[str, Any]:
+def summary(file: Path, factors: Factors, ridge: float, repeats: int) -> dict[str, Any]:
     """Return the run in plain numbers."""
     info = factors.info
     names = ("train_rmse", "valid_rmse", "steps", "flops")
@@ -83,7 +100,7 @@ def summary(file: Path, factors: Factors, ridge: float) -> dict[str, Any]:
         "shape": list(factors.shape),
         "rank": factors.rank,
         "ridge": ridge,
-        "num_duplicates": int(info["num_duplicates"]),
+        "num_duplicates": repeats,
         "empty_rows": int(info["empty_rows"].sum()),
         "empty_cols": int(info["empty_cols"].sum()),
         "best_sweep": int(info["best_sweep"]) + 1,

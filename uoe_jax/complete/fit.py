@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
 import jax
@@ -19,25 +18,34 @@ RIDGES = (0.3, 1.0, 1.5, 3.0)  # tried when none is given, times the values' dev
 
 
 class Parts(NamedTuple):
-    """Positions of the entries to train on, to choose by and to report on."""
+    """Which entries train, choose and report; and how many repeat a position."""
 
     train: np.ndarray
     valid: np.ndarray
     test: np.ndarray
+    repeats: int
 
 
 def split(table: Table, holdout: float, seed: int) -> Parts:
-    """Return a random split; half of the held-out entries choose, half report."""
-    size = len(table.values)
-    order = np.random.default_rng(seed).permutation(size)
+    """Return a random split; half of the held-out positions choose, half report.
+
+    Entries of one position stay together: apart, the fit would have seen the answer.
+    """
+    key = table.rows.astype(np.int64) * len(table.col_ids) + table.cols
+    positions, place = np.unique(key, return_inverse=True)
+    size = len(positions)
     count = round(holdout * size)
     if holdout and not 2 <= count < size:
         raise ConfigError(
             f"holdout is {holdout} of {size} entries; it must leave at least 2 held "
             "out and 1 to train on"
         )
-    valid, test = order[: count // 2], order[count // 2 : count]
-    return Parts(np.sort(order[count:]), valid, test)
+    order = np.random.default_rng(seed).permutation(size)
+    part = np.zeros(size, np.int8)
+    part[order[: count // 2]] = 1
+    part[order[count // 2 : count]] = 2
+    train, valid, test = (np.flatnonzero(part[place] == number) for number in range(3))
+    return Parts(train, valid, test, len(key) - size)
 
 
 def fit(
@@ -55,7 +63,7 @@ def fit(
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
-        disable=args.quiet or not sys.stderr.isatty(),
+        disable=args.quiet or not console.is_terminal,
         transient=True,
     )
     found = []

@@ -29,19 +29,21 @@ class CompleteArgs:
     ridge_power: float = 0.5  # penalty grows with a row's entries to this power
     biases: bool = True  # offset, row and column biases beside the factors
     solver: str = "auto"  # auto, exact, gram, cg or sketch
-    tol: float = 1e-4
-    iters: int = 30
-    float64: bool = False
-    seed: int = 0
-    columns: tuple[str, str, str] | None = None  # row, column, value
-    out: Path | None = None  # folder; None: FILE's name without its ending
-    quiet: bool = False
+    tol: float = 1e-4  # of each half-step, and of the last sweep's gain
+    iters: int = 30  # sweeps at most
+    float64: bool = False  # twice the bytes, for errors below 1e-6
+    seed: int = 0  # of the split and the start
+    columns: tuple[str, str, str] | None = None  # names of row, column and value
+    out: Path | None = None  # folder, written over; None: FILE's name + _completed
+    quiet: bool = False  # print nothing
 
     def __post_init__(self):
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"holdout is {self.holdout}; it must be in [0, 1)")
-        if self.rank != "auto" and not self.rank.isdigit():
+        if self.rank != "auto" and not self.rank.isdecimal():
             raise ConfigError(f"rank is {self.rank!r}; give a whole number or 'auto'")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must be at least 0")
         if self.solver not in SOLVERS:
             raise ConfigError(
                 f"solver is {self.solver!r}; {nearest(self.solver, SOLVERS)}"

@@ -11,14 +11,14 @@ from matplotlib.ticker import MaxNLocator
 
 
 def plot_convergence(info: dict[str, np.ndarray], path: Path) -> None:
-    """Write a PNG of training and held-out RMSE by sweep; the kept sweep is marked."""
+    """Write a PNG of training and validation RMSE by sweep, the kept one marked."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     sweeps = np.arange(1, len(info["train_rmse"]) + 1)
     axes.plot(sweeps, info["train_rmse"], "o-", color="#3b6ea5", label="training")
     if "valid_rmse" in info:
-        axes.plot(sweeps, info["valid_rmse"], "s-", color="#c44e52", label="held out")
+        axes.plot(sweeps, info["valid_rmse"], "s-", color="#c44e52", label="validation")
         best = int(info["best_sweep"])
         axes.axvline(best + 1, color="#999999", linestyle=":", label="kept")
     errors = [*info["train_rmse"], *info.get("valid_rmse", [])]

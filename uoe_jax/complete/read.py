@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ class Table(NamedTuple):
     values: np.ndarray
     row_ids: np.ndarray  # [M] as in the file, ascending
     col_ids: np.ndarray
+    names: tuple[str, ...]  # of the file's arrays these came from
 
 
 def read_entries(path: Path, columns: tuple[str, str, str] | None = None) -> Table:
@@ -35,21 +38,29 @@ def read_entries(path: Path, columns: tuple[str, str, str] | None = None) -> Tab
 
     Args:
       path: a .npz, .csv or .parquet file.
-      columns: names of the three columns; None: well-known names, else the first three.
+      columns: names of the three columns; None: well-known names, else the first
+        three if none is known.
 
     Raises:
       DataError: one line that names the file and the offender.
     """
     readers = {".npz": _read_npz, ".csv": _read_csv, ".parquet": _read_parquet}
-    if path.suffix not in readers:
+    kind = path.suffix.lower()
+    if kind not in readers:
         raise DataError(f"{path} ends in {path.suffix!r}; use .npz, .csv or .parquet")
     if not path.is_file():
         raise DataError(f"{path} doesn't exist; give a file of entries")
-    found = readers[path.suffix](path)
-    if len(found) == 1:
-        return _from_matrix(path, *found.values())
+    found = readers[kind](path)
+    if len(found) == 1 and columns is None:
+        return _from_matrix(path, *found.items())
     names = _pick_columns(path, list(found), columns)
     arrays = [found[name] for name in names]
+    for name, array in zip(names, arrays, strict=True):
+        if array.ndim != 1:
+            raise DataError(
+                f"{path}: {name!r} has shape {list(array.shape)}; give one number for "
+                "each entry"
+            )
     lengths = [len(a) for a in arrays]
     if len(set(lengths)) > 1:
         raise DataError(
@@ -59,23 +70,30 @@ def read_entries(path: Path, columns: tuple[str, str, str] | None = None) -> Tab
         raise DataError(f"{path} has no entries; completion needs at least one")
     row_ids, rows = _ids(path, names[0], arrays[0])
     col_ids, cols = _ids(path, names[1], arrays[1])
-    return Table(rows, cols, _number(path, names[2], arrays[2]), row_ids, col_ids)
+    values = _values(path, names[2], _number(path, names[2], arrays[2]))
+    return Table(rows, cols, values, row_ids, col_ids, tuple(names))
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    damage = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
     try:
+        with zipfile.ZipFile(path):  # a renamed .npy would come as a bare array
+            pass
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+    except damage as error:
         raise DataError(f"{path} can't be read as .npz: {error}") from None
 
 
 def _read_csv(path: Path) -> dict[str, np.ndarray]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        sample = file.read(4096)
-        file.seek(0)
-        delimiter = max(",;\t", key=sample.partition("\n")[0].count)
-        lines = [line for line in csv.reader(file, delimiter=delimiter) if line]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            sample = file.read(4096)
+            file.seek(0)
+            delimiter = max(",;\t", key=sample.partition("\n")[0].count)
+            lines = [line for line in csv.reader(file, delimiter=delimiter) if line]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} can't be read as .csv: {error}") from None
     if not lines:
         raise DataError(f"{path} is empty; completion needs at least one entry")
     width = len(lines[0])
@@ -135,39 +153,72 @@ def _pick_columns(
         raise DataError(
             f"{path} has columns {found}; it needs a row, a column and a value"
         )
+    # Three are taken in order; of more, a guess would take a time for a value.
+    if len(found) > 3 and picked != [None] * 3:
+        raise DataError(
+            f"{path} has columns {found}; say which are row, column and value: "
+            "--columns ROW COLUMN VALUE"
+        )
     return found[:3]
 
 
 def _number(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "biufUSO":  # complex, times, records
+        raise DataError(
+            f"{path}: column {name!r} holds {array.dtype}; it must be numbers"
+        )
     try:
-        return np.asarray(array).astype(np.float64)
+        return array.astype(np.float64)
     except (TypeError, ValueError):
-        bad = next(x for x in array.tolist() if not _is_number(str(x)))
+        held = array.tolist()
+        bad = next((x for x in held if not _is_number(str(x))), held[0])
         raise DataError(
             f"{path}: column {name!r} holds {bad!r}; it must be numbers"
         ) from None
 
 
+def _values(path: Path, name: str, values: np.ndarray) -> np.ndarray:
+    finite = np.isfinite(values)
+    if not finite.all():
+        bad = int(np.argmin(finite))
+        raise DataError(
+            f"{path}: {name!r} of entry {bad + 1} is {values[bad]} "
+            f"({int((~finite).sum())} such); drop entries that aren't finite: what is "
+            "unknown is left out"
+        )
+    return values
+
+
 def _ids(path: Path, name: str, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    numbers = array
-    if not np.issubdtype(np.asarray(array).dtype, np.integer):
+    if array.dtype.kind in "US":  # digits of any length, before they are rounded
+        try:
+            array = array.astype(np.int64)
+        except (ValueError, OverflowError):
+            pass
+    if not np.issubdtype(array.dtype, np.integer):
         numbers = _number(path, name, array)
-        whole = np.floor(numbers) == numbers
+        # Beyond 2^53 a float no longer tells neighbouring integers apart.
+        whole = (np.floor(numbers) == numbers) & (np.abs(numbers) < 2**53)
         if not whole.all():
             bad = numbers[np.argmin(whole)]
             raise DataError(
                 f"{path}: column {name!r} holds {bad}; ids must be integers"
             )
-    ids, index = np.unique(numbers.astype(np.int64), return_inverse=True)
+        array = numbers.astype(np.int64)
+    ids, index = np.unique(array, return_inverse=True)
     return ids, index
 
 
-def _from_matrix(path: Path, matrix: np.ndarray) -> Table:
-    if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.number):
+def _from_matrix(path: Path, named: tuple[str, np.ndarray]) -> Table:
+    name, matrix = named
+    if matrix.ndim != 2 or matrix.dtype.kind not in "iuf":
         raise DataError(
             f"{path} holds one array of shape {matrix.shape} and type {matrix.dtype}; "
             "give a matrix with NaN where unobserved, or rows, cols and values"
         )
     rows, cols = np.nonzero(~np.isnan(matrix))
-    values = matrix[rows, cols].astype(np.float64)
-    return Table(rows, cols, values, np.arange(len(matrix)), np.arange(matrix.shape[1]))
+    if not rows.size:
+        raise DataError(f"{path} has no entries; completion needs at least one")
+    values = _values(path, name, matrix[rows, cols].astype(np.float64))
+    row_ids, col_ids = (np.arange(size) for size in matrix.shape)
+    return Table(rows, cols, values, row_ids, col_ids, (name,))

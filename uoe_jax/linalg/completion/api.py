@@ -16,6 +16,7 @@ from uoe_jax.linalg.completion.checks import (
     check_kernel,
     check_numbers,
     check_rank,
+    count_shards,
     hold_out,
     make_solver,
     mean_value,
@@ -27,7 +28,7 @@ from uoe_jax.linalg.completion.half import Hyper
 from uoe_jax.linalg.completion.layout import Problem
 from uoe_jax.linalg.completion.loop import Parts, run_sweeps
 from uoe_jax.linalg.completion.problem import lay_out
-from uoe_jax.linalg.completion.run import AXIS, Method, start_state
+from uoe_jax.linalg.completion.run import Method, start_state
 from uoe_jax.linalg.completion.solver import Solver
 from uoe_jax.linalg.completion.spectral import spectral_gap_rank
 
@@ -51,7 +52,7 @@ def complete(
     weights: Any = None,
     clip_mu: float = 3.0,
     split: bool = False,
-    holdout: float | tuple[Any, Any, Any] = 0.0,
+    holdout: float | Sequence[Any] = 0.0,
     patience: int = 3,
     kernel: str = "auto",
     duplicates: str = "mean",
@@ -107,6 +108,17 @@ def complete(
       NonFiniteError: the iteration diverged.
     """
     dtype = check_dtype(dtype)
+    shards = count_shards(mesh)
+    check_numbers(
+        tol=tol,
+        ridge=ridge,
+        bias_ridge=bias_ridge or 0.0,
+        ridge_power=ridge_power,
+        clip_mu=clip_mu,
+        iters=iters,
+        passes=passes,
+        patience=patience,
+    )
     key = jax.random.key(0) if key is None else key
     entries = clean_entries(
         rows, cols, values, shape, weights=weights, duplicates=duplicates, dtype=dtype
@@ -114,8 +126,6 @@ def complete(
     entries, held = hold_out(entries, holdout, key)
     method = Method(make_solver(solver), ridge > 0 or bool(bias_ridge), biases)
     kernel = check_kernel(kernel, method.solver)
-    check_numbers(tol=tol, ridge=ridge, bias_ridge=bias_ridge or 0.0, iters=iters)
-    shards = 1 if mesh is None else mesh.shape[AXIS]
     width = MAX_AUTO_RANK if rank == "auto" else check_rank(rank, entries.shape)
     layout = lay_out(entries, width + biases, kernel=kernel, shards=shards)
     offset = mean_value(entries) if biases else jnp.zeros((), dtype)

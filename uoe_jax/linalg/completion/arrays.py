@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.errors import DataError
 
 MAX_INDEX = 2**31 - 2
+
+
+def as_indices(array: Any, name: str) -> Any:
+    """Return `array` as integers in the library it came in, numpy for a list."""
+    return check_indices(jnp if isinstance(array, jax.Array) else np, array, name)
 
 
 def check_indices(library: Any, array: Any, name: str) -> Any:
@@ -51,10 +58,24 @@ def check_numbers(library: Any, array: Any, name: str, dtype: Any) -> Any:
     return array
 
 
+def check_weights(library: Any, array: Any, dtype: Any) -> Any:
+    """Return `array` as weights: finite, none negative, not all zero."""
+    array = check_numbers(library, array, "weights", dtype)
+    if array.size and float(array.min()) < 0:
+        raise DataError(
+            f"weights hold {float(array.min())}; a weight must not be negative"
+        )
+    if array.size and not float(array.max()):
+        raise DataError("weights are all 0; at least one entry must count")
+    return array
+
+
 def check_range(
     rows: Any, cols: Any, shape: Sequence[SupportsIndex] | None
 ) -> tuple[int, int]:
     """Return the matrix's shape, the given one or the least that holds the indices."""
+    if shape is not None and len(shape) != 2:
+        raise DataError(f"shape is {tuple(shape)}; a matrix has two sizes")
     found = (int(rows.max()) + 1, int(cols.max()) + 1)
     shape = found if shape is None else (int(shape[0]), int(shape[1]))
     for name, index, size in (("rows", rows, shape[0]), ("cols", cols, shape[1])):

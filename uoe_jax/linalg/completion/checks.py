@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.linalg.completion.entries import Entries, clean_entries, split_entries
 from uoe_jax.linalg.completion.layout import Problem
-from uoe_jax.linalg.completion.run import Method
+from uoe_jax.linalg.completion.run import AXIS, Method
 from uoe_jax.linalg.completion.solver import Solver
+
+PACKAGE = f"{Path(__file__).parents[2]}/"  # whose frames a warning doesn't point to
+COUNTS = ("iters", "passes", "patience")
+POSITIVE = (*COUNTS, "clip_mu")
 
 
 def hold_out(
-    entries: Entries, holdout: float | tuple, key: Key[Array, ""]
+    entries: Entries, holdout: float | Sequence[Any], key: Key[Array, ""]
 ) -> tuple[Entries, Entries | None]:
     """Return (entries to fit, entries to stop by or None)."""
-    if isinstance(holdout, tuple):
+    if isinstance(holdout, Sequence):
+        if len(holdout) != 3:
+            raise ConfigError(
+                f"holdout has {len(holdout)} parts; give a fraction, or (rows, cols, "
+                "values)"
+            )
         rows, cols, values = holdout
         dtype = entries.values.dtype
         held = clean_entries(rows, cols, values, entries.shape, dtype=dtype)
@@ -72,21 +85,43 @@ def check_kernel(kernel: str, solver: Solver) -> str:
 
 
 def check_numbers(**numbers: float | int) -> None:
-    """Raise ConfigError for numbers that are negative, or no iterations."""
+    """Raise ConfigError for numbers that can't be: negative, infinite, no sweeps."""
     for name, value in numbers.items():
-        low = 1 if name == "iters" else 0
-        if not (np.isfinite(value) and value >= low):
-            raise ConfigError(f"{name} is {value}; it must be at least {low}")
+        if not np.isfinite(value) or value < 0 or (name in POSITIVE and not value):
+            bound = "above 0" if name in POSITIVE else "at least 0"
+            raise ConfigError(f"{name} is {value}; it must be {bound}")
+        if name in COUNTS and not _is_whole(value):
+            raise ConfigError(f"{name} is {value}; it must be a whole number")
 
 
-def check_rank(rank: int | str, shape: tuple[int, int]) -> int:
+def _is_whole(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def check_rank(rank: Any, shape: tuple[int, int]) -> int:
     """Return the rank; raise ConfigError if the matrix is too small for it."""
-    if isinstance(rank, str) or not 1 <= rank <= min(shape):
+    if not _is_whole(rank) or not 1 <= rank <= min(shape):
         raise ConfigError(
             f"rank is {rank!r}; a {shape[0]} x {shape[1]} matrix takes 1 to "
             f"{min(shape)}, or 'auto'"
         )
     return int(rank)
+
+
+def count_shards(mesh: Mesh | None) -> int:
+    """Return how many devices share the entries; ConfigError without a data axis."""
+    if mesh is None:
+        return 1
+    if AXIS not in mesh.shape:
+        raise ConfigError(
+            f"the mesh has axes {list(mesh.shape)}; entries are split over {AXIS!r}: "
+            f"jax.make_mesh((8,), ({AXIS!r},))"
+        )
+    return mesh.shape[AXIS]
 
 
 def warn_degrees(problem: Problem, rank: int, method: Method) -> None:
@@ -101,5 +136,5 @@ def warn_degrees(problem: Problem, rank: int, method: Method) -> None:
         warnings.warn(
             f"rank {rank} exceeds the entries of {counts[0]} rows and {counts[1]} "
             "columns; these are underdetermined: set a ridge or lower the rank",
-            stacklevel=3,
+            skip_file_prefixes=(PACKAGE,),
         )

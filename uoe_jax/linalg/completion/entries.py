@@ -12,7 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.errors import ConfigError, DataError
-from uoe_jax.linalg.completion.arrays import check_indices, check_numbers, check_range
+from uoe_jax.linalg.completion.arrays import (
+    check_indices,
+    check_numbers,
+    check_range,
+    check_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,7 @@ def clean_entries(
     cols = check_indices(library, cols, "cols")
     values = check_numbers(library, values, "values", dtype)
     if weights is not None:
-        weights = check_numbers(library, weights, "weights", dtype)
-        if weights.size and float(weights.min()) < 0:
-            raise DataError(
-                f"weights hold {float(weights.min())}; a weight must not be negative"
-            )
+        weights = check_weights(library, weights, dtype)
     lengths = [len(x) for x in (rows, cols, values, weights) if x is not None]
     if len(set(lengths)) > 1:
         raise DataError(

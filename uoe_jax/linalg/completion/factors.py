@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import DataError
+from uoe_jax.linalg.completion.arrays import as_indices
 
 
 @jax.tree_util.register_dataclass
@@ -62,9 +64,9 @@ def predict(factors: Factors, rows: Any, cols: Any) -> Float[Array, " X"]:
     """Return the completed matrix at positions (rows, cols).
 
     Raises:
-      DataError: an index outside the factors' shape.
+      DataError: an index that is no integer or outside the factors' shape.
     """
-    rows, cols = jnp.asarray(rows), jnp.asarray(cols)
+    rows, cols = as_indices(rows, "rows"), as_indices(cols, "cols")
     for name, index, size in (
         ("rows", rows, factors.shape[0]),
         ("cols", cols, factors.shape[1]),
@@ -113,7 +115,10 @@ def squared_error_interval(
 
 
 def save_factors(factors: Factors, path: str | Path, **extra: np.ndarray) -> None:
-    """Write a safetensors file with u, v, row_bias, col_bias, offset and `extra`."""
+    """Write a safetensors file with u, v, row_bias, col_bias, offset and `extra`.
+
+    A reader sees the old file or the whole new one, never a part.
+    """
     from safetensors.numpy import save_file
 
     tensors = {
@@ -123,7 +128,13 @@ def save_factors(factors: Factors, path: str | Path, **extra: np.ndarray) -> Non
     tensors["offset"] = np.asarray(factors.offset).reshape(1)
     for name, array in extra.items():
         tensors[name] = np.ascontiguousarray(array)
-    save_file(tensors, str(path))
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_factors(path: str | Path) -> Factors:
@@ -144,4 +155,14 @@ def load_factors(path: str | Path) -> Factors:
     if missing:
         raise DataError(f"{path} has no {missing}; give a file of completed factors")
     u, v, row_bias, col_bias, offset = (jnp.asarray(tensors.pop(n)) for n in names)
+    fits = (
+        u.ndim == v.ndim == 2
+        and u.shape[1] == v.shape[1]
+        and row_bias.shape == u.shape[:1]
+        and col_bias.shape == v.shape[:1]
+        and offset.size == 1
+    )
+    if not fits:
+        shapes = [list(x.shape) for x in (u, v, row_bias, col_bias, offset)]
+        raise DataError(f"{path} has {names} of shapes {shapes}; they don't belong")
     return Factors(u, v, row_bias, col_bias, offset.reshape(()), tensors)

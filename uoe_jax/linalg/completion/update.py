@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.errors import ConfigError
+from uoe_jax.linalg.completion.arrays import as_indices
+from uoe_jax.linalg.completion.checks import check_numbers
 from uoe_jax.linalg.completion.entries import clean_entries
 from uoe_jax.linalg.completion.factors import Factors
 from uoe_jax.linalg.completion.half import Fixed, Hyper
@@ -69,10 +71,12 @@ def partial_fit(
             solver=solver,
         )
         return _transpose(solved)
+    check_numbers(ridge=ridge, bias_ridge=bias_ridge or 0.0, ridge_power=ridge_power)
     dtype = factors.u.dtype
-    if not len(np.shape(rows)) or not np.shape(rows)[0]:
+    if np.shape(rows) == (0,):
         return factors
-    size = max(factors.shape[0], int(np.max(np.asarray(rows))) + 1)
+    rows = as_indices(rows, "rows")
+    size = max(factors.shape[0], int(rows.max()) + 1)
     shape = (size, factors.shape[1])
     entries = clean_entries(rows, cols, values, shape, weights=weights, dtype=dtype)
     biases = bool(jnp.any(factors.row_bias != 0) | jnp.any(factors.col_bias != 0))
