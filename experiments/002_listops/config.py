@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.shared.case import Case, Study, change
+from experiments.shared.case import Case, Study, change, search_rates
 from uoe_jax.config import (
     DataConfig,
     ExperimentConfig,
@@ -12,6 +12,8 @@ from uoe_jax.config import (
     OptimConfig,
     TrainConfig,
 )
+
+RATES = (3e-4, 1e-3, 3e-3)
 
 
 def base(tiny: bool) -> ExperimentConfig:
@@ -37,7 +39,7 @@ def base(tiny: bool) -> ExperimentConfig:
         optim=OptimConfig(
             learning_rate=1e-3, warmup_steps=500, weight_decay=0.01, beta2=0.98
         ),
-        train=TrainConfig(steps=6000),
+        train=TrainConfig(steps=5000),
     )
     if not tiny:
         return config
@@ -51,35 +53,29 @@ def base(tiny: bool) -> ExperimentConfig:
 
 
 def study(tiny: bool) -> Study:
-    """Return the models at two learning rates each; validation picks one of them."""
+    """Return the models, the published code's union after the dense one."""
     dense = base(tiny)
     seeds = (0,) if tiny else (0, 1, 2)
-    f = dense.model.d_ff
-    half = {"num_experts": 2, "top_k": 1}
+    f, heads = dense.model.d_ff, dense.model.num_heads
     experts = {"union": {"num_experts": 4, "top_k": 2}}
-    both = {"attention": ("union",), "mlp": ("union",)}
-    models: dict[str, dict[str, Any]] = {
-        "dense": {},
+    both = {"attention": ("union",), "mlp": ("union",)} | experts
+    own = {"union_attention": {"num_experts": heads, "top_k": heads // 2}}
+    more_heads = {"num_heads": 2 * heads, "num_kv_heads": 2 * heads}
+
+    def case(family: str, name: str, **model: Any) -> Case:
+        config = change(dense, model=model)
+        return Case(name=name, config=config, seeds=seeds, family=family)
+
+    cases = (
+        case("dense", "dense"),
         # The published code's numbers: 1 of 2 heads, 2 of 4 experts.
-        "SMHA + UoME, half": both | experts | {"union_attention": half},
-        "SMHA + UoME": both
-        | {"num_heads": 4, "num_kv_heads": 4, "d_ff": 2 * f}
-        | {"union": {"num_experts": 4, "top_k": 2}},
-        "UoME": {"mlp": ("union",), "d_ff": 2 * f} | experts,
-    }
-    cases = tuple(
-        Case(
-            name=f"{name}, rate {rate:g}",
-            config=change(dense, model=model, optim={"learning_rate": rate}),
-            seeds=seeds,
-            group=name,
-        )
-        for rate in (1e-3, 3e-4)
-        for name, model in models.items()
+        case("union", "SMHA 1 of 2 + UoME 2 of 4", **both, **own),
+        case("union", "SMHA 2 of 4 + UoME 2 of 4", **both, **more_heads, d_ff=2 * f),
+        case("union", "UoME 2 of 4", mlp=("union",), d_ff=2 * f, **experts),
     )
     return Study(
         title="ListOps, T 2048",
         metric="accuracy",
         cases=cases,
-        baseline="dense, rate 0.001",
+        search=() if tiny else search_rates(cases, RATES, steps=1500),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from experiments.shared.case import Case, Study, change, data_file
+from experiments.shared.case import Case, Study, change, data_file, search_rates
 from uoe_jax.config import (
     DataConfig,
     ExperimentConfig,
@@ -18,6 +18,7 @@ from uoe_jax.config import (
 from uoe_jax.presets import as_expert_choice, as_moe, baselines
 
 CIFAR = "cifar10_jpg_8k2k.npz"
+RATES = (5e-4, 1e-3, 2e-3)
 
 
 def base(tiny: bool) -> ExperimentConfig:
@@ -30,9 +31,9 @@ def base(tiny: bool) -> ExperimentConfig:
             d_model=192,
             d_ff=768,
             num_layers=6,
-            num_heads=4,
-            num_kv_heads=4,
-            head_dim=48,
+            num_heads=3,
+            num_kv_heads=3,
+            head_dim=64,
             position="learned",
             tie_embeddings=False,
             dropout=0.1,
@@ -75,29 +76,48 @@ def data_module() -> ModuleType:
 
 
 def study(tiny: bool) -> Study:
-    """Return dense, mixtures and unions, all of the dense model's FLOPs."""
+    """Return dense, mixtures and unions, of the dense model's FLOPs if not named."""
     dense = base(tiny)
     seeds = (0,) if tiny else (0, 1, 2)
     f, heads = dense.model.d_ff, dense.model.num_heads
 
-    def case(name: str, config: ExperimentConfig | None = None, **model: Any) -> Case:
+    def case(
+        family: str, name: str, config: ExperimentConfig | None = None, **model: Any
+    ) -> Case:
         changed = change(config or dense, model=model)
-        return Case(name=name, config=changed, seeds=seeds)
+        return Case(name=name, config=changed, seeds=seeds, family=family)
 
     half = {"num_experts": 8, "top_k": 4}
-    wide = {"mlp": ("union",), "d_ff": 2 * f, "union": half}
-    more_heads = {"attention": ("union",), "num_heads": 2 * heads}
-    cases = (
-        case("dense"),
-        case("UoME 4 of 8", **wide),
-        case("MoE 2 of 8", as_moe(dense)),
-        case("SMHA + UoME", **wide, **more_heads, num_kv_heads=2 * heads),
-        case("MoE expert choice", as_expert_choice(dense)),
-        case("MoE fine-grained + shared", baselines(dense)["deepseek"]),
-        case("UoME, patches of 4", **wide | {"union": half | {"patch_size": 4}}),
-        case(
-            "UoME, expert selection", **wide | {"union": half | {"router": "selection"}}
-        ),
-        case("UoME 4 of 8 half", mlp=("union",), union=half),
+    wide: dict[str, Any] = {"mlp": ("union",), "d_ff": 2 * f}
+    more_heads: dict[str, Any] = {"attention": ("union",), "num_heads": 2 * heads}
+    more_heads |= {"num_kv_heads": 2 * heads}
+    own = {"num_experts": 2 * heads, "top_k": heads}
+
+    def uome(name: str, **more: Any) -> Case:
+        return case("union", name, **wide, union=half | more)
+
+    mixtures = (
+        case("mixture", "MoE 2 of 8", as_moe(dense)),
+        case("mixture", "MoE expert choice", as_expert_choice(dense)),
+        case("mixture", "MoE fine-grained + shared", baselines(dense)["deepseek"]),
     )
-    return Study(title="CIFAR-10 from 8,000 images", metric="accuracy", cases=cases)
+    cases = (
+        case("dense", "dense"),
+        uome("UoME 4 of 8"),
+        mixtures[0],
+        case("union", "SMHA 3 of 6 + UoME 4 of 8", **wide, **more_heads, union=half,
+             union_attention=own),
+        *mixtures[1:],
+        case("union", "UoME 8 of 32 wide", mlp=("union",), d_ff=4 * f,
+             union={"num_experts": 32, "top_k": 8}),
+        uome("UoME, patches of 4", patch_size=4),
+        uome("UoME, expert selection", router="selection"),
+        case("union", "UoME 4 of 8 half", mlp=("union",), union=half),
+    )  # fmt: skip
+    return Study(
+        title="CIFAR-10 from 8,000 images",
+        metric="accuracy",
+        cases=cases,
+        rivals=tuple(c.name for c in mixtures),
+        search=() if tiny else search_rates(cases, RATES, steps=400),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -34,5 +35,8 @@ def plain_copy(source: str) -> str:
                 "xte": undo_deltas(coded["xte"]),
                 "yte": coded["yte"],
             }
-        np.savez(out, **arrays)
+        # Written aside: another process may read or write the same file.
+        aside = out.with_name(f"{os.getpid()}-{out.name}")
+        np.savez(aside, **arrays)
+        aside.rename(out)
     return str(out)

@@ -41,7 +41,7 @@ def study(tiny: bool) -> Study:
 
     def case(name: str, model: dict[str, Any] | None = None, **options: Any) -> Case:
         config = change(dense, model=model or {}, optim=options)
-        return Case(name=name, config=config, seeds=seeds)
+        return Case(name=name, config=config, seeds=seeds, family="union")
 
     def uome(name: str, **changed: Any) -> Case:
         return case(name, wide | {"union": union | changed})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+from matplotlib.figure import Figure
 
 from experiments.shared.case import HERE, change, load_config
 from uoe_jax.config import ExperimentConfig
@@ -15,6 +17,7 @@ from uoe_jax.decompose.runs import Cut, decompose_run
 from uoe_jax.evaluate import evaluate, load_run
 from uoe_jax.integrity import write_atomically
 from uoe_jax.presets import get_preset
+from uoe_jax.report.style import LIGHT, Theme, render
 from uoe_jax.train import train
 
 FURTHER = 200  # steps
@@ -29,7 +32,7 @@ def dense_config(tiny: bool) -> ExperimentConfig:
         model={"vocab_size": 256, "max_seq_len": 64 if tiny else 1024},
         data=dataclasses.asdict(language.base(tiny).data) | {"batch_size": 64},
         optim={"warmup_steps": 100},
-        train={"steps": 800, "eval_every": 10_000, "save_every": 10_000}
+        train={"steps": 800, "eval_every": 10_000, "save_every": 200}
         | {"eval_batches": 16, "loss_chunk": 65_536, "keep_checkpoints": 1},
     )
     if not tiny:
@@ -57,41 +60,54 @@ def cuts(tiny: bool) -> dict[str, Cut]:
     }
 
 
+def finished(out: Path, tiny: bool) -> bool:
+    """Return whether there is nothing left to do."""
+    results = _read(out)
+    cut = all("after" in results["cuts"].get(name, {}) for name in cuts(tiny))
+    return cut and "dense_further" in results
+
+
 def program(out: Path, tiny: bool) -> str:
-    """Train, cut, go on; write results.json and table.md, return the table."""
-    runs = out / "runs"
-    # Cuts that differ in their numbers only share the compiled step.
-    jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
+    """Train, cut, go on; write results.json and table.md, return the table.
+
+    What was interrupted goes on: a run from its last checkpoint, the rest from where
+    results.json ends.
+    """
+    runs, results = out / "runs", _read(out)
     config = dense_config(tiny)
     further = 5 if tiny else FURTHER
     longer = change(config, train={"steps": config.train.steps + further})
-    train(config, runs / "dense", quiet=True)
-    before = _losses(runs / "dense")
-    results: dict[str, Any] = {
+    results |= {
         "device": jax.devices()[0].device_kind,
         "steps": config.train.steps,
         "further": further,
-        "dense": before,
-        "cuts": {},
     }
-    for name, cut in cuts(tiny).items():
-        folder = runs / name.replace(" ", "-").replace(",", "")
-        found = decompose_run(runs / "dense", folder, cut)
-        print(f"{name}: largest difference {found['max_logit_difference']:.3g}")
-        start = _losses(folder)
-        written = load_run(folder).config
-        more = dataclasses.replace(written, train=longer.train)
-        spent = train(more, folder, quiet=True)
-        results["cuts"][name] = {
-            "decompose": {k: v for k, v in found.items() if not isinstance(v, dict)},
-            "before": start,
-            "after": _losses(folder),
-            "seconds": spent["seconds"],
-        }
+    if "dense" not in results:
+        spent = train(config, runs / "dense", quiet=True)
+        results |= {"dense": _losses(runs / "dense"), "seconds": spent["seconds"]}
         _write(out, results)
-        print(f"{name}: before {start}, after {results['cuts'][name]['after']}")
-    train(longer, runs / "dense", quiet=True)
-    results["dense_further"] = _losses(runs / "dense")
+    for name, cut in cuts(tiny).items():
+        found = results["cuts"].setdefault(name, {})
+        folder = runs / name.replace(" ", "-").replace(",", "")
+        if "before" not in found:
+            shutil.rmtree(folder, ignore_errors=True)
+            made = decompose_run(runs / "dense", folder, cut)
+            found["decompose"] = {
+                k: v for k, v in made.items() if not isinstance(v, dict)
+            }
+            found["before"] = _losses(folder)
+            _write(out, results)
+            print(f"{name}: {found}", flush=True)
+        if "after" not in found:
+            written = load_run(folder).config
+            more = dataclasses.replace(written, train=longer.train)
+            spent = train(more, folder, quiet=True)
+            found |= {"after": _losses(folder), "seconds": spent["seconds"]}
+            _write(out, results)
+            print(f"{name}: {found['before']} -> {found['after']}", flush=True)
+    if "dense_further" not in results:
+        train(longer, runs / "dense", quiet=True)
+        results["dense_further"] = _losses(runs / "dense")
     _write(out, results)
     return table(results)
 
@@ -108,33 +124,77 @@ def _losses(folder: Path) -> dict[str, float]:
     }
 
 
+def _read(out: Path) -> dict[str, Any]:
+    file = out / "results.json"
+    return json.loads(file.read_text()) if file.is_file() else {"cuts": {}}
+
+
 def _write(out: Path, results: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_atomically(out / "table.md", table(results))
 
 
 def table(results: dict[str, Any]) -> str:
     """Return the results as Markdown."""
-    further = results["further"]
+    if "dense" not in results:
+        return "no results\n"
+    further, dense = results["further"], results["dense"]["test"]
     lines = [
         "| cut | largest logit difference, all experts | test bits/byte dense "
         f"| half of the experts, at once | after {further} steps |",
         "|---|---|---|---|---|",
     ]
-    dense = results["dense"]["test"]
+    number = lambda scores: f"{scores['test']:.4f}" if scores else ""
     for name, found in results["cuts"].items():
-        cut = found["decompose"]
-        lines.append(
-            f"| {name} | {cut['max_logit_difference']:.2g} (largest logit "
-            f"{cut['max_logit']:.3g}) | {dense:.4f} | {found['before']['test']:.4f} | "
-            f"{found['after']['test']:.4f} |"
-        )
-    if "dense_further" in results:
-        after = results["dense_further"]["test"]
-        lines.append(f"| none: dense, trained on | 0 | {dense:.4f} | | {after:.4f} |")
+        if cut := found.get("decompose"):
+            lines.append(
+                f"| {name} | {cut['max_logit_difference']:.2g} (largest logit "
+                f"{cut['max_logit']:.3g}) | {dense:.4f} | "
+                f"{number(found.get('before'))} | {number(found.get('after'))} |"
+            )
+    after = number(results.get("dense_further"))
+    lines.append(f"| none: dense, trained on | 0 | {dense:.4f} | | {after} |")
     return "\n".join(lines) + "\n"
 
 
+def plot(results: dict[str, Any]) -> bytes:
+    """Return a PNG: every cut's loss at once and after training on."""
+    done = {n: f for n, f in results["cuts"].items() if "after" in f}
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(8, 1.4 + 0.5 * len(done)), layout="constrained")
+        axes = figure.subplots()
+        for row, found in enumerate(done.values()):
+            ends = [found[name]["test"] for name in ("before", "after")]
+            axes.plot(ends, [row, row], color=theme.faint, linewidth=3, zorder=1)
+        rows = range(len(done))
+        for name, label, color in (
+            ("before", "half of the experts, at once", theme.colors[1]),
+            ("after", f"after {results['further']} steps", theme.colors[0]),
+        ):
+            values = [found[name]["test"] for found in done.values()]
+            axes.plot(values, rows, "o", color=color, label=label)
+        for name, label, line in (
+            ("dense", "dense", "-"),
+            ("dense_further", "dense, trained on", ":"),
+        ):
+            if name in results:
+                axes.axvline(
+                    results[name]["test"], color=theme.ink, linestyle=line, label=label
+                )
+        axes.set_yticks(rows, list(done))
+        axes.invert_yaxis()
+        axes.set_xlabel("test bits/byte")
+        figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+        return figure
+
+    return render(draw, [LIGHT])["light"]
+
+
 def summary(out: Path) -> str:
-    """Return the table of results that are there."""
-    return table(json.loads((out / "results.json").read_text()))
+    """Write plot.png of the results that are there; return their table."""
+    results = _read(out)
+    if any("after" in found for found in results["cuts"].values()):
+        (out / "plot.png").write_bytes(plot(results))
+    return table(results)

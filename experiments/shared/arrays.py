@@ -54,6 +54,11 @@ def _compact(data: Dataset, rows: Int[np.ndarray, " N"]) -> dict[str, np.ndarray
     }
 
 
+def num_examples(arrays: Arrays) -> int:
+    """Return how many examples a split on the device has."""
+    return len(next(iter(arrays.values())))
+
+
 def train_rows(
     config: ExperimentConfig, count: int, seed: int, steps: int
 ) -> Int[np.ndarray, "S B"]:

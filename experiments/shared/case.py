@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from uoe_jax.config import ExperimentConfig
+from uoe_jax.config import ExperimentConfig, config_hash
 from uoe_jax.errors import ConfigError, nearest
 
 HERE = Path(__file__).parents[1]
@@ -23,7 +23,8 @@ class Case:
     name: str
     config: ExperimentConfig
     seeds: tuple[int, ...] = (0, 1, 2)
-    group: str = ""  # cases of which validation picks one; empty: always reported
+    # Cases of a family share the learning rate that the family's search settled on.
+    family: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,46 @@ class Study:
     metric: Literal["bits_per_byte", "accuracy"]
     cases: tuple[Case, ...]
     baseline: str = "dense"  # the case whose FLOPs are 100%
+    rivals: tuple[str, ...] = ()  # of these, the best on valid is compared with too
+    search: tuple[Case, ...] = ()  # trained first; a family's best rate is taken
+
+
+def search_rates(
+    cases: tuple[Case, ...], rates: tuple[float, ...], steps: int
+) -> tuple[Case, ...]:
+    """Return short runs of the first case of each family, one for each rate.
+
+    Their seed is none of the reported ones.
+    """
+    first: dict[str, Case] = {}
+    for case in cases:
+        first.setdefault(case.family, case)
+    return tuple(
+        Case(
+            name=f"rate {rate:g} {family}",
+            family=family,
+            seeds=(100,),
+            config=change(
+                case.config, optim={"learning_rate": rate}, train={"steps": steps}
+            ),
+        )
+        for family, case in first.items()
+        for rate in rates
+    )
+
+
+def with_rates(study: Study, rates: dict[str, float]) -> Study:
+    """Return the study with each case at its family's learning rate."""
+    settled = (
+        dataclasses.replace(
+            case,
+            config=change(case.config, optim={"learning_rate": rates[case.family]}),
+        )
+        if case.family in rates
+        else case
+        for case in study.cases
+    )
+    return dataclasses.replace(study, cases=tuple(settled))
 
 
 def find_experiment(name: str) -> Path:
@@ -68,6 +109,19 @@ def data_file(name: str) -> str:
     if not path.is_file():
         raise ConfigError(f"{path} doesn't exist; set UOE_DATA_DIR to its folder")
     return str(path)
+
+
+def program_key(config: ExperimentConfig) -> str:
+    """Return what identifies a model's programs: all but names, folders and rate."""
+    path = config.data.path and Path(config.data.path).name
+    plain = dataclasses.replace(config, name="")
+    return config_hash(
+        change(
+            plain,
+            data={"path": path, "cache_dir": None},
+            optim={"learning_rate": 1.0},
+        )
+    )
 
 
 def change(config: ExperimentConfig, **parts: dict[str, Any]) -> ExperimentConfig:

@@ -1,19 +1,25 @@
-"""One case trained: compiled once, run for each seed, without reading the device."""
+"""One case and seed trained: validation keeps the parameters that are tested."""
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
-from experiments.shared.arrays import Arrays, eval_rows, make_take, train_rows
+from experiments.shared.arrays import num_examples, train_rows
+from experiments.shared.programs import CHUNKS, Programs
+from experiments.shared.stats import badness
+from uoe_jax.checkpoint import from_arrays, snapshot
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.hardware.count import (
     count_active_params,
@@ -21,154 +27,202 @@ from uoe_jax.hardware.count import (
     flops_per_token,
     num_tokens,
 )
-from uoe_jax.model import make_model
-from uoe_jax.optim import make_optimizer
-from uoe_jax.partition.mesh import make_mesh, replicated
 from uoe_jax.train.state import TrainState
-from uoe_jax.train.step import make_step
-from uoe_jax.train.validate import make_eval_step
-from uoe_jax.validation import validate
 
-CHUNKS = 20  # of a run; losses are read back at the end of each
 CHECKS = 5  # validations of a run, the last at its end
+_WARM = 2  # chunks whose time says how long a run will be
 
 
 class OutOfTime(Exception):
-    """The budget ended inside a run."""
+    """The budget ended inside a run; its state is kept for the next call."""
 
 
-class Fit:
-    """A case's compiled programs: init, a chunk of steps, a split's scores."""
+class TooSlow(Exception):
+    """A run would take longer than a case may."""
 
-    def __init__(self, config: ExperimentConfig, data: dict[str, Arrays]):
-        validate(config)
-        self.config = config
-        mesh = make_mesh(config.mesh, batch_size=config.data.batch_size)
-        optimizer = make_optimizer(config.optim, config.train.steps)
-        make = lambda key: nnx.split(make_model(config.model, key), nnx.Param, ...)
-        graphdef = jax.eval_shape(make, jax.random.key(0))[0]
 
-        def init(key: Array) -> TrainState:
-            _, params, buffers = make(key)
-            zero = jnp.zeros((), jnp.int32)
-            return TrainState(
-                step=zero,
-                params=params,
-                opt_state=optimizer.init(params),
-                buffers=buffers,
-                bad_steps=zero,
+@dataclass(frozen=True)
+class Limits:
+    """When a run must stop, by `time.perf_counter`, and how long it may train."""
+
+    deadline: float = math.inf
+    seconds: float = math.inf
+
+
+@dataclass
+class Progress:
+    """What a run has so far; written beside its state when it is interrupted."""
+
+    state: TrainState
+    kept: tuple[PyTree, PyTree] | None  # parameters and buffers, best on valid
+    curve: list[dict[str, Any]]
+    chunks: list[float]  # seconds of each
+    best: float = math.inf
+
+
+def run_seed(
+    programs: Programs,
+    seed: int,
+    rate: float,
+    metric: str,
+    limits: Limits,
+    say: Callable[[str], None],
+    paused: Path,
+) -> dict[str, Any]:
+    """Return one seed's result; goes on where `paused` has the state of an earlier try.
+
+    The parameters that are best on validation by `metric` are tested.
+
+    Seconds are those of training steps; waiting for a chunk's loss ends it. A step's
+    is the median over chunks, so that what else the machine did counts little.
+
+    Raises OutOfTime past the deadline, TooSlow where the limit won't hold.
+    """
+    config = programs.config
+    rows = train_rows(
+        config, num_examples(programs.data["train"]), seed, config.train.steps
+    )
+    progress = _begin(programs, seed, rate, paused, say)
+    while len(progress.curve) < CHUNKS:
+        number = len(progress.curve)
+        part = rows[number * programs.chunk : (number + 1) * programs.chunk]
+        metrics = _advance(programs, progress, part)
+        line = progress.curve[-1]
+        if (number + 1) % (CHUNKS // CHECKS) == 0:
+            _check(programs, progress, metric)
+            say(
+                f"step {line['step']}, {line['seconds']:.1f} s, train "
+                f"{line['train']:.4f}, valid {line['valid']['loss']:.4f}"
             )
+        if not math.isfinite(line["train"]):
+            say(f"step {line['step']}: diverged")
+            break
+        if len(progress.curve) < CHUNKS:
+            _watch(progress, limits, paused)
+    result = {
+        "seed": seed,
+        "rate": rate,
+        "steps": config.train.steps,
+        "seconds": sum(progress.chunks),
+        "step_seconds": statistics.median(progress.chunks) / programs.chunk,
+        "curve": progress.curve,
+        "router": jax.tree.map(lambda a: np.asarray(a).tolist(), metrics["router"]),
+    }
+    for file in _files(paused):
+        file.unlink(missing_ok=True)
+    if progress.kept is None or len(progress.curve) < CHUNKS:
+        return result  # diverged: it has no scores
+    params, buffers = progress.kept
+    checks = [line["valid"] for line in progress.curve if "valid" in line]
+    scores = min(checks, key=lambda scores: badness(scores, metric))
+    result |= {"valid": scores, "test": programs.scores(params, buffers, "test")}
+    return result | {"leak": programs.leak(params, buffers)}
 
-        self.chunk = max(config.train.steps // CHUNKS, 1)
-        step = make_step(config, graphdef, optimizer, mesh)
-        score = make_eval_step(config, graphdef, mesh)
-        take, whole = make_take(config), replicated(mesh)
 
-        def many(
-            state: TrainState, arrays: Arrays, rows: Array
-        ) -> tuple[TrainState, PyTree]:
-            def body(state: TrainState, row: Array) -> tuple[TrainState, PyTree]:
-                return step(state, take(arrays, row))
-
-            state, metrics = jax.lax.scan(body, state, rows)
-            means = jax.tree.map(lambda a: jnp.mean(a, axis=0), metrics["router"])
-            return state, {
-                "loss": jnp.mean(metrics["loss"]),
-                "bad_steps": jnp.max(metrics["bad_steps"]),
-                "router": means,
-            }
-
-        def evaluate(
-            params: PyTree, buffers: PyTree, arrays: Arrays, rows: Array
-        ) -> PyTree:
-            def body(sums: PyTree, row: Array) -> tuple[PyTree, None]:
-                found = score(params, buffers, take(arrays, row))
-                found = {name: found[name] for name in sums}
-                return jax.tree.map(jnp.add, sums, found), None
-
-            zeros = {name: jnp.zeros(()) for name in ("nll", "correct", "weight")}
-            return jax.lax.scan(body, zeros, rows)[0]
-
-        self.data = jax.device_put(data, whole)
-        self._whole = whole
-        self.init = jax.jit(init, out_shardings=whole)
-        self._many = jax.jit(many, donate_argnums=0)
-        self._evaluate = jax.jit(evaluate)
-
-    def compile(self) -> float:
-        """Compile the training chunk ahead; return the seconds it took."""
-        start = time.perf_counter()
-        state = jax.eval_shape(self.init, jax.random.key(0))
-        shape = (self.chunk, self.config.data.batch_size)
-        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._whole)
-        lowered = self._many.lower(state, self.data["train"], rows)
-        self._many: Callable[..., Any] = lowered.compile()
-        return time.perf_counter() - start
-
-    def run(
-        self, seed: int, deadline: float, say: Callable[[str], None]
-    ) -> dict[str, Any]:
-        """Return one seed's result; raise OutOfTime past `deadline`.
-
-        Validation picks the parameters that are tested. Seconds are those of training
-        steps; waiting for a chunk ends it.
-        """
-        steps = self.chunk * CHUNKS
-        count = len(next(iter(self.data["train"].values())))
-        rows = self._put(train_rows(self.config, count, seed, steps))
-        state = self.init(jax.random.key(seed))
-        curve, seconds, best, kept = [], 0.0, math.inf, None
-        jax.block_until_ready(state)
-        for number in range(CHUNKS):
-            part = rows[number * self.chunk : (number + 1) * self.chunk]
-            start = time.perf_counter()
-            state, metrics = self._many(state, self.data["train"], part)
-            metrics = jax.device_get(metrics)
-            seconds += time.perf_counter() - start
-            done = (number + 1) * self.chunk
-            line = {"step": done, "seconds": seconds, "train": float(metrics["loss"])}
-            line["bad_steps"] = int(metrics["bad_steps"])  # in a row, left out
-            if (number + 1) % (CHUNKS // CHECKS) == 0:
-                line["valid"] = self.scores(state, "valid")
-                if line["valid"]["loss"] < best:
-                    best = line["valid"]["loss"]
-                    kept = jax.tree.map(jnp.copy, (state.params, state.buffers))
-            curve.append(line)
-            shown = line.get("valid", {}).get("loss", math.nan)
-            say(f"step {done} {seconds:.1f} s train {line['train']:.4f} {shown:.4f}")
-            if not math.isfinite(line["train"]) or time.perf_counter() > deadline:
-                break
-        if len(curve) < CHUNKS and math.isfinite(curve[-1]["train"]):
-            raise OutOfTime("ran out of the budget")
-        result = {"seed": seed, "steps": steps, "seconds": seconds, "curve": curve}
-        if kept is not None:
-            params, buffers = kept
-            final = TrainState(
-                step=0, params=params, opt_state=(), buffers=buffers, bad_steps=0
-            )
-            result["valid"] = self.scores(final, "valid")
-            result["test"] = self.scores(final, "test")
-        result["router"] = jax.tree.map(lambda a: np.asarray(a).tolist(), metrics)[
-            "router"
-        ]
-        return result
-
-    def _put(self, rows: np.ndarray) -> Array:
-        return jax.device_put(rows, self._whole)
-
-    def scores(self, state: TrainState, split: str) -> dict[str, float]:
-        """Return loss (nats), bits per token and accuracy over a whole split."""
-        arrays = self.data[split]
-        count = len(next(iter(arrays.values())))
-        rows = self._put(eval_rows(self.config, count))
-        sums = self._evaluate(state.params, state.buffers, arrays, rows)
-        total = {name: float(value) for name, value in sums.items()}
-        loss = total["nll"] / total["weight"]
-        return {
-            "loss": loss,
-            "bits_per_byte": loss / math.log(2),
-            "accuracy": total["correct"] / total["weight"],
+def _advance(programs: Programs, progress: Progress, rows: np.ndarray) -> PyTree:
+    """Train a chunk, note it in the curve and return its metrics."""
+    jax.block_until_ready(progress.state)
+    start = time.perf_counter()
+    progress.state, metrics = programs.train(progress.state, rows)
+    metrics = jax.device_get(metrics)
+    progress.chunks.append(time.perf_counter() - start)
+    progress.curve.append(
+        {
+            "step": (len(progress.curve) + 1) * programs.chunk,
+            "seconds": sum(progress.chunks),
+            "train": float(metrics["loss"]),
+            "skipped": int(metrics["skipped"]),  # steps that weren't finite
+            "routing": routing_summary(metrics["router"]),
         }
+    )
+    return metrics
+
+
+def routing_summary(router: PyTree) -> dict[str, dict[str, float]]:
+    """Return by part the busiest expert's load in shares, mean over layers, and drops.
+
+    Of a mixture of depths the share of the tokens that ask to enter.
+    """
+    found = {}
+    for part, stats in router.items():
+        load = np.asarray(stats["load"])
+        if part == "depth":
+            name, value = "entered", load[:, 0].mean()
+        else:
+            name, value = "busiest", (load.max(axis=1) * load.shape[1]).mean()
+        dropped = float(np.mean(stats["dropped"]))
+        found[part] = {name: float(value), "dropped": dropped}
+    return found
+
+
+def _check(programs: Programs, progress: Progress, metric: str) -> None:
+    """Validate; keep the parameters if they are the best so far."""
+    state = progress.state
+    scores = programs.scores(state.params, state.buffers, "valid")
+    progress.curve[-1]["valid"] = scores
+    if (bad := badness(scores, metric)) < progress.best:
+        progress.best = bad
+        copies = (state.params, state.buffers)
+        progress.kept = jax.tree.map(jnp.copy, copies)  # the state is donated
+
+
+def _watch(progress: Progress, limits: Limits, paused: Path) -> None:
+    """Stop a run that can't be finished now, its state saved, or that is too slow."""
+    if len(progress.curve) == _WARM:
+        expected = min(progress.chunks) * CHUNKS
+        if expected > limits.seconds:
+            raise TooSlow(f"{expected:.0f} s of training are over the limit")
+    if time.perf_counter() > limits.deadline:
+        _pause(progress, paused)
+        raise OutOfTime(f"stopped after chunk {len(progress.curve)} of {CHUNKS}")
+
+
+def _files(paused: Path) -> tuple[Path, Path]:
+    return paused.with_suffix(".json"), paused.with_suffix(".npz")
+
+
+def _pause(progress: Progress, paused: Path) -> None:
+    """Write what a run has, the arrays first: the other file says that they are."""
+    notes, arrays = _files(paused)
+    paused.parent.mkdir(parents=True, exist_ok=True)
+    trees = {"state": progress.state, "kept": progress.kept}
+    np.savez(
+        arrays,
+        **{
+            f"{t}:{n}": a
+            for t, tree in trees.items()
+            for n, a in snapshot(tree).items()
+        },
+    )
+    told = {"curve": progress.curve, "chunks": progress.chunks}
+    notes.write_text(json.dumps(told | {"best": progress.best}))
+
+
+def _begin(
+    programs: Programs,
+    seed: int,
+    rate: float,
+    paused: Path,
+    say: Callable[[str], None],
+) -> Progress:
+    """Return a new run, or the one that was interrupted."""
+    notes, arrays = _files(paused)
+    state = programs.start(seed, rate)
+    if not notes.is_file():
+        return Progress(state, None, [], [])
+    told = json.loads(notes.read_text())
+    with np.load(arrays, allow_pickle=False) as saved:
+        trees: dict[str, dict[str, np.ndarray]] = {"state": {}, "kept": {}}
+        for name in saved.files:
+            tree, _, leaf = name.partition(":")
+            trees[tree][leaf] = saved[name]
+    place = lambda like, found: programs.place(from_arrays(like, found))
+    kept = None
+    if trees["kept"]:
+        kept = place((state.params, state.buffers), trees["kept"])
+    state = place(state, trees["state"])
+    say(f"seed {seed}: goes on after chunk {len(told['curve'])} of {CHUNKS}")
+    return Progress(state, kept, told["curve"], told["chunks"], told["best"])
 
 
 def describe(config: ExperimentConfig) -> dict[str, Any]:

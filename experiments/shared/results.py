@@ -1,21 +1,26 @@
-"""Results of runs as JSON files; the table and the plot made from them."""
+"""Results of runs as JSON files, and the table made from them."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from matplotlib.figure import Figure
-
-from experiments.shared.case import Study
+from experiments.shared.case import Case, Study
+from experiments.shared.plot import plot
+from experiments.shared.stats import (
+    Result,
+    difference,
+    median_seconds,
+    spread,
+    values,
+)
 from uoe_jax.integrity import write_atomically
-from uoe_jax.report.style import LIGHT, MARKERS, render
 from uoe_jax.report.table import si
 
-Result = dict[str, Any]
+_LEAK = 1e-4  # nats; what rounding may move the mean loss of tokens before a change
 
 
 def result_file(folder: Path, case: str, seed: int) -> Path:
@@ -30,10 +35,10 @@ def write_result(folder: Path, result: Result) -> None:
     write_atomically(file, json.dumps(result, indent=1) + "\n")
 
 
-def read_results(folder: Path, study: Study) -> dict[str, list[Result]]:
-    """Return the results of a study's cases in its order, by case."""
+def read_results(folder: Path, cases: Sequence[Case]) -> dict[str, list[Result]]:
+    """Return the results of cases in their order, by case."""
     found: dict[str, list[Result]] = {}
-    for case in study.cases:
+    for case in cases:
         files = [result_file(folder, case.name, seed) for seed in case.seeds]
         results = [json.loads(f.read_text()) for f in files if f.is_file()]
         if results:
@@ -41,135 +46,114 @@ def read_results(folder: Path, study: Study) -> dict[str, list[Result]]:
     return found
 
 
-def choose(study: Study, found: dict[str, list[Result]]) -> list[str]:
-    """Return the cases to report: of each group the one that validation prefers."""
-    best: dict[str, str] = {}
-    for case in study.cases:
-        if case.name not in found:
-            continue
-        key = case.group or case.name
-        if key not in best or _better(study, found[case.name], found[best[key]]):
-            best[key] = case.name
-    return [case.name for case in study.cases if case.name in best.values()]
-
-
-def _better(study: Study, new: list[Result], old: list[Result]) -> bool:
-    a, b = (_mean(_values(r, "valid", study.metric)) for r in (new, old))
-    return a < b if study.metric == "bits_per_byte" else a > b
-
-
-def _values(results: list[Result], split: str, key: str) -> list[float]:
-    """Return the seeds' values; a run that diverged has none and counts as infinite."""
-    worst = float("inf") if key != "accuracy" else 0.0
-    return [r[split][key] if split in r else worst for r in results]
-
-
-def _mean(values: list[float]) -> float:
-    return statistics.fmean(values)
-
-
-def spread(values: list[float]) -> float:
-    """Return the sample standard deviation, 0 for one value or one that is infinite."""
-    known = len(values) > 1 and all(map(math.isfinite, values))
-    return statistics.stdev(values) if known else 0.0
+def best(study: Study, found: dict[str, list[Result]], names: Sequence[str]) -> str:
+    """Return which of some cases validation prefers; "" if none has a result."""
+    scored = {
+        name: statistics.fmean(values(found[name], "valid", study.metric))
+        for name in names
+        if name in found
+    }
+    pick = max if study.metric == "accuracy" else min
+    return pick(scored, key=scored.__getitem__) if scored else ""
 
 
 def table(study: Study, found: dict[str, list[Result]]) -> str:
-    """Return a Markdown table: quality, FLOPs, time and speed of every case."""
+    """Return a Markdown table: quality, FLOPs, time and speed of every case.
+
+    Differences are paired by seed, with their standard error; the rival is the best
+    of `study.rivals` on validation.
+    """
     base = found.get(study.baseline)
     unit = base[0]["forward_flops_per_token"] if base else None
+    rival = best(study, found, study.rivals)
     percent = study.metric == "accuracy"
     name = "accuracy, %" if percent else "bits/byte"
-    lines = [
-        f"| model | parameters | FLOPs | seeds | valid {name} | test {name} "
-        "| seconds | tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    chosen = choose(study, found)
+    against = [n for n in (study.baseline, rival) if n in found]
+    head = ["model", "parameters", "FLOPs", "rate", "seeds", f"valid {name}"]
+    head += [f"test {name}", *(f"test, less {n}" for n in against)]
+    head += ["seconds", "tokens/s"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for case, results in found.items():
         first = results[0]
-        flops = first["forward_flops_per_token"]
-        share = f"{flops / unit:.0%}" if unit else si(flops)
+        flops, seconds = first["forward_flops_per_token"], median_seconds(results)
         tokens = first["tokens_per_step"] * first["steps"]
-        seconds = statistics.median(r["seconds"] for r in results)
-        shown = f"**{case}**" if case in chosen and len(chosen) < len(found) else case
         cells = [
-            shown,
+            case,
             si(first["parameters"]),
-            share,
+            f"{flops / unit:.0%}" if unit else si(flops),
+            f"{first['rate']:g}",
             str(len(results)),
-            *(_cell(_values(results, s, study.metric), percent)
+            *(_cell(values(results, s, study.metric), percent)
               for s in ("valid", "test")),
+            *("" if case == n else _delta(results, found[n], study.metric)
+              for n in against),
             f"{seconds:.0f}",
             si(tokens / seconds),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + causality(found)
 
 
-def _cell(values: list[float], percent: bool) -> str:
+def _cell(numbers: list[float], percent: bool) -> str:
     scale, digits = (100.0, 2) if percent else (1.0, 4)
-    scaled = [v * scale for v in values]
+    scaled = [v * scale for v in numbers]
     if not all(map(math.isfinite, scaled)):
         return "diverged"
-    text = f"{_mean(scaled):.{digits}f}"
-    return text + (f" ± {spread(scaled):.{digits}f}" if len(values) > 1 else "")
+    text = f"{statistics.fmean(scaled):.{digits}f}"
+    return text + (f" ± {spread(scaled):.{digits}f}" if len(numbers) > 1 else "")
 
 
-def plot(study: Study, found: dict[str, list[Result]]) -> bytes:
-    """Return a PNG: test quality against FLOPs, seconds, and the learning curves."""
+def _delta(first: list[Result], second: list[Result], metric: str) -> str:
+    found = difference(first, second, metric)
+    if found is None:
+        return ""
+    scale, digits = (100.0, 2) if metric == "accuracy" else (1.0, 4)
+    mean, error = found
+    text = f"{scale * mean:+.{digits}f}"
+    return text if error is None else f"{text} ± {scale * error:.{digits}f}"
 
-    def draw(theme: Any) -> Figure:
-        figure = Figure(figsize=(12.5, 4.6), layout="constrained")
-        panels = figure.subplots(1, 3)
-        scale = 100.0 if study.metric == "accuracy" else 1.0
-        for number, (case, results) in enumerate(found.items()):
-            values = [scale * v for v in _values(results, "test", study.metric)]
-            values = [v for v in values if math.isfinite(v)]
-            if not values:
-                continue
-            color = theme.colors[number % len(theme.colors)]
-            style = {
-                "color": color,
-                "marker": MARKERS[(number // len(theme.colors)) % len(MARKERS)],
-                "markersize": 6,
-                "linestyle": "none",
-            }
-            first = results[0]
-            flops = first["training_flops_per_step"] * first["steps"]
-            seconds = statistics.median(r["seconds"] for r in results)
-            for axes, x in zip(panels, (flops, seconds), strict=False):
-                axes.errorbar(
-                    x, _mean(values), yerr=spread(values), capsize=3, label=case,
-                    **style,
-                )  # fmt: skip
-            points = [c for c in first["curve"] if "valid" in c]
-            panels[2].plot(
-                [c["seconds"] for c in points],
-                [scale * c["valid"][study.metric] for c in points],
-                **style | {"linestyle": "-", "markersize": 4},
+
+def causality(found: dict[str, list[Result]]) -> str:
+    """Return a line on the trained models' leak probes, "" where there are none."""
+    probes = {
+        f"{case}, seed {r['seed']}": r["leak"]
+        for case, results in found.items()
+        for r in results
+        if r.get("leak")
+    }
+    if not probes:
+        return ""
+    leaks = [name for name, moved in probes.items() if not moved["before"] <= _LEAK]
+    largest = max(moved["before"] for moved in probes.values())
+    least = min(moved["after"] for moved in probes.values())
+    verdict = f"LEAKS: {'; '.join(leaks)}" if leaks else "nothing leaks"
+    return (
+        f"\nLater tokens changed in {len(probes)} trained models: the mean loss before "
+        f"the change moved by at most {largest:.1e} nats, behind it by at least "
+        f"{least:.2f}: {verdict}.\n"
+    )
+
+
+def search_table(study: Study, found: dict[str, list[Result]]) -> str:
+    """Return what the search for learning rates found, as Markdown."""
+    percent = study.metric == "accuracy"
+    name = "accuracy, %" if percent else "bits/byte"
+    lines = ["", f"| family | rate | steps | valid {name} |", "|---|---|---|---|"]
+    for case in study.search:
+        for result in found.get(case.name, ()):
+            shown = _cell(values([result], "valid", study.metric), percent)
+            lines.append(
+                f"| {case.family} | {result['rate']:g} | {result['steps']} | {shown} |"
             )
-        percent = ", %" if study.metric == "accuracy" else ""
-        label = study.metric.replace("_", " ").replace("bits per byte", "bits/byte")
-        panels[0].set(xlabel="training FLOPs", ylabel=f"test {label}{percent}")
-        panels[1].set(xlabel="training seconds", ylabel=f"test {label}{percent}")
-        panels[2].set(
-            xlabel="training seconds", ylabel=f"validation {label}{percent}, one seed"
-        )
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=6, fontsize=8.5
-        )
-        return figure
-
-    return render(draw, [LIGHT])["light"]
+    return "\n".join(lines) + "\n" if len(lines) > 3 else ""
 
 
 def write_summary(folder: Path, study: Study) -> str:
-    """Write table.md and plot.png from a folder's results; return the table."""
+    """Write table.md and plot.png from a folder's results; return the tables."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = read_results(folder, study)
+    found = read_results(folder, study.cases)
     text = table(study, found)
+    text += search_table(study, read_results(folder, study.search))
     write_atomically(folder / "table.md", f"# {study.title}\n\n{text}")
     if found:
         (folder / "plot.png").write_bytes(plot(study, found))

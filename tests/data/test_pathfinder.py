@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from uoe_jax.data.tasks import pathfinder
+from uoe_jax.data.tasks import parallel, pathfinder
 from uoe_jax.data.tasks.pathfinder import PathfinderRules, generate, make_scenes
 from uoe_jax.errors import DataError
 
@@ -73,6 +73,22 @@ def test_images_are_grey_and_more_of_them_begin_with_the_same():
     assert (few == 255).sum(axis=(1, 2, 3)).min() >= 8  # the two circles
     assert ((few > 0).mean(axis=(1, 2, 3)) < 0.6).all()
     assert len({image.tobytes() for image in many}) == len(many)
+
+
+def test_processes_make_the_same_images(monkeypatch):
+    alone, labels = generate(60, 3)  # of two chunks
+    monkeypatch.setattr(pathfinder, "_WORTH_PROCESSES", 1)
+    monkeypatch.setattr(pathfinder.os, "cpu_count", lambda: 2)
+    together, same = generate(60, 3)
+    assert np.array_equal(alone, together) and np.array_equal(labels, same)
+
+
+def test_a_process_that_ends_is_noticed():
+    with (
+        pytest.raises(DataError, match="run the same command again"),
+        parallel.chunks(0, RULES._replace(contour_length="six"), 1) as made,
+    ):
+        next(made)
 
 
 def test_paths_that_find_no_room_say_so(monkeypatch):

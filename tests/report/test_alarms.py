@@ -4,12 +4,12 @@ import dataclasses
 import json
 
 import numpy as np
-import pytest
-from synthetic_runs import make_overlay, make_run
+from synthetic_runs import make_overlay
 
 from uoe_jax.config import MoeConfig, to_json
 from uoe_jax.presets import get_preset
 from uoe_jax.report.alarms import find_alarms, latest
+from uoe_jax.report.build import _alarms as alarms_html
 from uoe_jax.report.build import write_report
 from uoe_jax.report.overlay import Overlay, text_html
 from uoe_jax.report.read import num_experts, num_shared, read_run, routed_layers
@@ -34,6 +34,7 @@ def with_loads(folder, model, block, loads, steps=20, **more):
 
 
 UNION = get_preset("tiny-union").model  # 4 layers, 8 experts
+DENSE = get_preset("tiny").model
 EVEN = [0.125] * 8
 TILTED = [0.0, 0.125, 0.125, 0.125, 0.125, 0.0, 0.0, 0.5]
 
@@ -93,23 +94,21 @@ def test_attention_that_picks_blocks_has_no_router():
     assert num_experts(mod, "depth", 1) == 2
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    root = tmp_path_factory.mktemp("alarms")
+def test_the_page_shows_alarms(tmp_path):
     loads = [EVEN, TILTED, EVEN, EVEN]
-    bad = with_loads(root / "bad", UNION, "mlp", lambda step: loads)
-    good = make_run(root / "good", "tiny-union")
-    example = {bad.path: make_overlay(UNION)}
-    out = write_report([bad.path, good], root / "page.html", overlays=example)
-    return out.read_text(), root
-
-
-def test_the_page_shows_alarms_or_that_there_are_none(page):
-    text, root = page
+    bad = with_loads(tmp_path / "bad", UNION, "mlp", lambda step: loads)
+    example = {bad.path: make_overlay(UNION, text="def f(x):\n    return x")}
+    text = write_report([bad.path], overlays=example).read_text()
     assert text.count('class="alarms"') == 1
     assert "experts 0, 5, 6 got under 5%" in text
-    assert "No alarms" in text
-    assert (root / "bad" / "plots" / "load.png").is_file()
+    assert (tmp_path / "bad" / "plots" / "load.png").is_file()
+
+
+def test_where_nothing_is_wrong_the_page_says_so(tmp_path):
+    good = with_loads(tmp_path / "good", UNION, "mlp", lambda step: [EVEN] * 4)
+    assert "No alarms" in alarms_html(good)
+    silent = with_loads(tmp_path / "dense", DENSE, "none", lambda step: [])
+    assert alarms_html(silent) == ""
 
 
 def test_a_decomposed_run_needs_no_metrics(tmp_path):

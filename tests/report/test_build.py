@@ -59,7 +59,7 @@ def three(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     presets = ("tiny", "tiny-moe", "tiny-union")
     runs = [make_run(root / p, p, seed=i) for i, p in enumerate(presets)]
-    example = make_overlay(get_preset("tiny-union").model)
+    example = make_overlay(get_preset("tiny-union").model, text=TEXT[:80])
     out = write_report(
         runs, root / "all.html", overlays={runs[2]: example}, samples={"a": "x<y>&z"}
     )

@@ -83,7 +83,9 @@ def balanced_kmeans(
         if (new == labels).all():
             break
         labels = new
-        centres = np.stack([points[labels == g].sum(axis=0) for g in range(num_groups)])
+        # A product: copies of each group's points would take longer.
+        members = np.arange(num_groups)[:, None] == labels[None]
+        centres = members.astype(points.dtype) @ points
         length = np.linalg.norm(centres, axis=1, keepdims=True)
         centres = centres / np.maximum(length, 1e-12)
     return best_labels

@@ -100,14 +100,17 @@ def text_figure(overlay: Overlay, theme: Theme) -> Figure | None:
     """Draw the same as a picture: a grid of characters for each of some layers."""
     if not overlay.tokens or not overlay.choices:
         return None
-    places, lines = _lay_out(overlay.tokens)
+    places, columns, lines = _lay_out(overlay.tokens)
     panels = [
         (block, row)
         for block, choices in overlay.choices.items()
         for row in some_layers(len(choices), _PANELS)
     ]
     rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(12, rows * (0.5 + 0.19 * lines) + 0.4))
+    most = max(overlay.num_experts[block] for block, _ in panels)
+    colors = expert_colors(most)  # the same in all panels, as there is one key
+    width = max(0.2 * columns, 8.0)  # inches; the key needs so much
+    figure = Figure(figsize=(width, rows * (0.5 + 0.19 * lines) + 0.4))
     figure.subplots_adjust(
         0.01,
         0.01,
@@ -120,11 +123,10 @@ def text_figure(overlay: Overlay, theme: Theme) -> Figure | None:
     for axes in grid:
         axes.set_axis_off()
     for axes, (block, row) in zip(grid, panels, strict=False):
-        colors = expert_colors(overlay.num_experts[block])
         axes.set_title(
             f"{NAMES[block]}, layer {overlay.layers[block][row]}", loc="left"
         )
-        axes.set_xlim(0, _COLUMNS)
+        axes.set_xlim(0, 5 * width)
         axes.set_ylim(lines, 0)
         picks = overlay.choices[block][row]
         first = [next((p for p in row if p >= 0), None) for row in picks.tolist()]
@@ -145,8 +147,7 @@ def text_figure(overlay: Overlay, theme: Theme) -> Figure | None:
                     fontsize=9,
                     family="DejaVu Sans Mono",
                 )
-    most = max(overlay.num_experts[block] for block, _ in panels)
-    keys = [Patch(facecolor=c, alpha=0.5) for c in expert_colors(most)]
+    keys = [Patch(facecolor=c, alpha=0.5) for c in colors]
     if most <= 16:
         names = [f"expert {i}" for i in range(most)]
         figure.legend(keys, names, loc="upper center", ncols=8, fontsize=9)
@@ -157,8 +158,8 @@ def _cell(x: int, y: int, color: str) -> Rectangle:
     return Rectangle((x, y), 1, 1, facecolor=color, alpha=0.5, linewidth=0)
 
 
-def _lay_out(tokens: Sequence[str]) -> tuple[list, int]:
-    """Return [((column, line, character), token)] wrapped, and the line count."""
+def _lay_out(tokens: Sequence[str]) -> tuple[list, int, int]:
+    """Return [((column, line, character), token)] wrapped, and columns and lines."""
     places, x, y = [], 0, 0
     for number, text in enumerate(tokens):
         for char in text:
@@ -171,7 +172,8 @@ def _lay_out(tokens: Sequence[str]) -> tuple[list, int]:
             x += 1
             if char == "\n":
                 x, y = 0, y + 1
-    return places, max(y + (x > 0), 1)
+    columns = max((place[0] + 1 for place, _ in places), default=1)
+    return places, columns, max(y + (x > 0), 1)
 
 
 def image_figure(overlay: Overlay, theme: Theme) -> Figure | None:

@@ -38,14 +38,15 @@ def load_figure(run: Run, theme: Theme) -> Figure | None:
         return None
     rows = max(load.shape[1] for _, load in found.values())
     figure = Figure(
-        figsize=(5.5 * len(found), 1.5 + min(0.42 * rows, 8)), layout="constrained"
+        figsize=(5.5 * len(found), max(1.5 + min(0.42 * rows, 8), 2.6)),
+        layout="constrained",
     )
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, (block, (steps, load)) in zip(panels, found.items(), strict=True):
         layers = run.routed_layers(block)
         final = _shares(run, block, latest(load)[None])[0]
         first = run.num_shared(block, layers[0])
-        _heatmap(figure, axes, final, first, "share of load (1 = balanced)")
+        _heatmap(figure, axes, final, first, "share (1 = balanced)")
         if final.shape[1] <= 16 and final.shape[0] <= 16:
             _numbers(axes, final, first)
         for alarm in find_alarms(run):

@@ -10,24 +10,25 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from uoe_jax.data.tasks.render import distance_to_dash, draw, window_of
+from uoe_jax.data.tasks.render import distance_to_dash, draw, inside, window_of
 from uoe_jax.errors import DataError
 
 _SCENES = 512  # tried at once; part of what a seed means
+_WORTH_PROCESSES = 2000  # images
 _DRY_CHUNKS = 40  # without a scene: there are none
 _CANDIDATES = 64  # directions tried for the next dash of a path
 _SEEDS = 32  # places tried for the first dash of a distractor
 _TRIALS = 5  # attempts at one distractor; then it is left out
 _CELLS = 2  # grid cells a pixel, a side
-_PROBES = np.linspace(0.0, 1.75, 8)[:, None]
+_STAGES = (4, 16)  # of a dash's candidates, tried before the rest
+_PROBES = np.linspace(0.0, 1.75, 8)[:, None, None]  # along a candidate, in lengths
 
 
 class PathfinderRules(NamedTuple):
@@ -93,37 +94,43 @@ def generate(
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     done = dry = 0
-    workers = min(os.cpu_count() or 1, 16) if count > _SCENES else 1
-    with ThreadPoolExecutor(workers) as pool:
-        for number, chunk in enumerate(_in_order(pool, workers, seed, rules)):
-            drawn = len(chunk.labels)
-            dry = 0 if drawn else dry + 1
+    with _chunks(count, seed, rules) as chunks:
+        for number, (drawn, own_labels) in enumerate(chunks):
+            dry = 0 if len(drawn) else dry + 1
             if dry == _DRY_CHUNKS:
                 raise DataError(
                     f"Pathfinder found no scene with paths of {rules.contour_length} "
                     f"dashes on {rules.side} pixels in {number + 1} x {_SCENES} "
                     "attempts; use shorter paths"
                 )
-            images.append(draw(chunk.dashes, chunk.circles, rules.side))
-            labels.append(chunk.labels)
-            done += drawn
-            advance(drawn)
+            images.append(drawn)
+            labels.append(own_labels)
+            done += len(drawn)
+            advance(len(drawn))
             if done >= count:
                 break
     joined = np.concatenate(images)[:count, :, :, None]
     return joined, np.concatenate(labels)[:count].astype(np.int32)
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, ahead: int, seed: int, rules: PathfinderRules
-) -> Iterator[Scenes]:
-    """Yield chunk after chunk without end, `ahead` of them in the making."""
-    # NumPy lets go of the interpreter inside its loops, so threads do help.
-    start = lambda chunk: pool.submit(make_scenes, [seed, chunk], rules)
-    waiting = deque(start(chunk) for chunk in range(ahead))
-    for chunk in itertools.count(ahead):
-        yield waiting.popleft().result()
-        waiting.append(start(chunk))
+def _chunks(
+    count: int, seed: int, rules: PathfinderRules
+) -> AbstractContextManager[Iterator[tuple[np.ndarray, np.ndarray]]]:
+    """Return images and labels by chunk, made by all processors if they are many."""
+    if count > _WORTH_PROCESSES:
+        from uoe_jax.data.tasks.parallel import chunks
+
+        return chunks(seed, rules, min(os.cpu_count() or 1, 32))
+    numbers = itertools.count()
+    return nullcontext(make_chunk([seed, number], rules) for number in numbers)
+
+
+def make_chunk(
+    seed: list[int], rules: PathfinderRules
+) -> tuple[UInt8[np.ndarray, "N Hi Wi"], Int[np.ndarray, " N"]]:
+    """Return the images and labels of a chunk."""
+    scenes = make_scenes(seed, rules)
+    return draw(scenes.dashes, scenes.circles, rules.side), scenes.labels
 
 
 def make_scenes(seed: list[int], rules: PathfinderRules) -> Scenes:
@@ -250,18 +257,44 @@ def _first_free(
     The second value says where there was one.
     """
     heads = tails + rules.dash * _unit(headings)
-    probes = tails[:, :, None] + _PROBES * (heads - tails)[:, :, None]
-    cells = np.floor(probes * _CELLS).astype(np.int64)
-    last = grid.shape[1] - 1
-    free = ((cells >= 0) & (cells <= last)).all(axis=(2, 3))
-    y, x = np.clip(cells, 0, last).transpose(3, 0, 1, 2)
-    free &= ~grid[np.arange(len(grid))[:, None, None], y, x].any(axis=2)
+    choice = np.zeros(len(grid), np.int64)
+    found = np.zeros(len(grid), bool)
+    # Most rows take one of their first candidates, so the others are looked at late.
+    for first, last in itertools.pairwise((0, *_STAGES, tails.shape[1])):
+        left = np.flatnonzero(~found)
+        if not len(left) or first >= last:
+            continue
+        tail, head = (a[left, first:last] for a in (tails, heads))
+        free = _is_free(grid, left, tail, head, recent[left], rules)
+        choice[left] = first + free.argmax(axis=1)
+        found[left] = free.any(axis=1)
+    row = np.arange(len(grid))
+    return np.stack([tails[row, choice], heads[row, choice]], axis=1), found
+
+
+def _is_free(
+    grid: Bool[np.ndarray, "N G G"],
+    rows: Int[np.ndarray, " R"],
+    tails: Float[np.ndarray, "R K 2"],
+    heads: Float[np.ndarray, "R K 2"],
+    recent: Float[np.ndarray, "R J 2 2"],
+    rules: PathfinderRules,
+) -> Bool[np.ndarray, "R K"]:
+    """Return which dashes are clear of some rows' grids and recent dashes."""
+    size = grid.shape[1]
+    y, x = (tails[..., i] + _PROBES * (heads[..., i] - tails[..., i]) for i in (0, 1))
+    row, column = (np.floor(a * _CELLS).astype(np.int64) for a in (y, x))
+    # Below zero is far above as an unsigned number: one comparison for both ends.
+    taken = np.maximum(row.view(np.uint64), column.view(np.uint64)) >= size
+    cell = (rows * size * size)[None, :, None] + row * size + column
+    cell[taken] = 0
+    taken |= grid.reshape(-1)[cell]
+    free = ~taken.any(axis=0)
     for dash in recent.transpose(1, 0, 2, 3):
-        near = distance_to_dash(probes, dash[:, None, None]) <= rules.clearance
-        free &= ~near.any(axis=2)
-    row, choice = np.arange(len(grid)), free.argmax(axis=1)
-    chosen = np.stack([tails[row, choice], heads[row, choice]], axis=1)
-    return chosen, free[row, choice]
+        # A candidate is an axis of its own there, as windows have two.
+        near = distance_to_dash(y[..., None], x[..., None], dash) <= rules.clearance
+        free &= ~near.any(axis=(0, 3))
+    return free
 
 
 def _block(
@@ -270,13 +303,12 @@ def _block(
     rules: PathfinderRules,
 ) -> None:
     """Mark the cells of the grid that are too near a dash."""
+    size = grid.shape[1]
     reach = int(np.ceil((rules.dash / 2 + rules.clearance) * _CELLS)) + 1
-    cells = window_of(dash.mean(axis=1) * _CELLS, reach)
-    near = distance_to_dash((cells + 0.5) / _CELLS, dash[:, None, None])
-    inside = ((cells >= 0) & (cells < grid.shape[1])).all(axis=-1)
-    row, *place = np.nonzero((near <= rules.clearance) & inside)
-    y, x = cells[(row, *place)].T.astype(np.int64)
-    grid[row, y, x] = True
+    y, x = window_of(dash.mean(axis=1) * _CELLS, reach)
+    near = distance_to_dash((y + 0.5) / _CELLS, (x + 0.5) / _CELLS, dash)
+    row, i, j = np.nonzero((near <= rules.clearance) & inside(y, x, size))
+    grid[row, y[row, i, 0].astype(np.int64), x[row, 0, j].astype(np.int64)] = True
 
 
 def _unit(heading: Float[np.ndarray, "*N"]) -> Float[np.ndarray, "*N 2"]:

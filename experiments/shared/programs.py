@@ -1,0 +1,203 @@
+"""A model's compiled programs: its start, a chunk of training steps, a split's scores.
+
+Learning rate and seed are data, so all runs of a model share them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Int, PyTree
+
+from experiments.shared.arrays import Arrays, eval_rows, make_take, num_examples
+from uoe_jax.config import ExperimentConfig, MeshConfig
+from uoe_jax.errors import ConfigError
+from uoe_jax.model import make_model
+from uoe_jax.optim import make_optimizer
+from uoe_jax.partition.mesh import make_mesh, replicated
+from uoe_jax.train.state import TrainState
+from uoe_jax.train.step import make_step
+from uoe_jax.train.validate import make_eval_step
+from uoe_jax.validation import validate
+
+CHUNKS = 20  # of a run, one dispatch each
+_PROBES = 4  # batches of the leak probe
+
+
+def with_rate(
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Return an optimizer of rate 1 whose updates are times `state["rate"]`."""
+
+    def init(params: PyTree) -> PyTree:
+        return {"rate": jnp.ones(()), "inner": inner.init(params)}
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        updates, new = inner.update(updates, state["inner"], params, **extra)
+        rate = state["rate"]
+        scaled = jax.tree.map(lambda u: u * rate, updates)
+        return scaled, {"rate": rate, "inner": new}
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class Programs:
+    """What trains and scores one model on splits that lie on the device."""
+
+    def __init__(self, config: ExperimentConfig, data: Mapping[str, Arrays]):
+        validate(config)
+        steps = config.train.steps
+        if steps % CHUNKS:
+            raise ConfigError(
+                f"train.steps is {steps}; an experiment has {CHUNKS} chunks, use "
+                f"{max(round(steps / CHUNKS), 1) * CHUNKS}"
+            )
+        # One device a process, whatever else the machine has.
+        config = dataclasses.replace(config, mesh=MeshConfig(data=1))
+        self.config, self.chunk = config, steps // CHUNKS
+        mesh = make_mesh(config.mesh)
+        optim = dataclasses.replace(config.optim, learning_rate=1.0)
+        optimizer = with_rate(make_optimizer(optim, steps))
+        make = lambda key: nnx.split(make_model(config.model, key), nnx.Param, ...)
+        graphdef = jax.eval_shape(make, jax.random.key(0))[0]
+        step = make_step(config, graphdef, optimizer, mesh)
+        take = make_take(config)
+
+        def init(key: Array, rate: Array) -> TrainState:
+            _, params, buffers = make(key)
+            zero = jnp.zeros((), jnp.int32)
+            opt_state: Any = optimizer.init(params)
+            return TrainState(
+                step=zero,
+                params=params,
+                opt_state=opt_state | {"rate": rate},
+                buffers=buffers,
+                bad_steps=zero,
+            )
+
+        def many(
+            state: TrainState, arrays: Arrays, rows: Int[Array, "S B"]
+        ) -> tuple[TrainState, PyTree]:
+            def body(state: TrainState, row: Array) -> tuple[TrainState, PyTree]:
+                return step(state, take(arrays, row))
+
+            state, metrics = jax.lax.scan(body, state, rows)
+            good = metrics["bad_steps"] == 0  # others changed nothing
+            return state, {
+                "loss": jnp.mean(metrics["loss"], where=good),
+                "skipped": jnp.sum(~good),
+                "router": jax.tree.map(partial(jnp.mean, axis=0), metrics["router"]),
+            }
+
+        self._whole = replicated(mesh)
+        self.data = jax.device_put(dict(data), self._whole)
+        self._init = jax.jit(init, out_shardings=self._whole)
+        self._many: Any = jax.jit(many, donate_argnums=0)
+        self._score = make_eval_step(config, graphdef, mesh)
+        self._take = jax.jit(take)
+
+    def compile(self) -> float:
+        """Compile the training chunk ahead; return the seconds it took."""
+        start = time.perf_counter()
+        state = jax.eval_shape(self._init, jax.random.key(0), jnp.ones(()))
+        shape = (self.chunk, self.config.data.batch_size)
+        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._whole)
+        self._many = self._many.lower(state, self.data["train"], rows).compile()
+        return time.perf_counter() - start
+
+    def start(self, seed: int, rate: float) -> TrainState:
+        """Return the state before the first step."""
+        return self._init(jax.random.key(seed), jnp.float32(rate))
+
+    def place(self, tree: PyTree) -> PyTree:
+        """Return arrays of the host where the programs want them."""
+        return jax.device_put(tree, self._whole)
+
+    def train(
+        self, state: TrainState, rows: Int[np.ndarray, "S B"]
+    ) -> tuple[TrainState, PyTree]:
+        """Return the state after a chunk of steps, and its mean loss and routing.
+
+        Steps that weren't finite are left out; without any other the loss is nan. The
+        old state's memory is used again.
+        """
+        return self._many(state, self.data["train"], self.place(rows))
+
+    def scores(self, params: PyTree, buffers: PyTree, split: str) -> dict[str, float]:
+        """Return loss (nats), bits per token and accuracy over a whole split."""
+        arrays = self.data[split]
+        rows = eval_rows(self.config, num_examples(arrays))
+        batches = (self._take(arrays, row) for row in self.place(rows))
+        total = self._sums(params, buffers, batches)
+        loss = total["nll"] / total["weight"]
+        return {
+            "loss": loss,
+            # Of text, where a token is a byte.
+            "bits_per_byte": loss / math.log(2),
+            "accuracy": total["correct"] / total["weight"],
+        }
+
+    def leak(self, params: PyTree, buffers: PyTree) -> dict[str, float] | None:
+        """Return how much the loss moves when later tokens change; None: no decoder.
+
+        `before`: the mean loss of tokens before the change moved by so many nats, and
+        a causal model's doesn't; `after`: of those behind it, which must move.
+        """
+        if self.config.model.kind != "decoder":
+            return None
+        arrays = self.data["valid"]
+        rows = eval_rows(self.config, num_examples(arrays))[:_PROBES]
+        batches = [self._take(arrays, row) for row in self.place(rows)]
+        length, moved = self.config.seq_len, {"before": 0.0, "after": 0.0}
+        place = jnp.arange(length)[None, None]
+        for cut in (length // 4, length // 2, length - length // 8):
+            behind = place >= cut
+            for name, weigh in (("before", ~behind), ("after", behind)):
+                losses = [
+                    self._loss(params, buffers, batches, weigh, changed)
+                    for changed in (None, behind)
+                ]
+                moved[name] = max(moved[name], abs(losses[1] - losses[0]))
+        return moved
+
+    def _loss(
+        self,
+        params: PyTree,
+        buffers: PyTree,
+        batches: Iterable[Arrays],
+        weigh: Bool[Array, "1 1 T"],
+        changed: Bool[Array, "1 1 T"] | None,
+    ) -> float:
+        """Return the mean loss of some tokens, with some inputs turned into others."""
+
+        def prepare(batch: Arrays) -> Arrays:
+            tokens, size = batch["tokens"], self.config.model.vocab_size
+            if changed is not None:
+                tokens = jnp.where(changed, (tokens * 7 + 11) % size, tokens)
+            return batch | {"tokens": tokens, "mask": batch["mask"] * weigh}
+
+        total = self._sums(params, buffers, map(prepare, batches))
+        return total["nll"] / total["weight"]
+
+    def _sums(
+        self, params: PyTree, buffers: PyTree, batches: Iterable[Arrays]
+    ) -> dict[str, float]:
+        names = ("nll", "correct", "weight")
+        found = []
+        for batch in batches:
+            sums = self._score(params, buffers, batch)
+            found.append({name: sums[name] for name in names})
+        found = jax.device_get(found)
+        return {name: sum(float(f[name]) for f in found) for name in names}

@@ -1,0 +1,169 @@
+"""Experiments: which run comes next, who takes it, and what isn't run again."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from experiments.run import main
+from experiments.shared.case import (
+    HERE,
+    Case,
+    Study,
+    change,
+    find_experiment,
+    program_key,
+    search_rates,
+)
+from experiments.shared.case import load_config as load
+from experiments.shared.queue import (
+    SEARCH,
+    TOO_SLOW,
+    Task,
+    begin,
+    open_jobs,
+    outlook,
+    restricted,
+)
+from experiments.shared.results import write_result
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.errors import ConfigError
+from uoe_jax.validation import validate
+
+CONFIG = ExperimentConfig()
+
+
+def case(name, family=""):
+    return Case(name=name, config=CONFIG, seeds=(0, 1), family=family)
+
+
+def done(job, valid=1.0):
+    write_result(
+        job.task.out,
+        {
+            "case": job.case.name,
+            "seed": job.seed,
+            "rate": job.case.config.optim.learning_rate,
+            "key": program_key(job.case.config),
+            "valid": {"accuracy": -valid},
+            "wall_seconds": 2.0,
+        },
+    )
+
+
+@pytest.fixture
+def task(tmp_path):
+    cases = (case("a", "x"), case("b", "y"))
+    search = search_rates(cases, (0.1, 0.2), steps=20)
+    study = Study(title="t", metric="accuracy", cases=cases, search=search)
+    return Task("t", sys, study, tmp_path)
+
+
+def test_rates_come_first_then_a_seed_of_each_case(task):
+    jobs, waiting = open_jobs([task])
+    assert [j.name for j in jobs] == [
+        f"rate {r} {f}-100" for f in "xy" for r in (0.1, 0.2)
+    ]
+    assert waiting and {j.round for j in jobs} == {SEARCH}
+    for job, valid in zip(jobs, (3.0, 1.0, 1.0, 3.0), strict=True):
+        done(job, valid)
+    jobs, waiting = open_jobs([task])
+    assert [j.name for j in jobs] == ["a-0", "b-0", "a-1", "b-1"] and not waiting
+    assert [j.case.config.optim.learning_rate for j in jobs[:2]] == [0.2, 0.1]
+    done(jobs[0])
+    assert [j.name for j in open_jobs([task])[0]] == ["b-0", "a-1", "b-1"]
+
+
+def test_other_experiments_run_while_one_waits_for_its_rates(task, tmp_path):
+    study = dataclasses.replace(task.study, search=())
+    other = Task("u", sys, study, tmp_path / "other")
+    jobs, waiting = open_jobs([task, other])
+    assert waiting and [j.name for j in jobs[4:]] == ["a-0", "b-0", "a-1", "b-1"]
+    only = dataclasses.replace(other, only=("b",))
+    assert [j.name for j in open_jobs([only])[0]] == ["b-0", "b-1"]
+    narrow = dataclasses.replace(task, only=("b",))
+    assert {j.case.family for j in open_jobs([narrow])[0]} == {"y"}
+
+
+def test_a_run_is_taken_once_and_again_after_a_crash(task):
+    job = open_jobs([task])[0][0]
+    assert job.claim() and not job.claim()
+    job.fail("out of memory")
+    assert job.over and job not in open_jobs([task])[0]
+    begin([task])
+    assert not job.over and job.claim()
+    job.fail(f"{TOO_SLOW}: 900 s")
+    begin([task])
+    assert job.over
+
+
+def test_the_outlook_takes_other_seeds_as_a_measure(task):
+    for job in open_jobs([task])[0]:
+        done(job)
+    done(open_jobs([task])[0][0])
+    assert outlook([task]) == (5, 8, 6.0)
+
+
+def test_results_of_another_configuration_are_refused(task):
+    job = open_jobs([task])[0][0]
+    done(job)
+    begin([task])
+    moved = change(CONFIG, data={"path": "/elsewhere"}, optim={"learning_rate": 7.0})
+    same = change(CONFIG, data={"path": "a/elsewhere"})
+    assert program_key(moved) == program_key(same)
+    wider = tuple(
+        dataclasses.replace(c, config=change(c.config, model={"d_ff": 64}))
+        for c in task.study.search
+    )
+    study = dataclasses.replace(task.study, search=wider)
+    with pytest.raises(ConfigError, match="another configuration"):
+        begin([dataclasses.replace(task, study=study)])
+
+
+def test_every_model_of_every_experiment_is_valid(monkeypatch, tmp_path):
+    monkeypatch.setenv("UOE_DATA_DIR", str(tmp_path))
+    for name in ("001", "002", "003", "004"):
+        study = load(find_experiment(name)).study(True)
+        for one in study.cases:
+            validate(one.config)
+            assert one.family or not study.search
+        assert len({c.name for c in study.cases}) == len(study.cases)
+        assert set(study.rivals) <= {c.name for c in study.cases}
+    with pytest.raises(ConfigError, match="UOE_DATA_DIR"):
+        load(find_experiment("001")).study(False)
+    with pytest.raises(ConfigError, match="no experiment"):
+        find_experiment("999")
+
+
+def test_bad_requests_are_one_line(capsys, tmp_path):
+    out = ["--tiny", "--out", str(tmp_path)]
+    assert main(["003", "--only", "dens", *out]) == 2
+    assert "did you mean dense?" in capsys.readouterr().err
+    assert main(["006", *out]) == 2
+    assert "commands of its own" in capsys.readouterr().err
+
+
+def test_seeds_and_fields_can_be_changed():
+    study = Study(title="t", metric="accuracy", cases=(case("a"),))
+    assert restricted(study, [7]).cases[0].seeds == (7,)
+    assert restricted(study, []) == study
+    changed = change(CONFIG, model={"union": {"top_k": 2}}, data={"batch_size": 3})
+    assert changed.model.union.top_k == 2 and changed.data.batch_size == 3
+    assert changed.model.union.num_experts == CONFIG.model.union.num_experts
+
+
+def test_images_come_out_of_their_deltas():
+    import numpy as np
+
+    spec = load(HERE / "003_images").data_module()
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    red, green, blue = np.moveaxis(images, -1, 0)
+    planes = np.stack([green, red - green, blue - green], axis=1)
+    down = np.diff(planes, axis=2, prepend=np.uint8(0))
+    coded = np.diff(down, axis=3, prepend=np.uint8(0))
+    assert coded.dtype == np.uint8
+    assert np.array_equal(spec.undo_deltas(coded), images)
