@@ -54,6 +54,19 @@ def test_other_shapes_are_predicted_from_noisy_ones():
     assert errors.median < 0.08
 
 
+def test_each_step_is_predicted_from_the_others():
+    measured = timed(noise=0.02)[::4]  # one shape of each preset
+    left_out = fit.leave_one_out(H200, measured)
+    assert left_out.errors.keys() == {item.name for item in measured}
+    assert left_out.median < 0.1
+    # What is left out isn't known: one wild step is missed by as much as it is wild.
+    wild = dataclasses.replace(measured[0], seconds=10 * measured[0].seconds)
+    found = fit.leave_one_out(H200, [wild, *measured[1:]])
+    assert found.errors[wild.name] < -0.8
+    with pytest.raises(DataError, match="at least two"):
+        fit.leave_one_out(H200, measured[:1])
+
+
 def test_no_factor_beats_the_data_sheet():
     fast = [dataclasses.replace(m, seconds=m.seconds / 100) for m in timed()]
     calibration = fit.fit(H200, fast, "too fast")

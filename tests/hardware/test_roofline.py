@@ -31,6 +31,21 @@ def test_one_devices_work_is_the_counted_flops(name):
     assert sum(work[kind] for kind in FLOP_KINDS) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", ["1b", "small-moe"])
+def test_what_is_not_kept_is_computed_again(name):
+    base = get_preset(name)
+    work = {}
+    for remat in ("none", "dots", "full"):
+        model = dataclasses.replace(base.model, remat=remat, scan_layers=False)
+        work[remat] = device_work(dataclasses.replace(base, model=model), ONE)
+    none, dots, full = (work[remat] for remat in ("none", "dots", "full"))
+    products = lambda found: found["products"] + found["routed products"]
+    assert products(none) == products(dots) < products(full) < products(none) * 4 / 3
+    for kind in ("scores", "elementwise"):
+        assert none[kind] < dots[kind] == full[kind] <= none[kind] * 4 / 3
+    assert none["output"] == dots["output"] == full["output"]
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     name=st.sampled_from(PRESETS),

@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from tiny_layouts import compute, make_config, one_device
+from tiny_layouts import compute, first_state, make_config, one_device
 
+from uoe_jax.checkpoint import named_leaves
 from uoe_jax.model.sharded_attention import gathered_attention, ring_attention
 from uoe_jax.ops.dense_attention.reference import dense_attention
+from uoe_jax.optim import make_optimizer
+from uoe_jax.partition.mesh import mesh_for
+from uoe_jax.train.state import init_state, layout_of
 
 EVERYTHING = {
     "tensor_reduce": "reduce_scatter",
@@ -26,13 +30,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_those_of_one_device(case):
     kind, mesh, layout = CASES[case]
@@ -43,6 +40,16 @@ def test_loss_and_gradients_are_those_of_one_device(case):
         assert np.abs(grad).max() > 0, f"{name} has no gradient to compare"
     for a, b in zip(*map(jax.tree.leaves, (expected[1:], got[1:])), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5)
+
+
+def test_a_model_starts_the_same_on_every_mesh():
+    config = make_config(*CASES["union"])
+    mesh = mesh_for(config)
+    _, state = init_state(config, make_optimizer(config.optim, 10), mesh)
+    state = layout_of(config, mesh).to_file(jax.device_get(state))
+    expected = named_leaves(first_state("union")[1])
+    for name, value in named_leaves(state).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -1,6 +1,7 @@
 """Meshes that are legal, plans, layout files and pictures; nothing is compiled."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 
@@ -13,6 +14,7 @@ from uoe_jax.cli.plan import plan as run_plan
 from uoe_jax.config import LayoutConfig, MeshConfig, UnionConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.hardware.devices import parse_topology
+from uoe_jax.partition.aot import topology_devices
 from uoe_jax.partition.collectives import stored_order
 from uoe_jax.partition.legal import (
     AXES,
@@ -21,6 +23,7 @@ from uoe_jax.partition.legal import (
     mesh_sizes,
     verdicts,
 )
+from uoe_jax.partition.mesh import make_mesh
 from uoe_jax.partition.picture import holdings, movements, owned_experts
 from uoe_jax.partition.plan import make_plan, read_layout, reasons, write_layout
 from uoe_jax.presets import get_preset
@@ -158,3 +161,15 @@ def test_a_model_of_few_experts_has_fewer_meshes():
     for verdict in found:
         if verdict.sizes["tensor"] * verdict.sizes["sequence"] <= 4:
             assert not verdict.problems
+
+
+# libtpu exists for Linux on x86 only; elsewhere no pod can be described.
+if importlib.util.find_spec("libtpu") is not None:
+
+    @pytest.mark.parametrize("topology", ["v5p:4x4x4", "v5e:4x4"])
+    def test_every_factorisation_is_a_mesh_of_the_pods_chips(topology):
+        """Also those whose axes take one dimension of the pod and half of the next."""
+        devices = topology_devices(topology)
+        for sizes in factorisations(len(devices)):
+            mesh = make_mesh(MeshConfig(**sizes), devices=devices)
+            assert len({device.id for device in mesh.devices.flat}) == len(devices)

@@ -70,11 +70,21 @@ def make_batch(seed=0, rows=8, length=16):
     }
 
 
-def compute(config, layout=None):
+@functools.cache
+def first_state(kind):
+    """A kind's static half and first state, initialised on one device."""
+    config = make_config(kind)
+    optimizer = make_optimizer(config.optim, 10)
+    graphdef, state = init_state(config, optimizer, mesh_for(config))
+    return graphdef, jax.device_get(state)
+
+
+def compute(config):
     """Gradients by name with experts in their own order, sums, router statistics."""
     mesh = mesh_for(config)
-    graphdef, state = init_state(config, make_optimizer(config.optim, 10), mesh)
-    layout = layout or layout_of(config, mesh)
+    layout = layout_of(config, mesh)
+    graphdef, state = first_state(config.name)
+    state = layout.place(layout.to_memory(state))
     run = jax.jit(make_gradients(config, graphdef, layout))
     batch = put_batch(make_batch(), mesh, config.train.accumulate)
     grads, sums, aux = jax.device_get(run(state, batch, state.step))

@@ -2,7 +2,6 @@
 
 import functools
 import os
-from pathlib import Path
 
 import pytest
 from tiny_runs import make_tiny
@@ -13,12 +12,6 @@ def shared_folder(tmp_path_factory):
     """One folder for all workers of this test run."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-
-
-@pytest.fixture(scope="session")
-def compiled():
-    """The folder of programs that any process of this test run compiled."""
-    return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 @pytest.fixture(scope="session")

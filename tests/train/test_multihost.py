@@ -1,12 +1,15 @@
-"""Two processes train what one does, save together, and notice when one is killed."""
+"""Two processes train what one does, save and stop together, and notice a death."""
 
 import dataclasses
 import json
 import os
+import queue
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -14,12 +17,14 @@ import pytest
 
 from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.config import MeshConfig, to_json
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import CheckpointError, ConfigError
 from uoe_jax.partition.mesh import mesh_for
-from uoe_jax.train import train
+from uoe_jax.train import train, watch
 from uoe_jax.train.metrics import read_metrics
-from uoe_jax.train.peers import Watch, join
+from uoe_jax.train.peers import join
+from uoe_jax.train.signals import StopRun
 from uoe_jax.train.state import layout_of
+from uoe_jax.train.watch import Watch
 
 STEPS = 4
 WORKER = """
@@ -28,17 +33,21 @@ from pathlib import Path
 import jax
 from flax import nnx
 from uoe_jax.config import from_json
-from uoe_jax.partition.mesh import mesh_for
-from uoe_jax.train import train
+from uoe_jax.train import StopRun, train
 from uoe_jax.train.peers import join
 
 jax.config.update("jax_num_cpu_devices", 1)
-jax.config.update("jax_disable_most_optimizations", True)
 nnx.set_graph_mode(False)
 nnx.set_graph_updates(False)
 join()
-train(from_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), quiet=True)
+config, run_dir = from_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+try:
+    train(config, run_dir, quiet=True)
+except StopRun as stop:
+    print(f"{stop} [{stop.exit_code}]", flush=True)
+    train(config, run_dir, quiet=True)  # as the same command would
 """
+STOPPED = re.compile(r"stopped by SIGTERM after step (\d+), saved in .* \[143\]")
 
 
 def config_of(tiny, **train_options):
@@ -49,8 +58,9 @@ def config_of(tiny, **train_options):
     return dataclasses.replace(config, model=model, mesh=MeshConfig(data=1, fsdp=2))
 
 
-def start(config, folder, run_dir, count=2):
-    """Start one worker process each, joined over a free local port."""
+def start(config, folder, run_dir):
+    """Start two workers, joined over a free local port."""
+    count = 2
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
@@ -80,15 +90,24 @@ def wait_for(condition, workers, seconds=900):
         time.sleep(0.2)
 
 
+def stops_of(folder):
+    """The steps after which the workers say that they were stopped."""
+    said = [(folder / f"worker-{index}.log").read_text() for index in range(2)]
+    return [int(step) for text in said for step in STOPPED.findall(text)]
+
+
 @pytest.fixture(scope="module")
 def killed_run(tiny, tmp_path_factory):
-    """A run of two processes that goes on until the second is killed after a save."""
+    """A run of two processes: the second is told to stop, both go on, it is killed."""
     folder = tmp_path_factory.mktemp("together")
     config = config_of(tiny, steps=1_000_000, keep_checkpoints=1000)
     workers = start(config, folder, folder / "run")
-    saved = folder / "run" / "checkpoints" / str(STEPS) / "integrity.json"
+    saved = lambda step: saved_at(folder / "run", step).exists()
     try:
-        wait_for(saved.exists, workers)
+        wait_for(lambda: saved(STEPS), workers)
+        workers[1].send_signal(signal.SIGTERM)
+        wait_for(lambda: len(stops_of(folder)) == 2, workers)
+        wait_for(lambda: saved(max(stops_of(folder)) // 2 * 2 + 2), workers)
         workers[1].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         workers[0].wait(timeout=120)
@@ -97,6 +116,10 @@ def killed_run(tiny, tmp_path_factory):
         for worker in workers:
             worker.kill()
             worker.wait()
+
+
+def saved_at(run_dir, step):
+    return run_dir / "checkpoints" / str(step) / "integrity.json"
 
 
 def lines_of(run_dir):
@@ -110,6 +133,16 @@ def test_the_other_process_ends_within_a_minute_and_names_the_killed_one(killed_
     assert seconds < 60
     said = (folder / "worker-0.log").read_text()
     assert f"process 1 of 2 (process {workers[1].pid} on " in said
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step_saved(killed_run):
+    folder, _, _ = killed_run
+    first, second = stops_of(folder)
+    assert first == second >= STEPS and saved_at(folder / "run", first).exists()
+    # They went on from there: no step is missing, none was taken twice.
+    lines = read_metrics(folder / "run" / "metrics.jsonl")
+    steps = [line["step"] for line in lines if line["kind"] == "train"]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > first
 
 
 def test_training_and_what_is_saved_are_those_of_one_process(
@@ -174,17 +207,62 @@ def test_no_cluster_says_what_to_set(monkeypatch):
         join()
 
 
-def test_a_watch_names_who_fell_silent(tmp_path, monkeypatch):
-    monkeypatch.setattr("jax.process_count", lambda: 3)
-    watch = Watch(tmp_path, end=lambda text: None, lost_seconds=10.0)
-    watch._folder.mkdir()
-    (watch._folder / "1").write_text("1 process 7 on here")
-    (watch._folder / "2").write_text("1 process 8 on there")
-    assert watch.missing(0.0) is None
-    (watch._folder / "1").write_text("2 process 7 on here")
-    assert watch.missing(9.0) is None
-    found = watch.missing(11.0)
-    assert found is not None and "process 2 of 3 (process 8 on there) is gone" in found
-    (watch._folder / "2").write_bytes(b"done")
-    (watch._folder / "1").write_text("3 process 7 on here")
-    assert watch.missing(30.0) is None
+class Meeting:
+    """Three watches of this process, joined, with what each would say as it ends."""
+
+    def __init__(self):
+        address, known = queue.Queue(), threading.Event()
+
+        def share(text):
+            if text:
+                address.put(text)
+                known.set()
+            assert known.wait(20)
+            return address.queue[0]
+
+        self.said = queue.Queue()
+        self.watches = [
+            Watch(i, 3, share, lambda text, code, i=i: self.said.put((i, text, code)))
+            for i in range(3)
+        ]
+        for member in self.watches:
+            member.__enter__()
+
+    def leave(self, index, error=None):
+        self.watches[index].__exit__(type(error) if error else None, error, None)
+
+    def hear(self, count):
+        return sorted(self.said.get(timeout=20) for _ in range(count))
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_connection_that_closes_without_a_word_is_named_by_all_others(victim):
+    meeting = Meeting()
+    # All that the kernel does for a process that was killed: it closes its connections.
+    meeting.watches[victim]._tell = lambda *_: None
+    meeting.leave(victim)
+    said = meeting.hear(2)
+    assert {index for index, _, _ in said} == {0, 1, 2} - {victim}
+    for _, text, code in said:
+        assert f"process {victim} of 3 (process {os.getpid()} on " in text
+        assert "is gone; the last checkpoint is intact" in text and code == 1
+
+
+def test_who_leaves_without_an_error_is_not_missed():
+    meeting = Meeting()
+    meeting.leave(1)
+    meeting.leave(2, StopRun("stopped by SIGTERM", 143))
+    meeting.leave(0)
+    assert not any(w._thread.is_alive() for w in meeting.watches)
+    assert meeting.said.empty()
+
+
+def test_an_error_of_one_process_is_what_the_others_say_as_they_end(monkeypatch):
+    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.3)
+    meeting = Meeting()
+    meeting.leave(1, CheckpointError("no room"))
+    said = meeting.hear(3)
+    assert "process 1 of 3" in said[0][1] and "failed: no room" in said[0][1]
+    assert said[2][1] == said[0][1]
+    # It has said so itself; it only stops waiting for the others, with its own code.
+    assert said[1] == (1, "", CheckpointError.exit_code)

@@ -29,17 +29,13 @@ except UoeError as error:
 
 
 @pytest.fixture
-def start(compiled, shared_folder, tmp_path):
+def start(shared_folder, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     env = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
 
     def start(*runs):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json as json_text
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ class PlanOptions:
     topology: str = "cpu:8"  # v5p:4x4x4, v5e:4x4, h100:8, cpu:8
     budget: float | None = None  # GB of memory a chip may use; its own if not given
     compile: int = 3  # the fastest layouts compiled ahead of time, on TPU topologies
+    kernels: bool = False  # compile what kernels do as well: same memory, many minutes
     max_seconds: float = 540.0  # after which nothing more is compiled
     calibration: Path | None = None  # a file of --fit; measured factors
     fit: tuple[Path, ...] = ()  # files of timed steps to calibrate from
@@ -88,11 +91,17 @@ def _calibration(options: PlanOptions, topology: Topology) -> Calibration:
     names = ", ".join(path.name for path in options.fit)
     calibration = fit.fit(device, measured, names)
     errors = fit.check(device, calibration, measured)
-    print(
+    text = (
         f"{device.name}: {len(measured)} timed steps fitted with a median error of "
-        f"{errors.median:.1%}, at most {errors.worst:.1%}",
-        file=sys.stderr,
+        f"{errors.median:.1%}, at most {errors.worst:.1%}"
     )
+    if len(measured) > 1:
+        errors = fit.leave_one_out(device, measured)
+        text += (
+            f"; each predicted from the others with {errors.median:.1%}, at most "
+            f"{errors.worst:.1%}"
+        )
+    print(text, file=sys.stderr)
     if options.calibration is not None:
         fit.save(calibration, options.calibration)
     return calibration
@@ -113,10 +122,6 @@ def _compile(options: PlanOptions, found: Plan) -> dict[str, Any]:
     from uoe_jax.cli.device import prepare
 
     prepare()
-    import jax
-
-    from uoe_jax.train.ahead import compile_step, with_mesh
-
     start, results = time.perf_counter(), {}
     for number, layout in enumerate(found.fitting[:count]):
         name = describe_sizes(layout.sizes)
@@ -132,14 +137,32 @@ def _compile(options: PlanOptions, found: Plan) -> dict[str, Any]:
             file=sys.stderr,
             flush=True,
         )
-        try:
-            said = compile_step(
-                with_mesh(options.config, layout.sizes), found.topology.name
-            )
-            results[name] = {**said.as_dict(), "peak_bytes": said.peak_bytes}
-        except jax.errors.JaxRuntimeError as error:
-            results[name] = {"error": " ".join(str(error).split())[:300]}
+        said = results[name] = _compile_one(options, layout.sizes, found.topology.name)
+        text = said.get("error") or f"{si(said['peak_bytes'], 'B')} a chip"
+        spent = time.perf_counter() - start - passed
+        print(f"{spent:.0f} s: {text}", file=sys.stderr, flush=True)
     return results
+
+
+def _compile_one(
+    options: PlanOptions, sizes: Mapping[str, int], topology: str
+) -> dict[str, Any]:
+    """Return what the compiler says of one layout, or its refusal.
+
+    Layers are scanned, so that one of each kind is compiled.
+    """
+    import jax
+
+    from uoe_jax.train.ahead import compile_step, with_mesh
+
+    model = dataclasses.replace(options.config.model, scan_layers=True)
+    config = with_mesh(dataclasses.replace(options.config, model=model), sizes)
+    try:
+        said = compile_step(config, topology, outline=not options.kernels)
+    except jax.errors.JaxRuntimeError as error:
+        return {"error": " ".join(str(error).split())[:300]}
+    about = {"peak_bytes": said.peak_bytes, "with_kernels": options.kernels}
+    return {**said.as_dict(), **about}
 
 
 def describe(found: Plan, compiled: dict[str, Any], show: int) -> str:

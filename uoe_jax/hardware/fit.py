@@ -28,7 +28,10 @@ from uoe_jax.presets import get_preset
 
 ONE = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
 _FIXED = "fixed"  # what a step costs whatever its size
-_PRIOR = 0.02  # weight of the default factors, where measurements say nothing
+_KINDS = (*DEFAULT_FACTORS, _FIXED)
+# Weights of the default factors beside one measurement. What is measured decides which:
+# a few steps, or ones that the model explains badly, need a strong one.
+_PRIORS = (0.02, 0.06, 0.2, 0.6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +105,9 @@ def fit(device: Device, measured: Sequence[Measurement], source: str) -> Calibra
     """
     if not measured:
         raise DataError(f"{source} holds no timed steps; nothing to calibrate from")
-    kinds = [*DEFAULT_FACTORS, _FIXED]
-    rows = []
-    for item in measured:
-        ideal = _ideal(device, item.config)
-        rows.append([ideal[kind] / item.seconds for kind in kinds])
-    prior = [*DEFAULT_FACTORS.values(), 0.0]
-    least = [1.0] * len(DEFAULT_FACTORS) + [0.0]
-    solved = _least_squares(rows, prior, least)
-    factors = dict(zip(kinds, solved, strict=True))
+    rows = _rows(device, measured)
+    solved = _solve(rows, _best_prior(rows))
+    factors = dict(zip(_KINDS, solved, strict=True))
     fixed = factors.pop(_FIXED)
     return Calibration(
         device=device.name,
@@ -120,7 +117,59 @@ def fit(device: Device, measured: Sequence[Measurement], source: str) -> Calibra
     )
 
 
+def leave_one_out(device: Device, measured: Sequence[Measurement]) -> Errors:
+    """Return the relative error of each measurement as the others predict it.
+
+    Raises:
+      DataError: fewer than two were measured.
+    """
+    if len(measured) < 2:
+        raise DataError(
+            f"{len(measured)} timed steps; leaving one out needs at least two"
+        )
+    rows = _rows(device, measured)
+    errors = {}
+    for place, item in enumerate(measured):
+        others = [*rows[:place], *rows[place + 1 :]]
+        errors[item.name] = _error(rows[place], _solve(others, _best_prior(others)))
+    return Errors(errors=errors)
+
+
 _UNIT = 1e-3  # seconds that one unit of the fixed factor stands for
+
+
+def _rows(device: Device, measured: Sequence[Measurement]) -> list[list[float]]:
+    """Return each kind's ideal time over the measured one: their sum, weighted with
+    the factors, is the predicted time over the measured one."""
+    rows = []
+    for item in measured:
+        ideal = _ideal(device, item.config)
+        rows.append([ideal[kind] / item.seconds for kind in _KINDS])
+    return rows
+
+
+def _error(row: Sequence[float], factors: Sequence[float]) -> float:
+    return sum(a * x for a, x in zip(row, factors, strict=True)) - 1
+
+
+def _best_prior(rows: Sequence[Sequence[float]]) -> float:
+    """Return the weight with which measurements predict each other best."""
+    if len(rows) < 2:
+        return _PRIORS[-1]
+
+    def left_out(prior: float) -> float:
+        return sum(
+            abs(_error(row, _solve([*rows[:place], *rows[place + 1 :]], prior)))
+            for place, row in enumerate(rows)
+        )
+
+    return min(_PRIORS, key=left_out)
+
+
+def _solve(rows: Sequence[Sequence[float]], prior: float) -> list[float]:
+    defaults = [*DEFAULT_FACTORS.values(), 0.0]
+    least = [1.0] * len(DEFAULT_FACTORS) + [0.0]
+    return _least_squares(rows, defaults, least, prior)
 
 
 def _ideal(device: Device, config: ExperimentConfig) -> dict[str, float]:
@@ -137,29 +186,32 @@ def _dimensions(device: Device) -> int:
 
 
 def _least_squares(
-    rows: Sequence[Sequence[float]], prior: Sequence[float], least: Sequence[float]
+    rows: Sequence[Sequence[float]],
+    defaults: Sequence[float],
+    least: Sequence[float],
+    prior: float,
 ) -> list[float]:
-    """Return x >= least that makes |rows x - 1|^2 + prior weight least, by coordinates.
+    """Return x >= least that makes |rows x - 1|^2 + |prior (x / defaults - 1)|^2 least.
 
     The objective is convex, so descent along one coordinate at a time ends at its
     minimum.
     """
-    size = range(len(prior))
+    size = range(len(defaults))
     squares = [[sum(row[i] * row[j] for row in rows) for j in size] for i in size]
     sides = [sum(row[i] for row in rows) for i in size]
     for i in size:
-        weight = (_PRIOR / max(prior[i], 1.0)) ** 2
+        weight = (prior / max(defaults[i], 1.0)) ** 2
         squares[i][i] += weight
-        sides[i] += weight * prior[i]
-    x = list(prior)
-    for _ in range(5000):
+        sides[i] += weight * defaults[i]
+    x = list(defaults)
+    for _ in range(500):
         moved = 0.0
         for i in size:
             rest = sides[i] - sum(squares[i][j] * x[j] for j in size if j != i)
             new = max(least[i], rest / squares[i][i])
             moved = max(moved, abs(new - x[i]))
             x[i] = new
-        if moved < 1e-9:
+        if moved < 1e-6:
             break
     return x
 

@@ -25,6 +25,12 @@ FLOP_KINDS = ("products", "routed products", "scores", "routed scores", "output"
 BYTE_KINDS = ("elementwise", "optimizer")
 
 _FLOAT32 = 4.0  # bytes
+# How often products and everything else of a layer run: once forward, twice backward,
+# and again in the backward pass where rematerialisation hasn't kept their results.
+_PASSES = {"none": (3.0, 3.0), "dots": (3.0, 4.0), "full": (4.0, 4.0)}
+# Numbers read and written for each logit: the product writes it, the maximum, the sum
+# and the gradient read it, the gradient is written.
+_LOGIT_PASSES = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +73,13 @@ def tokens_per_device(config: ExperimentConfig, sizes: Mapping[str, int]) -> flo
 def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str, float]:
     """Return FLOPs and bytes of one device in one step, by kind of work.
 
-    Backward counts twice the forward, rematerialisation once more; a routed layer is
-    counted at balanced load.
+    A routed layer is counted at balanced load.
     """
     model, tokens = config.model, tokens_per_device(config, sizes)
     length = num_tokens(model, config.seq_len)
-    passes = 4.0 if model.remat == "full" else 3.0
+    again, passes = _PASSES[model.remat]
+    # A layer's last product gives its output, which its backward pass doesn't need.
+    last = 1 / (3 if model.activation == "swiglu" else 2) if again > 3 else 0.0
     split = tokens / sizes["tensor"]
     work: dict[str, float] = dict.fromkeys((*FLOP_KINDS, *BYTE_KINDS), 0.0)
     for (attention, mlp), layers in layer_groups(model).items():
@@ -85,15 +92,33 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
                 "scores" if "scores" in name else "products"
             )
             share = tokens if name == "routers" else split
-            work[kind] += layers * flops * share * passes
+            times = passes if "scores" in name else again
+            times -= last if name == "mlp" else 0.0
+            work[kind] += layers * flops * share * times
         size = DTYPE_BYTES[model.compute_dtype]
         reads = _elementwise(model, attention, mlp, sizes)
         work["elementwise"] += layers * tokens * size * reads * passes
     head = flops_per_token(model, length).parts["head"]
     work["output"] = head * split * 3
+    work["elementwise"] += _loss_bytes(config, split)
     state = sum(held_params(model, sizes).values()) * _FLOAT32
     work["optimizer"] = 8.0 * state  # four arrays read, three written, one cast
     return work
+
+
+def _loss_bytes(config: ExperimentConfig, tokens: float) -> float:
+    """Return the bytes of a decoder's logits, and of the gradient summed over chunks.
+
+    Classifiers have one row of logits a sample: nothing.
+    """
+    model, train = config.model, config.train
+    if model.kind != "decoder":
+        return 0.0
+    logits = (
+        _LOGIT_PASSES * tokens * model.vocab_size * DTYPE_BYTES[model.compute_dtype]
+    )
+    chunks = tokens / min(train.loss_chunk, tokens / train.accumulate)
+    return logits + chunks * 2 * _FLOAT32 * model.vocab_size * model.d_model
 
 
 def _elementwise(

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uoe_jax.errors import ConfigError
@@ -111,7 +112,11 @@ def topology_mesh(name: str, shape: dict[str, int] | None = None) -> Mesh:
 
 
 def lower_for(
-    function: Callable, *args: Any, mesh: Mesh, donate: tuple[int, ...] = ()
+    function: Callable,
+    *args: Any,
+    mesh: Mesh,
+    donate: tuple[int, ...] = (),
+    outline: bool = False,
 ) -> Any:
     """Return `function` lowered for the mesh's devices; `.compile()` is the next step.
 
@@ -121,6 +126,7 @@ def lower_for(
         are replicated.
       mesh: TPU devices, see `topology_mesh`.
       donate: positions of donated arguments.
+      outline: leave out what Pallas kernels do, see `outlined`.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -135,8 +141,56 @@ def lower_for(
         jitted = jax.jit(function, donate_argnums=donate)
     # Setting the mesh tells kernels which device they are traced for.
     with jax.set_mesh(mesh):
-        traced = jitted.trace(*jax.tree.map(placed, args))
+        placed_args = jax.tree.map(placed, args)
+        traced = jitted.trace(*placed_args)
+        if outline:
+            traced = _trace_outline(traced, jax.tree.leaves(placed_args))
         return traced.lower(lowering_platforms=("tpu",))
+
+
+def outlined(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """Return a program whose Pallas kernels have no body and whose sorts only reverse.
+
+    A kernel's operands, results, grid and declared cost stay, so the program holds the
+    same arrays, but for the workspace of sorts, and sends the same messages. What it
+    computes is nothing, and most of the time that compiling takes is gone.
+    """
+    return jaxpr.replace(eqns=[new for eqn in jaxpr.eqns for new in _outline(eqn)])
+
+
+def _outline(eqn: core.JaxprEqn) -> Iterable[core.JaxprEqn]:
+    if eqn.primitive.name == "pallas_call":
+        body = eqn.params["jaxpr"].replace(eqns=[])
+        yield eqn.replace(params={**eqn.params, "jaxpr": body})
+    elif eqn.primitive is jax.lax.sort_p:
+        about = {"dimensions": (eqn.params["dimension"],)}
+        for source, result in zip(eqn.invars, eqn.outvars, strict=True):
+            yield eqn.replace(
+                primitive=jax.lax.rev_p,
+                invars=[source],
+                outvars=[result],
+                params=about,
+            )
+    else:
+        inner = {name: _outline_value(value) for name, value in eqn.params.items()}
+        yield eqn.replace(params=inner)
+
+
+def _outline_value(value: Any) -> Any:
+    """Return an equation's parameter with the programs in it outlined."""
+    if isinstance(value, core.Jaxpr):
+        return outlined(value)
+    if type(value) is tuple:  # branches
+        return tuple(_outline_value(item) for item in value)
+    return value
+
+
+def _trace_outline(traced: Any, leaves: Sequence[Any]) -> Any:
+    """Return a traced function with its kernels outlined, its donations kept."""
+    about = jax.tree.leaves(traced.args_info, is_leaf=lambda a: hasattr(a, "donated"))
+    donate = tuple(place for place, arg in enumerate(about) if arg.donated)
+    run = core.jaxpr_as_fun(outlined(traced.jaxpr))
+    return jax.jit(run, donate_argnums=donate).trace(*leaves)
 
 
 def compile_for(
@@ -145,6 +199,7 @@ def compile_for(
     topology: str = "v5e:2x2",
     mesh: Mesh | None = None,
     donate: tuple[int, ...] = (),
+    outline: bool = False,
 ) -> Compiled:
     """Compile for a named topology and return what the compiler says; see `lower_for`.
 
@@ -153,7 +208,7 @@ def compile_for(
       jax.errors.JaxRuntimeError: the compiler's own refusal, such as too little memory.
     """
     mesh = topology_mesh(topology) if mesh is None else mesh
-    lowered = lower_for(function, *args, mesh=mesh, donate=donate)
+    lowered = lower_for(function, *args, mesh=mesh, donate=donate, outline=outline)
     return describe(lowered.compile(), topology, mesh)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from uoe_jax.config import ExperimentConfig, MeshConfig
@@ -37,13 +38,12 @@ def make_mesh(
         )
     shape = {a: sizes[a] for a in AXES if sizes[a] > 1 or a == DATA_AXIS}
     count = math.prod(shape.values())
-    # Auto outside of shard_map: there only elementwise updates and norms are left.
-    return jax.make_mesh(
-        tuple(shape.values()),
-        tuple(shape),
-        axis_types=(AxisType.Auto,) * len(shape),
-        devices=devices[:count],
+    # Eight of 4 x 4 x 4 chips are one dimension and half of the next.
+    placed = mesh_utils.create_device_mesh(
+        tuple(shape.values()), devices[:count], allow_split_physical_axes=True
     )
+    # Auto outside of shard_map: there only elementwise updates and norms are left.
+    return Mesh(placed, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def mesh_for(

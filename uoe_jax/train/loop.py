@@ -28,7 +28,7 @@ from uoe_jax.train.clock import Clock, Progress, Rate
 from uoe_jax.train.diagnose import diagnose, write_dump
 from uoe_jax.train.feed import train_batch
 from uoe_jax.train.metrics import MetricsLog
-from uoe_jax.train.peers import Votes, Watch, barrier, is_primary
+from uoe_jax.train.peers import Votes, barrier, is_primary
 from uoe_jax.train.progress import Display
 from uoe_jax.train.run_dir import (
     BEST,
@@ -41,6 +41,7 @@ from uoe_jax.train.signals import StopRun, StopSignals
 from uoe_jax.train.state import init_state, layout_of
 from uoe_jax.train.step import make_step
 from uoe_jax.train.validate import make_eval_step, run_validation
+from uoe_jax.train.watch import watch_peers
 from uoe_jax.validation import validate
 
 _STOP, _TIME_UP = 1, 2  # what processes vote for, the larger one wins
@@ -72,6 +73,7 @@ def train(
         display = stack.enter_context(
             Display(quiet=quiet, log_every=config.train.log_every)
         )
+        stack.enter_context(watch_peers())
         run_dir = Path(run_dir)
         # Before the folder is touched: data that can't serve leaves nothing behind.
         data = (make_dataset(config, "train"), make_dataset(config, "valid"))
@@ -79,7 +81,6 @@ def train(
             stack.enter_context(
                 open_run_dir(run_dir, config, resume=resume, note=display.note)
             )
-        stack.enter_context(Watch(run_dir))
         signals = stack.enter_context(StopSignals())
         if optimizer is None:
             optimizer = make_optimizer(config.optim, config.train.steps)
