@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from jaxtyping import Array, Float, Int
@@ -11,11 +12,13 @@ from uoe_jax.ops._dispatch import dispatch
 from uoe_jax.ops.dense_attention import (
     cudnn,
     mosaic_tpu,
+    packed_gpu,
     peers,
     reference,
     splash,
     xla,
 )
+from uoe_jax.ops.segment_attention import mosaic_gpu, triton
 
 # In order of preference where nothing was measured near a call's shape: the first that
 # can serve. Libraries of others come last, so that only a measurement chooses them.
@@ -23,6 +26,10 @@ BACKENDS = {
     "cudnn": cudnn.dense_attention,
     "splash": splash.dense_attention,
     "mosaic_tpu": mosaic_tpu.dense_attention,
+    "mosaic_gpu": partial(
+        packed_gpu.dense_attention, kernels=mosaic_gpu.segment_attention
+    ),
+    "triton": partial(packed_gpu.dense_attention, kernels=triton.segment_attention),
     "xla": xla.dense_attention,
     "reference": reference.dense_attention,
     "tokamax": peers.tokamax,
@@ -81,14 +88,20 @@ def dense_attention(
         )
     if window is not None and window < 1:
         raise ConfigError(f"window is {window}; tokens it sees must be >= 1, or None")
+    # Tables hold plain calls; documents and windows go by the order above.
+    plain = segments is None and window is None
+    shape = call_shape(q, causal) if plain else None
+    backends = dict(BACKENDS)
+    if implementation is None and not triton.is_default():
+        del backends["triton"]
     return dispatch(
         "dense_attention",
-        BACKENDS,
+        backends,
         implementation,
         q,
         k,
         v,
-        shape=call_shape(q, causal),
+        shape=shape,
         causal=causal,
         segments=segments,
         window=window,

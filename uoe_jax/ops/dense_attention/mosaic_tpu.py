@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.ops._dispatch import vary_together
 from uoe_jax.ops._tpu import pad_rows
+from uoe_jax.ops.dense_attention.heads import document_edges, pack_heads, unpack_heads
 from uoe_jax.ops.segment_attention.mosaic_tpu import attend
 
 
@@ -29,41 +25,24 @@ def dense_attention(
     Raises:
       NotImplementedError: as `segment_attention` on TPU.
     """
-    batch, length, num_heads, width = q.shape
+    batch, length = q.shape[:2]
     num_kv = k.shape[2]
-
-    def pack(x: jax.Array) -> jax.Array:
-        x = x.reshape(batch, length, num_kv, -1, width)
-        return x.transpose(0, 2, 1, 3, 4).reshape(-1, x.shape[3], width)
-
     if segments is not None:
         q, k, v, segments = vary_together(q, k, v, segments)
+
+    def edges(num_rows: int) -> Int[Array, "2 M2"]:
+        return pad_rows(
+            document_edges(segments, batch, length, num_kv), num_rows, axis=1
+        )
+
     out = attend(
-        pack(q),
-        pack(k)[:, 0],
-        pack(v)[:, 0],
-        partial(_edges, batch, length, num_kv, segments),
+        pack_heads(q, num_kv),
+        pack_heads(k, num_kv)[:, 0],
+        pack_heads(v, num_kv)[:, 0],
+        edges,
         batch * num_kv,
         causal=causal,
         window=window,
         scale=scale,
     )
-    out = out.reshape(batch, num_kv, length, -1, width).transpose(0, 2, 1, 3, 4)
-    return out.reshape(q.shape)
-
-
-def _edges(batch, length, num_kv, segments, num_rows):
-    """Return the first and end row of each row's run of equal document ids."""
-    place = jnp.arange(length, dtype=jnp.int32)[None]
-    if segments is None:
-        start, end = jnp.zeros_like(place), jnp.full_like(place, length)
-    else:
-        changed = segments[:, 1:] != segments[:, :-1]
-        changed = jnp.pad(changed, ((0, 0), (1, 0)))
-        start = lax.cummax(jnp.where(changed, place, 0), axis=1)
-        later = jnp.where(changed, place, length)[:, 1:]
-        later = jnp.pad(later, ((0, 0), (0, 1)), constant_values=length)
-        end = lax.cummin(later, axis=1, reverse=True)
-    base = jnp.arange(batch * num_kv, dtype=jnp.int32).reshape(batch, num_kv, 1)
-    edges = jnp.stack([start, end])[:, :, None] + base[None] * length
-    return pad_rows(edges.reshape(2, -1), num_rows, axis=1)
+    return unpack_heads(out, q)
