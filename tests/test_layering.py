@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "uoe_jax"
 
 LAYERS = {
-    0: {"config", "validation", "presets", "errors"},
+    0: {"config", "validation", "presets", "errors", "files"},
     1: {"hardware", "ops", "partition", "topology", "linalg", "cluster"},
     2: {"model", "data", "optim"},
     3: {

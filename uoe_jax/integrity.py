@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from uoe_jax.errors import CheckpointError
+from uoe_jax.files import write_atomically
 
 MANIFEST = "integrity.json"
 _BLOCK = 1 << 22
@@ -117,19 +117,6 @@ def check_arrays(
         for name, array in arrays.items()
         if name not in stated or digest_array(array) != stated[name]["blake2b"]
     ]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _digest_content(content: Mapping[str, Any]) -> str:

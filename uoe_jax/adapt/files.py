@@ -12,7 +12,6 @@ import fnmatch
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,14 +23,14 @@ import numpy as np
 from jaxtyping import Array, PyTree
 from safetensors import SafetensorError
 from safetensors.flax import load_file
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from uoe_jax.adapt.adapters import Adapters, Weights, named_params
 from uoe_jax.adapt.apply import check_leaf
 from uoe_jax.adapt.config import AdapterConfig, adapter_from_dict
 from uoe_jax.adapt.plan import EXPERT, LAYER, LeafPlan, WeightAxes, make_plans
 from uoe_jax.errors import DataError
-from uoe_jax.integrity import write_atomically
+from uoe_jax.files import write_atomically
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -66,12 +65,7 @@ def save_adapters(
     folder.mkdir(parents=True, exist_ok=True)
     # The arrays last: a folder that has them is whole.
     write_atomically(folder / CONFIG, described)
-    temporary = folder / f".{WEIGHTS}.{os.getpid()}"
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(folder / WEIGHTS)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
 
 
 def _modules(plan: LeafPlan) -> list[str]:

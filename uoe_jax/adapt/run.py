@@ -27,7 +27,7 @@ from uoe_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig
 from uoe_jax.data import make_dataset
 from uoe_jax.errors import ConfigError
 from uoe_jax.evaluate import LoadedRun, load_run
-from uoe_jax.integrity import write_atomically
+from uoe_jax.files import write_atomically
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh
 from uoe_jax.train.clock import Progress

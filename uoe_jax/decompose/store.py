@@ -15,7 +15,8 @@ from flax import nnx
 from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError, DataError
-from uoe_jax.integrity import digest_array, write_atomically
+from uoe_jax.files import write_atomically
+from uoe_jax.integrity import digest_array
 from uoe_jax.optim import make_optimizer
 from uoe_jax.train.clock import Progress
 from uoe_jax.train.run_dir import BEST, CHECKPOINTS, open_run_dir, write_environment

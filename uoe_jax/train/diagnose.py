@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from uoe_jax.checkpoint import named_leaves
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.integrity import write_atomically
+from uoe_jax.files import write_atomically
 from uoe_jax.train.state import TrainState, layout_of
 from uoe_jax.train.step import Batch, make_gradients, put_batch
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.integrity import write_atomically
+from uoe_jax.files import write_atomically
 
 Line = Mapping[str, Any]
 Sink = tuple[Callable[[Line], None], Callable[[], Any]]  # write a line, close

@@ -19,7 +19,7 @@ import jax
 
 from uoe_jax.config import ExperimentConfig, from_json, to_json
 from uoe_jax.errors import ConfigError
-from uoe_jax.integrity import write_atomically
+from uoe_jax.files import write_atomically
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "env.json", "metrics.jsonl"
 CHECKPOINTS, BEST = "checkpoints", "best"

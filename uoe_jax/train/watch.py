@@ -126,8 +126,9 @@ class Watch:
                 if line.receive() == ["welcome"]:
                     self._watch(line, address["name"])
                     return
-            except OSError:
-                pass
+                line.connection.close()
+            except OSError:  # the next name may reach it
+                continue
         print(
             f"uoe: {self._name} can't reach {address['name']} on port "
             f"{address['port']}, so it notices late who is gone; open ports between "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import DataError
+from uoe_jax.files import write_atomically
 from uoe_jax.linalg.completion.arrays import as_indices
 
 
@@ -119,7 +119,7 @@ def save_factors(factors: Factors, path: str | Path, **extra: np.ndarray) -> Non
 
     A reader sees the old file or the whole new one, never a part.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors = {
         name: np.ascontiguousarray(getattr(factors, name))
@@ -128,13 +128,7 @@ def save_factors(factors: Factors, path: str | Path, **extra: np.ndarray) -> Non
     tensors["offset"] = np.asarray(factors.offset).reshape(1)
     for name, array in extra.items():
         tensors[name] = np.ascontiguousarray(array)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(Path(path), save(tensors))
 
 
 def load_factors(path: str | Path) -> Factors:

@@ -91,12 +91,9 @@ def dense_attention(
     # Tables hold plain calls; documents and windows go by the order above.
     plain = segments is None and window is None
     shape = call_shape(q, causal) if plain else None
-    backends = dict(BACKENDS)
-    if implementation is None and not triton.is_default():
-        del backends["triton"]
     return dispatch(
         "dense_attention",
-        backends,
+        triton.offered(BACKENDS, implementation),
         implementation,
         q,
         k,

@@ -73,12 +73,9 @@ def segment_attention(
         )
     if window is not None and window < 1:
         raise ConfigError(f"window is {window}; rows it sees must be >= 1, or None")
-    backends = dict(BACKENDS)
-    if implementation is None and not triton.is_default():
-        del backends["triton"]
     return dispatch(
         "segment_attention",
-        backends,
+        triton.offered(BACKENDS, implementation),
         implementation,
         q,
         k,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -107,13 +107,17 @@ def segment_attention(
     return _attention(settings, q, k, v, offsets, rows)
 
 
-def is_default() -> bool:
-    """Return whether calls that name no backend get this one: not from Hopper on.
+def offered(
+    backends: Mapping[str, Callable[..., Any]], implementation: str | None
+) -> dict[str, Callable[..., Any]]:
+    """Return the backends a call chooses from: this one unasked only before Hopper.
 
-    There it was never measured beside plain JAX, and Hopper has kernels of its own.
+    From there on it was never measured, and Hopper has kernels of its own.
     """
     capability = getattr(jax.devices()[0], "compute_capability", None)
-    return capability is not None and float(capability) < HOPPER
+    early = capability is not None and float(capability) < HOPPER
+    unasked = implementation is None and not early
+    return {n: b for n, b in backends.items() if n != "triton" or not unasked}
 
 
 def make_settings(
