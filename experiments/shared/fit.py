@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import statistics
@@ -21,6 +22,7 @@ from experiments.shared.programs import CHUNKS, Programs
 from experiments.shared.stats import badness
 from uoe_jax.checkpoint import from_arrays, snapshot
 from uoe_jax.config import ExperimentConfig
+from uoe_jax.files import write_atomically
 from uoe_jax.hardware.count import (
     count_active_params,
     count_params,
@@ -30,6 +32,7 @@ from uoe_jax.hardware.count import (
 from uoe_jax.train.state import TrainState
 
 CHECKS = 5  # validations of a run, the last at its end
+_TOLD = "told"  # the part of a paused run's file that is text
 _WARM = 2  # chunks whose time says how long a run will be
 
 
@@ -51,7 +54,7 @@ class Limits:
 
 @dataclass
 class Progress:
-    """What a run has so far; written beside its state when it is interrupted."""
+    """What a run has so far; written to a file when it is interrupted."""
 
     state: TrainState
     kept: tuple[PyTree, PyTree] | None  # parameters and buffers, best on valid
@@ -108,8 +111,7 @@ def run_seed(
         "curve": progress.curve,
         "router": jax.tree.map(lambda a: np.asarray(a).tolist(), metrics["router"]),
     }
-    for file in _files(paused):
-        file.unlink(missing_ok=True)
+    paused.unlink(missing_ok=True)
     if progress.kept is None or len(progress.curve) < CHUNKS:
         return result  # diverged: it has no scores
     params, buffers = progress.kept
@@ -177,25 +179,17 @@ def _watch(progress: Progress, limits: Limits, paused: Path) -> None:
         raise OutOfTime(f"stopped after chunk {len(progress.curve)} of {CHUNKS}")
 
 
-def _files(paused: Path) -> tuple[Path, Path]:
-    return paused.with_suffix(".json"), paused.with_suffix(".npz")
-
-
 def _pause(progress: Progress, paused: Path) -> None:
-    """Write what a run has, the arrays first: the other file says that they are."""
-    notes, arrays = _files(paused)
+    """Write what a run has as one file: the old state is there until the new one is."""
     paused.parent.mkdir(parents=True, exist_ok=True)
     trees = {"state": progress.state, "kept": progress.kept}
-    np.savez(
-        arrays,
-        **{
-            f"{t}:{n}": a
-            for t, tree in trees.items()
-            for n, a in snapshot(tree).items()
-        },
-    )
-    told = {"curve": progress.curve, "chunks": progress.chunks}
-    notes.write_text(json.dumps(told | {"best": progress.best}))
+    arrays = {
+        f"{t}:{n}": a for t, tree in trees.items() for n, a in snapshot(tree).items()
+    }
+    told = {"curve": progress.curve, "chunks": progress.chunks, "best": progress.best}
+    content = io.BytesIO()
+    np.savez(content, **arrays, **{_TOLD: np.array(json.dumps(told))})
+    write_atomically(paused, content.getvalue())
 
 
 def _begin(
@@ -206,14 +200,13 @@ def _begin(
     say: Callable[[str], None],
 ) -> Progress:
     """Return a new run, or the one that was interrupted."""
-    notes, arrays = _files(paused)
     state = programs.start(seed, rate)
-    if not notes.is_file():
+    if not paused.is_file():
         return Progress(state, None, [], [])
-    told = json.loads(notes.read_text())
-    with np.load(arrays, allow_pickle=False) as saved:
+    with np.load(paused, allow_pickle=False) as saved:
+        told = json.loads(saved[_TOLD].item())
         trees: dict[str, dict[str, np.ndarray]] = {"state": {}, "kept": {}}
-        for name in saved.files:
+        for name in sorted(set(saved.files) - {_TOLD}):
             tree, _, leaf = name.partition(":")
             trees[tree][leaf] = saved[name]
     place = lambda like, found: programs.place(from_arrays(like, found))

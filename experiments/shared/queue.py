@@ -93,7 +93,8 @@ class Job:
     @property
     def paused(self) -> Path:
         """Return where its state is kept when time runs out."""
-        return self.task.out / "paused" / self.name
+        # Names hold rates, as 0.003: the dot begins no suffix.
+        return self.task.out / "paused" / f"{self.name}.npz"
 
     @property
     def over(self) -> bool:

@@ -72,8 +72,9 @@ def programs(config):
 
 def run(programs, folder, seed=0, rate=0.01, **limits):
     say = lambda text: None
+    paused = folder / f"rate {rate} x-{seed}.npz"
     return run_seed(
-        programs, seed, rate, "bits_per_byte", Limits(**limits), say, folder / "x"
+        programs, seed, rate, "bits_per_byte", Limits(**limits), say, paused
     )
 
 
@@ -110,8 +111,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(programs, tmp_path):
     assert len(whole["curve"]) == CHUNKS and whole["test"]["loss"] < 2.5
     with pytest.raises(OutOfTime, match="after chunk 1"):
         run(programs, tmp_path, deadline=time.perf_counter())
+    # Another rate's run that is interrupted too keeps out of its way.
+    with pytest.raises(OutOfTime):
+        run(programs, tmp_path, rate=0.02, deadline=time.perf_counter())
+    files = lambda: sorted(path.name for path in tmp_path.glob("*.npz"))
+    assert files() == ["rate 0.01 x-0.npz", "rate 0.02 x-0.npz"]
     later = run(programs, tmp_path)
-    assert not (tmp_path / "x.npz").exists()
+    assert files() == ["rate 0.02 x-0.npz"]
     losses = lambda result: [line["train"] for line in result["curve"]]
     assert losses(later) == losses(whole)
     assert later["valid"] == whole["valid"] and later["test"] == whole["test"]

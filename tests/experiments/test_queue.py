@@ -77,6 +77,14 @@ def test_rates_come_first_then_a_seed_of_each_case(task):
     assert [j.name for j in open_jobs([task])[0]] == ["b-0", "a-1", "b-1"]
 
 
+def test_every_run_pauses_in_a_file_of_its_own(task):
+    # Names differ behind a dot, which begins no suffix.
+    jobs = task.all_jobs()
+    paused = {job.paused for job in jobs}
+    assert len(paused) == len(jobs) > 4
+    assert {path.name for path in paused} == {f"{job.name}.npz" for job in jobs}
+
+
 def test_other_experiments_run_while_one_waits_for_its_rates(task, tmp_path):
     study = dataclasses.replace(task.study, search=())
     other = Task("u", sys, study, tmp_path / "other")
