@@ -15,7 +15,7 @@ from experiments.shared.case import HERE, change, load_config
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.decompose.runs import Cut, decompose_run
 from uoe_jax.evaluate import evaluate, load_run
-from uoe_jax.integrity import write_atomically
+from uoe_jax.files import write_atomically
 from uoe_jax.presets import get_preset
 from uoe_jax.report.style import LIGHT, Theme, render
 from uoe_jax.train import train

@@ -17,7 +17,7 @@ from experiments.shared.stats import (
     spread,
     values,
 )
-from uoe_jax.integrity import write_atomically
+from uoe_jax.files import write_atomically
 from uoe_jax.report.table import si
 
 _LEAK = 1e-4  # nats; what rounding may move the mean loss of tokens before a change
