@@ -3,7 +3,8 @@
     python benchmarks/bench_train.py small:32 1b:2,remat=none --out FILE
 
 A run is PRESET:BATCH[,OPTION=VALUE ...]; options: seq_len, accumulate, loss_chunk,
-remat, scan_layers. Random tokens, resident on the device; medians over rounds of
+remat, scan_layers, mlp_experts (a union's, at the same share of them chosen; its
+attention stays). Random tokens, resident on the device; medians over rounds of
 back-to-back steps. A run that fails (memory, say) is recorded with its reason, and the
 next one goes on.
 """
@@ -15,6 +16,7 @@ import dataclasses
 import functools
 import gzip
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from flax import nnx
 
 from uoe_jax.bench.profile import kernel_times
 from uoe_jax.bench.train import time_step
-from uoe_jax.config import ExperimentConfig
+from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.presets import get_preset
 
@@ -37,6 +39,7 @@ OPTIONS = {
     "loss_chunk": ("train", int),
     "remat": ("model", str),
     "scan_layers": ("model", lambda text: text.lower() == "true"),
+    "mlp_experts": ("model", int),
 }
 
 
@@ -54,11 +57,30 @@ def configure(run: str) -> ExperimentConfig:
             raise ConfigError(f"no option {key!r}; choose from {', '.join(OPTIONS)}")
         part, read = OPTIONS[key]
         changes[part][key] = read(value)
+    if experts := changes["model"].pop("mlp_experts", None):
+        changes["model"] |= fewer_experts(config.model, experts)
     parts = {
         part: dataclasses.replace(getattr(config, part), **fields)
         for part, fields in changes.items()
     }
     return dataclasses.replace(config, **parts)
+
+
+def fewer_experts(model: ModelConfig, experts: int) -> dict[str, Any]:
+    """Return the fields of a union whose MLP is cut into so many experts."""
+    old = model.union
+    if experts * old.top_k % old.num_experts:
+        raise ConfigError(
+            f"mlp_experts={experts} beside {old.top_k} of {old.num_experts}; use a "
+            f"multiple of {old.num_experts // math.gcd(old.num_experts, old.top_k)}"
+        )
+    attention = model.union_for("attention")
+    kept = {"num_experts": attention.num_experts, "top_k": attention.top_k}
+    top_k = experts * old.top_k // old.num_experts
+    return {
+        "union": dataclasses.replace(old, num_experts=experts, top_k=top_k),
+        "union_attention": dataclasses.replace(model.union_attention, **kept),
+    }
 
 
 def commit() -> str:

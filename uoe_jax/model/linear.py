@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
+from uoe_jax.ops._dispatch import vary_together
 from uoe_jax.ops.packing import Packing, take_rows
 
 # The name remat policy "dots" keeps: outputs of projections, never attention scores.
@@ -92,14 +93,32 @@ def row_experts(packing: Packing) -> Int[Array, " M"]:
 def picks_to_rows(
     values: Float[Array, "N X ..."], packing: Packing
 ) -> Float[Array, "M ..."]:
-    """Return per-pick values in packed order; a permutation, so its own inverse's."""
+    """Return per-pick values in packed order. The gradient is `rows_to_picks`."""
     flat = packing.row_ids.reshape(-1)
     picks = jnp.arange(flat.size, dtype=flat.dtype)
     # Picks past the last row have no place: dropped.
     order = jnp.zeros(packing.token_ids.shape, flat.dtype)
     order = order.at[flat].set(picks, unique_indices=True, mode="drop")
-    values = values.reshape(flat.size, *values.shape[2:])
+    return _place(*vary_together(values, order, packing.row_ids))
+
+
+@jax.custom_vjp
+def _place(values, order, row_ids):
+    values = values.reshape(row_ids.size, *values.shape[2:])
     return values.at[order].get(unique_indices=True, mode="promise_in_bounds")
+
+
+def _place_fwd(values, order, row_ids):
+    return _place(values, order, row_ids), row_ids
+
+
+def _place_bwd(row_ids, grad):
+    # Both ways are known, so the gradient is a gather too: a scatter of scalars takes
+    # longer than the products it comes with.
+    return take_rows(grad, row_ids), None, None
+
+
+_place.defvjp(_place_fwd, _place_bwd)
 
 
 def rows_to_picks(
