@@ -10,13 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from uoe_jax.bench.attention import draw
 from uoe_jax.bench.sizes import Sizes
 from uoe_jax.bench.timing import Program, both_passes, measure
 from uoe_jax.bench.union import uneven_offsets
-from uoe_jax.ops import _tuning, dense_attention, grouped_matmul, pack_choices
+from uoe_jax.ops import _tuning, dense_attention, grouped_matmul
 from uoe_jax.ops.dense_attention.api import BACKENDS as DENSE
 from uoe_jax.ops.dense_attention.api import call_shape as dense_shape
 from uoe_jax.ops.grouped_matmul import triton
@@ -24,7 +23,6 @@ from uoe_jax.ops.grouped_matmul.api import GROUPED_MATMUL
 from uoe_jax.ops.grouped_matmul.api import call_shape as matmul_shape
 
 Tiles = triton.Tiles
-_PICKS = 8  # rows of a token where sums of rows are tuned
 # rows, inner, outer, band, warps, stages
 PRODUCTS = (
     Tiles(128, 64, 256, 8, 8, 3),
@@ -32,11 +30,6 @@ PRODUCTS = (
     Tiles(128, 64, 256, 16, 8, 4),
     Tiles(256, 64, 128, 16, 8, 4),
     Tiles(128, 64, 128, 16, 4, 3),  # two programs a multiprocessor
-)
-SUMMED = (
-    Tiles(128, 64, 256, 8, 8, 5),
-    Tiles(128, 64, 256, 8, 8, 7),
-    Tiles(128, 32, 256, 8, 8, 7),
 )
 WEIGHTS = (
     Tiles(32, 128, 256, 16, 8, 5),
@@ -62,9 +55,6 @@ def tune(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> Path:
     for case in sizes.matmul:
         _tune_tiles(case, sizes.dtype, rounds, found["tiles"], say)
     _write(found)  # so that what follows runs with its own best tiles
-    for case in sizes.matmul:
-        _tune_sums(case, sizes.dtype, rounds, found["tiles"], say)
-    _write(found)
     for case in sizes.matmul:
         _order_matmul(case, sizes.dtype, rounds, found["order"], say)
     for case in sizes.attention:
@@ -187,49 +177,8 @@ def _tile_calls(case: tuple, dtype: str) -> Iterator[tuple]:
         yield "weight_grads", shape, WEIGHTS, run, (x, grad, offsets, ids)
 
 
-def _tune_sums(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -> None:
-    """Record a tile for sums inside one product where it beats the two steps."""
-    rows, inner, outer, groups = case
-    if groups < _PICKS:
-        return
-    score = np.random.default_rng(0).random((1, rows // _PICKS, groups))
-    choices = np.argsort(score, axis=-1)[..., :_PICKS].astype(np.int32)
-    packing = pack_choices(jnp.asarray(choices), groups)
-    for transpose in (False, True):
-        side = (groups, outer, inner) if transpose else (groups, inner, outer)
-        x, w = draw(dtype, (rows, inner), side)
-        shape = triton.sum_shape(rows, rows // _PICKS, w, transpose)
-        labels = {"op": "summed_products", "case": "tune"}
-        programs = [
-            Program(
-                fun=functools.partial(_sum, transpose=transpose, tiles=tile),
-                args=(x, w, packing),
-                labels={**labels, "name": str(tile and tuple(tile))},
-            )
-            for tile in (None, *SUMMED)
-        ]
-        times = [row.milliseconds for row in measure(programs, rounds)]
-        ranked = _ranked(dict(zip((None, *SUMMED), times, strict=True)))
-        best = next(iter(ranked), None)
-        if best is not None:
-            entry = {"shape": shape, "tile": best._asdict(), "ms": ranked[best]}
-            found.setdefault("summed_products", []).append(entry)
-        say(f"summed_products {shape}: {list(ranked.items())}")
-
-
 def _shape(rows: int, inner: int, outer: int, dtype: str, **flags: int) -> dict:
     return {"rows": rows, "inner": inner, "outer": outer, "dtype": dtype, **flags}
-
-
-def _sum(rows, w, packing, *, transpose: bool, tiles: Tiles | None):
-    """Return sums inside one product, or without a tile in two steps."""
-    triton.require(rows, w)
-    if tiles is not None:
-        return triton.summed_products(
-            rows, w, packing, transpose=transpose, tiles=tiles
-        )
-    out = triton.products(rows, w, packing.group_offsets, None, transpose=transpose)
-    return triton.sum_rows(out, packing.row_ids)
 
 
 def _product(x, w, offsets, ids, *, transpose: bool, gather: bool, tiles: Tiles):

@@ -24,6 +24,7 @@ AMPERE = 8.0
 # Bytes of shared memory that a program may take, by compute capability.
 SHARED_MEMORY = {8.0: 163 << 10, 9.0: 227 << 10, 10.0: 227 << 10}
 LEAST_SHARED_MEMORY = 99 << 10  # 8.6, 8.9, 12.0
+INTERPRETED_CORES = 4  # multiprocessors that kernels are planned for without a GPU
 INSTALL = "pip install 'uoe_jax[kernels]'"
 
 # Part of jit's cache key, so a function traced for both is traced twice.
@@ -92,6 +93,13 @@ def shared_memory() -> int:
         return LEAST_SHARED_MEMORY
     capability = float(jax.devices()[0].compute_capability)
     return SHARED_MEMORY.get(capability, LEAST_SHARED_MEMORY)
+
+
+def cores() -> int:
+    """Return how many multiprocessors run programs here."""
+    if _INTERPRETER.value is not None:
+        return INTERPRETED_CORES
+    return jax.devices()[0].core_count
 
 
 def launch(

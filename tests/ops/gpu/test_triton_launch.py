@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import _triton, grouped_matmul
+from uoe_jax.ops import _triton, _tuning, grouped_matmul
 from uoe_jax.ops.grouped_matmul import triton
 
 
@@ -49,3 +49,22 @@ def test_tiles_outside_the_tables_fit(monkeypatch, kilobytes, dtype, op, inner, 
     used = stage * tile.num_stages * jnp.dtype(dtype).itemsize
     assert tile.num_stages >= 2 and used <= kilobytes << 10
     assert tile.outer < 2 * max(outer, 16) and tile.inner < 2 * max(inner, 16)
+
+
+@pytest.mark.parametrize("op", ["products", "weight_grads"])
+@pytest.mark.parametrize(
+    ("inner", "outer", "sides"),
+    [
+        (64, 64, (64, 64)),
+        (40, 192, (64, 256)),
+        (3, 17, (16, 32)),
+        (4096, 64, (128, 64)),
+    ],
+)
+def test_tiles_of_the_tables_are_cut_to_the_shape(monkeypatch, op, inner, outer, sides):
+    """To the power of two that holds a side, from 16 on; the rest stays."""
+    known = triton.Tiles(64, 128, 256, 8, 4, 3)
+    monkeypatch.setattr(_tuning, "tiles", lambda op, shape: known._asdict())
+    shape = {"rows": 4096, "inner": inner, "outer": outer, "dtype": "bfloat16"}
+    want = known._replace(inner=sides[0], outer=sides[1])
+    assert triton.choose_tiles(op, shape) == want

@@ -2,8 +2,8 @@
 
 Rows of x are loaded by token id inside the products, so no copy of x by rows is ever
 written. A sum over a token's rows is made in a fixed order, in one of two ways: by
-writing the rows once and adding them up, which moves bytes, or inside one product as
-deep as all groups together, which multiplies zeros. Both repeat bit by bit.
+writing the products once and adding them up, which moves bytes, or inside one dense
+product as deep as all groups together, which multiplies zeros. Both repeat bit by bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from jaxtyping import Array, Float, Int
 
 from uoe_jax.ops import _triton, _tuning
 from uoe_jax.ops._dispatch import vary_together
-from uoe_jax.ops.packing import Packing
+from uoe_jax.ops.packing import Packing, take_rows
+
+# Partial weight gradients of a group; past a few, adding them costs what they save.
+MOST_SPLITS = 8
+# FLOPs in the time of a byte, measured on an H100: Triton's products, cuBLAS's.
+TRITON_RATE, DENSE_RATE = 230, 300
+# The dense sum is taken where it is this much cheaper: it needs more memory.
+DENSE_GAIN = 0.85
 
 
 class Tiles(NamedTuple):
@@ -152,23 +159,32 @@ def weight_grads(
     grad_ids: Int[Array, " M"] | None,
     tiles: Tiles | None = None,
 ) -> Float[Array, "E I O"]:
-    """Return every group's sum of x (outer) grad over its rows, rounded once."""
+    """Return every group's sum of x (outer) grad over its rows, rounded once.
+
+    Where the results' tiles leave multiprocessors idle, several programs share a
+    group's rows, and their float32 sums are added in order.
+    """
     num_groups, inner, outer = offsets.shape[0] - 1, x.shape[1], grad.shape[1]
     num_rows = x.shape[0] if x_ids is None else x_ids.shape[0]
     shape = {"rows": num_rows, "inner": inner, "outer": outer, "dtype": x.dtype.name}
     shape |= {"gather": x_ids is not None or grad_ids is not None}
     tiles = tiles or choose_tiles("weight_grads", shape)
+    programs = num_groups * -(-inner // tiles.inner) * -(-outer // tiles.outer)
+    splits = max(1, min(MOST_SPLITS, _triton.cores() // programs))
     from uoe_jax.ops.grouped_matmul import triton_kernels
 
-    return _triton.launch(
+    out = _triton.launch(
         triton_kernels.weight_grads,
         x,
         grad,
         offsets,
         offsets if x_ids is None else x_ids,
         offsets if grad_ids is None else grad_ids,
-        out_shape=((num_groups, inner, outer), x.dtype),
-        grid=num_groups * -(-inner // tiles.inner) * -(-outer // tiles.outer),
+        out_shape=(
+            (num_groups, splits, inner, outer),
+            x.dtype if splits == 1 else jnp.float32,
+        ),
+        grid=splits * programs,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         I=inner,
@@ -179,8 +195,10 @@ def weight_grads(
         INNER=tiles.inner,
         OUTER=tiles.outer,
         BAND=tiles.band,
+        SPLITS=splits,
         PRECISION=_precision(x.dtype),
     )
+    return out[:, 0] if splits == 1 else jnp.sum(out, axis=1).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("tokens", "num_warps"))
@@ -211,67 +229,59 @@ def sum_rows(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("transpose", "tiles"))
-def summed_products(
+def two_step_sums(
     rows: Float[Array, "M A"],
     w: Float[Array, "E I O"],
     packing: Packing,
     *,
     transpose: bool,
-    tiles: Tiles,
 ) -> Float[Array, "N B"]:
-    """Return each token's sum of its rows times their weights, in one product."""
-    num_groups, inner, outer = w.shape
-    if transpose:
-        inner, outer = outer, inner
-    num_tokens = packing.row_ids.shape[0]
-    members = find_members(packing.group_offsets, packing.row_ids, rows.shape[0])
-    from uoe_jax.ops.grouped_matmul import triton_kernels
+    """Return each token's sum of its rows' products, which are written, then added."""
+    out = products(rows, w, packing.group_offsets, None, transpose=transpose)
+    return sum_rows(out, packing.row_ids)
 
-    return _triton.launch(
-        triton_kernels.summed_products,
-        rows,
-        w,
-        members,
-        out_shape=((num_tokens, outer), rows.dtype),
-        grid=-(-num_tokens // tiles.rows) * -(-outer // tiles.outer),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        N=num_tokens,
-        I=inner,
-        O=outer,
-        E=num_groups,
-        TRANSPOSE=transpose,
-        ROWS=tiles.rows,
-        INNER=tiles.inner,
-        OUTER=tiles.outer,
-        BAND=tiles.band,
-        PRECISION=_precision(rows.dtype),
-    )
+
+@functools.partial(jax.jit, static_argnames=("transpose",))
+def dense_sums(
+    rows: Float[Array, "M A"],
+    w: Float[Array, "E I O"],
+    packing: Packing,
+    *,
+    transpose: bool,
+) -> Float[Array, "N B"]:
+    """Return each token's sum of its rows' products, as one product of all groups.
+
+    A token's rows lie side by side in it, zeros for the groups that it has no row of.
+    """
+    members = find_members(packing.group_offsets, packing.row_ids, rows.shape[0])
+    dense = take_rows(rows, members)
+    # In 16 bits cuBLAS adds in float32 and rounds once.
+    return jnp.einsum("nei,eoi->no" if transpose else "nei,eio->no", dense, w)
 
 
 def find_members(
     offsets: Int[Array, " E1"], row_ids: Int[Array, "N X"], num_rows: int
 ) -> Int[Array, "N E"]:
-    """Return each token's row in every group, -1 where it has none."""
-    ids = row_ids[:, :, None]
-    last = jnp.minimum(offsets[1:], num_rows)[None, None]
-    inside = (ids >= offsets[:-1][None, None]) & (ids < last)
-    return jnp.max(jnp.where(inside, ids, -1), axis=1)
+    """Return each token's row in every group, `num_rows` where it has none."""
+    ids, edges = row_ids[:, :, None], offsets[None, None]
+    inside = (ids >= edges[..., :-1]) & (ids < edges[..., 1:])
+    return jnp.min(jnp.where(inside, ids, num_rows), axis=1)
 
 
 def choose_tiles(op: str, shape: Mapping[str, Any]) -> Tiles:
     """Return the tile that measured fastest near this shape, or one that must fit.
 
-    Outside the tables a tile is as wide as the result up to 256 columns, and its
-    stages are what shared memory holds.
+    No side is twice this shape's own or more. Outside the tables a tile is as wide as
+    the result up to 256 columns, and its stages are what shared memory holds.
     """
+    depth, columns = (max(16, _power(shape[side])) for side in ("inner", "outer"))
     found = _tuning.tiles(op, shape)
     if found is not None:
-        return Tiles(**found)
+        tile = Tiles(**found)
+        sides = {"inner": min(tile.inner, depth), "outer": min(tile.outer, columns)}
+        return tile._replace(**sides)
     wide = shape["dtype"] == "float32"
-    columns = min(128 if wide else 256, max(16, _power(shape["outer"])))
-    depth = max(16, _power(shape["inner"]))
+    columns = min(128 if wide else 256, columns)
     if op == "weight_grads":
         # Few rows at a time and many stages: ids are loaded before the rows they name.
         rows, inner, most = 32, min(128, depth), 5
@@ -284,28 +294,30 @@ def choose_tiles(op: str, shape: Mapping[str, Any]) -> Tiles:
     return Tiles(rows, inner, columns, band=16, num_warps=8, num_stages=stages)
 
 
-def sum_shape(num_rows: int, num_tokens: int, w: jax.Array, transpose: bool) -> dict:
-    """Return what decides how the sum of a token's rows is made fastest."""
-    groups, inner, outer = w.shape
-    if transpose:
-        inner, outer = outer, inner
-    shape = {"rows": num_rows, "tokens": num_tokens, "groups": groups}
-    shape |= {"inner": inner, "outer": outer, "dtype": w.dtype.name}
-    return shape | {"transpose": transpose}
+def dense_pays(
+    num_rows: int, num_tokens: int, groups: int, inner: int, outer: int, dtype: Any
+) -> bool:
+    """Return whether `dense_sums` are expected to be clearly the faster ones.
+
+    In bytes a token, a product counted as what is moved in its time: X products of its
+    rows, written and read, beside one of depth EI, its E rows written and X of them
+    read. Float32 keeps its products of three.
+    """
+    if jnp.dtype(dtype).itemsize != 2:
+        return False
+    picks = num_rows / num_tokens
+    steps = picks * outer * (2 * inner / TRITON_RATE + 4)
+    dense = inner * (2 * groups * outer / DENSE_RATE + 2 * (groups + picks))
+    return dense < DENSE_GAIN * steps
 
 
 def _project_sum(rows, w, packing, transpose):
-    """Return each token's sum of its rows times their weights.
-
-    In one product where that measured faster near this shape, else in two steps.
-    """
-    shape = sum_shape(rows.shape[0], packing.row_ids.shape[0], w, transpose)
-    found = _tuning.tiles("summed_products", shape)
-    if found is not None:
-        tiles = Tiles(**found)
-        return summed_products(rows, w, packing, transpose=transpose, tiles=tiles)
-    out = products(rows, w, packing.group_offsets, None, transpose=transpose)
-    return sum_rows(out, packing.row_ids)
+    """Return each token's sum of its rows times their weights, the faster way."""
+    groups, *sides = w.shape
+    inner, outer = reversed(sides) if transpose else sides
+    sizes = rows.shape[0], packing.row_ids.shape[0], groups, inner, outer
+    run = dense_sums if dense_pays(*sizes, rows.dtype) else two_step_sums
+    return run(rows, w, packing, transpose=transpose)
 
 
 def _power(number: int) -> int:

@@ -24,6 +24,19 @@ def swizzle(program, rows: tl.constexpr, columns: tl.constexpr, BAND: tl.constex
 
 @jit
 @no_type_check
+def wrapped(place, SIDE: tl.constexpr, TILE: tl.constexpr):
+    """place % SIDE, for loads past a side that fills no tile.
+
+    Wrapping keeps runs of neighbours, and the compiler is told of them: it loads a run
+    with one copy of up to 16 bytes, but lone elements one by one, waiting for each.
+    """
+    # The largest power of two that divides the side, within a tile.
+    RUN: tl.constexpr = min(SIDE & -SIDE, TILE)
+    return tl.max_contiguous(tl.multiple_of(place % SIDE, RUN), RUN)
+
+
+@jit
+@no_type_check
 def products(
     x,
     w,
@@ -60,7 +73,7 @@ def products(
     o = column * OUTER + tl.arange(0, OUTER)
     at = o
     if O % OUTER:
-        at = tl.where(o < O, o, 0)
+        at = wrapped(o, O, OUTER)
     i = tl.arange(0, INNER)
     x_at = x + source.to(tl.int64)[:, None] * I + i[None, :]
     w_at = w + group.to(tl.int64) * (I * O)
@@ -106,22 +119,32 @@ def weight_grads(
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     BAND: tl.constexpr,
+    SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[e] = sum over the rows m of group e of x[x_ids[m]] (outer) grad[..]."""
+    """out[e, s] = sum over the rows m of group e's share s of x[x_ids[m]] (outer) grad.
+
+    The SPLITS shares of a group are runs of its rows, of equal steps; the last ones may
+    be short or empty.
+    """
     high: tl.constexpr = (I + INNER - 1) // INNER
     wide: tl.constexpr = (O + OUTER - 1) // OUTER
-    group = tl.program_id(0) // (high * wide)
+    share = tl.program_id(0) // (high * wide)
+    group = share // SPLITS
     up, column = swizzle(tl.program_id(0) % (high * wide), high, wide, BAND)
     i = up * INNER + tl.arange(0, INNER)
     o = column * OUTER + tl.arange(0, OUTER)
     i_at, o_at = i, o
     if I % INNER:
-        i_at = tl.where(i < I, i, 0)
+        i_at = wrapped(i, I, INNER)
     if O % OUTER:
-        o_at = tl.where(o < O, o, 0)
+        o_at = wrapped(o, O, OUTER)
     start = tl.load(offsets + group)
     stop = tl.load(offsets + group + 1)
+    if SPLITS > 1:
+        steps = (stop - start + ROWS * SPLITS - 1) // (ROWS * SPLITS)
+        start += share % SPLITS * steps * ROWS
+        stop = min(stop, start + steps * ROWS)
     total = tl.zeros((INNER, OUTER), tl.float32)
     for first in range(start, stop, ROWS):
         row = first + tl.arange(0, ROWS)
@@ -136,7 +159,7 @@ def weight_grads(
         a = tl.load(x_at, mask=inside[:, None], other=0)
         b = tl.load(grad_at, mask=inside[:, None], other=0)
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
-    out_at = out + group.to(tl.int64) * (I * O) + i[:, None] * O + o[None, :]
+    out_at = out + share.to(tl.int64) * (I * O) + i[:, None] * O + o[None, :]
     value = total.to(out.dtype.element_ty)
     if (I % INNER) or (O % OUTER):
         tl.store(out_at, value, mask=(i < I)[:, None] & (o < O)[None, :])
@@ -170,62 +193,3 @@ def sum_rows(
     out_at = out + n.to(tl.int64)[:, None] * D + d[None, :]
     value = total.to(out.dtype.element_ty)
     tl.store(out_at, value, mask=(n < N)[:, None] & (d < D)[None, :])
-
-
-@jit
-@no_type_check
-def summed_products(
-    x,
-    w,
-    members,
-    out,
-    N: tl.constexpr,
-    I: tl.constexpr,
-    O: tl.constexpr,
-    E: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    ROWS: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    BAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """out[n] = sum over e of x[members[n, e]] @ w[e]; no member (-1) adds nothing.
-
-    One product as deep as all groups together: rows of no member are zeros in it, and
-    the sum over a token's rows is its own. w as in `products`.
-    """
-    high: tl.constexpr = (N + ROWS - 1) // ROWS
-    parts: tl.constexpr = (I + INNER - 1) // INNER
-    tile, column = swizzle(tl.program_id(0), high, (O + OUTER - 1) // OUTER, BAND)
-    n = tile * ROWS + tl.arange(0, ROWS)
-    token = tl.where(n < N, n, 0)
-    o = column * OUTER + tl.arange(0, OUTER)
-    at = o
-    if O % OUTER:
-        at = tl.where(o < O, o, 0)
-    lane = tl.arange(0, INNER)
-    total = tl.zeros((ROWS, OUTER), tl.float32)
-    for step in range(E * parts):
-        group = step // parts
-        i = (step - group * parts) * INNER + lane
-        row = tl.load(members + token * E + group)
-        x_at = x + row.to(tl.int64)[:, None] * I + i[None, :]
-        w_at = w + group.to(tl.int64) * (I * O)
-        if TRANSPOSE:
-            w_at += at[None, :] * I + i[:, None]
-        else:
-            w_at += i[:, None] * O + at[None, :]
-        real = (row >= 0)[:, None]
-        if I % INNER:
-            a = tl.load(x_at, mask=real & (i[None, :] < I), other=0)
-            b = tl.load(w_at, mask=i[:, None] < I, other=0)
-        else:
-            a = tl.load(x_at, mask=real, other=0)
-            b = tl.load(w_at)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-    out_at = out + n.to(tl.int64)[:, None] * O + o[None, :]
-    inside = (n < N)[:, None]
-    if O % OUTER:
-        inside = inside & (o < O)[None, :]
-    tl.store(out_at, total.to(out.dtype.element_ty), mask=inside)

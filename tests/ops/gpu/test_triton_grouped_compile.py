@@ -1,0 +1,88 @@
+"""The grouped matmul kernels compiled for a GPU that isn't here, for how they load."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+
+# kernel, inner, outer: sides that fill no tile, of runs of 64 and of 8 columns
+CASES = [("products", 64, 192), ("weight_grads", 72, 192), ("weight_grads", 192, 40)]
+
+
+@pytest.fixture(scope="module")
+def loads(tmp_path_factory):
+    """Bytes of every load from global memory, by case and whether it waits."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("ptx"))}
+    environment |= {"JAX_PLATFORMS": "cpu"}
+    # Other tests of this process use triton's interpreter.
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, check=True, capture_output=True
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_operands_are_copied_16_bytes_at_a_time(loads, case):
+    found = loads[case]
+    assert set(found["copied"]) == {"16"}
+    assert found["waited"] <= 3  # the offsets, or a tile's numbers
+
+
+def compiled_loads(kernel, inner, outer):
+    """How a kernel loads 16-bit operands on an H100."""
+    import jax
+    import jax.numpy as jnp
+    import triton as compiler
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from uoe_jax.ops import _triton
+    from uoe_jax.ops.grouped_matmul import triton
+
+    texts = []
+
+    def launch(kernel, *args, out_shape, grid, num_warps, num_stages, **constants):
+        names = {"bfloat16": "*bf16", "int32": "*i32", "float32": "*fp32"}
+        dtypes = [a.dtype.name for a in args] + [jnp.dtype(out_shape[1]).name]
+        pointers = [name for name in kernel.arg_names if name not in constants]
+        types = dict(zip(pointers, (names[d] for d in dtypes), strict=True))
+        source = ASTSource(
+            kernel,
+            signature={n: types.get(n, "constexpr") for n in kernel.arg_names},
+            constexprs=constants,
+            attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
+        )
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        made = compiler.compile(
+            source, target=GPUTarget("cuda", 90, 32), options=options
+        )
+        texts.append(made.asm["ptx"])
+        return jnp.zeros(*out_shape)
+
+    shape = jax.ShapeDtypeStruct
+    x, offsets = shape((512, inner), jnp.bfloat16), shape((5,), jnp.int32)
+    with mock.patch.object(_triton, "launch", launch), _triton.interpreted(launch):
+        if kernel == "products":
+            w = shape((4, inner, outer), x.dtype)
+            call = lambda x, w, o: triton.products(x, w, o, None, transpose=False)
+            jax.eval_shape(call, x, w, offsets)
+        else:
+            grad = shape((512, outer), x.dtype)
+            call = lambda x, g, o: triton.weight_grads(x, g, o, None, None)
+            jax.eval_shape(call, x, grad, offsets)
+    (text,) = texts
+    copies = re.findall(r"cp\.async\.\w+\.shared\.global.*\], (\w+)", text)
+    copied = collections.Counter(str(int(size, 0)) for size in copies)
+    return {"copied": copied, "waited": len(re.findall(r"ld\.global", text))}
+
+
+if __name__ == "__main__":
+    print(json.dumps([compiled_loads(*case) for case in CASES]))
