@@ -78,6 +78,26 @@ def test_only_routed_rows_are_computed(union, make):
     assert heights <= {rows, tokens.size} and rows in heights
 
 
+def test_layers_of_an_unrolled_stack_keep_their_factors(make):
+    config = dataclasses.replace(CONFIG, num_layers=2, attention=("dense",))
+    graphdef, params, buffers = draw_model(config)
+    fn = lambda p, t: nnx.merge(graphdef, p, buffers)(t)[0]
+    tokens = jnp.arange(12).reshape(1, 12) * 7 % 31
+    adapters = make(params, AdapterConfig(method="lora", rank=2, alpha=1.0))
+    run = lambda a, t: apply_adapted(fn, params, a, t)
+    want = jax.jit(fn)(adapted_params(params, adapters), tokens)
+    np.testing.assert_allclose(jax.jit(run)(adapters, tokens), want, atol=1e-5)
+    made = jax.make_jaxpr(run)(adapters, tokens)
+    shapes = [
+        v.aval.shape
+        for eqn in made.jaxpr.eqns
+        if eqn.primitive.name == "custom_vjp_call"
+        for v in eqn.outvars
+    ]
+    # Up and down of both layers go through the two numbers of the rank.
+    assert sum(s[-1:] == (2,) for s in shapes) >= 4
+
+
 def test_work_of_the_delta_falls_with_the_experts_chosen(union, make):
     """Rows of the delta's products, hence its FLOPs, follow top_k, not the experts."""
     tokens = union[1]

@@ -8,6 +8,7 @@ gets the sum of weight and delta, so that every function is evaluated right.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -140,6 +141,23 @@ def _slice(eqn: Any, term: network.Term) -> network.Term:
             )
             term = network.map_axis(term, axis, cut)
     return term
+
+
+def _split(eqn: Any, values: list[Any], mode: Mode) -> list[Any]:
+    (weight,) = values
+    axis, parts = eqn.params["axis"], _bind(eqn, [weight.value])
+    if len(parts) == 1:
+        return [weight]
+    stops = list(itertools.accumulate(eqn.params["sizes"]))
+    found = []
+    for part, stop in zip(parts, stops, strict=True):
+        start = stop - part.shape[axis]
+        cut = lambda array, place, start=start, stop=stop: jax.lax.slice_in_dim(
+            array, start, stop, axis=place
+        )
+        terms = tuple(network.map_axis(term, axis, cut) for term in weight.terms)
+        found.append(Lazy(part, terms))
+    return found
 
 
 def _dynamic_slice(eqn: Any, values: list[Any], mode: Mode) -> list[Any]:
@@ -329,6 +347,7 @@ _RULES: dict[str, Callable[[Any, list[Any], Mode], list[Any]]] = {
     ),
     "broadcast_in_dim": _follow(_broadcast),
     "slice": _follow(_slice),
+    "split": _split,
     "copy": _follow(_same),
     "copy_p": _follow(_same),
     "pvary": _follow(_same),

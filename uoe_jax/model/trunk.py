@@ -95,19 +95,39 @@ def scan_blocks(
         carry, results = jax.lax.scan(group, carry, (jnp.arange(whole), members))
         for out, result in zip(outs, results, strict=True):
             out.append(result)
+    layers = [_unstack(block, whole) for block in blocks]
     for index in range(whole, max(depths)):
-        for stack, block in enumerate(blocks):
+        for stack, members in enumerate(layers):
             if index < depths[stack]:
-                carry, out = body(carry, _take(block, index), stack, index)
+                block = members[index - whole]
+                carry, out = body(carry, block, stack, index)
                 outs[stack].append(jax.tree.map(lambda a: a[None], out))
     joined = [jax.tree.map(lambda *a: jnp.concatenate(a), *out) for out in outs]
     return carry, joined
 
 
-def _take(block: Block, index: int | slice) -> Block:
-    if isinstance(index, slice) and index.stop == jax.tree.leaves(block)[0].shape[0]:
+def _take(block: Block, index: slice) -> Block:
+    if index.stop == jax.tree.leaves(block)[0].shape[0]:
         return block
     return jax.tree.map(lambda a: a[index], block)
+
+
+def _unstack(block: Block, start: int) -> list[Block]:
+    """Return the layers of a stack from `start` on.
+
+    By one split, whose gradient is one concatenation: that of as many slices is a sum
+    of padded stacks, which a GPU makes at a fifth of its bandwidth.
+    """
+    leaves, tree = jax.tree.flatten(block)
+    count = leaves[0].shape[0]
+    if start == count:
+        return []
+    sizes = [start] * (start > 0) + [1] * (count - start)
+    parts = [jax.lax.split(leaf, sizes)[-(count - start) :] for leaf in leaves]
+    return [
+        jax.tree.unflatten(tree, [part.squeeze(0) for part in layer])
+        for layer in zip(*parts, strict=True)
+    ]
 
 
 def _stack(config: ModelConfig, layer: int, keys: jax.Array) -> Block:
