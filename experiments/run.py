@@ -12,6 +12,7 @@ on data that every machine has.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -122,4 +123,8 @@ def summarise(task: Task) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A thread that still compiles would crash in the interpreter's own way out.
+    os._exit(code)

@@ -109,12 +109,17 @@ class Programs:
         self._take = jax.jit(take)
 
     def compile(self) -> float:
-        """Compile the training chunk ahead; return the seconds it took."""
+        """Compile all programs ahead; return the seconds it took."""
         start = time.perf_counter()
         state = jax.eval_shape(self._init, jax.random.key(0), jnp.ones(()))
         shape = (self.chunk, self.config.data.batch_size)
         rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._whole)
         self._many = self._many.lower(state, self.data["train"], rows).compile()
+        # Used once, so that no run waits for them at its first validation.
+        first, arrays = self.start(0, 1.0), self.data["valid"]
+        row = eval_rows(self.config, num_examples(arrays))[0]
+        batch = self._take(arrays, self.place(row))
+        self._sums(first.params, first.buffers, [batch])
         return time.perf_counter() - start
 
     def start(self, seed: int, rate: float) -> TrainState:

@@ -6,9 +6,11 @@ import dataclasses
 import datetime
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -33,12 +35,17 @@ _GRACE = 20.0  # seconds after the budget in which a run may finish its chunk
 
 def prepare(compiled: Path) -> None:
     """Make the process's settings; say what it computes on."""
-    nnx.set_graph_mode(False)
-    nnx.set_graph_updates(False)
+    _set_flax()
     jax.config.update("jax_compilation_cache_dir", str(compiled.absolute()))
     _say(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     if jax.default_backend() == "gpu" and (fault := installed_fault()):
         _say(f"SLOW: unions and mixtures run without kernels: {fault}")
+
+
+def _set_flax() -> None:
+    """Make flax's settings; they are each thread's own."""
+    nnx.set_graph_mode(False)
+    nnx.set_graph_updates(False)
 
 
 def work(tasks: Sequence[Task], worker: Worker, processes: int = 1) -> int:
@@ -47,6 +54,7 @@ def work(tasks: Sequence[Task], worker: Worker, processes: int = 1) -> int:
     `processes`, this one included, share the queue.
     """
     while (job := worker.next(tasks)) is not None:
+        worker.look_ahead(tasks, processes)
         try:
             with worker.alarm(0.0 if job.case is None else _GRACE):
                 worker.run(job)
@@ -75,6 +83,10 @@ class Worker:
         self.programs: dict[str, Programs] = {}
         self.splits: dict[str, dict[str, Arrays]] = {}
         self.compiled: dict[str, float] = {}  # seconds
+        self.upcoming: Job | None = None  # claimed ahead
+        # Programs that are being compiled while a run trains.
+        self.building: dict[str, Future[tuple[Programs, float]]] = {}
+        self._loading = threading.Lock()
 
     @property
     def seconds_left(self) -> float:
@@ -87,21 +99,57 @@ class Worker:
 
         Waits while the runs that others work on decide what follows.
         """
+        if (job := self.upcoming) is not None:
+            self.upcoming = None
+            return job if self.seconds_left > 0 else None
         while self.seconds_left > 0:
-            jobs, waiting = open_jobs(tasks)
-            first = [job for job in jobs if job.round == jobs[0].round]
-            taken = self._keys(
-                job for task in tasks for job in task.jobs()[0] if job.claimed
-            )
-            own = [job for job in first if self._keys([job]) & self.programs.keys()]
-            new = [job for job in first if not self._keys([job]) & taken]
-            for job in (*own, *new, *jobs):
-                if job.claim():
-                    return job
-            if not waiting:
-                return None
+            job, waiting = self._claim(tasks)
+            if job is not None or not waiting:
+                return job
             time.sleep(_POLL)
         return None
+
+    def look_ahead(self, tasks: Sequence[Task], processes: int) -> None:
+        """Claim the run after this one and begin to compile it beside its training.
+
+        Not the last ones: another of the processes may be free for them sooner.
+        """
+        free = [job for job in open_jobs(tasks)[0] if not job.claimed]
+        if len(free) > processes - 1:
+            self.upcoming, _ = self._claim(tasks)
+        job = self.upcoming
+        if job is None or job.case is None:
+            return
+        case, key = job.case, program_key(job.case.config)
+        if key in self.programs or key in self.building:
+            return
+        made: Future[tuple[Programs, float]] = Future()
+        self.building[key] = made
+
+        def build() -> None:
+            try:
+                _set_flax()
+                made.set_result(self._build(case))
+            except BaseException as error:  # told when the run's turn comes
+                made.set_exception(error)
+
+        # A daemon, so that the end of the budget doesn't wait for it.
+        threading.Thread(target=build, daemon=True).start()
+
+    def _claim(self, tasks: Sequence[Task]) -> tuple[Job | None, bool]:
+        """Return a claimed run, if any may begin, and whether others wait for some."""
+        jobs, waiting = open_jobs(tasks)
+        first = [job for job in jobs if job.round == jobs[0].round]
+        taken = self._keys(
+            job for task in tasks for job in task.jobs()[0] if job.claimed
+        )
+        mine = self.programs.keys() | self.building.keys()
+        own = [job for job in first if self._keys([job]) & mine]
+        new = [job for job in first if not self._keys([job]) & taken]
+        for job in (*own, *new, *jobs):
+            if job.claim():
+                return job, waiting
+        return None, waiting
 
     @staticmethod
     def _keys(jobs: Iterable[Job]) -> set[str]:
@@ -154,11 +202,18 @@ class Worker:
         """Return a case's programs, compiled."""
         key = program_key(case.config)
         if key not in self.programs:
-            programs = Programs(case.config, self._data(case))
-            self.compiled[key] = programs.compile()
-            self.programs[key] = programs
-            say(f"compiled in {self.compiled[key]:.1f} s")
+            start = time.perf_counter()
+            made = self.building.pop(key, None)
+            programs, seconds = self._build(case) if made is None else made.result()
+            self.programs[key], self.compiled[key] = programs, seconds
+            waited = time.perf_counter() - start
+            say(f"compiled in {seconds:.1f} s, {waited:.1f} of them waited for")
         return self.programs[key]
+
+    def _build(self, case: Case) -> tuple[Programs, float]:
+        """Return a case's programs and the seconds of compiling."""
+        programs = Programs(case.config, self._data(case))
+        return programs, programs.compile()
 
     def _data(self, case: Case) -> dict[str, Arrays]:
         """Return a case's splits on the device, shared by cases with the same data."""
@@ -166,12 +221,13 @@ class Worker:
         shape = (case.config.seq_len, model.kind, model.vocab_size, model.image_size)
         own = dataclasses.replace(case.config.data, batch_size=1)
         key = f"{config_hash(own)} {shape}"
-        if key not in self.splits:
-            start = time.perf_counter()
-            found = {split: load_split(case.config, split) for split in SPLITS}
-            sizes = {split: num_examples(arrays) for split, arrays in found.items()}
-            _say(f"data in {time.perf_counter() - start:.1f} s, examples {sizes}")
-            self.splits[key] = found
+        with self._loading:
+            if key not in self.splits:
+                start = time.perf_counter()
+                found = {split: load_split(case.config, split) for split in SPLITS}
+                sizes = {split: num_examples(arrays) for split, arrays in found.items()}
+                _say(f"data in {time.perf_counter() - start:.1f} s, examples {sizes}")
+                self.splits[key] = found
         return self.splits[key]
 
 

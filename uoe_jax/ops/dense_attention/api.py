@@ -93,7 +93,7 @@ def dense_attention(
     shape = call_shape(q, causal) if plain else None
     return dispatch(
         "dense_attention",
-        triton.offered(BACKENDS, implementation),
+        BACKENDS,
         implementation,
         q,
         k,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,6 @@ from uoe_jax.ops.segment_attention import mosaic_gpu_plan as plans
 
 WIDTHS = (16, 32, 64, 128, 256)  # of a head
 LOG2E = 1.4426950408889634
-HOPPER = 9.0  # from here on only a call that names this backend gets it
 
 
 class Tiles(NamedTuple):
@@ -105,19 +104,6 @@ def segment_attention(
             offsets, (first, last), causal=causal, window=window, pad=0
         )
     return _attention(settings, q, k, v, offsets, rows)
-
-
-def offered(
-    backends: Mapping[str, Callable[..., Any]], implementation: str | None
-) -> dict[str, Callable[..., Any]]:
-    """Return the backends a call chooses from: this one unasked only before Hopper.
-
-    From there on it was never measured, and Hopper has kernels of its own.
-    """
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    early = capability is not None and float(capability) < HOPPER
-    unasked = implementation is None and not early
-    return {n: b for n, b in backends.items() if n != "triton" or not unasked}
 
 
 def make_settings(
