@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -47,7 +48,15 @@ def linear_attention(
     reason = library.supported(q, k, v)
     if reason:
         raise NotImplementedError(reason)
-    return library.flash_attention(q, k, v, scale=scale, backward="fused")
+    return _linear_attention()(q, k, v, scale)
+
+
+@functools.cache
+def _linear_attention() -> Any:
+    """Return the function under jit, so that layers share its kernels."""
+    library = importlib.import_module("jla.ops.mosaic_gpu.attention")
+    run = functools.partial(library.flash_attention, backward="fused")
+    return jax.jit(lambda q, k, v, scale: run(q, k, v, scale=scale), static_argnums=3)
 
 
 def _load(

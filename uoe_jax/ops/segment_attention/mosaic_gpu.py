@@ -163,6 +163,8 @@ def _attention(settings, q, k, v, offsets, rows):
     return _attention_fwd(settings, q, k, v, offsets, rows)[0]
 
 
+# Under jit, so that layers of one shape share a kernel: each takes seconds to lower.
+@partial(jax.jit, static_argnums=0)
 def _attention_fwd(settings, q, k, v, offsets, rows):
     options = settings.forward
     plan = plans.query_plan(
@@ -181,6 +183,7 @@ def _attention_fwd(settings, q, k, v, offsets, rows):
     return out, (q, k, v, offsets, rows, plan, out, lse)
 
 
+@partial(jax.jit, static_argnums=0)
 def _attention_bwd(settings, saved, dout):
     q, k, v, offsets, rows, query_plan, out, lse = saved
     stats = lse, _delta(offsets, dout, out)
