@@ -113,15 +113,14 @@ def data_file(name: str) -> str:
 
 def program_key(config: ExperimentConfig) -> str:
     """Return what identifies a model's programs: all but names, folders and rate."""
+    plain = dataclasses.replace(without_folders(config), name="")
+    return config_hash(change(plain, optim={"learning_rate": 1.0}))
+
+
+def without_folders(config: ExperimentConfig) -> ExperimentConfig:
+    """Return the config with its data file's name alone: results travel."""
     path = config.data.path and Path(config.data.path).name
-    plain = dataclasses.replace(config, name="")
-    return config_hash(
-        change(
-            plain,
-            data={"path": path, "cache_dir": None},
-            optim={"learning_rate": 1.0},
-        )
-    )
+    return change(config, data={"path": path, "cache_dir": None})
 
 
 def change(config: ExperimentConfig, **parts: dict[str, Any]) -> ExperimentConfig:

@@ -20,7 +20,7 @@ import jax
 from flax import nnx
 
 from experiments.shared.arrays import Arrays, load_split, num_examples
-from experiments.shared.case import Case, program_key
+from experiments.shared.case import Case, program_key, without_folders
 from experiments.shared.fit import Limits, OutOfTime, TooSlow, describe, run_seed
 from experiments.shared.programs import Programs
 from experiments.shared.queue import TOO_SLOW, Job, Task, open_jobs, outlook
@@ -236,7 +236,7 @@ def _about(case: Case) -> dict[str, Any]:
     return describe(case.config) | {
         "case": case.name,
         "key": program_key(case.config),
-        "config": dataclasses.asdict(case.config),
+        "config": dataclasses.asdict(without_folders(case.config)),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
