@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.run import main
+from experiments.shared import work
 from experiments.shared.case import (
     HERE,
     Case,
@@ -19,6 +20,7 @@ from experiments.shared.case import (
     search_rates,
 )
 from experiments.shared.case import load_config as load
+from experiments.shared.fit import Limits
 from experiments.shared.queue import (
     SEARCH,
     TOO_SLOW,
@@ -175,3 +177,49 @@ def test_images_come_out_of_their_deltas():
     coded = np.diff(down, axis=3, prepend=np.uint8(0))
     assert coded.dtype == np.uint8
     assert np.array_equal(spec.undo_deltas(coded), images)
+
+
+class Stub:
+    """A model's programs; compiling one named broken fails."""
+
+    def __init__(self, config, data):
+        self.name = config.name
+
+    def compile(self):
+        if self.name == "broken":
+            raise MemoryError("too large")
+        return 1.5
+
+
+def distinct(name):
+    """A case whose programs are its own."""
+    config = change(CONFIG, train={"steps": 20 * len(name)})
+    return Case(name=name, config=dataclasses.replace(config, name=name), seeds=(0,))
+
+
+def test_the_next_model_is_compiled_ahead_but_the_last_run_is_left(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(work, "Programs", Stub)
+    monkeypatch.setattr(work.Worker, "_data", lambda self, case: {})
+    cases = tuple(distinct(name) for name in ("a", "broken", "ccc"))
+    task = Task("t", sys, Study(title="t", metric="accuracy", cases=cases), tmp_path)
+    worker = work.Worker(Limits())
+    said = []
+
+    first = worker.next([task])
+    worker.look_ahead([task], 2)  # two are free: one for the other process
+    assert worker.upcoming.case.name == "broken" and worker.upcoming.claimed
+    done(first)
+    second = worker.next([task])
+    assert second.case.name == "broken" and worker.upcoming is None
+    worker.look_ahead([task], 2)
+    assert worker.upcoming is None  # the other process may be free sooner
+    with pytest.raises(MemoryError, match="too large"):  # when its turn comes
+        worker._programs(second.case, said.append)
+    second.fail("too large")
+    third = worker.next([task])
+    assert worker._programs(third.case, said.append).name == "ccc"
+    assert said == ["compiled in 1.5 s, 0.0 of them waited for"]
+    done(third)
+    assert worker.next([task]) is None

@@ -90,6 +90,11 @@ def test_a_file_of_timed_steps_is_read(tmp_path):
         ("{}", "isn't a file of timed steps"),
         ("[1]", "isn't a file of timed steps"),
         ('{"device": "abacus", "results": []}', "no data sheet"),
+        (
+            '{"device": "NVIDIA H200", "results": [{"milliseconds": 1, '
+            '"run": "1b-union:2,mlp_experts=4"}]}',
+            "time the runs to fit without mlp_experts",
+        ),
     ],
 )
 def test_other_files_are_refused(tmp_path, text, message):

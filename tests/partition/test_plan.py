@@ -12,7 +12,7 @@ from tiny_layouts import make_config
 
 from uoe_jax.cli.plan import plan as run_plan
 from uoe_jax.config import LayoutConfig, MeshConfig, UnionConfig
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.hardware.devices import parse_topology
 from uoe_jax.partition.aot import topology_devices
 from uoe_jax.partition.collectives import stored_order
@@ -173,3 +173,19 @@ if importlib.util.find_spec("libtpu") is not None:
         for sizes in factorisations(len(devices)):
             mesh = make_mesh(MeshConfig(**sizes), devices=devices)
             assert len({device.id for device in mesh.devices.flat}) == len(devices)
+
+
+def test_a_fit_is_of_one_device_and_says_whose_factors_are_used(tmp_path, capsys):
+    files = []
+    for kind in ("H100", "H200"):
+        result = {"preset": "small", "batch": 8, "seq_len": 512, "milliseconds": 30.0}
+        path = tmp_path / f"{kind}.json"
+        path.write_text(json.dumps({"device": f"NVIDIA {kind}", "results": [result]}))
+        files.append(str(path))
+    args = ["small", "--topology", "h200:1", "--fit"]
+    assert run_plan([*args, files[0]]) == 0
+    assert "its factors are used for H200" in capsys.readouterr().err
+    assert run_plan([*args, files[1]]) == 0
+    assert "its factors are used" not in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"H200.*, .*H100.*; fit one device at a time"):
+        run_plan([*args, *files])

@@ -14,7 +14,7 @@ from typing import Any
 
 from uoe_jax.cli.parse import Experiment, parse, take_preset
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.hardware import fit
 from uoe_jax.hardware.devices import Topology, parse_topology
 from uoe_jax.hardware.roofline import UNCALIBRATED, Calibration, Prediction
@@ -83,10 +83,14 @@ def _calibration(options: PlanOptions, topology: Topology) -> Calibration:
         if options.calibration is not None:
             return fit.load(options.calibration)
         return UNCALIBRATED
-    measured: list[fit.Measurement] = []
-    device = topology.device
-    for path in options.fit:
-        device, found = fit.read_measurements(path)
+    device, measured = fit.read_measurements(options.fit[0])
+    for path in options.fit[1:]:
+        other, found = fit.read_measurements(path)
+        if other != device:
+            raise DataError(
+                f"{path} was timed on {other.name}, {options.fit[0]} on "
+                f"{device.name}; fit one device at a time"
+            )
         measured.extend(found)
     names = ", ".join(path.name for path in options.fit)
     calibration = fit.fit(device, measured, names)
@@ -101,6 +105,8 @@ def _calibration(options: PlanOptions, topology: Topology) -> Calibration:
             f"; each predicted from the others with {errors.median:.1%}, at most "
             f"{errors.worst:.1%}"
         )
+    if device != topology.device:
+        text += f"; its factors are used for {topology.device.name}"
     print(text, file=sys.stderr)
     if options.calibration is not None:
         fit.save(calibration, options.calibration)

@@ -78,6 +78,12 @@ def read_measurements(path: Path) -> tuple[Device, list[Measurement]]:
     if device is None:
         raise DataError(f"{path} is of {kind!r}, which has no data sheet here")
     timed = [result for result in results if "milliseconds" in result]
+    for result in timed:
+        if "mlp_experts" in result.get("run", ""):
+            raise DataError(
+                f"{path} has {result['run']!r}, whose union isn't its preset's; time "
+                "the runs to fit without mlp_experts"
+            )
     return device, [_measurement(result) for result in timed]
 
 

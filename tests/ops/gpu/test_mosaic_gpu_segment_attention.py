@@ -137,3 +137,27 @@ def test_other_devices_are_served_by_another_backend():
     with pytest.raises(ConfigError, match="needs a Hopper GPU, not cpu"):
         segment_attention(q, k, k, offsets, causal=True, implementation="mosaic_gpu")
     np.testing.assert_array_equal(segment_attention(q, k, k, offsets, causal=True), q)
+
+
+def test_layers_of_one_shape_share_their_kernels():
+    """Each kernel takes seconds to lower, which 24 layers must not do 24 times."""
+    q, k = jnp.ones((64, 1, 64), jnp.bfloat16), jnp.ones((64, 64), jnp.bfloat16)
+    offsets = jnp.asarray([0, 40, 64])
+
+    def layers(q):
+        for _ in range(3):
+            q = mosaic_gpu.segment_attention(
+                q, k, k, offsets, causal=True, window=None, bounds=None, scale=1.0
+            )
+        return jnp.sum(q.astype(jnp.float32))
+
+    with mosaic_gpu.interpreted(SIMULATED):
+        traced = jax.make_jaxpr(jax.grad(layers))(q)
+    called = [
+        (eqn.params["name"], id(eqn.params["jaxpr"]))
+        for eqn in traced.jaxpr.eqns
+        if "jaxpr" in eqn.params and "name" in eqn.params
+    ]
+    for name in ("_attention_fwd", "_attention_bwd"):
+        found = [place for other, place in called if other == name]
+        assert len(found) == 3 and len(set(found)) == 1

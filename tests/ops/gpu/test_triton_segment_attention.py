@@ -179,9 +179,11 @@ def pretend(monkeypatch, backend, capability):
 
 @pytest.mark.parametrize(
     ("capability", "width", "chosen"),
-    [("8.0", 64, True), ("8.9", 128, True), ("8.6", 96, False), ("9.0", 32, False)],
+    [("8.0", 64, True), ("8.9", 128, True), ("8.6", 96, False), ("9.0", 32, True)],
 )
-def test_ampere_and_ada_take_it_unasked(monkeypatch, on_cpu, capability, width, chosen):
+def test_gpus_take_it_unasked_for_the_widths_it_has(
+    monkeypatch, on_cpu, capability, width, chosen
+):
     pretend(monkeypatch, "gpu", capability)
     q, k = jnp.zeros((8, 1, width), jnp.bfloat16), jnp.zeros((8, width), jnp.bfloat16)
     attend = functools.partial(segment_attention, causal=True)
