@@ -15,7 +15,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.run import main
 from experiments.shared.arrays import load_split, make_take, num_examples, train_rows
-from experiments.shared.case import Case, Study, change, program_key, search_rates
+from experiments.shared.case import (
+    Case,
+    Study,
+    change,
+    find_experiment,
+    load_config,
+    program_key,
+    search_rates,
+)
 from experiments.shared.fit import CHUNKS, Limits, OutOfTime, TooSlow, run_seed
 from experiments.shared.programs import Programs, with_rate
 from experiments.shared.queue import Task, begin
@@ -247,3 +255,21 @@ def test_devices_get_a_process_each(tmp_path, capfd):
     assert main([*args, "--out", str(tmp_path)]) == 0
     out = capfd.readouterr().out
     assert "[0] cpu, jax" in out and "0 of 10 runs" in out
+
+
+def test_continued_training_begins_anew_without_its_dense_run(tmp_path, monkeypatch):
+    """Its table came along to this machine, its runs didn't."""
+    module = load_config(find_experiment("005"))
+    (tmp_path / "results.json").write_text(
+        json.dumps({"dense": {"valid": 1.0, "test": 1.0}, "cuts": {}})
+    )
+    trained = []
+
+    def stop(config, folder, quiet):
+        trained.append((folder.name, config.train.steps))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        module.program(tmp_path, True)
+    assert trained == [("dense", module.dense_config(True).train.steps)]

@@ -130,34 +130,33 @@ def _cast(eqn: Any, values: list[Any], mode: Mode) -> list[Any]:
     return _follow(_same)(eqn, values, mode)
 
 
+def _cut(term: network.Term, axis: int, *bounds: int) -> network.Term:
+    """Return the term of a slice along one axis: start, stop and perhaps stride."""
+    cut = lambda array, place: jax.lax.slice_in_dim(array, *bounds, axis=place)
+    return network.map_axis(term, axis, cut)
+
+
 def _slice(eqn: Any, term: network.Term) -> network.Term:
     shape, params = eqn.invars[0].aval.shape, eqn.params
     strides = params["strides"] or (1,) * len(shape)
     bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
     for axis, (start, stop, stride) in enumerate(bounds):
         if (start, stop, stride) != (0, shape[axis], 1):
-            cut = lambda array, place, s=(start, stop, stride): jax.lax.slice_in_dim(
-                array, *s, axis=place
-            )
-            term = network.map_axis(term, axis, cut)
+            term = _cut(term, axis, start, stop, stride)
     return term
 
 
 def _split(eqn: Any, values: list[Any], mode: Mode) -> list[Any]:
     (weight,) = values
-    axis, parts = eqn.params["axis"], _bind(eqn, [weight.value])
-    if len(parts) == 1:
+    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    if len(sizes) == 1:
         return [weight]
-    stops = list(itertools.accumulate(eqn.params["sizes"]))
-    found = []
-    for part, stop in zip(parts, stops, strict=True):
-        start = stop - part.shape[axis]
-        cut = lambda array, place, start=start, stop=stop: jax.lax.slice_in_dim(
-            array, start, stop, axis=place
-        )
-        terms = tuple(network.map_axis(term, axis, cut) for term in weight.terms)
-        found.append(Lazy(part, terms))
-    return found
+    stops = itertools.accumulate(sizes)
+    parts = _bind(eqn, [weight.value])
+    return [
+        Lazy(part, tuple(_cut(t, axis, stop - size, stop) for t in weight.terms))
+        for part, size, stop in zip(parts, sizes, stops, strict=True)
+    ]
 
 
 def _dynamic_slice(eqn: Any, values: list[Any], mode: Mode) -> list[Any]:

@@ -275,8 +275,8 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, sums, aux = compute(state, batch, state.step)
         if not config.model.scan_layers:
-            # A stack's gradient is a sum of as many padded layers; XLA would make that
-            # sum again inside the norm, where it took a quarter of a step on an H100.
+            # Stacks of gradients are put together once: XLA would do it again inside
+            # the norm, where it took a quarter of a step on an H100.
             grads = jax.lax.optimization_barrier(grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums["objective"]) & jnp.isfinite(norm)

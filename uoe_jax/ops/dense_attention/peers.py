@@ -48,13 +48,12 @@ def linear_attention(
     reason = library.supported(q, k, v)
     if reason:
         raise NotImplementedError(reason)
-    return _linear_attention()(q, k, v, scale)
+    return _under_jit(library)(q, k, v, scale)
 
 
 @functools.cache
-def _linear_attention() -> Any:
-    """Return the function under jit, so that layers share its kernels."""
-    library = importlib.import_module("jla.ops.mosaic_gpu.attention")
+def _under_jit(library: Any) -> Any:
+    """Return jax-linear-attention's function under jit: layers share its kernels."""
     run = functools.partial(library.flash_attention, backward="fused")
     return jax.jit(lambda q, k, v, scale: run(q, k, v, scale=scale), static_argnums=3)
 
