@@ -61,7 +61,10 @@ class UnionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UnionOverrides:
-    """Where attention's union differs from `ModelConfig.union`; None: the same."""
+    """Where attention's union differs from `ModelConfig.union`; None: the same.
+
+    A router that has no capacity leaves the union's out.
+    """
 
     num_experts: int | None = None
     top_k: int | None = None
@@ -97,7 +100,8 @@ class ModConfig:
 
     keep: float = 0.5  # share of tokens the balance aims at
     capacity_factor: float = 1.25  # room of a training batch, over keep * T
-    bias_update_rate: float = 0.001
+    # Of the way to the bias at which `keep` of a batch's tokens enter, each step.
+    bias_update_rate: float = 0.2
     router_z_loss: float = 0.0
     router_init_std: float = 0.02
 
@@ -181,6 +185,8 @@ class ModelConfig:
             return self.union
         changes = dataclasses.asdict(self.union_attention)
         given: dict[str, Any] = {k: v for k, v in changes.items() if v is not None}
+        if given.get("router", "token") != "token":
+            given["capacity_factor"] = None
         return dataclasses.replace(self.union, **given)
 
     @property

@@ -320,6 +320,11 @@ def _sparse(model: ModelConfig) -> Iterator[str]:
     patterns = (model.attention, model.mlp, model.blocks)
     if "mod" not in model.blocks or not all(patterns):
         return
+    if model.mod.bias_update_rate > 1:
+        yield (
+            f"model.mod.bias_update_rate is {model.mod.bias_update_rate}; it is a share "
+            "of the way to the bias wanted, use 1 or less"
+        )
     if not 0 < model.mod.keep < 1:
         yield (
             f"model.mod.keep is {model.mod.keep}; it is the share of the tokens that "

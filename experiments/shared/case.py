@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from uoe_jax.config import ExperimentConfig, config_hash
+from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError, nearest
 
 HERE = Path(__file__).parents[1]
@@ -111,10 +113,30 @@ def data_file(name: str) -> str:
     return str(path)
 
 
+# Parts of a model's config, and the kinds of layers that read them.
+_READERS = {
+    "union": {"union", "moh"},
+    "union_attention": {"union", "moh"},
+    "moe": {"moe"},
+    "moba": {"moba"},
+    "mod": {"mod"},
+}
+
+
 def program_key(config: ExperimentConfig) -> str:
-    """Return what identifies a model's programs: all but names, folders and rate."""
-    plain = dataclasses.replace(without_folders(config), name="")
-    return config_hash(change(plain, optim={"learning_rate": 1.0}))
+    """Return what identifies a model's programs: all but names, folders and rate.
+
+    And but what no layer reads: results stay valid when another kind's defaults change.
+    """
+    plain = change(without_folders(config), optim={"learning_rate": 1.0})
+    content = dataclasses.asdict(dataclasses.replace(plain, name=""))
+    model = config.model
+    kinds = {*model.attention, *model.mlp, *model.blocks}
+    for part, readers in _READERS.items():
+        if not readers & kinds:
+            del content["model"][part]
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def without_folders(config: ExperimentConfig) -> ExperimentConfig:

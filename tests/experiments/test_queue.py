@@ -117,6 +117,25 @@ def test_the_outlook_takes_other_seeds_as_a_measure(task):
     assert outlook([task]) == (5, 8, 6.0)
 
 
+@pytest.mark.parametrize(
+    ("part", "kinds"),
+    [
+        ("mod", {"blocks": ("all", "mod")}),
+        ("moba", {"attention": ("moba",)}),
+        ("moe", {"mlp": ("moe",)}),
+        ("union", {"mlp": ("dense", "union")}),
+        ("union", {"attention": ("moh",)}),
+        ("union_attention", {"attention": ("union",)}),
+    ],
+)
+def test_what_no_layer_reads_identifies_no_program(part, kinds):
+    new = {"mod": {"keep": 0.3}, "moba": {"block_size": 7}}.get(part, {"top_k": 1})
+    other = change(CONFIG, model={part: new})
+    assert program_key(CONFIG) == program_key(other)
+    reads = change(CONFIG, model=kinds)
+    assert program_key(reads) != program_key(change(other, model=kinds))
+
+
 def test_results_of_another_configuration_are_refused(task):
     job = open_jobs([task])[0][0]
     done(job)

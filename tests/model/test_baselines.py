@@ -2,19 +2,23 @@
 its written-out form."""
 
 import dataclasses
+import math
 
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
 from tiny_models import build, tiny, tokens_like
 
 from uoe_jax.config import MobaConfig, ModConfig, UnionConfig
 from uoe_jax.model import init_cache, update_router_bias
 from uoe_jax.model.block import Block
 from uoe_jax.model.context import make_context
-from uoe_jax.model.depth import DepthBlock, enter
+from uoe_jax.model.depth import DepthBlock, enter, exceeded_by
 from uoe_jax.model.moba import attend_blocks, pick_blocks
 from uoe_jax.model.rope import rotate
 from uoe_jax.model.shared_kv import MohAttention, SharedKvAttention
@@ -229,11 +233,52 @@ def test_a_depth_router_learns_and_its_bias_aims_at_keep():
     grads, aux = run(params)
     path = ("trunk", "blocks", 1, "router")
     assert np.abs(dict(nnx.to_flat_state(grads))[(*path, "weight")][...]).max() > 1e-6
-    load = aux["depth"]["load"]
-    assert load.shape == (1, 2)
+    assert aux["depth"]["load"].shape == (1, 2)
+    threshold = np.asarray(aux["depth"]["threshold"])
+    assert threshold.shape == (1,)
     new = dict(nnx.to_flat_state(update_router_bias(buffers, aux, config)))
-    error = np.sign(0.3 - np.asarray(load)[:, :1])
-    np.testing.assert_allclose(new[(*path, "bias")][...], 0.1 * error, rtol=1e-6)
+    np.testing.assert_allclose(
+        new[(*path, "bias")][...], -0.1 * threshold[:, None], rtol=1e-6
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    scores=arrays(np.float32, (3, 7), elements=st.floats(-9, 9, width=32), unique=True),
+    keep=st.floats(0.05, 0.95),
+    padding=st.integers(0, 6),
+)
+def test_so_many_tokens_exceed_the_threshold(scores, keep, padding):
+    segments = np.ones((3, 7), np.int32)
+    segments[:, 7 - padding :] = 0
+    context = make_context(tiny(), (3, 7), segments=jnp.asarray(segments))
+    threshold = exceeded_by(jnp.asarray(scores), keep, context)
+    valid = scores[segments != 0]
+    above = int(np.sum(valid > np.asarray(threshold)))
+    wanted = valid.size - math.floor((1 - keep) * valid.size)
+    assert above == pytest.approx(min(max(wanted, 1), valid.size - 1), abs=1)
+
+
+def test_a_depth_block_that_all_gates_leave_is_entered_again():
+    config = tiny(blocks=("all", "mod"), mod=ModConfig(keep=0.3))
+    graphdef, params, buffers = nnx.split(build(config), nnx.Param, ...)
+    flat = dict(nnx.to_flat_state(buffers))
+    path = ("trunk", "blocks", 1, "router", "bias")
+    flat[path] = flat[path].replace(flat[path][...] - 50)
+    buffers = nnx.from_flat_state(list(flat.items()))
+    tokens = tokens_like(config, 2, LENGTH, seed=1)
+
+    @jax.jit
+    def step(buffers):
+        _, aux = nnx.merge(graphdef, params, buffers)(tokens, train=True)
+        return update_router_bias(buffers, aux, config), aux["depth"]["load"][0, 0]
+
+    loads = []
+    for _ in range(60):
+        buffers, load = step(buffers)
+        loads.append(float(load))
+    assert loads[0] == 0
+    assert loads[-1] == pytest.approx(0.3, abs=1 / LENGTH)
 
 
 def test_caches_hold_what_the_kind_needs():

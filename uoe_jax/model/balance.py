@@ -15,7 +15,8 @@ from uoe_jax.config import ModConfig, ModelConfig, MoeConfig, UnionConfig
 
 # "attention", "mlp" and "depth", each only where some layer of it is routed. Each
 # holds, for the L routed layers in order: load [L, E], entropy [L], dropped [L],
-# balance_loss [L], z_loss [L], and choices [L, B, T, X] when they were asked for.
+# balance_loss [L], z_loss [L], of depth threshold [L], and choices [L, B, T, X] when
+# they were asked for.
 Aux = dict[str, dict[str, Array]]
 
 PARTS = ("attention", "mlp", "depth")
@@ -99,8 +100,8 @@ def update_router_bias(buffers: PyTree, aux: Aux, config: ModelConfig) -> PyTree
     """Return the model's `RouterBias` state moved against each expert's load error.
 
     Adds `rate * sign(1/E - load)` to each expert's bias, which only selection sees
-    (Wang et al. 2024, auxiliary-loss-free load balancing, algorithm 1). A mixture of
-    depths aims at its `keep` instead of 1/E.
+    (Wang et al. 2024, auxiliary-loss-free load balancing, algorithm 1). That of a
+    mixture of depths goes the `rate` of the way to where `keep` of the tokens enter.
     """
     flat, period = [], layer_period(config)
     for path, variable in nnx.to_flat_state(buffers):
@@ -111,8 +112,11 @@ def update_router_bias(buffers: PyTree, aux: Aux, config: ModelConfig) -> PyTree
         rows = [row for row, layer in enumerate(routers) if layer % period == stack]
         bias = variable[...]
         router: Any = routers[stack]
-        load = aux[part]["load"][np.array(rows), : bias.shape[-1]]
-        wanted = router.keep if part == "depth" else 1.0 / bias.shape[-1]
-        step = router.bias_update_rate * jnp.sign(wanted - load)
+        if part == "depth":
+            error = -aux[part]["threshold"][np.array(rows), None] - bias
+        else:
+            load = aux[part]["load"][np.array(rows), : bias.shape[-1]]
+            error = jnp.sign(1.0 / bias.shape[-1] - load)
+        step = router.bias_update_rate * error
         flat.append((path, variable.replace(bias + step.astype(bias.dtype))))
     return nnx.from_flat_state(flat)

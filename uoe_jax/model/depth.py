@@ -24,7 +24,8 @@ class DepthRouter(nnx.Module):
     """A token enters where its own score, balance bias included, is positive.
 
     Raposo et al. 2024 let the highest scores of the sequence in, which looks ahead;
-    here no decision does. The bias moves until `keep` of the tokens enter.
+    here no decision does. The bias follows the score that `keep` of a training batch's
+    tokens exceed, so gates that shrink all together can't close the block for good.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -58,14 +59,16 @@ class DepthRouter(nnx.Module):
         """Return the statistics every router has; experts are "block" and "around".
 
         dropped: share of the tokens that asked and found no room. z_loss: mean squared
-        score. balance_loss: 1, as the bias does the balancing.
+        score. balance_loss: 1, as the bias does the balancing. threshold: the score
+        that `keep` of the tokens exceed.
         """
-        prob = jax.nn.sigmoid(scores)
+        # Sums of positive terms: p log p of a saturated sigmoid would be NaN.
+        size = jnp.abs(scores)
         sums = {
             "asked": asked.astype(jnp.float32),
             "entered": entered.astype(jnp.float32),
             "z": jnp.square(scores),
-            "entropy": -(prob * jnp.log(prob) + (1 - prob) * jnp.log1p(-prob)),
+            "entropy": jax.nn.softplus(-size) + size * jax.nn.sigmoid(-size),
         }
         means = token_means(sums, context)
         lost = means["asked"] - means["entered"]
@@ -75,10 +78,34 @@ class DepthRouter(nnx.Module):
             "dropped": lost / jnp.maximum(means["asked"], 1e-9),
             "balance_loss": jnp.ones(()),
             "z_loss": means["z"],
+            "threshold": exceeded_by(scores, self.config.keep, context),
         }
         if context.collect_choices:
             stats["choices"] = jnp.where(entered, 0, 1)[..., None]
         return stats
+
+
+def exceeded_by(
+    scores: Float[Array, "B T"], share: float, context: Context
+) -> Float[Array, ""]:
+    """Return the score that a share of the tokens but padding exceed; 0: one token.
+
+    With an `axis_name` of all that mesh axis' tokens.
+    """
+    scores = jax.lax.stop_gradient(scores)
+    valid = jnp.ones(scores.shape, bool)
+    if context.segments is not None:
+        valid = context.segments != 0
+    own = jnp.where(valid, scores, jnp.inf).reshape(-1)
+    if (axes := context.axis_name) is not None:
+        # A sum, not a gather: the same on every device also to shard_map's checks.
+        all_ranks = jnp.zeros((jax.lax.axis_size(axes), own.size))
+        own = jax.lax.psum(all_ranks.at[jax.lax.axis_index(axes)].set(own), axes)
+    ordered = jnp.sort(own.reshape(-1))
+    count = jnp.sum(jnp.isfinite(ordered))
+    first = jnp.floor((1 - share) * count).astype(jnp.int32)  # of those that enter
+    first = jnp.clip(first, 1, jnp.maximum(count - 1, 1))
+    return jnp.where(count > 1, (ordered[first - 1] + ordered[first]) / 2, 0.0)
 
 
 class DepthBlock(Block):
