@@ -20,8 +20,8 @@ from uoe_jax.model.linear import PROJECTION, add_expert_bias, project, truncated
 from uoe_jax.model.router import PatchRouter, Routing, State, router_scores
 from uoe_jax.model.sharded import pack_local, share_experts, splits_tokens
 from uoe_jax.ops.grouped_matmul.api import gather_project
+from uoe_jax.ops.list_attention import list_attention
 from uoe_jax.ops.packing import Packing
-from uoe_jax.ops.tiled_attention import tiled_attention
 
 
 class SharedKvAttention(UnionAttention):
@@ -77,13 +77,15 @@ class SharedKvAttention(UnionAttention):
         keys, values = (lists(a).reshape(j, e * batch, length, h) for a in (k, v))
         span = document_span(k.shape[:2], context.segments, self.config.causal)
         first, last = (a.reshape(-1)[packing.token_ids] for a in span)
-
-        def attend(q: Array, k: Array, v: Array) -> Array:
-            return tiled_attention(
-                q, k, v, packing.segment_offsets, first, last, max_rows=length
-            )[0]
-
-        return jax.vmap(attend, (1, 0, 0), 1)(q, keys, values)
+        segments = packing.segment_offsets
+        # A bridge to kernels has no rule for vmap.
+        outs = [
+            list_attention(
+                q[:, n], keys[n], values[n], segments, first, last, max_rows=length
+            )
+            for n in range(j)
+        ]
+        return jnp.stack(outs, axis=1)
 
 
 class MohRouter(PatchRouter):

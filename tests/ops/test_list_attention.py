@@ -1,0 +1,95 @@
+"""Keys put before the queries of their segment: the same attention as to lists."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uoe_jax.errors import ConfigError
+from uoe_jax.ops import list_attention as op
+from uoe_jax.ops.list_attention import list_attention, merge
+
+ROWS, GROUPS, WIDTH, LISTS, KEYS = 24, 2, 4, 4, 6
+NUMBERS = {"max_rows": ROWS, "scale": 0.7}
+
+
+def any_bounds(q, k, v, offsets, *, causal, window, bounds, scale):
+    """Segment attention written out, where a row may see nothing, not even itself."""
+    assert not causal and window is None
+    row = jnp.arange(q.shape[0])
+    low, high = bounds
+    seen = (row[None] >= low[:, None]) & (row[None] <= high[:, None])
+    segment = jnp.searchsorted(offsets, row, side="right")
+    seen &= (segment[None] == segment[:, None]) & (row < offsets[-1])[:, None]
+    s = jnp.einsum("mgh,nh->mgn", q, k) * scale
+    p = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True)) * seen[:, None]
+    p = p / jnp.where(
+        jnp.any(seen, axis=1)[:, None, None], jnp.sum(p, -1)[..., None], 1
+    )
+    return jnp.einsum("mgn,nh->mgh", p, v)
+
+
+def draw_call(seed, dtype=jnp.float32, width=WIDTH):
+    """A call's arrays: empty segments, queries past the last, some that see nothing."""
+    draw = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(draw.normal(size=shape), dtype)
+    q = normal(ROWS, GROUPS, width)
+    k, v = normal(LISTS, KEYS, width), normal(LISTS, KEYS, width)
+    offsets = np.sort(draw.integers(0, ROWS + 1, LISTS + 1))
+    offsets[0] = 0
+    first, last = draw.integers(0, KEYS, ROWS), draw.integers(-1, KEYS, ROWS)
+    return q, k, v, *(jnp.asarray(a, jnp.int32) for a in (offsets, first, last))
+
+
+def value_and_gradients(run, call):
+    q, k, v, *rest = call
+    out, vjp = jax.vjp(lambda *qkv: run(*qkv, *rest, **NUMBERS), q, k, v)
+    return out, *vjp(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+
+
+both = jax.jit(
+    lambda call: [
+        value_and_gradients(run, call)
+        for run in (
+            lambda *a, **n: op._attend_merged(any_bounds, *a, **n),
+            op.BACKENDS["xla"],
+        )
+    ]
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_merged_rows_are_the_lists(seed):
+    got, wanted = both(draw_call(seed))
+    for mine, theirs in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_every_key_and_query_has_its_row(seed):
+    _, _, _, offsets, first, last = draw_call(seed)
+    merged = merge(offsets, first, last, KEYS)
+    keys, queries = (p.row_ids[:, 0] for p in (merged.keys, merged.queries))
+    both = np.concatenate([keys, queries])
+    np.testing.assert_array_equal(np.sort(both), np.arange(ROWS + LISTS * KEYS))
+    np.testing.assert_array_equal(merged.keys.token_ids[keys], np.arange(LISTS * KEYS))
+    np.testing.assert_array_equal(merged.queries.token_ids[queries], np.arange(ROWS))
+    assert np.all(np.asarray(merged.high)[keys] == -1)
+    inside = np.asarray(queries) < int(merged.offsets[-1])
+    np.testing.assert_array_equal(inside, np.arange(ROWS) < int(offsets[-1]))
+
+
+def test_a_wrong_call_is_told():
+    q, k, v, offsets, first, last = draw_call(0)
+    with pytest.raises(ConfigError, match="3 segments; give each segment one list"):
+        list_attention(q, k, v, offsets[1:], first, last, max_rows=ROWS)
+    with pytest.raises(ConfigError, match="it needs a Hopper GPU, not cpu.*use triton"):
+        list_attention(
+            *(q, k, v, offsets, first, last),
+            max_rows=ROWS,
+            implementation="mosaic_gpu",
+        )
