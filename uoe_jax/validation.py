@@ -322,8 +322,8 @@ def _sparse(model: ModelConfig) -> Iterator[str]:
         return
     if model.mod.bias_update_rate > 1:
         yield (
-            f"model.mod.bias_update_rate is {model.mod.bias_update_rate}; it is a share "
-            "of the way to the bias wanted, use 1 or less"
+            f"model.mod.bias_update_rate is {model.mod.bias_update_rate}; it is a "
+            "share of the way to the bias wanted, use 1 or less"
         )
     if not 0 < model.mod.keep < 1:
         yield (

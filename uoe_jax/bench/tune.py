@@ -30,6 +30,8 @@ PRODUCTS = (
     Tiles(128, 64, 256, 16, 8, 4),
     Tiles(256, 64, 128, 16, 8, 4),
     Tiles(128, 64, 128, 16, 4, 3),  # two programs a multiprocessor
+    Tiles(128, 64, 256, 8, 8, 3, in_turn=True),
+    Tiles(128, 64, 256, 8, 8, 4, in_turn=True),
 )
 WEIGHTS = (
     Tiles(32, 128, 256, 16, 8, 5),

@@ -266,7 +266,7 @@ def _check_images(dataset: ImageDataset) -> None:
     if (height, width, channels) != size:
         fix = f"set model.image_size {height} and model.image_channels {channels}"
         if height != width:
-            fix = "make the images square"
+            fix = "make the images square, [N, height, width, channels]"
         raise DataError(
             f"{dataset.info['source']} has images of {height}x{width}x{channels} but "
             f"the model takes {size[0]}x{size[1]}x{size[2]}; {fix}"

@@ -189,13 +189,21 @@ def _score_keys(model: ModelConfig, kind: str, length: float) -> float:
     if kind == "moh" or union.shared_kv:
         return union.keep * _mean_keys(length, causal)
     # Every token is in an always-on expert's set, and a balanced share in another's.
-    experts, shared = union.num_experts, union.num_shared
-    share = (union.top_k - shared) / (experts - shared)
-    keys = shared * _mean_keys(length, causal)
-    if share > 0:
-        routed = (experts - shared) * share
-        keys += routed * _mean_keys(length * share, causal)
-    return keys / experts
+    picks = union.top_k - union.num_shared
+    share = picks / _experts_in_use(union)
+    keys = union.num_shared * _mean_keys(length, causal)
+    keys += picks * _mean_keys(length * share, causal)
+    return keys / union.num_experts
+
+
+def _experts_in_use(union: UnionConfig) -> int:
+    """Return how many routed experts the tokens of one sample are spread over.
+
+    Selection gives them all the same ones. The segments of a causal model may differ;
+    their scores then cost less than is counted.
+    """
+    used = {"selection": union.top_k, "hierarchical": union.selected}
+    return used.get(union.router, union.num_experts) - union.num_shared
 
 
 def _block_keys(model: ModelConfig, length: int) -> float:
@@ -229,9 +237,10 @@ def _attention_flops(model: ModelConfig, kind: str, length: float) -> dict[str, 
 def flops_per_token(model: ModelConfig, seq_len: int | None = None) -> FlopCount:
     """Return one token's FLOPs in a sequence of `seq_len` tokens (or image patches).
 
-    Routed attention is counted at balanced load: every routed expert sees the same
-    share of the tokens. A mixture-of-depths block is counted for the `keep` of the
-    tokens that enter it, which see each other only.
+    Routed attention is counted at balanced load: every routed expert in use sees the
+    same share of a sample's tokens, all of them where samples select experts. A
+    mixture-of-depths block is counted for the `keep` of the tokens that enter it, which
+    see each other only.
     """
     length = num_tokens(model, seq_len)
     parts: dict[str, float] = defaultdict(float)

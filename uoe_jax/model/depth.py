@@ -16,7 +16,7 @@ from uoe_jax.model.balance_stats import Stats, token_means
 from uoe_jax.model.block import Block
 from uoe_jax.model.context import Context
 from uoe_jax.model.linear import truncated_normal
-from uoe_jax.model.router import RouterBias, gate_values, router_scores
+from uoe_jax.model.router import RouterBias, gate_values, room_of, router_scores
 from uoe_jax.ops.packing import Packing, combine_rows, gather_rows
 
 
@@ -135,7 +135,11 @@ class DepthBlock(Block):
         if context.segments is not None:
             asked = asked & (context.segments != 0)
         room = self.router.room(length) if context.train else length
-        inside = enter(asked, room)
+        limit: int | Array = room
+        if context.train:
+            share = self.router.config.capacity_factor * self.router.config.keep
+            limit = room_of(min(share, 1.0), length, context.segments)
+        inside = enter(asked, room, limit)
         take = lambda a: a.reshape(-1)[inside.packing.token_ids].reshape(batch, room)
         segments = None
         if context.segments is not None:
@@ -167,11 +171,16 @@ class Inside(NamedTuple):
     filled: Bool[Array, "B R"]
 
 
-def enter(asked: Bool[Array, "B T"], room: int) -> Inside:
-    """Return each sample's first `room` tokens that ask."""
+def enter(
+    asked: Bool[Array, "B T"], room: int, limit: int | Int[Array, " B"] | None = None
+) -> Inside:
+    """Return each sample's first `limit` tokens that ask, in `room` slots."""
     batch, length = asked.shape
     rank = jnp.cumsum(asked, axis=1, dtype=jnp.int32) - 1
-    entered = asked & (rank < room)
+    limit = room if limit is None else limit
+    if not isinstance(limit, int):
+        limit = jnp.minimum(limit, room)[:, None]
+    entered = asked & (rank < limit)
     index = jnp.arange(length, dtype=jnp.int32)[None]
     # Those that stay outside fill up the slots behind; nobody reads these.
     order = jnp.sort(jnp.where(entered, index, index + length), axis=1)[:, :room]

@@ -15,6 +15,7 @@ from uoe_jax.model.balance_stats import Stats, router_stats
 from uoe_jax.model.context import Context, patch_leaders
 from uoe_jax.model.linear import truncated_normal
 from uoe_jax.ops.packing import Packing, pack_choices
+from uoe_jax.ops.split_matmul import split_matmul
 
 State = dict[str, Array]
 
@@ -83,8 +84,8 @@ class Router(nnx.Module):
         """Return the routing with statistics, always-on experts and capacity."""
         kept = None
         if self.capacity_factor is not None and context.train:
-            share = self.top_k / scores.shape[-1]
-            room = math.ceil(self.capacity_factor * scores.shape[1] * share)
+            share = self.capacity_factor * self.top_k / scores.shape[-1]
+            room = room_of(share, scores.shape[1], context.segments)
             kept = within_capacity(picks, scores.shape[-1], room, context.segments)
         stats = router_stats(scores, decision, picks, context, kept)
         return self.finish(picks, gates, kept, stats, context.collect_choices)
@@ -124,7 +125,8 @@ class PatchRouter(Router):
     gates always come from a token's own scores. No choice looks ahead or at another
     sample. Without a capacity exactly B*T*X rows result: none dropped, none padded.
     With one, an expert of a training batch takes a sample's first
-    `capacity_factor * T * X/E` tokens and the others lose that pick.
+    `capacity_factor * T * X/E` tokens, of the T that aren't padding, and the others
+    lose that pick.
     """
 
     def __init__(
@@ -186,6 +188,8 @@ def router_scores(
     x: Float[Array, "*N D"], weight: Float[Array, "D E"]
 ) -> Float[Array, "*N E"]:
     """Return products in float32 or wider."""
+    if (x.dtype, weight.dtype) == (jnp.bfloat16, jnp.float32):
+        return split_matmul(x, weight)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return jnp.dot(x, weight, precision=jax.lax.Precision.HIGHEST)
 
@@ -227,10 +231,24 @@ def patch_scores(
     return jax.vmap(mean)(scores, leaders)
 
 
+def room_of(
+    share: float, length: int, segments: Int[Array, "B T"] | None
+) -> int | Int[Array, " B"]:
+    """Return the tokens there is room for: a share of each sample's, padding left out.
+
+    More padding then changes nothing.
+    """
+    if segments is None:
+        return math.ceil(share * length)
+    real = jnp.sum(segments != 0, axis=1)
+    # A product that should be whole may be a little more in float32.
+    return jnp.ceil(share * real - 1e-3).astype(jnp.int32)
+
+
 def within_capacity(
     picks: Int[Array, "B T X"],
     num_experts: int,
-    room: int,
+    room: int | Int[Array, " B"],
     segments: Int[Array, "B T"] | None,
 ) -> Bool[Array, "B T X"]:
     """Return which picks fit when each expert takes a sample's first `room` tokens.
@@ -242,5 +260,7 @@ def within_capacity(
     if segments is not None:
         one_hot = one_hot * (segments != 0).astype(jnp.int32)[..., None, None]
     taken = jnp.cumsum(jnp.sum(one_hot, axis=2), axis=1)[:, :, None]
+    if not isinstance(room, int):
+        room = room[:, None, None, None]
     fits = one_hot * (taken <= room).astype(jnp.int32)
     return jnp.sum(fits, axis=-1) > 0

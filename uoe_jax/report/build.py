@@ -14,7 +14,7 @@ from typing import Any
 from uoe_jax.report import curves, overlay, page, routers
 from uoe_jax.report.alarms import HEAVY, find_alarms
 from uoe_jax.report.overlay import Overlay
-from uoe_jax.report.read import BLOCKS, Run, flatten, read_runs
+from uoe_jax.report.read import BLOCKS, Run, experts_choose, flatten, read_runs
 from uoe_jax.report.style import LIGHT, THEMES, Theme, render
 from uoe_jax.report.table import si
 
@@ -106,18 +106,29 @@ def _routers(run: Run, example: Overlay | None) -> str:
     for name, pngs in pictures.items():
         if pngs:
             _save(run.path / "plots", name, pngs)
+            if name == "routing":
+                parts.append(page.paragraph(_about_routing(run, "image")))
             parts.append(page.picture(pngs, f"{run.name}: {name}"))
     if example is not None and example.tokens:
         draw_text = functools.partial(overlay.text_figure, example)
         _save(run.path / "plots", "routing", render(draw_text, [LIGHT]))
-        parts.append(
-            page.paragraph(
-                "Validation text, each token in the colour of the expert it scored "
-                "highest; hover over one for all it chose."
-            )
-        )
+        parts.append(page.paragraph(_about_routing(run, "text")))
         parts.append(overlay.text_html(example))
     return "".join(parts)
+
+
+def _about_routing(run: Run, what: str) -> str:
+    """Return what the colours of a text or an image mean."""
+    token = "token" if what == "text" else "patch"
+    means = f"Validation {what}, each {token} in the colour of the expert it scored "
+    means += "highest" if what == "text" else "highest, with its number"
+    if experts_choose(run.config.model):
+        # Nothing says which of them wanted it most: numbers are in order.
+        means += (
+            f"; where experts choose, of the first that took it, and a {token} that "
+            "none took is bare"
+        )
+    return means + ("; hover over one for all it chose." if what == "text" else ".")
 
 
 def _alarms(run: Run) -> str:

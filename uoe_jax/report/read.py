@@ -121,6 +121,16 @@ def num_shared(model: ModelConfig, block: str, layer: int) -> int:
     return 0 if router is None else router.num_shared
 
 
+def experts_choose(model: ModelConfig) -> bool:
+    """Return whether experts take tokens somewhere, not tokens experts."""
+    routers = (
+        _router(model, block, layer)
+        for block in BLOCKS
+        for layer in routed_layers(model, block)
+    )
+    return any(r is not None and r.router == "expert_choice" for r in routers)
+
+
 def _router(
     model: ModelConfig, block: str, layer: int
 ) -> UnionConfig | MoeConfig | None:

@@ -14,6 +14,7 @@ import pytest
 
 # kernel, inner, outer: sides that fill no tile, of runs of 64 and of 8 columns
 CASES = [("products", 64, 192), ("weight_grads", 72, 192), ("weight_grads", 192, 40)]
+CASES += [("products_in_turn", 192, 512)]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,14 @@ def loads(tmp_path_factory):
 def test_operands_are_copied_16_bytes_at_a_time(loads, case):
     found = loads[case]
     assert set(found["copied"]) == {"16"}
-    assert found["waited"] <= 3  # the offsets, or a tile's numbers
+    # The offsets, or a tile's numbers; those of the first before the loop, in turn.
+    assert found["waited"] <= (6 if CASES[case][0] == "products_in_turn" else 3)
+
+
+def test_tiles_in_turn_are_one_loop(loads):
+    """Two would wait for a tile's store before the next one's first rows are loaded."""
+    assert loads[-1]["loops"] == 1
+    assert loads[-1]["last copy"] < loads[-1]["store"]
 
 
 def compiled_loads(kernel, inner, outer):
@@ -64,24 +72,34 @@ def compiled_loads(kernel, inner, outer):
         made = compiler.compile(
             source, target=GPUTarget("cuda", 90, 32), options=options
         )
-        texts.append(made.asm["ptx"])
+        texts.append((made.asm["ptx"], made.asm["ttgir"]))
         return jnp.zeros(*out_shape)
 
     shape = jax.ShapeDtypeStruct
     x, offsets = shape((512, inner), jnp.bfloat16), shape((5,), jnp.int32)
     with mock.patch.object(_triton, "launch", launch), _triton.interpreted(launch):
-        if kernel == "products":
+        if kernel != "weight_grads":
             w = shape((4, inner, outer), x.dtype)
-            call = lambda x, w, o: triton.products(x, w, o, None, transpose=False)
+            tiles = triton.Tiles(128, 64, 256, 8, 8, 3, in_turn=True)
+            tiles = tiles if kernel == "products_in_turn" else None
+            call = lambda x, w, o: triton.products(
+                x, w, o, None, transpose=False, tiles=tiles
+            )
             jax.eval_shape(call, x, w, offsets)
         else:
             grad = shape((512, outer), x.dtype)
             call = lambda x, g, o: triton.weight_grads(x, g, o, None, None)
             jax.eval_shape(call, x, grad, offsets)
-    (text,) = texts
+    ((text, earlier),) = texts
     copies = re.findall(r"cp\.async\.\w+\.shared\.global.*\], (\w+)", text)
     copied = collections.Counter(str(int(size, 0)) for size in copies)
-    return {"copied": copied, "waited": len(re.findall(r"ld\.global", text))}
+    return {
+        "copied": copied,
+        "waited": len(re.findall(r"ld\.global", text)),
+        "loops": earlier.count("scf.for"),
+        "last copy": earlier.rfind("async_copy_global"),
+        "store": earlier.find("tt.store"),
+    }
 
 
 if __name__ == "__main__":

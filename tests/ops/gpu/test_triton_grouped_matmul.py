@@ -5,6 +5,7 @@ import triton_on_cpu  # before anything that imports triton
 # isort: split
 import contextlib
 import threading
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -61,10 +62,18 @@ def value_and_grads(fun, *args):
 cuts = st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS).map(sorted)
 
 
+@pytest.mark.parametrize("in_turn", [False, True])
 @settings(deadline=None, max_examples=3)
-@given(cuts, st.integers(0, 2**32 - 1))
-@example([0, 17, 33], 0)  # an empty group, two that end inside tiles, rows of none
-def test_value_and_gradients_match_float64(cuts, seed):
+@given(cuts=cuts, seed=st.integers(0, 2**32 - 1))
+# An empty group, two that end inside tiles, rows of none.
+@example(cuts=[0, 17, 33], seed=0)
+def test_value_and_gradients_match_float64(in_turn, cuts, seed):
+    tile = TILE._replace(in_turn=in_turn)
+    with mock.patch.object(triton, "choose_tiles", lambda op, shape: tile):
+        check_value_and_gradients(cuts, seed)
+
+
+def check_value_and_gradients(cuts, seed):
     rng = np.random.default_rng(seed)
     x, w, grad = draw(rng, (ROWS, INS), (GROUPS, INS, OUTS), (ROWS, OUTS))
     offsets = [0, *cuts]

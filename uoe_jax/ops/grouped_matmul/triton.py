@@ -37,6 +37,7 @@ class Tiles(NamedTuple):
     band: int  # tiles down before the next column
     num_warps: int
     num_stages: int
+    in_turn: bool = False  # of products: a program a multiprocessor, tile after tile
 
 
 def grouped_matmul(
@@ -126,14 +127,19 @@ def products(
     tile_map = map_tiles(offsets, num_rows, tiles.rows)
     from uoe_jax.ops.grouped_matmul import triton_kernels
 
+    kernel, turns = triton_kernels.products, {}
+    grid = tile_map.shape[1] * -(-outer // tiles.outer)
+    if tiles.in_turn:
+        kernel, grid = triton_kernels.products_in_turn, min(grid, _triton.cores())
+        turns = {"PROGRAMS": grid}
     return _triton.launch(
-        triton_kernels.products,
+        kernel,
         x,
         w,
         tile_map,
         offsets if ids is None else ids,
         out_shape=((num_rows, outer), x.dtype),
-        grid=tile_map.shape[1] * -(-outer // tiles.outer),
+        grid=grid,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         TILES=tile_map.shape[1],
@@ -147,6 +153,7 @@ def products(
         OUTER=tiles.outer,
         BAND=tiles.band,
         PRECISION=_precision(x.dtype),
+        **turns,
     )
 
 

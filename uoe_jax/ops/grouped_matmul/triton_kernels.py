@@ -37,6 +37,89 @@ def wrapped(place, SIDE: tl.constexpr, TILE: tl.constexpr):
 
 @jit
 @no_type_check
+def operands(
+    x,
+    w,
+    ids,
+    group,
+    first,
+    stop,
+    column,
+    I: tl.constexpr,
+    O: tl.constexpr,
+    GATHER: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+):
+    """Where the first INNER columns of a tile's rows lie, and its part of the weight.
+
+    Rows past the group are computed as its first and not stored: no mask in the loop.
+    """
+    row = first + tl.arange(0, ROWS)
+    source = tl.where(row < stop, row, first)
+    if GATHER:
+        source = tl.load(ids + source)
+    at = column * OUTER + tl.arange(0, OUTER)
+    if O % OUTER:
+        at = wrapped(at, O, OUTER)
+    i = tl.arange(0, INNER)
+    x_at = x + source.to(tl.int64)[:, None] * I + i[None, :]
+    w_at = w + group.to(tl.int64) * (I * O)
+    if TRANSPOSE:
+        w_at += at[None, :] * I + i[:, None]
+    else:
+        w_at += i[:, None] * O + at[None, :]
+    return x_at, w_at
+
+
+@jit
+@no_type_check
+def add_product(
+    total,
+    x_at,
+    w_at,
+    left,
+    I: tl.constexpr,
+    INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total + rows @ weight over INNER columns, of which `left` are there."""
+    if I % INNER:
+        i = tl.arange(0, INNER)
+        a = tl.load(x_at, mask=i[None, :] < left, other=0)
+        b = tl.load(w_at, mask=i[:, None] < left, other=0)
+    else:
+        a = tl.load(x_at)
+        b = tl.load(w_at)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@jit
+@no_type_check
+def store_tile(
+    out,
+    total,
+    first,
+    stop,
+    column,
+    O: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTER: tl.constexpr,
+):
+    """Store a tile's rows that are of its group."""
+    row = first + tl.arange(0, ROWS)
+    o = column * OUTER + tl.arange(0, OUTER)
+    at = out + row.to(tl.int64)[:, None] * O + o[None, :]
+    inside = (row < stop)[:, None]
+    if O % OUTER:
+        inside = inside & (o < O)[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+@no_type_check
 def products(
     x,
     w,
@@ -65,41 +148,65 @@ def products(
     stop = tl.load(tile_map + 2 * TILES + tile)
     if group > E:
         return
-    row = first + tl.arange(0, ROWS)
-    # Rows past the group are computed as its first and not stored: no mask in the loop.
-    source = tl.where(row < stop, row, first)
-    if GATHER:
-        source = tl.load(ids + source)
-    o = column * OUTER + tl.arange(0, OUTER)
-    at = o
-    if O % OUTER:
-        at = wrapped(o, O, OUTER)
-    i = tl.arange(0, INNER)
-    x_at = x + source.to(tl.int64)[:, None] * I + i[None, :]
-    w_at = w + group.to(tl.int64) * (I * O)
-    if TRANSPOSE:
-        w_at += at[None, :] * I + i[:, None]
-        step: tl.constexpr = INNER
-    else:
-        w_at += i[:, None] * O + at[None, :]
-        step: tl.constexpr = INNER * O
+    x_at, w_at = operands(
+        x, w, ids, group, first, stop, column, I, O, GATHER, TRANSPOSE, ROWS, INNER,
+        OUTER,
+    )  # fmt: skip
     total = tl.zeros((ROWS, OUTER), tl.float32)
     # The group past the last has no weight.
     for left in range(tl.where(group < E, I, 0), 0, -INNER):
-        if I % INNER:
-            a = tl.load(x_at, mask=i[None, :] < left, other=0)
-            b = tl.load(w_at, mask=i[:, None] < left, other=0)
-        else:
-            a = tl.load(x_at)
-            b = tl.load(w_at)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+        total = add_product(total, x_at, w_at, left, I, INNER, PRECISION)
         x_at += INNER
-        w_at += step
-    out_at = out + row.to(tl.int64)[:, None] * O + o[None, :]
-    inside = (row < stop)[:, None]
-    if O % OUTER:
-        inside = inside & (o < O)[None, :]
-    tl.store(out_at, total.to(out.dtype.element_ty), mask=inside)
+        w_at += INNER if TRANSPOSE else INNER * O
+    store_tile(out, total, first, stop, column, O, ROWS, OUTER)
+
+
+@jit
+@no_type_check
+def products_in_turn(
+    x,
+    w,
+    tile_map,
+    ids,
+    out,
+    TILES: tl.constexpr,
+    I: tl.constexpr,
+    O: tl.constexpr,
+    E: tl.constexpr,
+    GATHER: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    BAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """As `products`, but each of PROGRAMS makes every PROGRAMS-th tile.
+
+    Both loops are one to the compiler, so that the next tile's first rows are on their
+    way while a tile is stored: of shallow products that is much of the time.
+    """
+    columns: tl.constexpr = (O + OUTER - 1) // OUTER
+    turns: tl.constexpr = (I + INNER - 1) // INNER
+    for place in tl.range(tl.program_id(0), TILES * columns, PROGRAMS, flatten=True):
+        tile, column = swizzle(place, TILES, columns, BAND)
+        group = tl.load(tile_map + tile)
+        first = tl.load(tile_map + TILES + tile)
+        stop = tl.load(tile_map + 2 * TILES + tile)
+        # Tiles that aren't there are made as well, from what is: nothing is stored.
+        x_at, w_at = operands(
+            x, w, ids, min(group, E - 1), min(first, stop - 1), stop, column, I, O,
+            GATHER, TRANSPOSE, ROWS, INNER, OUTER,
+        )  # fmt: skip
+        total = tl.zeros((ROWS, OUTER), tl.float32)
+        for turn in range(turns):
+            left = I - turn * INNER
+            total = add_product(total, x_at, w_at, left, I, INNER, PRECISION)
+            x_at += INNER
+            w_at += INNER if TRANSPOSE else INNER * O
+        total = tl.where(group < E, total, 0)  # the group past the last has no weight
+        store_tile(out, total, first, stop, column, O, ROWS, OUTER)
 
 
 @jit
