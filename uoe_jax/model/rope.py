@@ -38,6 +38,8 @@ def _rotate_fwd(x: Array, positions: Array, theta: float) -> tuple[Array, Array]
 
 
 def _rotate_bwd(theta: float, positions: Array, grad: Array) -> tuple[Array, None]:
+    # Else XLA finds these angles' sines in the forward pass and keeps them until here.
+    positions, grad = jax.lax.optimization_barrier((positions, grad))
     return _rotate(grad, -positions, theta), None
 
 
