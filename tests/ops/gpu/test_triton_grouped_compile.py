@@ -14,7 +14,11 @@ import pytest
 
 # kernel, inner, outer: sides that fill no tile, of runs of 64 and of 8 columns
 CASES = [("products", 64, 192), ("weight_grads", 72, 192), ("weight_grads", 192, 40)]
-CASES += [("products_in_turn", 192, 512)]
+CASES += [("ids ahead", 128, 256), ("products_in_turn", 192, 512)]
+
+# Loads of a thread that aren't copies: the offsets or a tile's numbers, of the first
+# tile once more before the loop; four ids for each stage filled before it, and in it.
+WAITED = {"products_in_turn": 6, "ids ahead": 2 + 5 * 4}
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +38,20 @@ def loads(tmp_path_factory):
 def test_operands_are_copied_16_bytes_at_a_time(loads, case):
     found = loads[case]
     assert set(found["copied"]) == {"16"}
-    # The offsets, or a tile's numbers; those of the first before the loop, in turn.
-    assert found["waited"] <= (6 if CASES[case][0] == "products_in_turn" else 3)
+    assert found["waited"] <= WAITED.get(CASES[case][0], 3)
 
 
 def test_tiles_in_turn_are_one_loop(loads):
     """Two would wait for a tile's store before the next one's first rows are loaded."""
     assert loads[-1]["loops"] == 1
     assert loads[-1]["last copy"] < loads[-1]["store"]
+
+
+def test_ids_read_ahead_leave_all_stages_to_rows(loads):
+    """Read in the same step they take half of the stages: two of four hold rows."""
+    assert (
+        loads[-2]["copies"] == 2 * 4
+    )  # of two operands: three before the loop, one in
 
 
 def compiled_loads(kernel, inner, outer):
@@ -78,7 +88,7 @@ def compiled_loads(kernel, inner, outer):
     shape = jax.ShapeDtypeStruct
     x, offsets = shape((512, inner), jnp.bfloat16), shape((5,), jnp.int32)
     with mock.patch.object(_triton, "launch", launch), _triton.interpreted(launch):
-        if kernel != "weight_grads":
+        if kernel.startswith("products"):
             w = shape((4, inner, outer), x.dtype)
             tiles = triton.Tiles(128, 64, 256, 8, 8, 3, in_turn=True)
             tiles = tiles if kernel == "products_in_turn" else None
@@ -88,7 +98,9 @@ def compiled_loads(kernel, inner, outer):
             jax.eval_shape(call, x, w, offsets)
         else:
             grad = shape((512, outer), x.dtype)
-            call = lambda x, g, o: triton.weight_grads(x, g, o, None, None)
+            tiles = triton.Tiles(64, 128, 256, 8, 8, 4, ahead=True)
+            tiles, ids = (tiles, offsets) if kernel == "ids ahead" else (None, None)
+            call = lambda x, g, o: triton.weight_grads(x, g, o, ids, None, tiles)
             jax.eval_shape(call, x, grad, offsets)
     ((text, earlier),) = texts
     copies = re.findall(r"cp\.async\.\w+\.shared\.global.*\], (\w+)", text)
@@ -96,6 +108,7 @@ def compiled_loads(kernel, inner, outer):
     return {
         "copied": copied,
         "waited": len(re.findall(r"ld\.global", text)),
+        "copies": earlier.count("async_copy_global"),
         "loops": earlier.count("scf.for"),
         "last copy": earlier.rfind("async_copy_global"),
         "store": earlier.find("tt.store"),

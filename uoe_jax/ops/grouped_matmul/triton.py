@@ -38,6 +38,7 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     in_turn: bool = False  # of products: a program a multiprocessor, tile after tile
+    ahead: bool = False  # of weight gradients: ids are read a step before their rows
 
 
 def grouped_matmul(
@@ -203,6 +204,7 @@ def weight_grads(
         OUTER=tiles.outer,
         BAND=tiles.band,
         SPLITS=splits,
+        AHEAD=tiles.ahead,
         PRECISION=_precision(x.dtype),
     )
     return out[:, 0] if splits == 1 else jnp.sum(out, axis=1).astype(x.dtype)

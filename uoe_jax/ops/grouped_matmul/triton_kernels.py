@@ -189,15 +189,18 @@ def products_in_turn(
     """
     columns: tl.constexpr = (O + OUTER - 1) // OUTER
     turns: tl.constexpr = (I + INNER - 1) // INNER
-    for place in tl.range(tl.program_id(0), TILES * columns, PROGRAMS, flatten=True):
+    program = tl.program_id(0)
+    rounds = (TILES * columns - program + PROGRAMS - 1) // PROGRAMS
+    for number in tl.range(0, rounds, flatten=True):
+        place = program + number * PROGRAMS
         tile, column = swizzle(place, TILES, columns, BAND)
         group = tl.load(tile_map + tile)
         first = tl.load(tile_map + TILES + tile)
         stop = tl.load(tile_map + 2 * TILES + tile)
         # Tiles that aren't there are made as well, from what is: nothing is stored.
         x_at, w_at = operands(
-            x, w, ids, min(group, E - 1), min(first, stop - 1), stop, column, I, O,
-            GATHER, TRANSPOSE, ROWS, INNER, OUTER,
+            x, w, ids, tl.minimum(group, E - 1), tl.minimum(first, stop - 1), stop,
+            column, I, O, GATHER, TRANSPOSE, ROWS, INNER, OUTER,
         )  # fmt: skip
         total = tl.zeros((ROWS, OUTER), tl.float32)
         for turn in range(turns):
@@ -207,6 +210,16 @@ def products_in_turn(
             w_at += INNER if TRANSPOSE else INNER * O
         total = tl.where(group < E, total, 0)  # the group past the last has no weight
         store_tile(out, total, first, stop, column, O, ROWS, OUTER)
+
+
+@jit
+@no_type_check
+def named_rows(ids, first, stop, GATHER: tl.constexpr, ROWS: tl.constexpr):
+    """The rows that ROWS places name, or their own numbers; 0 past the end."""
+    row = first + tl.arange(0, ROWS)
+    if GATHER:
+        return tl.load(ids + row, mask=row < stop, other=0)
+    return row
 
 
 @jit
@@ -227,12 +240,14 @@ def weight_grads(
     OUTER: tl.constexpr,
     BAND: tl.constexpr,
     SPLITS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out[e, s] = sum over the rows m of group e's share s of x[x_ids[m]] (outer) grad.
 
     The SPLITS shares of a group are runs of its rows, of equal steps; the last ones may
-    be short or empty.
+    be short or empty. AHEAD: ids are read a step before their rows are asked for, so
+    that all stages hold rows and none waits for ids.
     """
     high: tl.constexpr = (I + INNER - 1) // INNER
     wide: tl.constexpr = (O + OUTER - 1) // OUTER
@@ -253,16 +268,18 @@ def weight_grads(
         start += share % SPLITS * steps * ROWS
         stop = min(stop, start + steps * ROWS)
     total = tl.zeros((INNER, OUTER), tl.float32)
+    x_row = named_rows(x_ids, start, stop, GATHER_X, ROWS)
+    grad_row = named_rows(grad_ids, start, stop, GATHER_GRAD, ROWS)
     for first in range(start, stop, ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = row < stop
-        x_row, grad_row = row, row
-        if GATHER_X:
-            x_row = tl.load(x_ids + row, mask=inside, other=0)
-        if GATHER_GRAD:
-            grad_row = tl.load(grad_ids + row, mask=inside, other=0)
+        inside = first + tl.arange(0, ROWS) < stop
+        if not AHEAD:
+            x_row = named_rows(x_ids, first, stop, GATHER_X, ROWS)
+            grad_row = named_rows(grad_ids, first, stop, GATHER_GRAD, ROWS)
         x_at = x + x_row.to(tl.int64)[:, None] * I + i_at[None, :]
         grad_at = grad + grad_row.to(tl.int64)[:, None] * O + o_at[None, :]
+        if AHEAD:
+            x_row = named_rows(x_ids, first + ROWS, stop, GATHER_X, ROWS)
+            grad_row = named_rows(grad_ids, first + ROWS, stop, GATHER_GRAD, ROWS)
         a = tl.load(x_at, mask=inside[:, None], other=0)
         b = tl.load(grad_at, mask=inside[:, None], other=0)
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
