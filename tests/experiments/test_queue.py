@@ -154,7 +154,7 @@ def test_results_of_another_configuration_are_refused(task):
 
 def test_every_model_of_every_experiment_is_valid(monkeypatch, tmp_path):
     monkeypatch.setenv("UOE_DATA_DIR", str(tmp_path))
-    for name in ("001", "002", "003", "004"):
+    for name in ("001", "002", "003", "004", "008"):
         study = load(find_experiment(name)).study(True)
         for one in study.cases:
             validate(one.config)
