@@ -46,7 +46,8 @@ class UnionConfig:
     segment_size: int = 64  # selection: tokens between two decisions of a causal model
     selected: int = 0  # hierarchical: experts a segment keeps for its tokens' top_k
     shared_kv: bool = False  # attention: route queries, keys and values of all tokens
-    capacity_factor: float | None = None  # training: rows an expert takes, over T*X/E
+    # Training: rows an expert takes, over T*X/E; documents packed in a row share them.
+    capacity_factor: float | None = None
     gate: Gate = "sigmoid"
     balance_loss: float = 0.01  # weight of the Switch load-balance loss
     router_z_loss: float = 0.001
@@ -99,7 +100,8 @@ class ModConfig:
     """
 
     keep: float = 0.5  # share of tokens the balance aims at
-    capacity_factor: float = 1.25  # room of a training batch, over keep * T
+    # Room of a training sample over keep * T; documents packed in a row share it.
+    capacity_factor: float = 1.25
     # Of the way to the bias at which `keep` of a batch's tokens enter, each step.
     bias_update_rate: float = 0.2
     router_z_loss: float = 0.0
@@ -117,7 +119,8 @@ class MoeConfig:
     # normalised over the chosen (DeepSeek-V3).
     gate: MoeGate = "softmax"
     num_shared: int = 0  # always-on experts, counted in num_experts and in top_k
-    capacity_factor: float | None = None  # training: rows an expert takes, over T*X/E
+    # Training: rows an expert takes, over T*X/E; documents packed in a row share them.
+    capacity_factor: float | None = None
     d_expert: int | None = None  # None: d_ff / top_k, so active FLOPs equal dense's
     balance_loss: float = 0.01
     router_z_loss: float = 0.001

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import list_attention as op
@@ -93,3 +95,27 @@ def test_a_wrong_call_is_told():
             max_rows=ROWS,
             implementation="mosaic_gpu",
         )
+
+
+def test_merged_rows_in_shard_map_are_one_devices():
+    """Offsets and bounds differ between devices, constants don't: types must agree."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    calls = [draw_call(seed) for seed in range(8)]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *calls)
+
+    def run(call):
+        got = op._attend_merged(any_bounds, *call, **NUMBERS)
+        return jnp.sum(got**2)
+
+    def local(call):
+        return jax.lax.psum(run(jax.tree.map(lambda a: a[0], call)), "data")
+
+    def total(qkv, rest):
+        whole = jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P())
+        return whole((*qkv, *rest))
+
+    grads = jax.jit(jax.grad(total))(stacked[:3], stacked[3:])
+    alone = jax.jit(jax.grad(lambda qkv, rest: run((*qkv, *rest))))
+    wanted = [alone(call[:3], call[3:]) for call in calls]
+    for got, want in zip(grads, zip(*wanted, strict=True), strict=True):
+        np.testing.assert_allclose(got, jnp.stack(want), atol=1e-5)
