@@ -2,7 +2,7 @@
 SHELL := /bin/sh
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+INSTALL := sh .ci/install
 NEXT := $(VENV)/jax-next
 # The TPU compiler lies beside the packages: among them, jax would look for TPUs first.
 LIBTPU := $(VENV)/libtpu
@@ -11,6 +11,9 @@ LIBTPU := $(VENV)/libtpu
 REDUCED := tests/test_config.py tests/test_validation.py tests/hardware tests/ops \
   tests/model/test_transformer.py tests/test_generate.py tests/train/test_step.py \
   --ignore=tests/ops/gpu --ignore=tests/ops/tpu
+# Of tests in several forms one, and not what only our own code decides.
+REDUCED += -k "not (test_all_experts_with_unit_gates and gelu) and not test_the_diagnosis \
+  and not test_classifiers_learn and not test_the_same_key_gives and not test_memory_grows"
 PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -q -n 2 --dist worksteal
 
 .PHONY: help venv demo test lint aot notebooks clean
@@ -25,24 +28,24 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@python=$$(sh .ci/find-python) && \
 	  echo "Making $(VENV) with $$python (once, about a minute) ..." && \
 	  { [ -x $(PY) ] || "$$python" -m venv $(VENV); }
-	@$(PIP) --editable .
+	@$(INSTALL) --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
 	@echo "Installing the test tools into $(VENV) ..."
-	@$(PIP) --editable '.[dev]'
+	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 $(NEXT)/.done: constraints-next.txt $(VENV)/.dev
 	@echo "Installing the newer jax beside it ..."
 	@rm -rf $(NEXT)
-	@$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(NEXT) --requirement constraints-next.txt
+	@$(INSTALL) --no-deps --target $(NEXT) --requirement constraints-next.txt
 	@touch $@
 
 $(LIBTPU)/.done: constraints-tpu.txt $(VENV)/.dev
 	@echo "Installing the TPU compiler beside it ..."
 	@rm -rf $(LIBTPU)
-	@$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(LIBTPU) --requirement constraints-tpu.txt
+	@$(INSTALL) --no-deps --target $(LIBTPU) --requirement constraints-tpu.txt
 	@touch $@
 
 venv: $(VENV)/.base

@@ -1,6 +1,7 @@
 """Eight simulated CPU devices, checked annotations, pytree-mode NNX for every test."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -15,6 +16,11 @@ os.environ.setdefault(
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
     "--xla_cpu_parallel_codegen_split_count=1",
 )
+# Where in the code an operation comes from is written while lowering, and not read here.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# Traced programs are millions of objects that live on; looking through all of them for
+# garbage as often as Python does took a twentieth of the time.
+gc.set_threshold(20_000, 20, 100)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # A program is compiled once for all workers and the processes that tests start:
     # they inherit the variable.

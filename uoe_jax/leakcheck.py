@@ -114,17 +114,21 @@ def check_gradient(
     tolerance: float,
 ) -> Finding:
     """Differentiate the logits at each t by the embeddings; none after t may count."""
-    logits, pullback = jax.vjp(logits_of, x)
-    weights = jax.random.normal(key, logits.shape, logits.dtype)
     index = jnp.arange(x.shape[1])
 
-    def largest_after(t: Array) -> Array:
-        seed = jnp.where((index == t)[None, :, None], weights, 0)
-        (grad,) = pullback(seed)
-        after = jnp.where((index > t)[None, :, None], jnp.abs(grad), 0)
-        return jnp.max(after)
+    @jax.jit
+    def largest_after(x: Array) -> Array:
+        logits, pullback = jax.vjp(logits_of, x)
+        weights = jax.random.normal(key, logits.shape, logits.dtype)
 
-    largest = np.asarray(jax.lax.map(largest_after, index))
+        def of_position(t: Array) -> Array:
+            (grad,) = pullback(jnp.where((index == t)[None, :, None], weights, 0))
+            after = jnp.where((index > t)[None, :, None], jnp.abs(grad), 0)
+            return jnp.max(after)
+
+        return jax.lax.map(of_position, index)
+
+    largest = np.asarray(largest_after(x))
     worst = float(largest.max())
     passed = worst <= tolerance
     moved = "nothing" if passed else f"gradient of logits at {int(largest.argmax())}"
