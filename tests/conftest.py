@@ -16,7 +16,7 @@ os.environ.setdefault(
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
     "--xla_cpu_parallel_codegen_split_count=1",
 )
-# Where in the code an operation comes from takes time to write down and is read by none.
+# Writing down where in the code an operation comes from takes time; nobody reads it.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Traced programs are millions of objects that live on; looking through all of them for
 # garbage as often as Python does took a twentieth of the time.
