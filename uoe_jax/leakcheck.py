@@ -128,7 +128,7 @@ def check_gradient(
 
         return jax.lax.map(of_position, index)
 
-    largest = np.asarray(largest_after(x))
+    largest = np.asarray(largest_after(x), np.float32)
     worst = float(largest.max())
     passed = worst <= tolerance
     moved = "nothing" if passed else f"gradient of logits at {int(largest.argmax())}"

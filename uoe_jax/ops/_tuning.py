@@ -63,7 +63,7 @@ def prefer(op: str, names: Sequence[str], shape: Mapping[str, Any]) -> tuple[str
     return (*first, *(name for name in names if name not in first))
 
 
-def tiles(op: str, shape: Mapping[str, Any]) -> dict[str, int] | None:
+def tiles(op: str, shape: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the tile that measured fastest near this shape, or None."""
     found = nearest(load().get("tiles", {}).get(op, ()), shape)
     return None if found is None else found["tile"]
