@@ -97,6 +97,8 @@ def program(out: Path, tiny: bool) -> str:
             found["decompose"] = {
                 k: v for k, v in made.items() if not isinstance(v, dict)
             }
+            # Results may be read elsewhere, where `out` lies in another folder.
+            found["decompose"]["run"] = (runs / "dense").relative_to(out).as_posix()
             found["before"] = _losses(folder)
             _write(out, results)
             print(f"{name}: {found}", flush=True)

@@ -2,6 +2,7 @@
 its written-out form."""
 
 import dataclasses
+import functools
 import math
 
 import hypothesis.strategies as st
@@ -12,6 +13,8 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from tiny_models import build, tiny, tokens_like
 
 from uoe_jax.config import MobaConfig, ModConfig, UnionConfig
@@ -257,6 +260,22 @@ def test_so_many_tokens_exceed_the_threshold(scores, keep, padding):
     above = int(np.sum(valid > np.asarray(threshold)))
     wanted = valid.size - math.floor((1 - keep) * valid.size)
     assert above == pytest.approx(min(max(wanted, 1), valid.size - 1), abs=1)
+
+
+def test_the_threshold_is_that_of_all_devices_tokens():
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    draw = np.random.default_rng(0)
+    scores = jnp.asarray(draw.normal(size=(8, 6)), jnp.float32)
+    segments = jnp.asarray(draw.integers(0, 3, (8, 6)), jnp.int32)  # 0: padding
+
+    def threshold(scores, segments, axes=None):
+        context = make_context(tiny(), scores.shape, segments=segments)
+        return exceeded_by(scores, 0.3, context._replace(axis_name=axes))
+
+    for axes in (("data", "fsdp"), ("data",)):
+        local = functools.partial(threshold, axes=axes)
+        whole = jax.shard_map(local, mesh=mesh, in_specs=P(axes), out_specs=P())
+        assert jax.jit(whole)(scores, segments) == threshold(scores, segments)
 
 
 def test_a_depth_block_that_all_gates_leave_is_entered_again():

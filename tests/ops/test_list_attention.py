@@ -34,14 +34,15 @@ def any_bounds(q, k, v, offsets, *, causal, window, bounds, scale):
 
 
 def draw_call(seed, dtype=jnp.float32, width=WIDTH):
-    """A call's arrays: empty segments, queries past the last, some that see nothing."""
+    """A call's arrays: empty segments, queries past the last, bounds past the lists,
+    some that see nothing."""
     draw = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(draw.normal(size=shape), dtype)
     q = normal(ROWS, GROUPS, width)
     k, v = normal(LISTS, KEYS, width), normal(LISTS, KEYS, width)
     offsets = np.sort(draw.integers(0, ROWS + 1, LISTS + 1))
     offsets[0] = 0
-    first, last = draw.integers(0, KEYS, ROWS), draw.integers(-1, KEYS, ROWS)
+    first, last = draw.integers(-2, KEYS + 2, (2, ROWS))
     return q, k, v, *(jnp.asarray(a, jnp.int32) for a in (offsets, first, last))
 
 

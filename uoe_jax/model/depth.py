@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from uoe_jax.model.balance_stats import Stats, token_means
 from uoe_jax.model.block import Block
 from uoe_jax.model.context import Context
 from uoe_jax.model.linear import truncated_normal
-from uoe_jax.model.router import RouterBias, gate_values, room_of, router_scores
+from uoe_jax.model.router import RouterBias, gate_values, room_of, rooms, router_scores
 from uoe_jax.ops.packing import Packing, combine_rows, gather_rows
 
 
@@ -43,11 +42,10 @@ class DepthRouter(nnx.Module):
         bias = self.bias[...].reshape((1,) * scores.ndim)
         return scores, jax.lax.stop_gradient(scores) + bias > 0
 
-    def room(self, length: int) -> int:
-        """Return how many tokens of a training sample there is room for."""
-        return min(
-            length, math.ceil(self.config.capacity_factor * self.config.keep * length)
-        )
+    @property
+    def share(self) -> float:
+        """Share of a training sample's tokens that there is room for."""
+        return min(self.config.capacity_factor * self.config.keep, 1.0)
 
     def stats(
         self,
@@ -134,11 +132,11 @@ class DepthBlock(Block):
         scores, asked = self.router(self.attention_norm(x))
         if context.segments is not None:
             asked = asked & (context.segments != 0)
-        room = self.router.room(length) if context.train else length
-        limit: int | Array = room
+        room: int = length
+        limit: int | Array = length
         if context.train:
-            share = self.router.config.capacity_factor * self.router.config.keep
-            limit = room_of(min(share, 1.0), length, context.segments)
+            room = int(rooms(self.router.share, length)[length])
+            limit = room_of(self.router.share, length, context.segments)
         inside = enter(asked, room, limit)
         take = lambda a: a.reshape(-1)[inside.packing.token_ids].reshape(batch, room)
         segments = None

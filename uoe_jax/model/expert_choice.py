@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +11,7 @@ from uoe_jax.config import MoeConfig, UnionConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model.balance_stats import router_stats
 from uoe_jax.model.context import Context
-from uoe_jax.model.router import Router, Routing
+from uoe_jax.model.router import Router, Routing, room_of, rooms
 from uoe_jax.ops.packing import Packing, pack_choices
 
 
@@ -67,13 +65,13 @@ class ExpertChoiceRouter(Router):
         length, experts = values.shape[1:]
         share = self.top_k / experts
         values = jax.lax.stop_gradient(values)
-        real = jnp.full(values.shape[:1], length)
         if context.segments is not None:
             valid = context.segments != 0
             values = jnp.where(valid[..., None], values, -jnp.inf)
-            real = jnp.sum(valid, axis=1)
         # The room of a padded sample follows its real tokens.
-        room = jnp.ceil(real * share - 1e-6)[:, None, None]
+        room = room_of(share, length, context.segments)
+        if not isinstance(room, int):
+            room = room[:, None, None]
         order = jax.lax.top_k(jnp.swapaxes(values, 1, 2), self._room(length))[1]
         rank = jnp.arange(order.shape[-1])[None, None]
         sample = jnp.arange(values.shape[0])[:, None, None]
@@ -92,4 +90,4 @@ class ExpertChoiceRouter(Router):
 
     def _room(self, length: int) -> int:
         share = self.top_k / (self.num_experts - self.num_shared)
-        return min(length, math.ceil(length * share - 1e-6))
+        return int(rooms(share, length)[length])

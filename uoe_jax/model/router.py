@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -239,10 +239,16 @@ def room_of(
     More padding then changes nothing.
     """
     if segments is None:
-        return math.ceil(share * length)
-    real = jnp.sum(segments != 0, axis=1)
-    # A product that should be whole may be a little more in float32.
-    return jnp.ceil(share * real - 1e-3).astype(jnp.int32)
+        return int(rooms(share, length)[length])
+    return jnp.asarray(rooms(share, length))[jnp.sum(segments != 0, axis=1)]
+
+
+def rooms(share: float, length: int) -> Int[np.ndarray, " T1"]:
+    """Return the room for a share of 0 to `length` tokens, rounded up.
+
+    A table, as float32 products that should be whole aren't those of the host.
+    """
+    return np.ceil(share * np.arange(length + 1) - 1e-6).astype(np.int32)
 
 
 def within_capacity(
