@@ -329,7 +329,12 @@ def to_json(config: Any) -> str:
 
 def config_hash(config: Any) -> str:
     """Return 16 hex digits that identify a config's content."""
-    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return content_hash(dataclasses.asdict(config))
+
+
+def content_hash(content: dict[str, Any]) -> str:
+    """Return 16 hex digits that identify a config as a dict, or what is left of it."""
+    text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from uoe_jax.config import ExperimentConfig
+from uoe_jax.config import ExperimentConfig, content_hash
 from uoe_jax.errors import ConfigError, nearest
 
 HERE = Path(__file__).parents[1]
@@ -135,8 +133,7 @@ def program_key(config: ExperimentConfig) -> str:
     for part, readers in _READERS.items():
         if not readers & kinds:
             del content["model"][part]
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return content_hash(content)
 
 
 def without_folders(config: ExperimentConfig) -> ExperimentConfig:

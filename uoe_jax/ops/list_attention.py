@@ -14,11 +14,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.errors import ConfigError
 from uoe_jax.ops._dispatch import dispatch
 from uoe_jax.ops.packing import Packing, combine_rows, gather_rows
 from uoe_jax.ops.segment_attention import mosaic_gpu, triton
-from uoe_jax.ops.tiled_attention import tiled_attention
+from uoe_jax.ops.tiled_attention import check_lists, tiled_attention
 
 
 def list_attention(
@@ -42,11 +41,7 @@ def list_attention(
       ConfigError: lists whose number isn't that of the segments, unknown or unfit
         backend.
     """
-    if k.shape[0] != offsets.shape[0] - 1 or k.shape != v.shape:
-        raise ConfigError(
-            f"k is {list(k.shape)} and v {list(v.shape)} for {offsets.shape[0] - 1} "
-            "segments; give each segment one list of keys and values"
-        )
+    check_lists(k, v, offsets)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     return dispatch(
         "list_attention",

@@ -45,14 +45,21 @@ def tiled_attention(
     Raises:
       ConfigError: lists whose number isn't that of the segments.
     """
+    check_lists(k, v, offsets)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    attend = jax.checkpoint(partial(_attend, max_rows=max_rows, scale=scale))
+    return attend(q, k, v, offsets, first, last)
+
+
+def check_lists(
+    k: Float[Array, "Sk Lk Hk"], v: Float[Array, "Sv Lv Hv"], offsets: Int[Array, " S1"]
+) -> None:
+    """Return if each segment has one list of keys and of values; else ConfigError."""
     if k.shape[0] != offsets.shape[0] - 1 or k.shape != v.shape:
         raise ConfigError(
             f"k is {list(k.shape)} and v {list(v.shape)} for {offsets.shape[0] - 1} "
             "segments; give each segment one list of keys and values"
         )
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    attend = jax.checkpoint(partial(_attend, max_rows=max_rows, scale=scale))
-    return attend(q, k, v, offsets, first, last)
 
 
 class _Tiles(NamedTuple):
