@@ -110,6 +110,8 @@ def study(tiny: bool) -> Study:
         mixtures[0],
         union("UoME 4 of 32 wide lean", 32, 4, 4),
         union("UoME 9 of 128 widest lean", 128, 9, 8),
+        union("UoME 9 of 64 wide lean", 64, 9, 4),
+        union("UoME 8 of 256 largest lean", 256, 8, 16),
         union("UoME 8 of 16", 16, 8, 2),
         *mixtures[1:],
         union("SMHA 8 of 16 + UoME 8 of 16", 16, 8, 2, **more_heads),
