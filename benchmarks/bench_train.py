@@ -3,10 +3,10 @@
     python benchmarks/bench_train.py small:32 1b:2,remat=none --out FILE
 
 A run is PRESET:BATCH[,OPTION=VALUE ...]; options: seq_len, accumulate, loss_chunk,
-remat, scan_layers, mlp_experts (a union's, at the same share of them chosen; its
-attention stays). Random tokens, resident on the device; medians over rounds of
-back-to-back steps. A run that fails (memory, say) is recorded with its reason, and the
-next one goes on.
+remat, scan_layers, mlp_experts and attention_experts (a union's, at the same share of
+them chosen; an attention expert may be several heads). Random tokens, resident on the
+device; medians over rounds of back-to-back steps. A run that fails (memory, say) is
+recorded with its reason, and the next one goes on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.presets import get_preset
 
+PARTS = ("mlp", "attention")
 # Option -> the part of the experiment it is a field of, and how its value is read.
 OPTIONS = {
     "seq_len": ("data", int),
@@ -40,6 +41,7 @@ OPTIONS = {
     "remat": ("model", str),
     "scan_layers": ("model", lambda text: text.lower() == "true"),
     "mlp_experts": ("model", int),
+    "attention_experts": ("model", int),
 }
 
 
@@ -57,8 +59,9 @@ def configure(run: str) -> ExperimentConfig:
             raise ConfigError(f"no option {key!r}; choose from {', '.join(OPTIONS)}")
         part, read = OPTIONS[key]
         changes[part][key] = read(value)
-    if experts := changes["model"].pop("mlp_experts", None):
-        changes["model"] |= fewer_experts(config.model, experts)
+    counts = [changes["model"].pop(f"{part}_experts", None) for part in PARTS]
+    if any(counts):
+        changes["model"] |= fewer_experts(config.model, *counts)
     parts = {
         part: dataclasses.replace(getattr(config, part), **fields)
         for part, fields in changes.items()
@@ -66,20 +69,29 @@ def configure(run: str) -> ExperimentConfig:
     return dataclasses.replace(config, **parts)
 
 
-def fewer_experts(model: ModelConfig, experts: int) -> dict[str, Any]:
-    """Return the fields of a union whose MLP is cut into so many experts."""
-    old = model.union
-    if experts * old.top_k % old.num_experts:
-        raise ConfigError(
-            f"mlp_experts={experts} beside {old.top_k} of {old.num_experts}; use a "
-            f"multiple of {old.num_experts // math.gcd(old.num_experts, old.top_k)}"
-        )
-    attention = model.union_for("attention")
-    kept = {"num_experts": attention.num_experts, "top_k": attention.top_k}
-    top_k = experts * old.top_k // old.num_experts
+def fewer_experts(
+    model: ModelConfig, mlp: int | None, attention: int | None
+) -> dict[str, Any]:
+    """Return the fields of unions cut into so many experts; None: as many as before.
+
+    Attention's experts are then groups of several heads.
+    """
+    unions = {}
+    for part, experts in zip(PARTS, (mlp, attention), strict=True):
+        old = model.union_for(part)
+        experts = experts or old.num_experts
+        if experts * old.top_k % old.num_experts:
+            least = old.num_experts // math.gcd(old.num_experts, old.top_k)
+            raise ConfigError(
+                f"{part}_experts={experts} beside {old.top_k} of {old.num_experts}; "
+                f"use a multiple of {least}"
+            )
+        top_k = experts * old.top_k // old.num_experts
+        unions[part] = {"num_experts": experts, "top_k": top_k}
+    replace = dataclasses.replace
     return {
-        "union": dataclasses.replace(old, num_experts=experts, top_k=top_k),
-        "union_attention": dataclasses.replace(model.union_attention, **kept),
+        "union": replace(model.union, **unions["mlp"]),
+        "union_attention": replace(model.union_attention, **unions["attention"]),
     }
 
 

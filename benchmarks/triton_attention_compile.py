@@ -62,6 +62,7 @@ CASES = {
     "full H128, 4 query heads": Case(128, 4, causal=False),
     "window 1024 H128": Case(128, window=1024),
     "causal H64, documents": Case(64, bounds=True),
+    "full H32, documents": Case(32, causal=False, bounds=True),
     "causal H128, documents": Case(128, bounds=True),
 }
 

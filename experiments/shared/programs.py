@@ -32,6 +32,7 @@ from uoe_jax.validation import validate
 
 CHUNKS = 20  # of a run, one dispatch each
 _PROBES = 4  # batches of the leak probe
+_MOVED = ("before", "after", "noise")
 
 
 def with_rate(
@@ -158,23 +159,28 @@ class Programs:
         """Return how much the loss moves when later tokens change; None: no decoder.
 
         `before`: the mean loss of tokens before the change moved by so many nats, and
-        a causal model's doesn't; `after`: of those behind it, which must move.
+        a causal model's doesn't; `after`: of those behind it, which must move. `noise`:
+        what rounding alone moves, from a batch's rows in another order: tokens are then
+        packed elsewhere, and a router that nearly ties may choose another head.
         """
         if self.config.model.kind != "decoder":
             return None
         arrays = self.data["valid"]
         rows = eval_rows(self.config, num_examples(arrays))[:_PROBES]
         batches = [self._take(arrays, row) for row in self.place(rows)]
-        length, moved = self.config.seq_len, {"before": 0.0, "after": 0.0}
+        turned = [jax.tree.map(lambda a: a[..., ::-1, :], batch) for batch in batches]
+        length, moved = self.config.seq_len, dict.fromkeys(_MOVED, 0.0)
         place = jnp.arange(length)[None, None]
         for cut in (length // 4, length // 2, length - length // 8):
             behind = place >= cut
-            for name, weigh in (("before", ~behind), ("after", behind)):
-                losses = [
-                    self._loss(params, buffers, batches, weigh, changed)
-                    for changed in (None, behind)
-                ]
-                moved[name] = max(moved[name], abs(losses[1] - losses[0]))
+            loss = partial(self._loss, params, buffers)
+            early, late = loss(batches, ~behind, None), loss(batches, behind, None)
+            for name, by in (
+                ("before", loss(batches, ~behind, behind) - early),
+                ("after", loss(batches, behind, behind) - late),
+                ("noise", loss(turned, ~behind, None) - early),
+            ):
+                moved[name] = max(moved[name], abs(by))
         return moved
 
     def _loss(

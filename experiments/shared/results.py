@@ -20,6 +20,7 @@ from experiments.shared.stats import (
 from uoe_jax.files import write_atomically
 from uoe_jax.report.table import si
 
+_TIMES_NOISE = 4.0  # of what rounding was seen to move in the same model
 _LEAK = 1e-4  # nats; what rounding may move the mean loss of tokens before a change
 
 
@@ -123,14 +124,21 @@ def causality(found: dict[str, list[Result]]) -> str:
     }
     if not probes:
         return ""
-    leaks = [name for name, moved in probes.items() if not moved["before"] <= _LEAK]
+    noise = {name: moved.get("noise", 0.0) for name, moved in probes.items()}
+    leaks = [
+        name
+        for name, moved in probes.items()
+        if not moved["before"] <= max(_LEAK, _TIMES_NOISE * noise[name])
+    ]
     largest = max(moved["before"] for moved in probes.values())
     least = min(moved["after"] for moved in probes.values())
+    alone = max(noise.values())
+    rounding = f" (rounding alone: {alone:.1e})" if alone else ""
     verdict = f"LEAKS: {'; '.join(leaks)}" if leaks else "nothing leaks"
     return (
         f"\nLater tokens changed in {len(probes)} trained models: the mean loss before "
-        f"the change moved by at most {largest:.1e} nats, behind it by at least "
-        f"{least:.2f}: {verdict}.\n"
+        f"the change moved by at most {largest:.1e} nats{rounding}, behind it by at "
+        f"least {least:.2f}: {verdict}.\n"
     )
 
 

@@ -121,6 +121,14 @@ def test_a_leak_is_named():
     assert causality({"a": [result("a", 0, 1, 1)]}) == ""
 
 
+def test_what_rounding_alone_moves_is_no_leak():
+    moved = {"before": 3e-4, "after": 2.0, "noise": 2e-4}
+    text = causality({"a": [result("a", 0, 1, 1, leak=moved)]})
+    assert "nothing leaks" in text and "rounding alone: 2.0e-04" in text
+    moved = moved | {"before": 9e-4}
+    assert "LEAKS" in causality({"a": [result("a", 0, 1, 1, leak=moved)]})
+
+
 def test_unknown_families_keep_their_rate(tmp_path):
     plan = study("bits_per_byte", "dense")
     settled = Task("t", sys, plan, tmp_path).settled()

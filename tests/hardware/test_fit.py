@@ -93,7 +93,7 @@ def test_a_file_of_timed_steps_is_read(tmp_path):
         (
             '{"device": "NVIDIA H200", "results": [{"milliseconds": 1, '
             '"run": "1b-union:2,mlp_experts=4"}]}',
-            "time the runs to fit without mlp_experts",
+            "time the runs to fit without mlp_experts and attention_experts",
         ),
     ],
 )

@@ -79,10 +79,10 @@ def read_measurements(path: Path) -> tuple[Device, list[Measurement]]:
         raise DataError(f"{path} is of {kind!r}, which has no data sheet here")
     timed = [result for result in results if "milliseconds" in result]
     for result in timed:
-        if "mlp_experts" in result.get("run", ""):
+        if "_experts=" in result.get("run", ""):
             raise DataError(
                 f"{path} has {result['run']!r}, whose union isn't its preset's; time "
-                "the runs to fit without mlp_experts"
+                "the runs to fit without mlp_experts and attention_experts"
             )
     return device, [_measurement(result) for result in timed]
 

@@ -97,15 +97,16 @@ def seen(
     Queries of other segments may see anything: nothing of theirs is kept or added.
     """
     if BOUNDS:  # which hold the rest as well
-        return (key >= first) & (key <= last)
-    mask = (key >= start) & (key < end)
-    if WINDOW:
-        # Both ends at once: below 0 is far above as an unsigned number.
-        ahead: tl.constexpr = 0 if CAUSAL else WINDOW - 1
-        gap = (m + ahead) - key
-        mask = mask & (gap.to(tl.uint32) < WINDOW + ahead)
-    elif CAUSAL:
-        mask = mask & (key <= m)
+        mask = (key >= first) & (key <= last)
+    else:  # no early return: Triton compiles what follows one, with its own type
+        mask = (key >= start) & (key < end)
+        if WINDOW:
+            # Both ends at once: below 0 is far above as an unsigned number.
+            ahead: tl.constexpr = 0 if CAUSAL else WINDOW - 1
+            gap = (m + ahead) - key
+            mask = mask & (gap.to(tl.uint32) < WINDOW + ahead)
+        elif CAUSAL:
+            mask = mask & (key <= m)
     return mask
 
 
