@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -71,10 +72,25 @@ def evaluate(
     """
     if dataset is None:
         dataset = make_dataset(config, split)
+    (found,) = evaluate_all(model, config, [dataset], max_batches, mesh)
+    return found
+
+
+def evaluate_all(
+    model: nnx.Module,
+    config: ExperimentConfig,
+    datasets: Sequence[Dataset],
+    max_batches: int | None = None,
+    mesh: Mesh | None = None,
+) -> list[dict[str, Any]]:
+    """Return what `evaluate` does for several datasets, by one compiled program."""
     if mesh is None:
         mesh = evaluation_mesh(config)
     graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
     layout = layout_of(config, mesh)
     params, buffers = layout.place((layout.to_memory(params), buffers))
     step = make_eval_step(config, graphdef, mesh)
-    return run_validation(step, params, buffers, dataset, mesh, max_batches)
+    return [
+        run_validation(step, params, buffers, dataset, mesh, max_batches)
+        for dataset in datasets
+    ]
