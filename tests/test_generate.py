@@ -33,12 +33,16 @@ def model():
     return make_model(CONFIG, KEY)
 
 
+@jax.jit
+def logits_of(model, tokens):
+    return model(tokens)[0]
+
+
 def greedy_by_forward(model, prompt, count):
     row = list(prompt)
-    padded = jax.jit(lambda tokens: model(tokens)[0])
     for _ in range(count):
-        tokens = jnp.array([row + [0] * (16 - len(row))])
-        row.append(int(jnp.argmax(padded(tokens)[0, len(row) - 1])))
+        tokens = np.array([row + [0] * (16 - len(row))])
+        row.append(int(np.argmax(logits_of(model, tokens)[0, len(row) - 1])))
     return row[len(prompt) :]
 
 

@@ -49,9 +49,13 @@ def test_unequal_budgets_are_refused():
 @pytest.fixture
 def small_demo(tiny_config, monkeypatch):
     """Two of the demo's models, shrunk; budgets are tested above."""
+    models = {
+        "moe": tiny_config("tiny-moe"),
+        # Without routed attention, which compiles longest; test_runs.py has it.
+        "union": tiny_config("tiny-union", attention=("dense",)),
+    }
     configs = [
-        dataclasses.replace(tiny_config(preset), name=name)
-        for preset, name in (("tiny-moe", "moe"), ("tiny-union", "union"))
+        dataclasses.replace(config, name=name) for name, config in models.items()
     ]
     monkeypatch.setattr(demo, "TOLERANCE", 10.0)
     monkeypatch.setattr(demo, "demo_configs", lambda steps=None: configs)

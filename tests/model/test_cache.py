@@ -34,7 +34,8 @@ def decoded_logits(model, tokens, lengths, steps):
     return jnp.stack(found, axis=1)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# The mixed model's MLP is a mixture of experts, too.
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "moe"])
 def test_prefill_and_decode_equal_the_full_forward(name):
     model = build(VARIANTS[name])
     tokens = tokens_like(model.config, 2, 12, seed=1)
@@ -86,14 +87,15 @@ def test_union_cache_has_exactly_the_kept_share_of_the_dense_bytes():
 
 def test_decoding_does_not_recompile():
     model = build(VARIANTS["union"])
-    tokens = tokens_like(model.config, 2, 8, seed=5)
-    step = jax.jit(lambda model, token, cache: model.decode(token, cache))
+    tokens = tokens_like(model.config, 2, 6, seed=5)
     _, cache = prefill(
-        model, tokens, jnp.array([4, 8]), init_cache(model.config, 2, 12)
+        model, tokens, jnp.array([4, 6]), init_cache(model.config, 2, 12)
     )
-    for _ in range(3):
-        _, cache = step(model, tokens[:, 0], cache)
-    assert step._cache_size() == 1
+    _, cache = decode(model, tokens[:, 0], cache)
+    compiled = decode._cache_size()
+    for step in range(1, 4):
+        _, cache = decode(model, tokens[:, step], cache)
+    assert decode._cache_size() == compiled
 
 
 def test_only_decoders_have_a_cache():

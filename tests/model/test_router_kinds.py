@@ -124,7 +124,8 @@ def test_decoding_equals_the_full_forward_of_a_row_alone(name):
     model = build(config_of("decoder", name))
     tokens, other = inputs(model.config)
     lengths = jnp.array([7, 1, 4])
-    hidden = run(model, tokens, ONE, False)[0]
+    # Whatever has no capacity is compiled already, for the tests above.
+    hidden = run(model, tokens, ONE, name not in ("capacity", "mod"))[0]
     wanted = model.logits(hidden)
     ends = jnp.arange(7)[None] < lengths[:, None]
     prompt = jnp.where(ends, tokens[:, :7], other[:, :7])  # padded with anything

@@ -15,7 +15,8 @@ from uoe_jax.model import router_losses
 def test_eight_devices_equal_one():
     config = VARIANTS["mixed"]
     patched = dataclasses.replace(config.union, patch_size=2)
-    config = dataclasses.replace(config, union=patched)
+    parts = {"attention": ("union",), "mlp": ("moe",), "union": patched}
+    config = dataclasses.replace(config, num_layers=1, **parts)
     model = build(config)
     tokens = tokens_like(config, 8, 6, seed=1)
     # Uneven padding: a mean of the devices' means would be another number.

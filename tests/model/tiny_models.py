@@ -57,22 +57,38 @@ VARIANTS = {
 }
 
 
+def shapes_of(config: ModelConfig) -> tuple[Any, Any, Any]:
+    """A model's parts without its arrays: tests fill them in without compiling."""
+    shapes = jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
+    return nnx.split(shapes, nnx.Param, ...)
+
+
+def zeros_like(state: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), state
+    )
+
+
 @functools.cache
 def build(config: ModelConfig, seed: int = 0) -> Any:
     """A model whose routers choose clearly and whose biases are not zero."""
-    model = make_model(config, jax.random.key(seed))
-    graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
+    graphdef, params, buffers = shapes_of(config)
     draw = np.random.default_rng(seed)
     flat = []
     for path, variable in nnx.to_flat_state(params):
-        shape, spread = variable.shape, 0.0
+        name, spread = path[-1], 0.18  # about d_model ** -0.5
         if "router" in path:
             spread = 0.5
-        elif path[-1].startswith("b"):
+        elif name.startswith("b"):
             spread = 0.1
-        noise = (spread * draw.normal(size=shape)).astype(variable.dtype)
-        flat.append((path, variable.replace(variable[...] + noise)))
-    return nnx.merge(graphdef, nnx.from_flat_state(flat), buffers)
+        elif name in ("wo", "w_down"):
+            spread = 0.06
+        elif name == "scale":
+            spread = 0.0
+        value = float(name == "scale") + spread * draw.normal(size=variable.shape)
+        value = jnp.asarray(value.astype(variable.dtype))
+        flat.append((path, variable.replace(value)))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat), zeros_like(buffers))
 
 
 def tokens_like(config: ModelConfig, batch: int, length: int, seed: int) -> jax.Array:
@@ -90,11 +106,11 @@ def split_weights(dense: Any, num_experts: int) -> dict[tuple, jax.Array]:
     """A dense model's weights cut into experts, by path; exact, as it only reshapes."""
 
     def cut(value: jax.Array, axis: int) -> jax.Array:
-        value = value[:, 0]  # [layers, 1, ...]: the one dense expert
+        value = np.asarray(value)[:, 0]  # [layers, 1, ...]: the one dense expert
         shape = value.shape
         width = shape[axis] // num_experts
         value = value.reshape(*shape[:axis], num_experts, width, *shape[axis + 1 :])
-        return jnp.moveaxis(value, axis, 1)
+        return jnp.asarray(np.moveaxis(value, axis, 1))
 
     # The axis, past the layers, along which a weight's experts lie.
     axes = {"wq": 2, "wk": 2, "wv": 2, "wo": 1, "bq": 1, "bk": 1, "bv": 1}
@@ -108,15 +124,14 @@ def split_weights(dense: Any, num_experts: int) -> dict[tuple, jax.Array]:
 
 def split_model(dense: Any, config: ModelConfig) -> Any:
     """The union with a dense model's weights and routers of zeros: every gate is 1."""
-    model = make_model(config, jax.random.key(0))
-    graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
+    graphdef, params, buffers = shapes_of(config)
     weights = split_weights(dense, config.union.num_experts)
     flat = []
     for path, variable in nnx.to_flat_state(params):
         value = weights.get(path)
         if value is None:
             assert "router" in path
-            value = jnp.zeros_like(variable[...])
+            value = jnp.asarray(np.zeros(variable.shape, variable.dtype))
         assert value.shape == variable.shape, path
         flat.append((path, variable.replace(value)))
-    return nnx.merge(graphdef, nnx.from_flat_state(flat), buffers)
+    return nnx.merge(graphdef, nnx.from_flat_state(flat), zeros_like(buffers))

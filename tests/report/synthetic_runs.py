@@ -26,11 +26,15 @@ class Reader(Base):
 '''
 
 
-def make_run(folder, preset="tiny", *, name=None, steps=300, seed=0, floor=1.2):
+def make_run(
+    folder, preset="tiny", *, name=None, steps=300, seed=0, floor=1.2, layers=None
+):
     """Write a run folder whose loss falls to `floor` nats and return its path."""
     rng = np.random.default_rng(seed)
     config = get_preset(preset)
-    config = dataclasses.replace(config, name=name or config.name)
+    model = config.model
+    model = dataclasses.replace(model, num_layers=layers or model.num_layers)
+    config = dataclasses.replace(config, name=name or config.name, model=model)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(to_json(config))
     env = {"python": "3.12.3", "jax": "0.11.2", "device": {"kind": "cpu", "count": 2}}

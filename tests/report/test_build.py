@@ -130,8 +130,8 @@ def test_equal_runs_give_equal_pages(tmp_path):
 
 
 def test_image_models_show_patches_and_accuracy(tmp_path):
-    run = make_run(tmp_path / "vit", "digits-vit-union", steps=200)
-    example = make_overlay(get_preset("digits-vit-union").model)
+    run = make_run(tmp_path / "vit", "digits-vit-union", steps=200, layers=1)
+    example = make_overlay(read_run(run).config.model)
     text = Page(write_report([run], overlays={run: example}).read_text()).text
     assert (run / "plots" / "routing.png").is_file()
     assert (run / "plots" / "accuracy.png").is_file()

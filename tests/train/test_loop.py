@@ -42,6 +42,28 @@ def assert_same_bits(run, other, **kwargs):
         assert first[name].tobytes() == second[name].tobytes(), name
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs():
+    """Runs of equal programs compile them once; new processes are in test_resume.py."""
+
+    def shared(make):
+        made = {}
+
+        def wrapped(config, *others):
+            # What no program depends on.
+            key = with_train(config, max_seconds=None, profile=False)
+            if key not in made:
+                made[key] = make(config, *others)
+            return made[key]
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("make_step", "make_eval_step"):
+            patch.setattr(loop, name, shared(getattr(loop, name)))
+        yield
+
+
 @pytest.fixture(scope="module")
 def long(tiny, tmp_path_factory):
     """A finished run of 30 steps of a union model and its summary."""

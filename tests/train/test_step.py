@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -38,11 +39,34 @@ def make_batch(seed=None, batch=8, length=16):
     }
 
 
-def one_step(config, batch, devices=1, optimizer=GRADIENTS):
+@functools.cache
+def compiled_once(config, optimizer, devices):
+    """A model's static half, its first state on the host and where it lies, its step.
+
+    Tests of one config share them.
+    """
     mesh = make_mesh(MeshConfig(data=devices))
     graphdef, state = init_state(config, optimizer, mesh)
-    before = jax.device_get(named_leaves(state))
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_step(config, graphdef, optimizer, mesh)
+    return graphdef, mesh, jax.device_get(state), places, step
+
+
+@functools.cache
+def optimizer_of(config):
+    return make_optimizer(config.optim, config.train.steps)
+
+
+def first_step(config, optimizer=None, devices=2):
+    """A model's static half, mesh, fresh state and step."""
+    optimizer = optimizer or optimizer_of(config)
+    graphdef, mesh, state, places, step = compiled_once(config, optimizer, devices)
+    return graphdef, mesh, jax.device_put(state, places), step
+
+
+def one_step(config, batch, devices=1, optimizer=GRADIENTS):
+    _, mesh, state, step = first_step(config, optimizer, devices)
+    before = jax.device_get(named_leaves(state))
     state, metrics = step(state, put_batch(batch, mesh, config.train.accumulate))
     return before, jax.device_get(named_leaves(state)), jax.device_get(metrics)
 
@@ -59,7 +83,9 @@ def assert_close(a, b, atol=1e-5):
 
 
 def test_eight_devices_give_the_step_of_one():
-    config, batch = make_tiny("union", z_loss=1e-3), make_batch()
+    # Routed attention on many devices: tests/partition and test_sharded.py.
+    config = make_tiny("union", attention="dense", z_loss=1e-3)
+    batch = make_batch()
     one, first = gradients_of(config, batch)
     eight, second = gradients_of(config, batch, devices=8)
     assert_close(one, eight)
@@ -85,10 +111,11 @@ def test_loss_chunks_change_nothing():
 
 def test_gradient_is_that_of_the_models_own_logits():
     config, batch = make_tiny(), make_batch()
-    mesh = make_mesh(MeshConfig(data=1))
-    graphdef, state = init_state(config, GRADIENTS, mesh)
+    graphdef, _, state, _ = first_step(config, GRADIENTS, devices=1)
     state = jax.tree.map(jnp.asarray, jax.device_get(state))
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(params):
         model = nnx.merge(graphdef, params, state.buffers)
         logits, _ = model(jnp.asarray(batch["tokens"]))
@@ -96,7 +123,7 @@ def test_gradient_is_that_of_the_models_own_logits():
         picked = jnp.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
         return -jnp.sum(picked * batch["mask"]) / batch["mask"].sum()
 
-    value, expected = jax.value_and_grad(loss)(state.params)
+    value, expected = loss(state.params)
     expected = {f"params.{name}": g for name, g in named_leaves(expected).items()}
     got, metrics = gradients_of(config, batch)
     assert_close(expected, got)
@@ -105,10 +132,7 @@ def test_gradient_is_that_of_the_models_own_logits():
 
 def run_steps(config, batches, devices=2):
     """States as bytes after every step, and metrics."""
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    mesh = make_mesh(MeshConfig(data=devices))
-    graphdef, state = init_state(config, optimizer, mesh)
-    step = make_step(config, graphdef, optimizer, mesh)
+    graphdef, mesh, state, step = first_step(config, devices=devices)
     history, metrics = [jax.device_get(named_leaves(state))], []
     for batch in batches:
         state, line = step(state, put_batch(batch, mesh, config.train.accumulate))
@@ -155,10 +179,7 @@ def test_the_diagnosis_names_the_router_and_its_layer():
 
 def test_steps_compile_once(caplog):
     config = make_tiny()
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    mesh = make_mesh(MeshConfig(data=2))
-    graphdef, state = init_state(config, optimizer, mesh)
-    step = make_step(config, graphdef, optimizer, mesh)
+    _, mesh, state, step = first_step(config)
     state, _ = step(state, put_batch(make_batch(), mesh))
     with jax.log_compiles():
         for _ in range(3):
@@ -171,10 +192,8 @@ def test_steps_compile_once(caplog):
 
 def test_state_is_donated():
     config = make_tiny()
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    mesh = make_mesh(MeshConfig(data=2))
-    graphdef, state = init_state(config, optimizer, mesh)
-    make_step(config, graphdef, optimizer, mesh)(state, put_batch(make_batch(), mesh))
+    _, mesh, state, step = first_step(config)
+    step(state, put_batch(make_batch(), mesh))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
