@@ -31,6 +31,7 @@ from uoe_jax.bench.train import time_step
 from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.presets import get_preset
+from uoe_jax.validation import validate
 
 PARTS = ("mlp", "attention")
 # Option -> the part of the experiment it is a field of, and how its value is read.
@@ -60,13 +61,15 @@ def configure(run: str) -> ExperimentConfig:
         part, read = OPTIONS[key]
         changes[part][key] = read(value)
     counts = [changes["model"].pop(f"{part}_experts", None) for part in PARTS]
-    if any(counts):
+    if counts != [None, None]:
         changes["model"] |= fewer_experts(config.model, *counts)
     parts = {
         part: dataclasses.replace(getattr(config, part), **fields)
         for part, fields in changes.items()
     }
-    return dataclasses.replace(config, **parts)
+    config = dataclasses.replace(config, **parts)
+    validate(config)
+    return config
 
 
 def fewer_experts(
@@ -79,7 +82,13 @@ def fewer_experts(
     unions = {}
     for part, experts in zip(PARTS, (mlp, attention), strict=True):
         old = model.union_for(part)
-        experts = experts or old.num_experts
+        if experts is None:
+            experts = old.num_experts
+        elif "union" not in getattr(model, part):
+            raise ConfigError(
+                f"{part}_experts={experts}: no {part} layer here is a union; use a "
+                "preset whose name ends in -union"
+            )
         if experts * old.top_k % old.num_experts:
             least = old.num_experts // math.gcd(old.num_experts, old.top_k)
             raise ConfigError(
@@ -154,11 +163,11 @@ def main(argv: list[str]) -> None:
     print(f"{'run':44s} {'ms':>8s} {'tokens/s':>9s} {'TFLOP/s':>8s} {'MFU':>6s} "
           f"{'temp GB':>8s} {'compile':>8s}", flush=True)  # fmt: skip
     for index, run in enumerate(args.runs):
-        config = configure(run)
         look = functools.partial(profile, args.profile, index) if args.profile else None
         try:
+            config = configure(run)
             row = {"run": run, **time_step(config, args.rounds, args.steps, look)}
-        except jax.errors.JaxRuntimeError as error:
+        except (ConfigError, jax.errors.JaxRuntimeError) as error:
             row = {"run": run, "failed": str(error).strip().splitlines()[0][:300]}
         record["results"].append(row)
         print(show(row), flush=True)

@@ -180,7 +180,7 @@ class Programs:
                 ("after", loss(batches, behind, behind) - late),
                 ("noise", loss(turned, ~behind, None) - early),
             ):
-                moved[name] = max(moved[name], abs(by))
+                moved[name] = float(np.maximum(moved[name], abs(by)))  # keeps nan
         return moved
 
     def _loss(

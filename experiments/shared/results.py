@@ -21,6 +21,7 @@ from uoe_jax.files import write_atomically
 from uoe_jax.report.table import si
 
 _TIMES_NOISE = 4.0  # of what rounding was seen to move in the same model
+_MOST = 2e-3  # nats; rows in another order move more only if rows see each other
 _LEAK = 1e-4  # nats; what rounding may move the mean loss of tokens before a change
 
 
@@ -128,7 +129,7 @@ def causality(found: dict[str, list[Result]]) -> str:
     leaks = [
         name
         for name, moved in probes.items()
-        if not moved["before"] <= max(_LEAK, _TIMES_NOISE * noise[name])
+        if not moved["before"] <= max(_LEAK, min(_TIMES_NOISE * noise[name], _MOST))
     ]
     largest = max(moved["before"] for moved in probes.values())
     least = min(moved["after"] for moved in probes.values())

@@ -181,6 +181,12 @@ def test_a_planted_look_ahead_is_seen(programs):
     finally:
         programs._score = score
     assert plain["before"] < 1e-6 and found["before"] > 1e-3
+    programs._score = lambda *args: score(*args) | {"nll": jnp.nan}
+    try:
+        broken = programs.leak(state.params, state.buffers)
+    finally:
+        programs._score = score
+    assert np.isnan(broken["before"])
     # Rows in another order see the same last tokens.
     assert found["noise"] < 1e-6
 

@@ -50,7 +50,7 @@ def shared_programs():
         made = {}
 
         def wrapped(config, *others):
-            # What no program depends on.
+            # What no program depends on; no test here gives its own optimizer.
             key = with_train(config, max_seconds=None, profile=False)
             if key not in made:
                 made[key] = make(config, *others)
