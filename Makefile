@@ -16,11 +16,12 @@ REDUCED := tests/test_config.py tests/test_validation.py tests/hardware \
   tests/train/test_step.py tests/train/test_checkpoint.py
 # Not what repeats another test's program or compares ours with ours.
 OFTEN := 8-8-gelu remat_changes packed_document_is_the_document_alone[dense \
-  packed_document_is_the_document_alone[moe bfloat16_is_close sample_alone scanned_layers \
+  packed_document_is_the_document_alone[m bfloat16_is_close sample_alone scanned_layers \
   encoder_ignores padding_changes padding_after new_values dropout initial_weights \
   rotary_logits union-patch decode_applies does_not_recompile row_that_ended \
   same_key one_new_token memory_grows accumulation nonfinite loss_chunks diagnosis \
-  classifiers_learn learning_rate_metric
+  classifiers_learn learning_rate_metric \
+  router_losses full_forward[union full_forward[dense models_own_logits
 REDUCED += -k "not (tpu_dense and grouped or $(shell echo '$(OFTEN)' | sed 's/ / or /g'))"
 PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -q -n 2 --dist worksteal
 
