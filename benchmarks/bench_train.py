@@ -59,7 +59,10 @@ def configure(run: str) -> ExperimentConfig:
         if key not in OPTIONS:
             raise ConfigError(f"no option {key!r}; choose from {', '.join(OPTIONS)}")
         part, read = OPTIONS[key]
-        changes[part][key] = read(value)
+        try:
+            changes[part][key] = read(value)
+        except ValueError:
+            raise ConfigError(f"{key}={value!r}; use a whole number") from None
     counts = [changes["model"].pop(f"{part}_experts", None) for part in PARTS]
     if counts != [None, None]:
         changes["model"] |= fewer_experts(config.model, *counts)

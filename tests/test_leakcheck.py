@@ -57,10 +57,10 @@ def planted(config):
     return forward, tokens[0], tokens[1]
 
 
-# A model that is a union throughout is checked, trained, by the first notebook.
 @pytest.mark.parametrize(
     "config",
     [
+        CONFIG,
         dataclasses.replace(
             CONFIG,
             attention=("union", "dense"),
@@ -78,7 +78,7 @@ def planted(config):
             moe=MoeConfig(num_experts=4, top_k=2, num_shared=1, gate="softmax_all"),
         ),
     ],
-    ids=["mixed", "baselines"],
+    ids=["union", "mixed", "baselines"],
 )
 def test_our_decoders_leak_nothing(config):
     found = run(config)
