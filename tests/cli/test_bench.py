@@ -60,6 +60,9 @@ def test_tuned_table_orders_backends(tiny):
     table = _tuning.load()
     entry = table["order"]["grouped_matmul"][0]
     assert entry["fastest"] == ["xla"]  # the only one that serves a CPU
+    heads = table["order"]["split_heads"]
+    assert [e["shape"]["kv_heads"] for e in heads] == [1, 2]
+    assert [e["shape"]["rows"] for e in heads] == [32, 16]
     near = entry["shape"] | {"rows": 100}
     names = ("triton", "xla", "reference")
     assert _tuning.prefer("grouped_matmul", names, near) == (

@@ -23,8 +23,8 @@ from uoe_jax.model.block import Block
 from uoe_jax.model.context import make_context
 from uoe_jax.model.depth import DepthBlock, enter, exceeded_by
 from uoe_jax.model.moba import attend_blocks, pick_blocks
-from uoe_jax.model.rope import rotate
 from uoe_jax.model.shared_kv import MohAttention, SharedKvAttention
+from uoe_jax.ops.rotary import rotate
 
 LENGTH = 10
 SEGMENTS = jnp.array([[1] * 4 + [2] * 6, [1] * 7 + [0] * 3])

@@ -73,3 +73,39 @@ def primitives(fun, *args):
     """Names of all primitives in fun(*args)."""
     jaxpr = jax.make_jaxpr(fun)(*args).jaxpr
     return {e.primitive.name for e in equations(jaxpr)}
+
+
+def draw_heads(seed, tokens, rows, kv_heads, groups, width, dtype=np.float32):
+    """Rows, positions of all tokens, ids of the rows' tokens, the parts' gradients."""
+    draw = np.random.default_rng(seed)
+    normal = lambda *shape: draw.normal(size=shape).astype(dtype)
+    shape = (kv_heads, rows, width)
+    grads = normal(kv_heads, rows, groups, width), normal(*shape), normal(*shape)
+    positions = draw.integers(0, 500, tokens).astype(np.int32)
+    ids = draw.integers(0, tokens, rows).astype(np.int32)
+    return normal(rows, kv_heads * (groups + 2) * width), positions, ids, grads
+
+
+def split_heads(rows, positions, ids, grads, *, kv_heads, groups, theta):
+    """[q, k, v, drows] of split heads by complex products, in float64."""
+    count, width = rows.shape[0], grads[1].shape[-1]
+    half = width // 2
+    speed = theta ** (-np.arange(half) / half) if theta else np.zeros(half)
+    turn = np.exp(1j * np.outer(positions[ids], speed))
+
+    def rotate(x, turn):  # [J, M, G, H]
+        x = np.asarray(x, np.float64)
+        x = (x[..., :half] + 1j * x[..., half:]) * turn[:, None]
+        return np.concatenate([x.real, x.imag], axis=-1)
+
+    parts = np.asarray(rows, np.float64).reshape(count, kv_heads * (groups + 2), width)
+    edges = [kv_heads * groups, kv_heads * (groups + 1)]
+    q, k, v = (
+        part.reshape(count, kv_heads, -1, width).swapaxes(0, 1)
+        for part in np.split(parts, edges, axis=1)
+    )
+    dq, dk, dv = (np.asarray(grad, np.float64) for grad in grads)
+    back = rotate(dq, turn.conj()), rotate(dk[:, :, None], turn.conj()), dv[:, :, None]
+    back = [x.swapaxes(0, 1).reshape(count, -1) for x in back]
+    out = rotate(q, turn), rotate(k, turn)[:, :, 0], v[:, :, 0]
+    return *out, np.concatenate(back, axis=-1)

@@ -15,12 +15,14 @@ from uoe_jax.bench.attention import draw
 from uoe_jax.bench.sizes import Sizes
 from uoe_jax.bench.timing import Program, both_passes, measure
 from uoe_jax.bench.union import uneven_offsets
-from uoe_jax.ops import _tuning, dense_attention, grouped_matmul
+from uoe_jax.ops import _tuning, dense_attention, grouped_matmul, split_heads
 from uoe_jax.ops.dense_attention.api import BACKENDS as DENSE
 from uoe_jax.ops.dense_attention.api import call_shape as dense_shape
 from uoe_jax.ops.grouped_matmul import triton
 from uoe_jax.ops.grouped_matmul.api import GROUPED_MATMUL
 from uoe_jax.ops.grouped_matmul.api import call_shape as matmul_shape
+from uoe_jax.ops.split_heads.api import BACKENDS as SPLIT_HEADS
+from uoe_jax.ops.split_heads.api import call_shape as heads_shape
 
 Tiles = triton.Tiles
 # rows, inner, outer, band, warps, stages
@@ -63,6 +65,9 @@ def tune(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> Path:
         _order_matmul(case, sizes.dtype, rounds, found["order"], say)
     for case in sizes.attention:
         _order_dense(case, sizes.dtype, rounds, found["order"], say)
+    for case in sizes.smha:
+        for kv_heads in (1, 2):
+            _order_heads(case, kv_heads, sizes.dtype, rounds, found["order"], say)
     return _write(found)
 
 
@@ -141,6 +146,28 @@ def _order_dense(case: tuple, dtype: str, rounds: int, found: dict, say: Any) ->
     call = functools.partial(dense_attention, causal=causal)
     shape = dense_shape(args[0], causal)
     _order("dense_attention", shape, DENSE, call, args, rounds, found, say)
+
+
+def _order_heads(
+    case: tuple, kv_heads: int, dtype: str, rounds: int, found: dict, say: Any
+) -> None:
+    _, _, picks, width, batch, length = case
+    tokens = batch * length
+    rows = tokens * picks // kv_heads  # of experts of `kv_heads` heads
+    part = (kv_heads, rows, width)
+    x, q, k, v = draw(
+        dtype, (rows, 3 * kv_heads * width), (kv_heads, rows, 1, width), part, part
+    )
+    place = jnp.arange(tokens, dtype=jnp.int32)
+    ids = jnp.sort(jnp.arange(rows, dtype=jnp.int32) % tokens)
+
+    def call(x: Any, implementation: str) -> Any:
+        options = {"kv_heads": kv_heads, "groups": 1, "theta": 1e4}
+        return split_heads(x, place, ids, implementation=implementation, **options)
+
+    shape = heads_shape(x, kv_heads, 1)
+    args = (x, (q, k, v))
+    _order("split_heads", shape, SPLIT_HEADS, call, args, rounds, found, say)
 
 
 def _tune_tiles(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -> None:

@@ -20,20 +20,22 @@ from uoe_jax.model.context import Context
 from uoe_jax.model.linear import (
     PROJECTION,
     add_expert_bias,
-    apply_gates,
     init_bias,
     init_weight,
+    picks_to_rows,
     project,
     residual_scale,
+    row_gates,
     rows_to_picks,
 )
-from uoe_jax.model.rope import rotate
 from uoe_jax.model.router import Routing
 from uoe_jax.model.routers import make_router
 from uoe_jax.model.sharded import attend, pack_local, share_experts, splits_tokens
 from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
 from uoe_jax.ops.packing import Packing
+from uoe_jax.ops.rotary import rotate
 from uoe_jax.ops.segment_attention.api import segment_attention
+from uoe_jax.ops.split_heads.api import split_heads
 
 KeyValue = tuple[Array, Array]
 
@@ -129,15 +131,16 @@ class UnionAttention(_Attention):
             bounds = document_bounds(packing, context.segments)
         out = self._attend(q, k, v, packing.segment_offsets, bounds)
         y = self.project_out(out, routing, packing).reshape(x.shape)
-        batch, log = x.shape[0], (-1, *k.shape[1:])
-        k, v = rows_to_picks(k, packing), rows_to_picks(v, packing)
-        return y, routing.stats, (k.reshape(batch, *log), v.reshape(batch, *log))
+        log = lambda a: head_picks(a, packing).reshape(
+            x.shape[0], -1, k.shape[0], k.shape[2]
+        )
+        return y, routing.stats, (log(k), log(v))
 
     def project_rows(
         self, x: Float[Array, "B T D"], packing: Packing, positions: Int[Array, "B T"]
     ) -> tuple[Array, Array, Array]:
-        """Return rotated queries [M, J, G, H] and keys, and values [M, J, H]."""
-        e, d, j, g, h = self.wq.shape
+        """Return rotated queries [J, M, G, H] and keys, and values [J, M, H]."""
+        e, d, j, g, _ = self.wq.shape
         # One product for the three, so that each token's row is gathered once.
         weights = [w[...].reshape(e, d, -1) for w in (self.wq, self.wk, self.wv)]
         weight = jnp.concatenate(weights, axis=-1).astype(x.dtype)
@@ -147,43 +150,56 @@ class UnionAttention(_Attention):
             biases = [b[...].reshape(e, -1) for b in given]
             rows = add_expert_bias(rows, jnp.concatenate(biases, axis=-1), packing)
         rows = checkpoint_name(rows, PROJECTION)
-        q, k, v = jnp.split(rows, [j * g * h, j * (g + 1) * h], axis=-1)
-        places = positions.reshape(-1)[packing.token_ids]
-        q = self._rotate(q.reshape(-1, j * g, h), places).reshape(-1, j, g, h)
-        k = self._rotate(k.reshape(-1, j, h), places)
-        return q, k, v.reshape(-1, j, h)
+        theta = self.config.rope_theta if self.config.position == "rope" else None
+        places = positions.reshape(-1)
+        return split_heads(
+            rows, places, packing.token_ids, kv_heads=j, groups=g, theta=theta
+        )
 
     def project_out(
-        self, rows: Float[Array, "M J G H"], routing: Routing, packing: Packing
+        self, heads: Float[Array, "J M G H"], routing: Routing, packing: Packing
     ) -> Float[Array, "N D"]:
         """Return the gated rows projected and summed into their tokens."""
         e, d = self.wo.shape[0], self.config.d_model
-        rows = apply_gates(rows.reshape(rows.shape[0], -1), routing.gates, packing)
+        gates = row_gates(routing.gates, packing)[None, :, None, None]
+        # Gated before they are put side by side: nothing in between is kept.
+        rows = jnp.moveaxis(heads * gates.astype(heads.dtype), 0, 1)
         weight = self.wo[...].reshape(e, -1, d).astype(rows.dtype)
-        y = project_scatter(rows, weight, packing)
+        y = project_scatter(rows.reshape(rows.shape[0], -1), weight, packing)
         if self.bo is not None:
             y = y + self.bo[...].astype(y.dtype)[None]
         return checkpoint_name(y, PROJECTION)
 
     def _attend(
         self, q: Array, k: Array, v: Array, offsets: Array, bounds: Any
-    ) -> Array:
+    ) -> Float[Array, "J M G H"]:
         """Attend inside each segment and document, every key head on its own."""
+        heads, rows = k.shape[:2]
+        if heads > 1:
+            shift = rows * jnp.arange(heads, dtype=offsets.dtype)[:, None]
+            move = lambda x: (x[None] + shift).reshape(-1)
+            if bounds is not None:
+                bounds = tuple(move(x) for x in bounds)
+            # Rows past a head's last segment are a segment of their own: unseen.
+            offsets = jnp.append(move(offsets), rows * heads)
+        q, k, v = (a.reshape(-1, *a.shape[2:]) for a in (q, k, v))
         causal = self.config.causal
-        rows, heads = k.shape[:2]
-        if heads == 1:
-            q, k, v = q[:, 0], k[:, 0], v[:, 0]
-            out = segment_attention(q, k, v, offsets, causal=causal, bounds=bounds)
-            return out[:, None]
-        q, k, v = (jnp.moveaxis(a, 1, 0).reshape(-1, *a.shape[2:]) for a in (q, k, v))
-        shift = rows * jnp.arange(heads, dtype=offsets.dtype)[:, None]
-        move = lambda x: (x[None] + shift).reshape(-1)
-        if bounds is not None:
-            bounds = tuple(move(x) for x in bounds)
-        # Rows past a head's last segment are a segment of their own: nobody sees them.
-        offsets = jnp.append(move(offsets), rows * heads)
         out = segment_attention(q, k, v, offsets, causal=causal, bounds=bounds)
-        return jnp.moveaxis(out.reshape(heads, rows, *out.shape[1:]), 0, 1)
+        return out.reshape(heads, rows, *out.shape[1:])
+
+
+def head_picks(
+    heads: Float[Array, "J M ..."], packing: Packing
+) -> Float[Array, "N X J ..."]:
+    """Return the heads' rows as each token's picks, in the order it picked them."""
+    return rows_to_picks(jnp.moveaxis(heads, 0, 1), packing)
+
+
+def pick_heads(
+    picks: Float[Array, "N X J ..."], packing: Packing
+) -> Float[Array, "J M ..."]:
+    """Return the inverse of `head_picks`."""
+    return jnp.moveaxis(picks_to_rows(picks, packing), 1, 0)
 
 
 def document_bounds(

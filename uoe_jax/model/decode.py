@@ -8,12 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from uoe_jax.model.attention import DenseAttention, UnionAttention
+from uoe_jax.model.attention import (
+    DenseAttention,
+    UnionAttention,
+    head_picks,
+    pick_heads,
+)
 from uoe_jax.model.block import Block
 from uoe_jax.model.cache import Entry, append_rows, write_prompt, write_state
 from uoe_jax.model.context import Context
 from uoe_jax.model.depth import DepthBlock
-from uoe_jax.model.linear import picks_to_rows, rows_to_picks
+from uoe_jax.model.linear import rows_to_picks
 from uoe_jax.model.mlp import DenseMlp
 from uoe_jax.model.moba import MobaAttention, visible_rows
 from uoe_jax.model.router import Routing, gate_values
@@ -177,7 +182,7 @@ def _decode_shared(
     q = q.reshape(batch, picks * j, groups, width)
     out = attend_cache(q, keys, values, written_rows(keys, lengths))
     out = out.reshape(batch, picks, j, groups, width)
-    return attention.project_out(picks_to_rows(out, packing), routing, packing), entry
+    return attention.project_out(pick_heads(out, packing), routing, packing), entry
 
 
 def _decode_union(
@@ -190,8 +195,8 @@ def _decode_union(
     routing, entry = _route(attention.router, x, entry, "attention", index, lengths)
     choices = routing.choices[:, 0]
     packing = attention.router.pack(routing)
-    rows = attention.project_rows(x[:, None], packing, lengths[:, None])
-    q, k, v = (rows_to_picks(part, packing) for part in rows)
+    heads = attention.project_rows(x[:, None], packing, lengths[:, None])
+    q, k, v = (head_picks(part, packing) for part in heads)
     first = lengths * choices.shape[1]
     entry = {
         **entry,
@@ -201,7 +206,7 @@ def _decode_union(
     }
     keys, values, experts = (entry[name][index] for name in ("k", "v", "experts"))
     out = attend_log(q, choices, keys, values, experts, lengths)
-    y = attention.project_out(picks_to_rows(out, packing), routing, packing)
+    y = attention.project_out(pick_heads(out, packing), routing, packing)
     return y, entry
 
 

@@ -128,12 +128,9 @@ def rows_to_picks(
     return take_rows(rows, packing.row_ids)
 
 
-def apply_gates(
-    rows: Float[Array, "M F"], gates: Float[Array, "B T X"], packing: Packing
-) -> Float[Array, "M F"]:
-    """Multiply each packed row by the gate of its pick."""
-    gates = picks_to_rows(gates.reshape(-1, gates.shape[-1]), packing)
-    return rows * gates[:, None].astype(rows.dtype)
+def row_gates(gates: Float[Array, "B T X"], packing: Packing) -> Float[Array, " M"]:
+    """Return each packed row's gate, that of its pick."""
+    return picks_to_rows(gates.reshape(-1, gates.shape[-1]), packing)
 
 
 def fold_key(key: jax.Array | None, number: int | Array) -> jax.Array | None:

@@ -17,11 +17,11 @@ from uoe_jax.model.context import Context
 from uoe_jax.model.linear import (
     PROJECTION,
     add_expert_bias,
-    apply_gates,
     init_bias,
     init_weight,
     project,
     residual_scale,
+    row_gates,
 )
 from uoe_jax.model.router import Router, Routing
 from uoe_jax.model.routers import make_router
@@ -119,7 +119,8 @@ class RoutedMlp(nnx.Module):
         """Return each token's sum over the packed rows it has, times their gates."""
         hidden = self._hidden(x, packing)
         if gates is not None:
-            hidden = apply_gates(hidden, gates, packing)
+            scale = row_gates(gates, packing)[:, None]
+            hidden = hidden * scale.astype(hidden.dtype)
         return project_scatter(hidden, self.w_down[...].astype(x.dtype), packing)
 
     def _hidden(self, x: Array, packing: Packing) -> Array:

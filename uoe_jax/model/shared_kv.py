@@ -68,7 +68,7 @@ class SharedKvAttention(UnionAttention):
 
     def _look(
         self, q: Array, k: Array, v: Array, packing: Packing, context: Context
-    ) -> Float[Array, "M J G H"]:
+    ) -> Float[Array, "J M G H"]:
         """Return each row's attention to its sample, in the heads of its expert."""
         batch, length = k.shape[:2]
         e, _, j, _, h = self.wq.shape
@@ -85,7 +85,7 @@ class SharedKvAttention(UnionAttention):
             )
             for n in range(j)
         ]
-        return jnp.stack(outs, axis=1)
+        return jnp.stack(outs)
 
 
 class MohRouter(PatchRouter):

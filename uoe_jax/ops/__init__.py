@@ -8,6 +8,7 @@ from uoe_jax.ops.grouped_matmul.api import (
 )
 from uoe_jax.ops.packing import Packing, combine_rows, gather_rows, pack_choices
 from uoe_jax.ops.segment_attention.api import segment_attention
+from uoe_jax.ops.split_heads.api import split_heads
 
 __all__ = [
     "Packing",
@@ -19,4 +20,5 @@ __all__ = [
     "pack_choices",
     "project_scatter",
     "segment_attention",
+    "split_heads",
 ]

@@ -6,6 +6,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
+import jax
 import ml_dtypes
 import numpy as np
 import triton.language as tl
@@ -60,10 +61,10 @@ interpreter.interpreter_builder.__class__ = Builder
 
 
 def run(kernel, grid, constants, shape, *arrays):
-    """The array that a kernel writes; NaN where it writes nothing."""
-    out = np.full(shape.shape, np.nan, shape.dtype)
+    """What a kernel writes, an array or a list; NaN where it writes nothing."""
+    out = jax.tree.map(lambda s: np.full(s.shape, np.nan, s.dtype), shape)
     arrays = [np.array(a) for a in arrays]
-    pointers = [Pointer(a) for a in (*arrays, out)]
+    pointers = [Pointer(a) for a in (*arrays, *jax.tree.leaves(out))]
     constants = {k: tl.constexpr(v) for k, v in constants.items()}
     Executor(kernel.rewrite(), kernel.arg_names, (grid,))(*pointers, **constants)
     return out

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uoe_jax.model.rope import rotate
+from uoe_jax.ops.rotary import rotate
 
 ROWS, HEADS, WIDTH, THETA = 6, 2, 8, 100.0
 

@@ -6,7 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -21,12 +21,19 @@ def rotate(
     return _rotate(x, positions, theta)
 
 
-def _rotate(x: Array, positions: Array, theta: float) -> Array:
-    half = x.shape[-1] // 2
-    shape = (1,) * positions.ndim + (1, half)
+def cosines_and_sines(
+    positions: Int[Array, "*N"], width: int, theta: float
+) -> tuple[Float32[Array, "*N half"], Float32[Array, "*N half"]]:
+    """Return those of the angles that heads of `width` are rotated by."""
+    half = width // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[..., None, None] * frequency.reshape(shape)
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    shape = (1,) * positions.ndim + (half,)
+    angle = positions.astype(jnp.float32)[..., None] * frequency.reshape(shape)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(x: Array, positions: Array, theta: float) -> Array:
+    cos, sin = cosines_and_sines(positions[..., None], x.shape[-1], theta)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)

@@ -1,0 +1,171 @@
+"""Kernels that move rows, compiled for a GPU that isn't here, for how they load."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+
+# kernel, inner, outer: sides that fill no tile, of runs of 64 and of 8 columns
+CASES = [("products", 64, 192), ("weight_grads", 72, 192), ("weight_grads", 192, 40)]
+CASES += [("ids ahead", 128, 256), ("products_in_turn", 192, 512)]
+# width of a head, queries of each of two key heads
+SPLITS = [("split", 128, 1), ("join", 64, 3)]
+
+# Loads of a thread that aren't copies: the offsets or a tile's numbers, of the first
+# tile once more before the loop; four ids for each stage filled before it, and in it.
+WAITED = {"products_in_turn": 6, "ids ahead": 2 + 5 * 4}
+
+
+@pytest.fixture(scope="module")
+def loads(tmp_path_factory):
+    """Bytes of every load from global memory, by case and whether it waits."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("ptx"))}
+    environment |= {"JAX_PLATFORMS": "cpu"}
+    # Other tests of this process use triton's interpreter.
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, check=True, capture_output=True
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_operands_are_copied_16_bytes_at_a_time(loads, case):
+    found = loads["products"][case]
+    assert set(found["copied"]) == {"16"}
+    assert found["waited"] <= WAITED.get(CASES[case][0], 3)
+
+
+def test_tiles_in_turn_are_one_loop(loads):
+    """Two would wait for a tile's store before the next one's first rows are loaded."""
+    last = loads["products"][-1]
+    assert last["loops"] == 1 and last["last copy"] < last["store"]
+
+
+def test_ids_read_ahead_leave_all_stages_to_rows(loads):
+    """Read in the same step they take half of the stages: two of four hold rows."""
+    # Of two operands: three before the loop, one in.
+    assert loads["products"][-2]["copies"] == 2 * 4
+
+
+@pytest.mark.parametrize("case", range(len(SPLITS)))
+def test_heads_are_moved_16_bytes_at_a_time_through_registers(loads, case):
+    found = loads["heads"][case]
+    # Of 32 rows a thread has two ids; all else are four words at once.
+    assert found["loads"].pop("b32") <= 2
+    assert set(found["loads"]) == set(found["stores"]) == {"v4.b32"}
+    assert found["shared"] == 0
+
+
+def compiled(call, *arrays):
+    """The one kernel that a call launches, made for an H100."""
+    import jax
+    import jax.numpy as jnp
+    import triton as compiler
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from uoe_jax.ops import _triton
+
+    kernels = []
+
+    def launch(kernel, *args, out_shape, grid, num_warps, num_stages, **constants):
+        many = isinstance(out_shape, list)
+        outs = [jnp.zeros(*each) for each in (out_shape if many else [out_shape])]
+        names = {"bfloat16": "*bf16", "int32": "*i32", "float32": "*fp32"}
+        pointers = [name for name in kernel.arg_names if name not in constants]
+        types = (names[a.dtype.name] for a in (*args, *outs))
+        types = dict(zip(pointers, types, strict=True))
+        source = ASTSource(
+            kernel,
+            signature={n: types.get(n, "constexpr") for n in kernel.arg_names},
+            constexprs=constants,
+            attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
+        )
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        target = GPUTarget("cuda", 90, 32)
+        kernels.append(compiler.compile(source, target=target, options=options))
+        return outs if many else outs[0]
+
+    with mock.patch.object(_triton, "launch", launch), _triton.interpreted(launch):
+        jax.eval_shape(call, *arrays)
+    (kernel,) = kernels
+    return kernel
+
+
+def product_loads(kernel, inner, outer):
+    """How a product loads 16-bit operands."""
+    import jax
+    import jax.numpy as jnp
+
+    from uoe_jax.ops.grouped_matmul import triton
+
+    shape = jax.ShapeDtypeStruct
+    x, offsets = shape((512, inner), jnp.bfloat16), shape((5,), jnp.int32)
+    if kernel.startswith("products"):
+        right = shape((4, inner, outer), x.dtype)
+        tiles = triton.Tiles(128, 64, 256, 8, 8, 3, in_turn=True)
+        tiles = tiles if kernel == "products_in_turn" else None
+        call = lambda x, w, o: triton.products(
+            x, w, o, None, transpose=False, tiles=tiles
+        )
+    else:
+        right = shape((512, outer), x.dtype)
+        tiles = triton.Tiles(64, 128, 256, 8, 8, 4, ahead=True)
+        tiles, ids = (tiles, offsets) if kernel == "ids ahead" else (None, None)
+        call = lambda x, g, o: triton.weight_grads(x, g, o, ids, None, tiles)
+    asm = compiled(call, x, right, offsets).asm
+    text, earlier = asm["ptx"], asm["ttgir"]
+    copies = re.findall(r"cp\.async\.\w+\.shared\.global.*\], (\w+)", text)
+    copied = collections.Counter(str(int(size, 0)) for size in copies)
+    return {
+        "copied": copied,
+        "waited": len(re.findall(r"ld\.global", text)),
+        "copies": earlier.count("async_copy_global"),
+        "loops": earlier.count("scf.for"),
+        "last copy": earlier.rfind("async_copy_global"),
+        "store": earlier.find("tt.store"),
+    }
+
+
+def head_loads(kernel, width, groups):
+    """How heads are loaded and stored in 16 bits."""
+    import jax
+    import jax.numpy as jnp
+
+    from uoe_jax.ops.split_heads import triton
+
+    shape, count = jax.ShapeDtypeStruct, 1000
+    table, ids = shape((500, width), jnp.float32), shape((count,), jnp.int32)
+    key = shape((2, count, width), jnp.bfloat16)
+    if kernel == "split":
+        rows = shape((count, 2 * (groups + 2) * width), key.dtype)
+        call = lambda *arrays: triton.split(*arrays, 2, groups)
+        made = compiled(call, rows, table, ids)
+    else:
+        query = shape((2, count, groups, width), key.dtype)
+        made = compiled(triton.join, query, key, key, table, ids)
+    text = made.asm["ptx"]
+    count = lambda kind: collections.Counter(
+        re.findall(rf"{kind}\.global\.((?:v\d\.)?b\d+)", text)
+    )
+    return {
+        "loads": count("ld"),
+        "stores": count("st"),
+        "shared": made.metadata.shared,
+    }
+
+
+if __name__ == "__main__":
+    found = {
+        "products": [product_loads(*case) for case in CASES],
+        "heads": [head_loads(*case) for case in SPLITS],
+    }
+    print(json.dumps(found))

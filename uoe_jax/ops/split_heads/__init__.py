@@ -1,0 +1,1 @@
+"""Projected rows to queries, keys and values of their heads, by backend."""

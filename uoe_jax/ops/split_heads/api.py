@@ -1,0 +1,80 @@
+"""Projected rows to queries, keys and values, rotated, each head's rows together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from uoe_jax.errors import ConfigError
+from uoe_jax.ops._dispatch import dispatch
+from uoe_jax.ops.split_heads import triton, xla
+
+# In order of preference where nothing was measured near a call's shape: the first that
+# can serve.
+BACKENDS = {"xla": xla.split_heads, "triton": triton.split_heads}
+
+
+def call_shape(rows: Float[Array, "M C"], kv_heads: int, groups: int) -> dict[str, Any]:
+    """Return what a call's fastest backend depends on."""
+    return {
+        "rows": rows.shape[0],
+        "kv_heads": kv_heads,
+        "groups": groups,
+        "width": rows.shape[1] // (kv_heads * (groups + 2)),
+        "dtype": rows.dtype.name,
+    }
+
+
+def split_heads(
+    rows: Float[Array, "M C"],
+    positions: Int[Array, " N"],
+    token_ids: Int[Array, " M"],
+    *,
+    kv_heads: int,
+    groups: int,
+    theta: float | None,
+    implementation: str | None = None,
+) -> tuple[
+    Float[Array, "J M G H"],
+    Float[Array, "J M H"],
+    Float[Array, "J M H"],
+]:
+    """Return queries, keys and values of packed rows, each key/value head's in a run.
+
+    A row has J*G queries, J keys, J values of width H side by side: C = J(G + 2)H.
+    Queries and keys are rotated to their token's position (RoFormer, Su et al. 2021,
+    eq. 34). The heads come first, as attention within each wants them.
+
+    Args:
+      rows: projections of the tokens `token_ids`.
+      positions: of all N tokens.
+      token_ids: of each row.
+      kv_heads: J.
+      groups: G, the queries of a key/value head.
+      theta: base of the angles; None: nothing is rotated.
+      implementation: backend name; None: the fastest that can serve.
+
+    Raises:
+      ConfigError: a row that isn't of J(G + 2) heads of even width, unknown or unfit
+        backend.
+    """
+    heads = kv_heads * (groups + 2)
+    width, rest = divmod(rows.shape[1], heads)
+    if rest or (width % 2 and theta is not None):
+        raise ConfigError(
+            f"rows are {rows.shape[1]} wide; {kv_heads} key/value heads of {groups} "
+            f"queries need {heads} times an even head width"
+        )
+    return dispatch(
+        "split_heads",
+        BACKENDS,
+        implementation,
+        rows,
+        positions,
+        token_ids,
+        kv_heads=kv_heads,
+        groups=groups,
+        theta=theta,
+        shape=call_shape(rows, kv_heads, groups),
+    )
