@@ -18,13 +18,14 @@ from uoe_jax.bench.union import uneven_offsets
 from uoe_jax.ops import _tuning, dense_attention, grouped_matmul, split_heads
 from uoe_jax.ops.dense_attention.api import BACKENDS as DENSE
 from uoe_jax.ops.dense_attention.api import call_shape as dense_shape
-from uoe_jax.ops.grouped_matmul import triton
 from uoe_jax.ops.grouped_matmul.api import GROUPED_MATMUL
 from uoe_jax.ops.grouped_matmul.api import call_shape as matmul_shape
+from uoe_jax.ops.grouped_matmul.triton import require
+from uoe_jax.ops.grouped_matmul.triton_launch import products, weight_grads
+from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles
 from uoe_jax.ops.split_heads.api import BACKENDS as SPLIT_HEADS
 from uoe_jax.ops.split_heads.api import call_shape as heads_shape
 
-Tiles = triton.Tiles
 # rows, inner, outer, band, warps, stages
 PRODUCTS = (
     Tiles(128, 64, 256, 8, 8, 3),
@@ -213,11 +214,11 @@ def _shape(rows: int, inner: int, outer: int, dtype: str, **flags: int) -> dict:
 
 
 def _product(x, w, offsets, ids, *, transpose: bool, gather: bool, tiles: Tiles):
-    triton.require(x, w)
+    require(x, w)
     ids = ids if gather else None
-    return triton.products(x, w, offsets, ids, transpose=transpose, tiles=tiles)
+    return products(x, w, offsets, ids, transpose=transpose, tiles=tiles)
 
 
 def _weights(x, grad, offsets, ids, *, gather: bool, tiles: Tiles):
-    triton.require(x, grad)
-    return triton.weight_grads(x, grad, offsets, ids if gather else None, None, tiles)
+    require(x, grad)
+    return weight_grads(x, grad, offsets, ids if gather else None, None, tiles)

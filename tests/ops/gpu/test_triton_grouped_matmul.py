@@ -17,22 +17,23 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from uoe_jax.ops import _triton, _tuning, pack_choices
-from uoe_jax.ops.grouped_matmul import triton
+from uoe_jax.ops.grouped_matmul import triton, triton_launch
+from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles
 from uoe_jax.ops.packing import Packing
 
 ROWS, GROUPS, INS, OUTS = 40, 3, 20, 24
 # Three tf32 products in the interpreter are one of float32.
 TOLERANCE = 5e-6
-TILE = triton.Tiles(16, 16, 16, 2, 4, 2)
+TILE = Tiles(16, 16, 16, 2, 4, 2)
 AHEAD = TILE._replace(in_turn=True, ahead=True)
-CHOOSE = triton.choose_tiles
+CHOOSE = triton_launch.choose_tiles
 
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     """The kernels on numpy arrays, in tiles that no side fills."""
-    monkeypatch.setattr(triton, "choose_tiles", lambda op, shape: TILE)
-    for traced in (triton.products, triton.weight_grads):
+    monkeypatch.setattr(triton_launch, "choose_tiles", lambda op, shape: TILE)
+    for traced in (triton_launch.products, triton_launch.weight_grads):
         traced.clear_cache()  # of another test's tiles
     with _triton.interpreted(triton_on_cpu.run):
         yield
@@ -72,7 +73,7 @@ cuts = st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS).map(sort
 @example(cuts=[0, 17, 33], seed=0)
 def test_value_and_gradients_match_float64(in_turn, cuts, seed):
     tile = TILE._replace(in_turn=in_turn)
-    with mock.patch.object(triton, "choose_tiles", lambda op, shape: tile):
+    with mock.patch.object(triton_launch, "choose_tiles", lambda op, shape: tile):
         check_value_and_gradients(cuts, seed)
 
 
@@ -88,7 +89,7 @@ def check_value_and_gradients(cuts, seed):
 
 
 # Wider than most sides below, so cut to the power of two that holds them.
-WIDE = triton.Tiles(16, 128, 256, 2, 4, 2)
+WIDE = Tiles(16, 128, 256, 2, 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_sides_past_tiles_and_shared_rows_match_float64(
     monkeypatch, inner, outer, cores, splits
 ):
     """Groups of 17, 0 and 19 rows: more, as many and fewer steps than programs."""
-    monkeypatch.setattr(triton, "choose_tiles", CHOOSE)
+    monkeypatch.setattr(triton_launch, "choose_tiles", CHOOSE)
     monkeypatch.setattr(_tuning, "tiles", lambda op, shape: WIDE._asdict())
     monkeypatch.setattr(_triton, "cores", lambda: cores)
     rng = np.random.default_rng(inner)
@@ -126,7 +127,7 @@ def test_a_long_group_is_shared_in_whole_steps(monkeypatch):
     monkeypatch.setattr(_triton, "cores", lambda: 8)
     x, grad = draw(np.random.default_rng(0), (ROWS, 16), (ROWS, 32))
     ids = jnp.arange(ROWS, dtype=jnp.int32)[::-1]
-    got = triton.weight_grads(x, grad, jnp.asarray([0, 39, ROWS]), None, ids)
+    got = triton_launch.weight_grads(x, grad, jnp.asarray([0, 39, ROWS]), None, ids)
     x, grad = np.asarray(x, np.float64), np.asarray(grad, np.float64)[::-1]
     want = np.stack([x[:39].T @ grad[:39], x[39:].T @ grad[39:]])
     ops_oracle.assert_near([got], [want], TOLERANCE)
@@ -169,7 +170,7 @@ def test_gather_and_scatter_match_float64(
     monkeypatch, dtype, dense, cut, tile, tolerance
 ):
     monkeypatch.setattr(triton, "dense_pays", lambda *sizes: dense)
-    monkeypatch.setattr(triton, "choose_tiles", lambda op, shape: tile)
+    monkeypatch.setattr(triton_launch, "choose_tiles", lambda op, shape: tile)
     packing, matrix, (x, w, grad, rows, token_grad) = routed(dtype)
     offsets = np.asarray(packing.group_offsets)
     if cut:  # picks past M are rows 32 to 35 of 32

@@ -5,7 +5,7 @@ import pytest
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import _triton, _tuning, grouped_matmul
-from uoe_jax.ops.grouped_matmul import triton
+from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles, choose_tiles
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_tiles_outside_the_tables_fit(monkeypatch, kilobytes, dtype, op, inner, 
     """In shared memory, with at least two stages, and no wider than the result."""
     monkeypatch.setattr(_triton, "shared_memory", lambda: kilobytes << 10)
     shape = {"rows": 4096, "inner": inner, "outer": outer, "dtype": dtype}
-    tile = triton.choose_tiles(op, shape)
+    tile = choose_tiles(op, shape)
     if op == "weight_grads":
         stage = (tile.inner + tile.outer) * tile.rows
     else:
@@ -63,8 +63,8 @@ def test_tiles_outside_the_tables_fit(monkeypatch, kilobytes, dtype, op, inner, 
 )
 def test_tiles_of_the_tables_are_cut_to_the_shape(monkeypatch, op, inner, outer, sides):
     """To the power of two that holds a side, from 16 on; the rest stays."""
-    known = triton.Tiles(64, 128, 256, 8, 4, 3)
+    known = Tiles(64, 128, 256, 8, 4, 3)
     monkeypatch.setattr(_tuning, "tiles", lambda op, shape: known._asdict())
     shape = {"rows": 4096, "inner": inner, "outer": outer, "dtype": "bfloat16"}
     want = known._replace(inner=sides[0], outer=sides[1])
-    assert triton.choose_tiles(op, shape) == want
+    assert choose_tiles(op, shape) == want

@@ -105,22 +105,21 @@ def product_loads(kernel, inner, outer):
     import jax
     import jax.numpy as jnp
 
-    from uoe_jax.ops.grouped_matmul import triton
+    from uoe_jax.ops.grouped_matmul.triton_launch import products, weight_grads
+    from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles
 
     shape = jax.ShapeDtypeStruct
     x, offsets = shape((512, inner), jnp.bfloat16), shape((5,), jnp.int32)
     if kernel.startswith("products"):
         right = shape((4, inner, outer), x.dtype)
-        tiles = triton.Tiles(128, 64, 256, 8, 8, 3, in_turn=True)
+        tiles = Tiles(128, 64, 256, 8, 8, 3, in_turn=True)
         tiles = tiles if kernel == "products_in_turn" else None
-        call = lambda x, w, o: triton.products(
-            x, w, o, None, transpose=False, tiles=tiles
-        )
+        call = lambda x, w, o: products(x, w, o, None, transpose=False, tiles=tiles)
     else:
         right = shape((512, outer), x.dtype)
-        tiles = triton.Tiles(64, 128, 256, 8, 8, 4, ahead=True)
+        tiles = Tiles(64, 128, 256, 8, 8, 4, ahead=True)
         tiles, ids = (tiles, offsets) if kernel == "ids ahead" else (None, None)
-        call = lambda x, g, o: triton.weight_grads(x, g, o, ids, None, tiles)
+        call = lambda x, g, o: weight_grads(x, g, o, ids, None, tiles)
     asm = compiled(call, x, right, offsets).asm
     text, earlier = asm["ptx"], asm["ttgir"]
     copies = re.findall(r"cp\.async\.\w+\.shared\.global.*\], (\w+)", text)
