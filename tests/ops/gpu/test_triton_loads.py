@@ -14,7 +14,7 @@ import pytest
 
 # kernel, inner, outer: sides that fill no tile, of runs of 64 and of 8 columns
 CASES = [("products", 64, 192), ("weight_grads", 72, 192), ("weight_grads", 192, 40)]
-CASES += [("ids ahead", 128, 256), ("products_in_turn", 192, 512)]
+CASES += [("ids ahead", 128, 256), ("products_in_turn", 192, 384)]
 # width of a head, queries of each of two key heads
 SPLITS = [("split", 128, 1), ("join", 64, 3)]
 
@@ -41,6 +41,12 @@ def test_operands_are_copied_16_bytes_at_a_time(loads, case):
     found = loads["products"][case]
     assert set(found["copied"]) == {"16"}
     assert found["waited"] <= WAITED.get(CASES[case][0], 3)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_results_are_stored_16_bytes_at_a_time(loads, case):
+    """Tiles in turn once stored two, and took four times as long."""
+    assert set(loads["products"][case]["stored"]) == {"v4.b32"}
 
 
 def test_tiles_in_turn_are_one_loop(loads):
@@ -131,6 +137,7 @@ def product_loads(kernel, inner, outer):
         "loops": earlier.count("scf.for"),
         "last copy": earlier.rfind("async_copy_global"),
         "store": earlier.find("tt.store"),
+        "stored": words(text, "st"),
     }
 
 
@@ -152,14 +159,16 @@ def head_loads(kernel, width, groups):
         query = shape((2, count, groups, width), key.dtype)
         made = compiled(triton.join, query, key, key, table, ids)
     text = made.asm["ptx"]
-    count = lambda kind: collections.Counter(
-        re.findall(rf"{kind}\.global\.((?:v\d\.)?b\d+)", text)
-    )
     return {
-        "loads": count("ld"),
-        "stores": count("st"),
+        "loads": words(text, "ld"),
+        "stores": words(text, "st"),
         "shared": made.metadata.shared,
     }
+
+
+def words(text, kind):
+    """How many loads or stores of each width there are in PTX."""
+    return collections.Counter(re.findall(rf"{kind}\.global\.((?:v\d\.)?b\d+)", text))
 
 
 if __name__ == "__main__":

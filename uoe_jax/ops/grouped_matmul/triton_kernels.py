@@ -110,7 +110,10 @@ def store_tile(
 ):
     """Store a tile's rows that are of its group."""
     row = first + tl.arange(0, ROWS)
-    o = column * OUTER + tl.arange(0, OUTER)
+    # Said again: as the operands' columns, carried through a loop over tiles, these are
+    # no longer known to be neighbours, and are stored two bytes at a time.
+    o = tl.multiple_of(column * OUTER + tl.arange(0, OUTER), OUTER)
+    o = tl.max_contiguous(o, OUTER)
     at = out + row.to(tl.int64)[:, None] * O + o[None, :]
     inside = (row < stop)[:, None]
     if O % OUTER:
