@@ -33,8 +33,9 @@ PRODUCTS = (
     Tiles(128, 64, 256, 16, 8, 4),
     Tiles(256, 64, 128, 16, 8, 4),
     Tiles(128, 64, 128, 16, 4, 3),  # two programs a multiprocessor
-    Tiles(128, 64, 256, 8, 8, 3, in_turn=True),
-    Tiles(128, 64, 256, 8, 8, 4, in_turn=True),
+    Tiles(128, 64, 256, 8, 8, 3, in_turn=1),
+    Tiles(128, 64, 256, 8, 8, 4, in_turn=1),
+    Tiles(128, 64, 128, 8, 4, 3, in_turn=2),
 )
 WEIGHTS = (
     Tiles(32, 128, 256, 16, 8, 5),
@@ -203,13 +204,13 @@ def _tile_calls(case: tuple, dtype: str) -> Iterator[tuple]:
             shape = _shape(rows, *sides, dtype, gather=gather, transpose=transpose)
             run = functools.partial(_product, transpose=transpose, gather=gather)
             yield "products", shape, PRODUCTS, run, (left, right, offsets, ids)
-    for gather in (False, True):
+    for gather in ("none", "x", "grad"):
         shape = _shape(rows, inner, outer, dtype, gather=gather)
         run = functools.partial(_weights, gather=gather)
         yield "weight_grads", shape, WEIGHTS, run, (x, grad, offsets, ids)
 
 
-def _shape(rows: int, inner: int, outer: int, dtype: str, **flags: int) -> dict:
+def _shape(rows: int, inner: int, outer: int, dtype: str, **flags: Any) -> dict:
     return {"rows": rows, "inner": inner, "outer": outer, "dtype": dtype, **flags}
 
 
@@ -219,6 +220,7 @@ def _product(x, w, offsets, ids, *, transpose: bool, gather: bool, tiles: Tiles)
     return products(x, w, offsets, ids, transpose=transpose, tiles=tiles)
 
 
-def _weights(x, grad, offsets, ids, *, gather: bool, tiles: Tiles):
+def _weights(x, grad, offsets, ids, *, gather: str, tiles: Tiles):
     require(x, grad)
-    return weight_grads(x, grad, offsets, ids if gather else None, None, tiles)
+    x_ids, grad_ids = (ids if gather == side else None for side in ("x", "grad"))
+    return weight_grads(x, grad, offsets, x_ids, grad_ids, tiles)

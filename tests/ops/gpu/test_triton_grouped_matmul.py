@@ -25,7 +25,7 @@ ROWS, GROUPS, INS, OUTS = 40, 3, 20, 24
 # Three tf32 products in the interpreter are one of float32.
 TOLERANCE = 5e-6
 TILE = Tiles(16, 16, 16, 2, 4, 2)
-AHEAD = TILE._replace(in_turn=True, ahead=True)
+AHEAD = TILE._replace(in_turn=2, ahead=True)
 CHOOSE = triton_launch.choose_tiles
 
 
@@ -66,7 +66,7 @@ def value_and_grads(fun, *args):
 cuts = st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS).map(sorted)
 
 
-@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("in_turn", [0, 1])
 @settings(deadline=None, max_examples=3)
 @given(cuts=cuts, seed=st.integers(0, 2**32 - 1))
 # An empty group, two that end inside tiles, rows of none.

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import json
+from importlib import resources
+
+import jax
 import jax.numpy as jnp
 import pytest
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import _triton, _tuning, grouped_matmul
+from uoe_jax.ops.grouped_matmul.triton_launch import products, weight_grads
 from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles, choose_tiles
 
 
@@ -68,3 +73,30 @@ def test_tiles_of_the_tables_are_cut_to_the_shape(monkeypatch, op, inner, outer,
     shape = {"rows": 4096, "inner": inner, "outer": outer, "dtype": "bfloat16"}
     want = known._replace(inner=sides[0], outer=sides[1])
     assert choose_tiles(op, shape) == want
+
+
+def test_shipped_tiles_are_found_by_the_calls_they_were_measured_for(monkeypatch):
+    """Every key of an entry is one that a call asks with, its words are the same."""
+    asked = {"products": [], "weight_grads": []}
+    monkeypatch.setattr(_tuning, "tiles", lambda op, shape: asked[op].append(shape))
+    x, w = jnp.zeros((64, 32), jnp.bfloat16), jnp.zeros((2, 32, 32), jnp.bfloat16)
+    ends, ids = jnp.asarray([0, 20, 64]), jnp.arange(64)
+
+    def call(x, w):
+        for transpose in (False, True):
+            for given in (None, ids):
+                products(x, w, ends, given, transpose=transpose)
+        for given in ((None, None), (ids, None), (None, ids)):
+            weight_grads(x, x, ends, *given)
+
+    launch = lambda kernel, *args, out_shape, **options: jnp.zeros(*out_shape)
+    monkeypatch.setattr(_triton, "launch", launch)
+    with _triton.interpreted(launch):
+        jax.eval_shape(call, x, w)
+    words = lambda shape: {k: v for k, v in shape.items() if isinstance(v, (bool, str))}
+    path = resources.files("uoe_jax.ops") / "tuning" / "sm_90.json"
+    for op, entries in json.loads(path.read_text())["tiles"].items():
+        calls = asked[op]
+        assert all(entry["shape"].keys() == calls[0].keys() for entry in entries)
+        for call in calls:
+            assert words(call) in [words(entry["shape"]) for entry in entries]

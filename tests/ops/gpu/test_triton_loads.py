@@ -118,7 +118,7 @@ def product_loads(kernel, inner, outer):
     x, offsets = shape((512, inner), jnp.bfloat16), shape((5,), jnp.int32)
     if kernel.startswith("products"):
         right = shape((4, inner, outer), x.dtype)
-        tiles = Tiles(128, 64, 256, 8, 8, 3, in_turn=True)
+        tiles = Tiles(128, 64, 256, 8, 8, 3, in_turn=1)
         tiles = tiles if kernel == "products_in_turn" else None
         call = lambda x, w, o: products(x, w, o, None, transpose=False, tiles=tiles)
     else:

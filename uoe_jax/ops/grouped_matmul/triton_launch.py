@@ -59,7 +59,8 @@ def products(
     kernel, turns = triton_kernels.products, {}
     grid = tile_map.shape[1] * -(-outer // tiles.outer)
     if tiles.in_turn:
-        kernel, grid = triton_kernels.products_in_turn, min(grid, _triton.cores())
+        kernel = triton_kernels.products_in_turn
+        grid = min(grid, _triton.cores() * tiles.in_turn)
         turns = {"PROGRAMS": grid}
     return _triton.launch(
         kernel,
@@ -103,7 +104,10 @@ def weight_grads(
     num_groups, inner, outer = offsets.shape[0] - 1, x.shape[1], grad.shape[1]
     num_rows = x.shape[0] if x_ids is None else x_ids.shape[0]
     shape = {"rows": num_rows, "inner": inner, "outer": outer, "dtype": x.dtype.name}
-    shape |= {"gather": x_ids is not None or grad_ids is not None}
+    sides = [
+        name for name, ids in (("x", x_ids), ("grad", grad_ids)) if ids is not None
+    ]
+    shape |= {"gather": " and ".join(sides) or "none"}
     tiles = tiles or choose_tiles("weight_grads", shape)
     programs = num_groups * -(-inner // tiles.inner) * -(-outer // tiles.outer)
     splits = max(1, min(MOST_SPLITS, _triton.cores() // programs))

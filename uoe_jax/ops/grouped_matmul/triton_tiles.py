@@ -24,7 +24,7 @@ class Tiles(NamedTuple):
     band: int  # tiles down before the next column
     num_warps: int
     num_stages: int
-    in_turn: bool = False  # of products: a program a multiprocessor, tile after tile
+    in_turn: int = 0  # of products: programs a multiprocessor, tile after tile; 0: all
     ahead: bool = False  # of weight gradients: ids are read a step before their rows
 
 
