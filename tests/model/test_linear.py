@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uoe_jax.model.linear import picks_to_rows, rows_to_picks
+from uoe_jax.model.linear import picks_to_rows, rows_to_picks, scale_rows
 from uoe_jax.ops.packing import Packing, pack_choices
 
 BATCH, LENGTH, EXPERTS, PICKS = 2, 13, 6, 3
@@ -48,3 +48,26 @@ def test_no_gradient_is_scattered():
     text = str(jax.make_jaxpr(jax.grad(total))(jnp.asarray(values)))
     assert "scatter-add" not in text
     assert "scatter" in text  # the integers that say where each pick went
+
+
+@pytest.mark.parametrize("shape", [(40, 96), (3, 40, 2, 16)])
+def test_gradients_of_factors_are_summed_in_float32(shape):
+    """In bfloat16 sums over several heads lost two of their eight bits."""
+    rng = np.random.default_rng()
+    rows, grad = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for _ in range(2))
+    axis = shape.index(40)
+    sides = [side if place == axis else 1 for place, side in enumerate(shape)]
+    factors = jnp.asarray(rng.normal(size=sides), jnp.float32)
+    out, back = jax.vjp(scale_rows, rows, factors)
+    d_rows, d_factors = back(grad)
+    rounded = factors.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(out, rows * rounded)
+    np.testing.assert_array_equal(d_rows, grad * rounded)
+    others = tuple(place for place in range(len(shape)) if place != axis)
+    terms = np.asarray(rows, np.float64) * np.asarray(grad, np.float64)
+    assert d_factors.dtype == jnp.float32
+    np.testing.assert_allclose(
+        d_factors,
+        terms.sum(axis=others, keepdims=True),
+        atol=1e-6 * np.abs(terms).sum(axis=others).max(),
+    )

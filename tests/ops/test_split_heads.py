@@ -28,7 +28,7 @@ def test_value_and_gradient_match_float64(seed, kv_heads, groups, theta):
     check(call, kv_heads=kv_heads, groups=groups, theta=theta)
 
 
-def check(call, atol=ATOL, **options):
+def check(call, rtol=0.0, **options):
     """Values and the gradient of a call are the oracle's."""
     rows, positions, ids, grads = jax.tree.map(jnp.asarray, call)
     split = lambda rows: split_heads(rows, positions, ids, **options)
@@ -42,14 +42,22 @@ def check(call, atol=ATOL, **options):
     options.pop("implementation", None)
     for mine, exact in zip(got, ops_oracle.split_heads(*call, **options), strict=True):
         assert mine.dtype == rows.dtype and mine.shape == exact.shape
-        np.testing.assert_allclose(np.asarray(mine, np.float64), exact, atol=atol)
+        np.testing.assert_allclose(
+            np.asarray(mine, np.float64), exact, rtol=rtol, atol=ATOL
+        )
 
 
-def test_rows_of_no_whole_heads_are_refused():
+@pytest.mark.parametrize(
+    ("width", "options", "part"),
+    [
+        (16, {}, "an even number of 6 columns"),
+        (18, {}, "an even number of 6 columns"),
+        (16, {"theta": None}, "need 6 columns"),
+        (24, {"groups": 0}, "groups 0; both must be at least 1"),
+    ],
+)
+def test_rows_of_no_whole_heads_are_refused(width, options, part):
     zeros = jnp.zeros(4, jnp.int32)
-    call = lambda width: split_heads(
-        jnp.zeros((4, width)), zeros, zeros, kv_heads=2, groups=1, theta=THETA
-    )
-    for width in (16, 18):  # no multiple of six, an odd multiple
-        with pytest.raises(ConfigError, match="6 times an even head width"):
-            call(width)
+    options = {"kv_heads": 2, "groups": 1, "theta": THETA} | options
+    with pytest.raises(ConfigError, match=part):
+        split_heads(jnp.zeros((4, width)), zeros, zeros, **options)

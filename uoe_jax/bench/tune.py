@@ -67,9 +67,8 @@ def tune(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> Path:
         _order_matmul(case, sizes.dtype, rounds, found["order"], say)
     for case in sizes.attention:
         _order_dense(case, sizes.dtype, rounds, found["order"], say)
-    for case in sizes.smha:
-        for kv_heads in (1, 2):
-            _order_heads(case, kv_heads, sizes.dtype, rounds, found["order"], say)
+    for case in {_head_case(case, heads): 0 for case in sizes.smha for heads in (1, 2)}:
+        _order_heads(case, sizes.dtype, rounds, found["order"], say)
     return _write(found)
 
 
@@ -106,13 +105,13 @@ def _ranked(times: Mapping[Any, float | None]) -> dict[Any, float]:
 
 
 def _order(
-    op: str, shape: Mapping[str, Any], backends: Any, call: Callable, args: tuple,
+    op: str, shape: Mapping[str, Any], backends: Any, run: Callable, args: tuple,
     rounds: int, found: dict, say: Callable,
 ) -> None:  # fmt: skip
     names = [name for name in backends if name != "reference"]
     programs = [
         Program(
-            fun=both_passes(functools.partial(call, implementation=name)),
+            fun=functools.partial(run, implementation=name),
             args=args,
             labels={"op": op, "case": "tune", "name": name},
         )
@@ -126,6 +125,17 @@ def _order(
         say(f"{op} {dict(shape)}: {times}")
 
 
+def _both(call: Callable) -> Callable:
+    """Return a function of a call's arguments and backend that takes both passes."""
+
+    def run(*args: Any, implementation: str) -> Any:
+        return both_passes(functools.partial(call, implementation=implementation))(
+            *args
+        )
+
+    return run
+
+
 def _order_matmul(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -> None:
     rows, inner, outer, groups = case
     x, w, grad = draw(dtype, (rows, inner), (groups, inner, outer), (rows, outer))
@@ -136,7 +146,9 @@ def _order_matmul(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -
 
     shape = matmul_shape(rows, w)
     args = (x, w, grad)
-    _order("grouped_matmul", shape, GROUPED_MATMUL, call, args, rounds, found, say)
+    _order(
+        "grouped_matmul", shape, GROUPED_MATMUL, _both(call), args, rounds, found, say
+    )
     for op in ("gather_project", "project_scatter"):
         # The same products, moved alike.
         found[op] = found.get("grouped_matmul", [])
@@ -147,29 +159,40 @@ def _order_dense(case: tuple, dtype: str, rounds: int, found: dict, say: Any) ->
     args = tuple(draw(dtype, *[(batch, length, heads, width)] * 4))
     call = functools.partial(dense_attention, causal=causal)
     shape = dense_shape(args[0], causal)
-    _order("dense_attention", shape, DENSE, call, args, rounds, found, say)
+    _order("dense_attention", shape, DENSE, _both(call), args, rounds, found, say)
 
 
-def _order_heads(
-    case: tuple, kv_heads: int, dtype: str, rounds: int, found: dict, say: Any
-) -> None:
+def _head_case(case: tuple, kv_heads: int) -> tuple[int, int, int, int]:
+    """Return tokens, rows, key/value heads and width of experts of so many heads."""
     _, _, picks, width, batch, length = case
     tokens = batch * length
-    rows = tokens * picks // kv_heads  # of experts of `kv_heads` heads
+    return tokens, tokens * picks // kv_heads, kv_heads, width
+
+
+def _order_heads(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -> None:
+    tokens, rows, kv_heads, width = case
     part = (kv_heads, rows, width)
-    x, q, k, v = draw(
+    x, *grads = draw(
         dtype, (rows, 3 * kv_heads * width), (kv_heads, rows, 1, width), part, part
     )
     place = jnp.arange(tokens, dtype=jnp.int32)
-    ids = jnp.sort(jnp.arange(rows, dtype=jnp.int32) % tokens)
+    ids = jnp.arange(rows, dtype=jnp.int32) % tokens
 
-    def call(x: Any, implementation: str) -> Any:
-        options = {"kv_heads": kv_heads, "groups": 1, "theta": 1e4}
-        return split_heads(x, place, ids, implementation=implementation, **options)
+    def run(x: Any, place: Any, ids: Any, grads: Any, implementation: str) -> Any:
+        call = functools.partial(
+            split_heads,
+            positions=place,
+            token_ids=ids,
+            kv_heads=kv_heads,
+            groups=1,
+            theta=1e4,
+            implementation=implementation,
+        )
+        return both_passes(call)(x, grads)
 
     shape = heads_shape(x, kv_heads, 1)
-    args = (x, (q, k, v))
-    _order("split_heads", shape, SPLIT_HEADS, call, args, rounds, found, say)
+    args = (x, place, ids, tuple(grads))
+    _order("split_heads", shape, SPLIT_HEADS, run, args, rounds, found, say)
 
 
 def _tune_tiles(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -> None:

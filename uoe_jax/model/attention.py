@@ -27,6 +27,7 @@ from uoe_jax.model.linear import (
     residual_scale,
     row_gates,
     rows_to_picks,
+    scale_rows,
 )
 from uoe_jax.model.router import Routing
 from uoe_jax.model.routers import make_router
@@ -38,6 +39,7 @@ from uoe_jax.ops.segment_attention.api import segment_attention
 from uoe_jax.ops.split_heads.api import split_heads
 
 KeyValue = tuple[Array, Array]
+UNUSED = 1024  # rows of a segment that nothing reads
 
 
 class _Attention(nnx.Module):
@@ -162,8 +164,8 @@ class UnionAttention(_Attention):
         """Return the gated rows projected and summed into their tokens."""
         e, d = self.wo.shape[0], self.config.d_model
         gates = row_gates(routing.gates, packing)[None, :, None, None]
-        # Gated before they are put side by side: nothing in between is kept.
-        rows = jnp.moveaxis(heads * gates.astype(heads.dtype), 0, 1)
+        # Gated before they are put side by side: the heads are kept as they came.
+        rows = jnp.moveaxis(scale_rows(heads, gates), 0, 1)
         weight = self.wo[...].reshape(e, -1, d).astype(rows.dtype)
         y = project_scatter(rows.reshape(rows.shape[0], -1), weight, packing)
         if self.bo is not None:
@@ -176,16 +178,33 @@ class UnionAttention(_Attention):
         """Attend inside each segment and document, every key head on its own."""
         heads, rows = k.shape[:2]
         if heads > 1:
-            shift = rows * jnp.arange(heads, dtype=offsets.dtype)[:, None]
-            move = lambda x: (x[None] + shift).reshape(-1)
             if bounds is not None:
-                bounds = tuple(move(x) for x in bounds)
-            # Rows past a head's last segment are a segment of their own: unseen.
-            offsets = jnp.append(move(offsets), rows * heads)
+                bounds = tuple(each_head(x, rows, heads) for x in bounds)
+            offsets = head_offsets(offsets, rows, heads)
         q, k, v = (a.reshape(-1, *a.shape[2:]) for a in (q, k, v))
         causal = self.config.causal
         out = segment_attention(q, k, v, offsets, causal=causal, bounds=bounds)
         return out.reshape(heads, rows, *out.shape[1:])
+
+
+def each_head(numbers: Int[Array, " R"], rows: int, heads: int) -> Int[Array, " JR"]:
+    """Return numbers of rows for every head in a run of `rows` rows."""
+    shift = rows * jnp.arange(heads, dtype=numbers.dtype)[:, None]
+    return (numbers[None] + shift).reshape(-1)
+
+
+def head_offsets(
+    offsets: Int[Array, " S1"], rows: int, heads: int
+) -> Int[Array, " S2"]:
+    """Return the segments of every head in a run of `rows` rows, one after another.
+
+    Rows past a head's last segment (picks that don't count, experts elsewhere) become
+    small segments, so that attending among them costs little; nothing reads them.
+    """
+    pieces = jnp.arange(1, -(-rows // UNUSED), dtype=offsets.dtype) * UNUSED
+    unused = jnp.minimum(offsets[-1] + pieces, rows)
+    offsets = each_head(jnp.concatenate([offsets, unused]), rows, heads)
+    return jnp.append(offsets, rows * heads)
 
 
 def head_picks(
@@ -198,7 +217,7 @@ def head_picks(
 def pick_heads(
     picks: Float[Array, "N X J ..."], packing: Packing
 ) -> Float[Array, "J M ..."]:
-    """Return the inverse of `head_picks`."""
+    """Return the heads' rows of each token's picks; the reverse of `head_picks`."""
     return jnp.moveaxis(picks_to_rows(picks, packing), 1, 0)
 
 

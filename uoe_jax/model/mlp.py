@@ -22,6 +22,7 @@ from uoe_jax.model.linear import (
     project,
     residual_scale,
     row_gates,
+    scale_rows,
 )
 from uoe_jax.model.router import Router, Routing
 from uoe_jax.model.routers import make_router
@@ -119,8 +120,7 @@ class RoutedMlp(nnx.Module):
         """Return each token's sum over the packed rows it has, times their gates."""
         hidden = self._hidden(x, packing)
         if gates is not None:
-            scale = row_gates(gates, packing)[:, None]
-            hidden = hidden * scale.astype(hidden.dtype)
+            hidden = scale_rows(hidden, row_gates(gates, packing)[:, None])
         return project_scatter(hidden, self.w_down[...].astype(x.dtype), packing)
 
     def _hidden(self, x: Array, packing: Packing) -> Array:

@@ -148,15 +148,15 @@ def head_loads(kernel, width, groups):
 
     from uoe_jax.ops.split_heads import triton
 
-    shape, count = jax.ShapeDtypeStruct, 1000
-    table, ids = shape((500, width), jnp.float32), shape((count,), jnp.int32)
-    key = shape((2, count, width), jnp.bfloat16)
+    shape, size = jax.ShapeDtypeStruct, 1000
+    table, ids = shape((500, width), jnp.float32), shape((size,), jnp.int32)
+    key = shape((2, size, width), jnp.bfloat16)
     if kernel == "split":
-        rows = shape((count, 2 * (groups + 2) * width), key.dtype)
+        rows = shape((size, 2 * (groups + 2) * width), key.dtype)
         call = lambda *arrays: triton.split(*arrays, 2, groups)
         made = compiled(call, rows, table, ids)
     else:
-        query = shape((2, count, groups, width), key.dtype)
+        query = shape((2, size, groups, width), key.dtype)
         made = compiled(triton.join, query, key, key, table, ids)
     text = made.asm["ptx"]
     return {

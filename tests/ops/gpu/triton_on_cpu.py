@@ -60,6 +60,16 @@ def widen(x):
 interpreter.interpreter_builder.__class__ = Builder
 
 
+def convert(data, source, target, rounding, convert=interpreter._convert_float):
+    """The interpreter's conversion, but rounded to bfloat16 as GPUs do, not cut off."""
+    if (source, target) != (tl.float32, tl.bfloat16):
+        return convert(data, source, target, rounding)
+    return data.astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+interpreter._convert_float = convert
+
+
 def run(kernel, grid, constants, shape, *arrays):
     """What a kernel writes, an array or a list; NaN where it writes nothing."""
     out = jax.tree.map(lambda s: np.full(s.shape, np.nan, s.dtype), shape)

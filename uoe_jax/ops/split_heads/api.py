@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops._dispatch import dispatch
+from uoe_jax.ops._dispatch import dispatch, vary_together
 from uoe_jax.ops.split_heads import triton, xla
 
 # In order of preference where nothing was measured near a call's shape: the first that
@@ -15,7 +15,7 @@ from uoe_jax.ops.split_heads import triton, xla
 BACKENDS = {"xla": xla.split_heads, "triton": triton.split_heads}
 
 
-def call_shape(rows: Float[Array, "M C"], kv_heads: int, groups: int) -> dict[str, Any]:
+def call_shape(rows: Float[Array, "M O"], kv_heads: int, groups: int) -> dict[str, Any]:
     """Return what a call's fastest backend depends on."""
     return {
         "rows": rows.shape[0],
@@ -27,7 +27,7 @@ def call_shape(rows: Float[Array, "M C"], kv_heads: int, groups: int) -> dict[st
 
 
 def split_heads(
-    rows: Float[Array, "M C"],
+    rows: Float[Array, "M O"],
     positions: Int[Array, " N"],
     token_ids: Int[Array, " M"],
     *,
@@ -42,7 +42,7 @@ def split_heads(
 ]:
     """Return queries, keys and values of packed rows, each key/value head's in a run.
 
-    A row has J*G queries, J keys, J values of width H side by side: C = J(G + 2)H.
+    A row has J*G queries, J keys, J values of width H side by side: O = J(G + 2)H.
     Queries and keys are rotated to their token's position (RoFormer, Su et al. 2021,
     eq. 34). The heads come first, as attention within each wants them.
 
@@ -56,16 +56,25 @@ def split_heads(
       implementation: backend name; None: the fastest that can serve.
 
     Raises:
-      ConfigError: a row that isn't of J(G + 2) heads of even width, unknown or unfit
-        backend.
+      ConfigError: rows that aren't of J(G + 2) heads, an odd width to rotate, another
+        number of ids, unknown or unfit backend.
     """
-    heads = kv_heads * (groups + 2)
+    if kv_heads < 1 or groups < 1:
+        raise ConfigError(
+            f"kv_heads is {kv_heads} and groups {groups}; both must be at least 1"
+        )
+    heads, even = kv_heads * (groups + 2), "" if theta is None else "an even number of "
     width, rest = divmod(rows.shape[1], heads)
-    if rest or (width % 2 and theta is not None):
+    if rest or (width % 2 and even):
         raise ConfigError(
             f"rows are {rows.shape[1]} wide; {kv_heads} key/value heads of {groups} "
-            f"queries need {heads} times an even head width"
+            f"queries need {even}{heads} columns for each of a head"
         )
+    if token_ids.shape != rows.shape[:1]:
+        raise ConfigError(
+            f"{token_ids.shape[0]} token ids for {rows.shape[0]} rows; each needs one"
+        )
+    rows, positions, token_ids = vary_together(rows, positions, token_ids)
     return dispatch(
         "split_heads",
         BACKENDS,

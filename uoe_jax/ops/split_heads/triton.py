@@ -1,7 +1,7 @@
 """Splitting and rotating heads in one pass over the rows, on NVIDIA GPUs.
 
-XLA makes a copy of each part, with sines of every row. Here a token's sines are made
-once, and rows are read once and written once, each way.
+XLA makes a copy of each part, with sines of every row. Here rows are read once and
+written once, each way, and a token's sines are made once for all its rows.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from uoe_jax.ops import _triton
-from uoe_jax.ops._dispatch import vary_together
 from uoe_jax.ops.rotary import cosines_and_sines
 
 ROWS = 32  # of a program
 
 
 def split_heads(
-    rows: Float[Array, "M C"],
+    rows: Float[Array, "M O"],
     positions: Int[Array, " N"],
     token_ids: Int[Array, " M"],
     *,
@@ -44,8 +43,8 @@ def split_heads(
         raise NotImplementedError(
             f"it takes head widths that are powers of two from 16 on, not {width}"
         )
-    arrays = vary_together(rows, positions, token_ids.astype(jnp.int32))
-    return _split(*arrays, kv_heads, groups, theta)
+    ids = token_ids.astype(jnp.int32)
+    return _split(rows, positions, ids, kv_heads, groups, theta)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -75,7 +74,7 @@ def _table(positions, width, theta):
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def split(
-    rows: Float[Array, "M C"],
+    rows: Float[Array, "M O"],
     table: Float32[Array, "N H"],
     token_ids: Int[Array, " M"],
     kv_heads: int,
@@ -106,7 +105,7 @@ def join(
     v: Float[Array, "J M H"],
     table: Float32[Array, "N H"],
     token_ids: Int[Array, " M"],
-) -> Float[Array, "M C"]:
+) -> Float[Array, "M O"]:
     """Return the rows of heads, rotated back."""
     from uoe_jax.ops.split_heads import triton_kernels
 

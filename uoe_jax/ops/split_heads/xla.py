@@ -9,7 +9,7 @@ from uoe_jax.ops.rotary import rotate
 
 
 def split_heads(
-    rows: Float[Array, "M C"],
+    rows: Float[Array, "M O"],
     positions: Int[Array, " N"],
     token_ids: Int[Array, " M"],
     *,
