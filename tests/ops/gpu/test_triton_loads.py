@@ -36,17 +36,16 @@ def loads(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("case", range(len(CASES)))
-def test_operands_are_copied_16_bytes_at_a_time(loads, case):
-    found = loads["products"][case]
-    assert set(found["copied"]) == {"16"}
-    assert found["waited"] <= WAITED.get(CASES[case][0], 3)
+def test_operands_are_copied_16_bytes_at_a_time(loads):
+    for case, found in zip(CASES, loads["products"], strict=True):
+        assert set(found["copied"]) == {"16"}, case
+        assert found["waited"] <= WAITED.get(case[0], 3), case
 
 
-@pytest.mark.parametrize("case", range(len(CASES)))
-def test_results_are_stored_16_bytes_at_a_time(loads, case):
-    """Tiles in turn once stored two, and took four times as long."""
-    assert set(loads["products"][case]["stored"]) == {"v4.b32"}
+def test_results_are_stored_16_bytes_at_a_time(loads):
+    """Tiles in turn once stored two, and took up to four times as long."""
+    for case, found in zip(CASES, loads["products"], strict=True):
+        assert set(found["stored"]) == {"v4.b32"}, case
 
 
 def test_tiles_in_turn_are_one_loop(loads):
@@ -61,13 +60,12 @@ def test_ids_read_ahead_leave_all_stages_to_rows(loads):
     assert loads["products"][-2]["copies"] == 2 * 4
 
 
-@pytest.mark.parametrize("case", range(len(SPLITS)))
-def test_heads_are_moved_16_bytes_at_a_time_through_registers(loads, case):
-    found = loads["heads"][case]
-    # Of 32 rows a thread has two ids; all else are four words at once.
-    assert found["loads"].pop("b32") <= 2
-    assert set(found["loads"]) == set(found["stores"]) == {"v4.b32"}
-    assert found["shared"] == 0
+def test_heads_are_moved_16_bytes_at_a_time_through_registers(loads):
+    for case, found in zip(SPLITS, loads["heads"], strict=True):
+        # Of 32 rows a thread has two ids; all else are four words at once.
+        assert found["loads"].pop("b32") <= 2, case
+        assert set(found["loads"]) == set(found["stores"]) == {"v4.b32"}, case
+        assert found["shared"] == 0, case
 
 
 def compiled(call, *arrays):
