@@ -67,7 +67,8 @@ def tune(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> Path:
         _order_matmul(case, sizes.dtype, rounds, found["order"], say)
     for case in sizes.attention:
         _order_dense(case, sizes.dtype, rounds, found["order"], say)
-    for case in {_head_case(case, heads): 0 for case in sizes.smha for heads in (1, 2)}:
+    cases = (_head_case(case, heads) for case in sizes.smha for heads in (1, 2))
+    for case in dict.fromkeys(cases):
         _order_heads(case, sizes.dtype, rounds, found["order"], say)
     return _write(found)
 

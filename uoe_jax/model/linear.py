@@ -133,7 +133,6 @@ def row_gates(gates: Float[Array, "B T X"], packing: Packing) -> Float[Array, " 
     return picks_to_rows(gates.reshape(-1, gates.shape[-1]), packing)
 
 
-@jax.custom_vjp
 def scale_rows(
     rows: Float[Array, "*S"], factors: Float[Array, "*#S"]
 ) -> Float[Array, "*S"]:
@@ -141,11 +140,16 @@ def scale_rows(
 
     The gradient of a factor is summed in float32 or wider, whatever the rows are.
     """
+    return _scale(*vary_together(rows, factors))
+
+
+@jax.custom_vjp
+def _scale(rows, factors):
     return rows * factors.astype(rows.dtype)
 
 
 def _scale_fwd(rows, factors):
-    return scale_rows(rows, factors), (rows, factors)
+    return _scale(rows, factors), (rows, factors)
 
 
 def _scale_bwd(saved, grad):
@@ -156,7 +160,7 @@ def _scale_bwd(saved, grad):
     return grad * factors.astype(rows.dtype), total.astype(factors.dtype)
 
 
-scale_rows.defvjp(_scale_fwd, _scale_bwd)
+_scale.defvjp(_scale_fwd, _scale_bwd)
 
 
 def fold_key(key: jax.Array | None, number: int | Array) -> jax.Array | None:
