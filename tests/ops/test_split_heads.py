@@ -50,9 +50,9 @@ def check(call, rtol=0.0, **options):
 @pytest.mark.parametrize(
     ("width", "options", "part"),
     [
-        (16, {}, "an even number of 6 columns"),
-        (18, {}, "an even number of 6 columns"),
-        (16, {"theta": None}, "need 6 columns"),
+        (16, {}, "need a multiple of 12"),
+        (18, {}, "need a multiple of 12"),
+        (16, {"theta": None}, "need a multiple of 6"),
         (24, {"groups": 0}, "groups 0; both must be at least 1"),
     ],
 )

@@ -130,9 +130,8 @@ def _both(call: Callable) -> Callable:
     """Return a function of a call's arguments and backend that takes both passes."""
 
     def run(*args: Any, implementation: str) -> Any:
-        return both_passes(functools.partial(call, implementation=implementation))(
-            *args
-        )
+        named = functools.partial(call, implementation=implementation)
+        return both_passes(named)(*args)
 
     return run
 
@@ -145,11 +144,9 @@ def _order_matmul(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -
     def call(x: Any, w: Any, implementation: str) -> Any:
         return grouped_matmul(x, w, offsets, implementation=implementation)
 
-    shape = matmul_shape(rows, w)
+    shape, run = matmul_shape(rows, w), _both(call)
     args = (x, w, grad)
-    _order(
-        "grouped_matmul", shape, GROUPED_MATMUL, _both(call), args, rounds, found, say
-    )
+    _order("grouped_matmul", shape, GROUPED_MATMUL, run, args, rounds, found, say)
     for op in ("gather_project", "project_scatter"):
         # The same products, moved alike.
         found[op] = found.get("grouped_matmul", [])

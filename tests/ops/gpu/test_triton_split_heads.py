@@ -6,7 +6,6 @@ import triton_on_cpu  # before anything that imports triton
 
 # isort: split
 import functools
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +46,6 @@ def test_rows_of_all_devices_at_positions_of_each(implementation):
     places = np.random.default_rng().integers(0, 500, (2, 11)).astype(np.int32)
     options = {"kv_heads": 2, "groups": 1, "theta": THETA}
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    alone = threading.Lock()
-
-    def run(*args):
-        with alone:  # the interpreter serves one device at a time
-            return triton_on_cpu.run(*args)
 
     @functools.partial(
         jax.shard_map,
@@ -67,7 +61,7 @@ def test_rows_of_all_devices_at_positions_of_each(implementation):
         grads = jax.tree.map(lambda a: jax.lax.pcast(a, "data", to="varying"), grads)
         return jax.tree.map(lambda a: a[None], out), *vjp(grads)
 
-    with _triton.interpreted(run):
+    with _triton.interpreted(triton_on_cpu.run):
         arrays = jax.tree.map(jnp.asarray, (rows, places, ids, grads))
         out, d_rows = jax.block_until_ready(jax.jit(step)(*arrays))
     want = [ops_oracle.split_heads(rows, p, ids, grads, **options) for p in places]

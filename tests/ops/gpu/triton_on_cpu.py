@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
@@ -70,11 +71,15 @@ def convert(data, source, target, rounding, convert=interpreter._convert_float):
 interpreter._convert_float = convert
 
 
+_alone = threading.Lock()  # the interpreter serves one device at a time
+
+
 def run(kernel, grid, constants, shape, *arrays):
     """What a kernel writes, an array or a list; NaN where it writes nothing."""
     out = jax.tree.map(lambda s: np.full(s.shape, np.nan, s.dtype), shape)
     arrays = [np.array(a) for a in arrays]
     pointers = [Pointer(a) for a in (*arrays, *jax.tree.leaves(out))]
     constants = {k: tl.constexpr(v) for k, v in constants.items()}
-    Executor(kernel.rewrite(), kernel.arg_names, (grid,))(*pointers, **constants)
+    with _alone:
+        Executor(kernel.rewrite(), kernel.arg_names, (grid,))(*pointers, **constants)
     return out

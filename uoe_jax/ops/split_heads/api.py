@@ -63,12 +63,11 @@ def split_heads(
         raise ConfigError(
             f"kv_heads is {kv_heads} and groups {groups}; both must be at least 1"
         )
-    heads, even = kv_heads * (groups + 2), "" if theta is None else "an even number of "
-    width, rest = divmod(rows.shape[1], heads)
-    if rest or (width % 2 and even):
+    step = kv_heads * (groups + 2) * (1 if theta is None else 2)
+    if rows.shape[1] % step:
         raise ConfigError(
             f"rows are {rows.shape[1]} wide; {kv_heads} key/value heads of {groups} "
-            f"queries need {even}{heads} columns for each of a head"
+            f"queries need a multiple of {step}"
         )
     if token_ids.shape != rows.shape[:1]:
         raise ConfigError(
