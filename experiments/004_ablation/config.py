@@ -77,4 +77,5 @@ def study(tiny: bool) -> Study:
         title="What a union needs: one change at a time",
         metric="bits_per_byte",
         cases=cases,
+        origin="UoME 8 of 16",
     )

@@ -177,34 +177,39 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any]) -> bytes:
-    """Return a PNG: every cut's loss at once and after training on."""
+    """Return a PNG: every cut's loss at once and after training on, beside dense's."""
     done = {n: f for n, f in results["cuts"].items() if "after" in f}
+    panels = (("before", "at once"), ("after", f"after {results['further']} steps"))
+    lines = (("dense", "dense", "-"), ("dense_further", "dense, trained on", ":"))
 
     def draw(theme: Theme) -> Figure:
-        figure = Figure(figsize=(8, 1.4 + 0.5 * len(done)), layout="constrained")
-        axes = figure.subplots()
-        for row, found in enumerate(done.values()):
-            ends = [found[name]["test"] for name in ("before", "after")]
-            axes.plot(ends, [row, row], color=theme.faint, linewidth=3, zorder=1)
-        rows = range(len(done))
-        for name, label, color in (
-            ("before", "half of the experts, at once", theme.colors[1]),
-            ("after", f"after {results['further']} steps", theme.colors[0]),
-        ):
+        figure = Figure(figsize=(10, 1.4 + 0.4 * len(done)), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
+        for side, (name, label), color in zip(axes, panels, theme.colors, strict=False):
             values = [found[name]["test"] for found in done.values()]
-            axes.plot(values, rows, "o", color=color, label=label)
-        for name, label, line in (
-            ("dense", "dense", "-"),
-            ("dense_further", "dense, trained on", ":"),
-        ):
-            if name in results:
-                axes.axvline(
-                    results[name]["test"], color=theme.ink, linestyle=line, label=label
+            dense = [results[key]["test"] for key, *_ in lines if key in results]
+            for key, text, line in lines:
+                if key in results:
+                    at = results[key]["test"]
+                    side.axvline(at, color=theme.ink, linestyle=line, label=text)
+            side.hlines(range(len(done)), dense[0], values, color=color, lw=2)
+            side.plot(values, range(len(done)), "o", color=color)
+            for row, value in enumerate(values):
+                side.annotate(
+                    f"{value:.3f}",
+                    (max(value, *dense), row),
+                    xytext=(8, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=9,
                 )
-        axes.set_yticks(rows, list(done))
-        axes.invert_yaxis()
-        axes.set_xlabel("test bits/byte")
-        figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+            low, high = min(values + dense), max(values + dense)
+            side.set_xlim(low - 0.05 * (high - low), high + 0.2 * (high - low))
+            side.set_xlabel(f"test bits/byte, {label}")
+        axes[0].set_yticks(range(len(done)), list(done))
+        axes[0].set_ylim(len(done) - 0.5, -0.5)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
         return figure
 
     return render(draw, [LIGHT])["light"]

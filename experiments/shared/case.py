@@ -36,6 +36,7 @@ class Study:
     cases: tuple[Case, ...]
     baseline: str = "dense"  # the case whose FLOPs are 100%
     rivals: tuple[str, ...] = ()  # of these, the best on valid is compared with too
+    origin: str = ""  # the case that others change in one way: all are compared with it
     search: tuple[Case, ...] = ()  # trained first; a family's best rate is taken
 
 

@@ -62,15 +62,15 @@ def best(study: Study, found: dict[str, list[Result]], names: Sequence[str]) -> 
 def table(study: Study, found: dict[str, list[Result]]) -> str:
     """Return a Markdown table: quality, FLOPs, time and speed of every case.
 
-    Differences are paired by seed, with their standard error; the rival is the best
-    of `study.rivals` on validation.
+    Differences are paired by seed, with their standard error: from the baseline, from
+    the best of `study.rivals` on validation, from the origin.
     """
     base = found.get(study.baseline)
     unit = base[0]["forward_flops_per_token"] if base else None
     rival = best(study, found, study.rivals)
     percent = study.metric == "accuracy"
     name = "accuracy, %" if percent else "bits/byte"
-    against = [n for n in (study.baseline, rival) if n in found]
+    against = [n for n in (study.baseline, rival, study.origin) if n in found]
     head = ["model", "parameters", "FLOPs", "rate", "seeds", f"valid {name}"]
     head += [f"test {name}", *(f"test, less {n}" for n in against)]
     head += ["seconds", "tokens/s"]

@@ -27,21 +27,29 @@ def spread(numbers: list[float]) -> float:
     return statistics.stdev(numbers) if known else 0.0
 
 
-def difference(
-    first: list[Result], second: list[Result], metric: str
-) -> tuple[float, float | None] | None:
-    """Return the mean of first - second on test over the seeds both have, and its
-    standard error, None of a single seed. Seeds share the order of the data."""
+def deltas(first: list[Result], second: list[Result], metric: str) -> list[float]:
+    """Return first - second on test of every seed that both have, in their order.
+
+    Seeds share the order of the data.
+    """
     scores = [
         {r["seed"]: r["test"][metric] for r in results if "test" in r}
         for results in (first, second)
     ]
     both = sorted(scores[0].keys() & scores[1].keys())
-    if not both:
+    return [scores[0][seed] - scores[1][seed] for seed in both]
+
+
+def difference(
+    first: list[Result], second: list[Result], metric: str
+) -> tuple[float, float | None] | None:
+    """Return the mean of first - second on test over the seeds both have, and its
+    standard error, None of a single seed."""
+    paired = deltas(first, second, metric)
+    if not paired:
         return None
-    deltas = [scores[0][seed] - scores[1][seed] for seed in both]
-    error = statistics.stdev(deltas) / len(both) ** 0.5 if len(both) > 1 else None
-    return statistics.fmean(deltas), error
+    error = statistics.stdev(paired) / len(paired) ** 0.5 if len(paired) > 1 else None
+    return statistics.fmean(paired), error
 
 
 def median_seconds(results: list[Result]) -> float:

@@ -1,5 +1,6 @@
 """Experiments: what is reported of results."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.shared.case import Case, Study
+from experiments.shared.case import Case, Study, find_experiment, load_config
+from experiments.shared.plot import plot
 from experiments.shared.queue import Task, best_rates
 from experiments.shared.results import (
     best,
@@ -109,6 +111,41 @@ def test_differences_are_paired_by_seed():
     assert mean == 0.0 and error == pytest.approx(math.sqrt(0.5) / math.sqrt(2))
     assert difference(runs(1.0), runs(2.0), "accuracy") == (-1.0, None)
     assert difference(runs(), runs(2.0), "accuracy") is None
+
+
+def test_cases_that_change_one_are_compared_with_it(tmp_path):
+    plan = study("bits_per_byte", "dense", "union", "changed", origin="union")
+    for seed in (0, 1):
+        write_result(tmp_path, result("dense", seed, 1.5, 1.5))
+        write_result(tmp_path, result("union", seed, 1.0, 1.0 + seed))
+        write_result(tmp_path, result("changed", seed, 1.0, 1.25 + 1.5 * seed))
+    found = read_results(tmp_path, plan.cases)
+    lines = table(plan, found).splitlines()
+    assert "| test, less dense | test, less union |" in lines[0]
+    assert "| +0.5000 ± 0.2500 |" in lines[4]  # 0.25 and 0.75 above, by seed
+    rows = plot(plan, found)
+    assert rows != plot(study("bits_per_byte", "dense", "union", "changed"), found)
+    for seed in (0, 1):  # an origin that diverged leaves nothing to compare with
+        broken = result("union", seed, 0.0, 0.0)
+        del broken["valid"], broken["test"]
+        write_result(tmp_path, broken)
+    assert "| diverged | diverged |" in write_summary(tmp_path, plan)
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("further", [{}, {"dense_further": {"test": 1.4}}])
+def test_cuts_are_shown_beside_the_dense_model(tmp_path, further):
+    """With the dense model's own further steps and, where they are missing, without."""
+    module = load_config(find_experiment("005"))
+    split = {"max_logit_difference": 1e-5, "max_logit": 20.0}
+    ends = {"before": {"test": 1.75}, "after": {"test": 1.5}}
+    cuts = {"whole": ends | {"decompose": split}, "begun": {"decompose": split}}
+    results = {"further": 200, "dense": {"test": 1.45}, "cuts": cuts} | further
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = module.summary(tmp_path)
+    assert "| whole | 1e-05 (largest logit 20) | 1.4500 | 1.7500 | 1.5000 |" in text
+    assert ("1.4000" in text) == bool(further)
+    assert (tmp_path / "plot.png").stat().st_size > 5_000
 
 
 def test_a_leak_is_named():
