@@ -63,6 +63,9 @@ def test_tuned_table_orders_backends(tiny):
     heads = table["order"]["split_heads"]
     assert [e["shape"]["kv_heads"] for e in heads] == [1, 2]
     assert [e["shape"]["rows"] for e in heads] == [32, 16]
+    (gated,) = table["order"]["swiglu"]
+    assert gated["fastest"] == ["xla"]
+    assert gated["shape"] == {"rows": 32, "width": 8, "dtype": "float32"}
     near = entry["shape"] | {"rows": 100}
     names = ("triton", "xla", "reference")
     assert _tuning.prefer("grouped_matmul", names, near) == (

@@ -109,3 +109,27 @@ def split_heads(rows, positions, ids, grads, *, kv_heads, groups, theta):
     back = [x.swapaxes(0, 1).reshape(count, -1) for x in back]
     out = rotate(q, turn), rotate(k, turn)[:, :, 0], v[:, :, 0]
     return *out, np.concatenate(back, axis=-1)
+
+
+def draw_swiglu(seed, count, width, dtype=np.float32):
+    """Rows [M, 2F], their factors and the gradient of the result."""
+    draw = np.random.default_rng(seed)
+    normal = lambda *shape: draw.normal(size=shape)
+    # Gates from those that are shut to those that pass everything; a row of gates so
+    # shut that exponentials overflow.
+    rows = 4 * normal(count, 2 * width)
+    rows[1:2, width:] -= 200
+    factors = normal(count).astype(np.promote_types(dtype, np.float32))
+    return rows.astype(dtype), factors, normal(count, width).astype(dtype)
+
+
+def swiglu(rows, factors, grad):
+    """[out, drows, dfactors] by the hyperbolic tangent, in float64."""
+    rows, factors, grad = (np.asarray(a, np.float64) for a in (rows, factors, grad))
+    up, gate = np.split(rows, 2, axis=1)
+    factors, tanh = factors[:, None], np.tanh(gate / 2)
+    silu = gate * (1 + tanh) / 2
+    slope = (1 + tanh) / 2 + gate * (1 - tanh**2) / 4
+    d_rows = [grad * factors * silu, grad * factors * up * slope]
+    out = silu * up * factors
+    return out, np.concatenate(d_rows, axis=1), np.sum(grad * silu * up, axis=1)

@@ -15,7 +15,13 @@ from uoe_jax.bench.attention import draw
 from uoe_jax.bench.sizes import Sizes
 from uoe_jax.bench.timing import Program, both_passes, measure
 from uoe_jax.bench.union import uneven_offsets
-from uoe_jax.ops import _tuning, dense_attention, grouped_matmul, split_heads
+from uoe_jax.ops import (
+    _tuning,
+    dense_attention,
+    grouped_matmul,
+    split_heads,
+    swiglu,
+)
 from uoe_jax.ops.dense_attention.api import BACKENDS as DENSE
 from uoe_jax.ops.dense_attention.api import call_shape as dense_shape
 from uoe_jax.ops.grouped_matmul.api import GROUPED_MATMUL
@@ -25,6 +31,8 @@ from uoe_jax.ops.grouped_matmul.triton_launch import products, weight_grads
 from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles
 from uoe_jax.ops.split_heads.api import BACKENDS as SPLIT_HEADS
 from uoe_jax.ops.split_heads.api import call_shape as heads_shape
+from uoe_jax.ops.swiglu.api import BACKENDS as SWIGLU
+from uoe_jax.ops.swiglu.api import call_shape as swiglu_shape
 
 # rows, inner, outer, band, warps, stages
 PRODUCTS = (
@@ -70,6 +78,8 @@ def tune(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> Path:
     cases = (_head_case(case, heads) for case in sizes.smha for heads in (1, 2))
     for case in dict.fromkeys(cases):
         _order_heads(case, sizes.dtype, rounds, found["order"], say)
+    for case in sizes.mlp:
+        _order_swiglu(case, sizes.dtype, rounds, found["order"], say)
     return _write(found)
 
 
@@ -191,6 +201,22 @@ def _order_heads(case: tuple, dtype: str, rounds: int, found: dict, say: Any) ->
     shape = heads_shape(x, kv_heads, 1)
     args = (x, place, ids, tuple(grads))
     _order("split_heads", shape, SPLIT_HEADS, run, args, rounds, found, say)
+
+
+def _order_swiglu(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -> None:
+    _, neurons, experts, picks, batch, length = case
+    count, width = batch * length * picks, neurons // experts
+    x, grad = draw(dtype, (count, 2 * width), (count, width))
+    args = (x, *draw("float32", (count,)), grad)
+
+    def run(x: Any, factors: Any, grad: Any, implementation: str) -> Any:
+        call = functools.partial(swiglu, implementation=implementation)
+        out, vjp = jax.vjp(call, x, factors)
+        # A step's passes lie far apart; here XLA could read rows once for both.
+        out, grad = jax.lax.optimization_barrier((out, grad))
+        return out, vjp(grad)
+
+    _order("swiglu", swiglu_shape(x), SWIGLU, run, args, rounds, found, say)
 
 
 def _tune_tiles(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -> None:

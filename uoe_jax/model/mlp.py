@@ -29,6 +29,7 @@ from uoe_jax.model.routers import make_router
 from uoe_jax.model.sharded import pack_local, route
 from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
 from uoe_jax.ops.packing import Packing
+from uoe_jax.ops.swiglu.api import swiglu
 
 
 def activate(
@@ -118,13 +119,12 @@ class RoutedMlp(nnx.Module):
         gates: Float[Array, "B T X"] | None = None,
     ) -> Float[Array, "N D"]:
         """Return each token's sum over the packed rows it has, times their gates."""
-        hidden = self._hidden(x, packing)
-        if gates is not None:
-            hidden = scale_rows(hidden, row_gates(gates, packing)[:, None])
+        factors = None if gates is None else row_gates(gates, packing)
+        hidden = self._hidden(x, packing, factors)
         return project_scatter(hidden, self.w_down[...].astype(x.dtype), packing)
 
-    def _hidden(self, x: Array, packing: Packing) -> Array:
-        """Return the activations [M, F] of the packed rows."""
+    def _hidden(self, x: Array, packing: Packing, factors: Array | None) -> Array:
+        """Return the activations [M, F] of the packed rows times their factors."""
         # Gate and up in one product, so that each token's row is gathered once.
         pair = [w for w in (self.w_up, self.w_gate) if w is not None]
         weight = jnp.concatenate([w[...] for w in pair], axis=-1).astype(x.dtype)
@@ -133,10 +133,11 @@ class RoutedMlp(nnx.Module):
         if biases:
             rows = add_expert_bias(rows, jnp.concatenate(biases, axis=-1), packing)
         rows = checkpoint_name(rows, PROJECTION)
-        if self.w_gate is None:
-            return activate(rows, None)
-        up, gate = jnp.split(rows, 2, axis=-1)
-        return activate(up, gate)
+        if self.w_gate is not None and factors is not None:
+            return swiglu(rows, factors)
+        up, gate = (rows, None) if self.w_gate is None else jnp.split(rows, 2, axis=-1)
+        hidden = activate(up, gate)
+        return hidden if factors is None else scale_rows(hidden, factors[:, None])
 
 
 class UnionMlp(RoutedMlp):

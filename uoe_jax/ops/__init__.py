@@ -9,6 +9,7 @@ from uoe_jax.ops.grouped_matmul.api import (
 from uoe_jax.ops.packing import Packing, combine_rows, gather_rows, pack_choices
 from uoe_jax.ops.segment_attention.api import segment_attention
 from uoe_jax.ops.split_heads.api import split_heads
+from uoe_jax.ops.swiglu.api import swiglu
 
 __all__ = [
     "Packing",
@@ -21,4 +22,5 @@ __all__ = [
     "project_scatter",
     "segment_attention",
     "split_heads",
+    "swiglu",
 ]

@@ -1,0 +1,118 @@
+"""The kernels of SwiGLU and of its gradient, in triton's interpreter."""
+
+from __future__ import annotations
+
+import triton_on_cpu  # before anything that imports triton
+
+# isort: split
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ops_oracle
+import pytest
+from jax.sharding import PartitionSpec as P
+from test_swiglu import TOLERANCE, check
+
+from uoe_jax.errors import ConfigError
+from uoe_jax.ops import _triton, swiglu
+from uoe_jax.ops.swiglu import triton
+
+# Of a shut gate; numpy says so, GPUs don't.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+
+
+# Widths of one block and of three, that no large power of two divides, odd, of several
+# blocks and a part; rows that fill a program, a part of one, and one and a part.
+@pytest.mark.parametrize(
+    ("count", "width", "block"),
+    [
+        (16, 128, 128),
+        (20, 384, 128),
+        (9, 192, 256),
+        (64, 24, 32),
+        (130, 7, 16),
+        (3, 682, 1024),
+        (2, 2048, 1024),
+        (1, 1500, 1024),
+        (5, 3072, 1024),
+    ],
+)
+def test_value_and_gradients_match_float64(count, width, block):
+    assert triton.columns(width) == block
+    with _triton.interpreted(triton_on_cpu.run):
+        call = ops_oracle.draw_swiglu(None, count, width)
+        check(call, implementation="triton")
+
+
+@pytest.mark.parametrize(("count", "width"), [(7, 256), (40, 30)])
+def test_bfloat16_is_rounded_once(count, width):
+    """To half a step of 8 bits; what is summed over a row isn't rounded at all."""
+    call = ops_oracle.draw_swiglu(None, count, width, jnp.bfloat16)
+    with _triton.interpreted(triton_on_cpu.run):
+        check(call, rtol=2.0**-8, implementation="triton")
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("own", ["rows", "factors"])
+def test_one_varies_over_the_mesh_and_the_other_does_not(implementation, own):
+    """What all devices share is cast, and its gradient summed over them."""
+    rows, factors, grad = ops_oracle.draw_swiglu(None, 6, 10)
+    draw = np.random.default_rng()
+    if own == "rows":
+        rows = draw.normal(size=(2, *rows.shape)).astype(rows.dtype)
+    else:
+        factors = draw.normal(size=(2, *factors.shape)).astype(factors.dtype)
+    places = [P("data") if name == own else P() for name in ("rows", "factors")]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(*places, P()),
+        out_specs=(P("data"), *places),
+    )
+    def step(rows, factors, grad):
+        call = lambda rows, factors: swiglu(
+            rows.reshape(6, 20), factors.reshape(6), implementation=implementation
+        )
+        out, vjp = jax.vjp(call, rows, factors)
+        return out[None], *vjp(jax.lax.pcast(grad, "data", to="varying"))
+
+    arrays = [jnp.asarray(a) for a in (rows, factors, grad)]
+    with _triton.interpreted(triton_on_cpu.run):
+        got = jax.block_until_ready(jax.jit(step)(*arrays))
+    each = [rows, [factors] * 2] if own == "rows" else [[rows] * 2, factors]
+    out, *want = (
+        np.stack(parts)
+        for parts in zip(
+            *(ops_oracle.swiglu(*call, grad) for call in zip(*each, strict=True)),
+            strict=True,
+        )
+    )
+    shared = 1 if own == "rows" else 0
+    want[shared] = want[shared].sum(axis=0)
+    ops_oracle.assert_near(got, [out, *want], 4 * TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (np.zeros((0, 8), np.float32), "takes no empty arrays"),
+        (np.zeros((4, 0), np.float32), "takes no empty arrays"),
+        (np.zeros((4, 8)), "takes bfloat16, float16 or float32, not float64"),
+    ],
+)
+def test_what_it_cannot_serve_is_named(rows, reason):
+    with (
+        jax.enable_x64(True),
+        _triton.interpreted(triton_on_cpu.run),
+        pytest.raises(ConfigError, match=reason),
+    ):
+        swiglu(jnp.asarray(rows), jnp.zeros(len(rows)), implementation="triton")
+
+
+def test_without_a_gpu_it_says_what_it_needs():
+    with pytest.raises(ConfigError, match="needs an NVIDIA GPU, not cpu"):
+        swiglu(jnp.zeros((4, 8)), jnp.zeros(4), implementation="triton")

@@ -1,0 +1,1 @@
+"""Gated activations of rows times a factor of each, by backend."""
