@@ -127,14 +127,17 @@ def make_settings(
         "scale": float(scale),
         "consumers": WGS,
         "cores": cores,
-        "registers": 232,
+        "registers": 240,  # with the producer's, all that a multiprocessor has
         "interpreted": _interpreted.get(),
     }
     small = width == 64
+    key_stages = 3 if small else 2
+    if deterministic:  # else shared memory holds the queries' gradients as well
+        key_stages += 1
     return Settings(
         forward=Options(key_block=128, stages=4 if small else 2, **common),
         query=Options(key_block=64, stages=4 if small else 3, **common),
-        key=Options(key_block=TILE, stages=3 if small else 2, **common),
+        key=Options(key_block=TILE, stages=key_stages, **common),
         deterministic=deterministic,
     )
 

@@ -215,15 +215,19 @@ def _weights(mine, slot, count, options, s):
     layout = plgpu.Layout.WGMMA.reduce(0)
     factor, dtype = options.scale * parts.LOG2E, s["q_s"].dtype
 
+    def statistic(name):
+        value = plgpu.load(s[name].at[slot], layout=layout)
+        return lax.broadcast_in_dim(value, shape, [1])
+
     def scores(x_ref, dp_ref):
         plgpu.wgmma(x_ref, s["k_s"].at[0].at[mine], s["q_s"].at[slot].T)
         plgpu.wgmma(dp_ref, s["v_s"].at[0].at[mine], s["d_s"].at[slot].T)
-        lse = plgpu.load(s["lse_s"].at[slot], layout=layout)
-        delta = plgpu.load(s["delta_s"].at[slot], layout=layout)
-        plgpu.commit_smem()  # read before the copy engine writes the next block's
+        lse = statistic("lse_s")
         x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
-        p = jnp.exp2(x * factor - lax.broadcast_in_dim(lse, shape, [1]))
-        ds = p * (dp_ref[...] - lax.broadcast_in_dim(delta, shape, [1]))
+        p = jnp.exp2(x * factor - lse)
+        delta = statistic("delta_s")  # only now: registers are scarce before
+        plgpu.commit_smem()  # read before the copy engine writes the next block's
+        ds = p * (dp_ref[...] - delta)
         if count is not None:
             p, ds = jnp.where(count, p, 0.0), jnp.where(count, ds, 0.0)
         return p.astype(dtype), ds.astype(dtype)

@@ -26,7 +26,7 @@ from uoe_jax.ops.segment_attention.mosaic_gpu_plan import (
 )
 
 WG_ROWS = 64  # rows of a warpgroup's products
-PRODUCER_REGISTERS = 40
+PRODUCER_REGISTERS = 24
 LOG2E = 1.4426950408889634
 
 
