@@ -188,6 +188,40 @@ def test_gather_and_scatter_match_float64(
     assert {a.dtype for a in got} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.parametrize("tile", [TILE, AHEAD])
+@settings(deadline=None, max_examples=3)
+@given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1))
+@example(seed=0, share=1.0)
+def test_one_row_a_token_is_stored_at_its_token(tile, seed, share):
+    """No sum is launched; tokens whose pick was dropped get zeros, not garbage."""
+    rng = np.random.default_rng(seed)
+    kept = rng.random((2, 9, 1)) < share
+    choices = jnp.asarray(rng.integers(0, GROUPS, (2, 9, 1)), jnp.int32)
+    packing = pack_choices(choices, GROUPS, jnp.asarray(kept))
+    token = np.asarray(packing.token_ids)
+    assert sorted(token) == list(range(18))
+    offsets = np.asarray(packing.group_offsets)
+    x, w, grad, rows, token_grad = draw(
+        rng, (18, INS), (GROUPS, INS, OUTS), (18, OUTS), (18, INS), (18, OUTS)
+    )
+    grad, rows = (a.at[offsets[-1] :].set(jnp.nan) for a in (grad, rows))
+    place = np.argsort(token)  # of each token's row
+
+    choose = mock.patch.object(triton_launch, "choose_tiles", lambda op, shape: tile)
+    with choose, launches() as seen:
+        project = lambda x, w: triton.gather_project(x, w, packing)
+        gathered = value_and_grads(project, x, w, grad)
+        scatter = lambda x, w: triton.project_scatter(x, w, packing)
+        scattered = value_and_grads(scatter, rows, w, token_grad)
+    out, dx, dw = ops_oracle.grouped(np.asarray(x)[token], w, offsets, grad)
+    ops_oracle.assert_near(gathered, (out, dx[place], dw), TOLERANCE)
+    row_grad = np.asarray(token_grad)[token]
+    out, dx, dw = ops_oracle.grouped(rows, w, offsets, row_grad)
+    ops_oracle.assert_near(scattered, (out[place], dx, dw), TOLERANCE)
+    assert "sum_rows" not in [name for name, _ in seen]
+    assert sum(constants.get("SCATTER", False) for _, constants in seen) == 2
+
+
 @settings(deadline=None, max_examples=8)
 @given(st.integers(0, 2**32 - 1))
 def test_dense_sums_match_float64(seed):

@@ -14,13 +14,17 @@ import pytest
 
 # kernel, inner, outer: sides that fill no tile, of runs of 64 and of 8 columns
 CASES = [("products", 64, 192), ("weight_grads", 72, 192), ("weight_grads", 192, 40)]
+CASES += [("products_scattered", 192, 384)]  # rows stored by id
 CASES += [("ids ahead", 128, 256), ("products_in_turn", 192, 384)]
 # width of a head, queries of each of two key heads
 SPLITS = [("split", 128, 1), ("join", 64, 3)]
+# width of a side: a block of a row, and less than blocks of many rows
+SWIGLUS = [("forward", 24), ("backward", 24), ("backward", 3072)]
 
 # Loads of a thread that aren't copies: the offsets or a tile's numbers, of the first
 # tile once more before the loop; four ids for each stage filled before it, and in it.
 WAITED = {"products_in_turn": 6, "ids ahead": 2 + 5 * 4}
+WAITED["products_scattered"] = 3 + 16  # and the ids of a thread's rows
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,19 @@ def test_heads_are_moved_16_bytes_at_a_time_through_registers(loads):
         assert found["loads"].pop("b32") <= 2, case
         assert set(found["loads"]) == set(found["stores"]) == {"v4.b32"}, case
         assert found["shared"] == 0, case
+
+
+def test_swiglu_is_moved_16_bytes_at_a_time_through_registers(loads):
+    for (kernel, width), found in zip(SWIGLUS, loads["swiglu"], strict=True):
+        backward = kernel == "backward"
+        # Of 2048 entries a thread has 16 of each side, in two rows or in one.
+        assert found["loads"].pop("v4.b32") == (6 if backward else 4), width
+        assert found["stores"].pop("v4.b32") == (4 if backward else 2), width
+        # Beside its rows' factors and the sums that are their gradient.
+        assert sum(found["loads"].values()) <= 2, width
+        assert sum(found["stores"].values()) == backward, width
+        # Room for the sums of a row's threads, of 64 rows at most.
+        assert found["shared"] <= (256 if backward else 0), width
 
 
 def compiled(call, *arrays):
@@ -118,7 +135,9 @@ def product_loads(kernel, inner, outer):
         right = shape((4, inner, outer), x.dtype)
         tiles = Tiles(128, 64, 256, 8, 8, 3, in_turn=1)
         tiles = tiles if kernel == "products_in_turn" else None
-        call = lambda x, w, o: products(x, w, o, None, transpose=False, tiles=tiles)
+        scatter = kernel == "products_scattered"
+        options = {"transpose": False, "scatter": scatter, "tiles": tiles}
+        call = lambda x, w, o: products(x, w, o, o if scatter else None, **options)
     else:
         right = shape((512, outer), x.dtype)
         tiles = Tiles(64, 128, 256, 8, 8, 4, ahead=True)
@@ -164,6 +183,26 @@ def head_loads(kernel, width, groups):
     }
 
 
+def swiglu_loads(kernel, width):
+    """How rows are loaded and stored in 16 bits."""
+    import jax
+    import jax.numpy as jnp
+
+    from uoe_jax.ops.swiglu import triton
+
+    shape, size = jax.ShapeDtypeStruct, 1000
+    rows = shape((size, 2 * width), jnp.bfloat16)
+    factors, grad = shape((size,), jnp.float32), shape((size, width), rows.dtype)
+    arrays = (rows, factors) if kernel == "forward" else (rows, factors, grad)
+    made = compiled(getattr(triton, kernel), *arrays)
+    text = made.asm["ptx"]
+    return {
+        "loads": words(text, "ld"),
+        "stores": words(text, "st"),
+        "shared": made.metadata.shared,
+    }
+
+
 def words(text, kind):
     """How many loads or stores of each width there are in PTX."""
     return collections.Counter(re.findall(rf"{kind}\.global\.((?:v\d\.)?b\d+)", text))
@@ -173,5 +212,6 @@ if __name__ == "__main__":
     found = {
         "products": [product_loads(*case) for case in CASES],
         "heads": [head_loads(*case) for case in SPLITS],
+        "swiglu": [swiglu_loads(*case) for case in SWIGLUS],
     }
     print(json.dumps(found))

@@ -4,6 +4,7 @@ Rows of x are loaded by token id inside the products, so no copy of x by rows is
 written. A sum over a token's rows is made in a fixed order, in one of two ways: by
 writing the products once and adding them up, which moves bytes, or inside one dense
 product as deep as all groups together, which multiplies zeros. Both repeat bit by bit.
+Where a token has one row there is nothing to add: products are stored at their tokens.
 """
 
 from __future__ import annotations
@@ -107,7 +108,12 @@ def find_members(
 
 
 def _project_sum(rows, w, packing, transpose):
-    """Return each token's sum of its rows times their weights, the faster way."""
+    """Return each token's sum of its rows times their weights, the fastest way."""
+    ids, (num_tokens, picks) = packing.token_ids, packing.row_ids.shape
+    if picks == 1 and ids.shape[0] == num_tokens:
+        # Rows of dropped picks are there too, past the last group: they are zero.
+        offsets = packing.group_offsets
+        return products(rows, w, offsets, ids, transpose=transpose, scatter=True)
     groups, *sides = w.shape
     inner, outer = reversed(sides) if transpose else sides
     sizes = rows.shape[0], packing.row_ids.shape[0], groups, inner, outer
@@ -148,7 +154,9 @@ def _gather_project_bwd(saved, grad):
 
 @jax.custom_vjp
 def _project_scatter(rows, w, packing):
-    return _project_sum(rows, w, packing, False)
+    # XLA adds the residual inside a dense product, for which it copies it first; behind
+    # the barrier the next norm adds it while it reads.
+    return jax.lax.optimization_barrier(_project_sum(rows, w, packing, False))
 
 
 def _project_scatter_fwd(rows, w, packing):

@@ -101,21 +101,25 @@ def add_product(
 def store_tile(
     out,
     total,
+    ids,
     first,
     stop,
     column,
     O: tl.constexpr,
+    SCATTER: tl.constexpr,
     ROWS: tl.constexpr,
     OUTER: tl.constexpr,
 ):
-    """Store a tile's rows that are of its group."""
+    """Store a tile's rows that are of its group, each in its place or at its token."""
     row = first + tl.arange(0, ROWS)
     # Said again: as the operands' columns, carried through a loop over tiles, these are
     # no longer known to be neighbours, and are stored two bytes at a time.
     o = tl.multiple_of(column * OUTER + tl.arange(0, OUTER), OUTER)
     o = tl.max_contiguous(o, OUTER)
-    at = out + row.to(tl.int64)[:, None] * O + o[None, :]
     inside = (row < stop)[:, None]
+    if SCATTER:
+        row = tl.load(ids + row, mask=row < stop, other=0)
+    at = out + row.to(tl.int64)[:, None] * O + o[None, :]
     if O % OUTER:
         inside = inside & (o < O)[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=inside)
@@ -134,6 +138,7 @@ def products(
     O: tl.constexpr,
     E: tl.constexpr,
     GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
@@ -143,7 +148,8 @@ def products(
 ):
     """out[m] = x[ids[m]] @ w[group of m]; w is [E, I, O], or [E, O, I] transposed.
 
-    tile_map is [3, TILES]: group, first row, end of the group. Above E: no tile.
+    With SCATTER out[ids[m]] = x[m] @ w instead. tile_map is [3, TILES]: group, first
+    row, end of the group. Above E: no tile.
     """
     tile, column = swizzle(tl.program_id(0), TILES, (O + OUTER - 1) // OUTER, BAND)
     group = tl.load(tile_map + tile)
@@ -161,7 +167,7 @@ def products(
         total = add_product(total, x_at, w_at, left, I, INNER, PRECISION)
         x_at += INNER
         w_at += INNER if TRANSPOSE else INNER * O
-    store_tile(out, total, first, stop, column, O, ROWS, OUTER)
+    store_tile(out, total, ids, first, stop, column, O, SCATTER, ROWS, OUTER)
 
 
 @jit
@@ -177,6 +183,7 @@ def products_in_turn(
     O: tl.constexpr,
     E: tl.constexpr,
     GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
@@ -212,7 +219,7 @@ def products_in_turn(
             x_at += INNER
             w_at += INNER if TRANSPOSE else INNER * O
         total = tl.where(group < E, total, 0)  # the group past the last has no weight
-        store_tile(out, total, first, stop, column, O, ROWS, OUTER)
+        store_tile(out, total, ids, first, stop, column, O, SCATTER, ROWS, OUTER)
 
 
 @jit

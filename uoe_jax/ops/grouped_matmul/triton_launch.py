@@ -35,7 +35,7 @@ def map_tiles(
     return jnp.stack([group, first, offsets[known + 1]])
 
 
-@functools.partial(jax.jit, static_argnames=("transpose", "tiles"))
+@functools.partial(jax.jit, static_argnames=("transpose", "scatter", "tiles"))
 def products(
     x: Float[Array, "N A"],
     w: Float[Array, "E I O"],
@@ -43,15 +43,20 @@ def products(
     ids: Int[Array, " M"] | None,
     *,
     transpose: bool,
+    scatter: bool = False,
     tiles: Tiles | None = None,
 ) -> Float[Array, "M B"]:
-    """Return each row (of x, or of x[ids]) times its group's weight (transposed)."""
+    """Return each row (of x, or of x[ids]) times its group's weight (transposed).
+
+    With `scatter` the rows are those of x, and row m goes to ids[m]: a permutation.
+    """
     num_rows = x.shape[0] if ids is None else ids.shape[0]
+    gather = ids is not None and not scatter
     num_groups, inner, outer = w.shape
     if transpose:
         inner, outer = outer, inner
     shape = {"rows": num_rows, "inner": inner, "outer": outer, "dtype": x.dtype.name}
-    shape |= {"gather": ids is not None, "transpose": transpose}
+    shape |= {"gather": gather, "transpose": transpose}
     tiles = tiles or choose_tiles("products", shape)
     tile_map = map_tiles(offsets, num_rows, tiles.rows)
     from uoe_jax.ops.grouped_matmul import triton_kernels
@@ -76,7 +81,8 @@ def products(
         I=inner,
         O=outer,
         E=num_groups,
-        GATHER=ids is not None,
+        GATHER=gather,
+        SCATTER=scatter,
         TRANSPOSE=transpose,
         ROWS=tiles.rows,
         INNER=tiles.inner,
