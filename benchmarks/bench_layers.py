@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import jax
+from bench_train import commit
 from flax import nnx
 
 from uoe_jax.bench.profile import kernel_times
@@ -23,6 +25,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--commit", help="stated where git isn't there to ask")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     nnx.set_graph_mode(False)
@@ -30,9 +33,12 @@ def main():
     size = args.size or ("small" if jax.default_backend() == "cpu" else "full")
     sizes = SIZES[size]
     record = {
-        "command": f"python benchmarks/bench_layers.py --size {size}",
+        "command": "python benchmarks/bench_layers.py "
+        f"--size {size} --rounds {args.rounds}",
+        "commit": args.commit or commit(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "layers": [],
     }
     programs = [p for case in sizes.mlp for p in _mlp(case, sizes.dtype)]
