@@ -70,7 +70,8 @@ def table(study: Study, found: dict[str, list[Result]]) -> str:
     rival = best(study, found, study.rivals)
     percent = study.metric == "accuracy"
     name = "accuracy, %" if percent else "bits/byte"
-    against = [n for n in (study.baseline, rival, study.origin) if n in found]
+    others = dict.fromkeys((study.baseline, rival, study.origin))
+    against = [name for name in others if name in found]
     head = ["model", "parameters", "FLOPs", "rate", "seeds", f"valid {name}"]
     head += [f"test {name}", *(f"test, less {n}" for n in against)]
     head += ["seconds", "tokens/s"]

@@ -73,3 +73,16 @@ def test_packed_experts_are_the_choices_written_out(activation, gated):
         got,
         want,
     )
+
+
+def test_gated_experts_keep_no_unscaled_activations():
+    """Only the second product's rows are kept of the hidden width."""
+    config = tiny(d_model=WIDTH, activation="swiglu")
+    mlp = RoutedMlp(config, EXPERTS, NEURONS, NEURONS, rngs=nnx.Rngs(0))
+    draw = np.random.default_rng()
+    choices = np.argsort(draw.random((BATCH, LENGTH, EXPERTS)), -1)[..., :PICKS]
+    packing = pack_choices(jnp.asarray(choices), EXPERTS)
+    x, gates = jnp.ones((BATCH * LENGTH, WIDTH)), jnp.ones((BATCH, LENGTH, PICKS))
+    _, vjp = jax.vjp(lambda x, gates: mlp.experts(x, packing, gates), x, gates)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(vjp)]
+    assert shapes.count((BATCH * LENGTH * PICKS, NEURONS)) == 1

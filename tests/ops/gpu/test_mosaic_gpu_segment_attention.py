@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import segment_attention
-from uoe_jax.ops.segment_attention import mosaic_gpu
+from uoe_jax.ops.segment_attention import (
+    mosaic_gpu,
+    mosaic_gpu_forward,
+    mosaic_gpu_key_gradients,
+    mosaic_gpu_query_gradient,
+)
+from uoe_jax.ops.segment_attention import mosaic_gpu_parts as parts
 
 ROWS, SEGMENTS = 150, 3  # not a multiple of the 8 rows that copies are aligned to
 cuts = st.lists(st.integers(0, ROWS), min_size=SEGMENTS, max_size=SEGMENTS).map(sorted)
@@ -161,3 +168,32 @@ def test_layers_of_one_shape_share_their_kernels():
     for name in ("_attention_fwd", "_attention_bwd"):
         found = [place for other, place in called if other == name]
         assert len(found) == 3 and len(set(found)) == 1
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_multiprocessor_holds_what_a_program_takes(width, deterministic):
+    """64K registers and 227 KiB of shared memory, 1 KiB of it for barriers."""
+    options = {"causal": True, "window": None, "scale": 1.0}
+    made = mosaic_gpu.make_settings(width, 132, deterministic=deterministic, **options)
+    memory = {
+        "forward": mosaic_gpu_forward._scratch(made.forward, width, jnp.bfloat16),
+        "query": mosaic_gpu_query_gradient._scratch(made.query, width, jnp.bfloat16),
+        "key": mosaic_gpu_key_gradients._scratch(
+            made.key, width, jnp.bfloat16, not deterministic
+        ),
+    }
+    for kernel, scratch in memory.items():
+        assert sum(map(held, jax.tree.leaves(scratch))) <= 226 << 10, kernel
+        taken = getattr(made, kernel)
+        registers = taken.consumers * taken.registers + parts.PRODUCER_REGISTERS
+        assert 128 * registers <= 1 << 16, kernel
+
+
+def held(item):
+    """Bytes of a scratch allocation: of views of one memory, those of the largest."""
+    if isinstance(item, plgpu.RefUnion):
+        return max(map(held, item.refs))
+    if isinstance(item, plgpu.Barrier):
+        return 0
+    return math.prod(item.shape) * jnp.dtype(item.dtype).itemsize

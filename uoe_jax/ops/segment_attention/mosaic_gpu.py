@@ -132,7 +132,7 @@ def make_settings(
     }
     small = width == 64
     key_stages = 3 if small else 2
-    if deterministic:  # else shared memory holds the queries' gradients as well
+    if deterministic:  # else the gradients of scores are in shared memory as well
         key_stages += 1
     return Settings(
         forward=Options(key_block=128, stages=4 if small else 2, **common),
