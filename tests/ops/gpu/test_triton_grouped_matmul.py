@@ -188,13 +188,10 @@ def test_gather_and_scatter_match_float64(
     assert {a.dtype for a in got} == {jnp.dtype(dtype)}
 
 
-@pytest.mark.parametrize("tile", [TILE, AHEAD])
-@settings(deadline=None, max_examples=3)
-@given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1))
-@example(seed=0, share=1.0)
-def test_one_row_a_token_is_stored_at_its_token(tile, seed, share):
+@pytest.mark.parametrize(("tile", "share"), [(TILE, 0.6), (AHEAD, 0.6), (AHEAD, 1.0)])
+def test_one_row_a_token_is_stored_at_its_token(tile, share):
     """No sum is launched; tokens whose pick was dropped get zeros, not garbage."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng()
     kept = rng.random((2, 9, 1)) < share
     choices = jnp.asarray(rng.integers(0, GROUPS, (2, 9, 1)), jnp.int32)
     packing = pack_choices(choices, GROUPS, jnp.asarray(kept))
