@@ -247,11 +247,13 @@ def test_a_depth_router_learns_and_its_bias_aims_at_keep():
 
 @settings(deadline=None, max_examples=30)
 @given(
-    scores=arrays(np.float32, (3, 7), elements=st.floats(-9, 9, width=32), unique=True),
+    # Far apart: XLA takes subnormal numbers for 0, and then they are ties.
+    scores=arrays(np.int32, (3, 7), elements=st.integers(-72, 72), unique=True),
     keep=st.floats(0.05, 0.95),
     padding=st.integers(0, 6),
 )
 def test_so_many_tokens_exceed_the_threshold(scores, keep, padding):
+    scores = scores.astype(np.float32) / 8
     segments = np.ones((3, 7), np.int32)
     segments[:, 7 - padding :] = 0
     context = make_context(tiny(), (3, 7), segments=jnp.asarray(segments))
