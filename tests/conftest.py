@@ -1,32 +1,50 @@
 """Eight simulated CPU devices, checked annotations, pytree-mode NNX for every test."""
 
-import atexit
 import gc
+import hashlib
 import os
-import shutil
-import tempfile
+import platform
+from importlib.metadata import version
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all test time is compilation; code that runs once needn't be optimised. A
 # training step compiles in 2.5 s with these and in 14 s without, half of which goes to
-# the newer emitters alone.
-os.environ.setdefault(
-    "XLA_FLAGS",
+# the newer emitters alone. Flags of one's own come after them and win: another
+# instruction set, say, by XLA_FLAGS=--xla_cpu_max_isa=AVX2.
+QUICK_TO_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
-    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_parallel_codegen_split_count=1"
 )
+if QUICK_TO_COMPILE not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}"
 # Writing down where in the code an operation comes from takes time; nobody reads it.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Traced programs are millions of objects that live on; looking through all of them for
 # garbage as often as Python does took a twentieth of the time.
 gc.set_threshold(20_000, 20, 100)
+
+
+def _programs() -> Path:
+    """Where compiled programs are kept, from one run of the tests to the next.
+
+    One folder a version of jaxlib and a processor: an executable is of one of each.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        flags = sorted({l for l in text.splitlines() if l.startswith(("flags", "Feat"))})
+    except OSError:
+        flags = []
+    about = " ".join([platform.machine(), *flags])
+    processor = hashlib.sha256(about.encode()).hexdigest()[:8]
+    return Path(base) / "uoe_jax" / "test-programs" / f"{version('jaxlib')}-{processor}"
+
+
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # A program is compiled once for all workers and the processes that tests start:
-    # they inherit the variable.
-    programs = tempfile.mkdtemp(prefix="uoe-jax-programs-")
-    atexit.register(shutil.rmtree, programs, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+    # Workers and the processes that tests start inherit the variable.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_programs())
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
