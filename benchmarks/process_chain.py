@@ -85,10 +85,11 @@ def compare_restored(run_dir: Path, steps: int) -> dict[str, int] | None:
     """Restore on this stage's mesh and count the arrays that equal the file's bits."""
     from jax.experimental import multihost_utils
 
-    from uoe_jax.checkpoint import Checkpoints, from_arrays, named_leaves
+    from uoe_jax.checkpoint import Checkpoints
     from uoe_jax.optim import make_optimizer
     from uoe_jax.partition.mesh import mesh_for
     from uoe_jax.train.state import init_state, layout_of
+    from uoe_jax.tree import fill_leaves, named_leaves
 
     store = Checkpoints(run_dir / "checkpoints")
     if not store.steps():
@@ -97,7 +98,7 @@ def compare_restored(run_dir: Path, steps: int) -> dict[str, int] | None:
     mesh = mesh_for(config)
     _, state = init_state(config, make_optimizer(config.optim, steps), mesh)
     step, arrays, _ = store.restore(named_leaves(state))
-    placed = layout_of(config, mesh).place(from_arrays(state, arrays))
+    placed = layout_of(config, mesh).place(fill_leaves(state, arrays))
     for name, leaf in named_leaves(placed).items():
         whole = multihost_utils.process_allgather(leaf, tiled=True)
         if np.asarray(whole).tobytes() != arrays[name].tobytes():

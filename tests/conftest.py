@@ -33,8 +33,8 @@ def _programs() -> Path:
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     try:
-        text = Path("/proc/cpuinfo").read_text()
-        flags = sorted({l for l in text.splitlines() if l.startswith(("flags", "Feat"))})
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = sorted({l for l in lines if l.startswith(("flags", "Features"))})
     except OSError:
         flags = []
     about = " ".join([platform.machine(), *flags])

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "uoe_jax"
 
 LAYERS = {
-    0: {"config", "validation", "presets", "errors", "files"},
-    1: {"hardware", "ops", "partition", "topology", "linalg", "cluster"},
+    0: {"config", "validation", "presets", "errors", "files", "weights"},
+    1: {"hardware", "ops", "partition", "topology", "linalg", "cluster", "tree"},
     2: {"model", "data", "optim"},
     3: {
         "decompose",
@@ -33,6 +33,8 @@ LAYERS = {
 LEVEL = {room: level for level, rooms in LAYERS.items() for room in rooms}
 # Why: the trainer saves verified checkpoints; evaluation restores and reuses them.
 SAME_LEVEL = {
+    # A layout names its leaves.
+    ("partition", "tree"),
     # A plan predicts what its layouts cost.
     ("partition", "hardware"),
     ("train", "checkpoint"),
@@ -51,7 +53,7 @@ SAME_LEVEL = {
     ("adapt", "integrity"),
     ("adapt", "train"),
 }
-NO_JAX = ("config", "validation", "presets", "errors", "hardware")
+NO_JAX = ("config", "validation", "presets", "errors", "hardware", "weights")
 
 
 def room_of(path: Path) -> str:

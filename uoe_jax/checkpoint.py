@@ -23,18 +23,10 @@ from jaxtyping import PyTree
 
 from uoe_jax import integrity
 from uoe_jax.errors import CheckpointError
-from uoe_jax.optim import leaf_name
+from uoe_jax.tree import named_leaves
 
 _SHOWN = 6  # problems spelled out in one message
 _TEMPORARY = ".orbax-checkpoint-tmp"
-
-
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Return the leaves of a pytree by their dotted path."""
-    return {
-        leaf_name(path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
 
 
 def snapshot(tree: PyTree) -> dict[str, Any]:
@@ -49,13 +41,6 @@ def snapshot(tree: PyTree) -> dict[str, Any]:
         if isinstance(leaf, jax.Array):
             leaf.copy_to_host_async()
     return {name: np.array(leaf) for name, leaf in named_leaves(tree).items()}
-
-
-def from_arrays(template: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
-    """Return `template`'s structure, each leaf replaced by the array of its name."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: arrays[leaf_name(path)], template
-    )
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:

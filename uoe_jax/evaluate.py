@@ -10,14 +10,16 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from uoe_jax.checkpoint import Checkpoints, from_arrays, named_leaves
+from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.config import ExperimentConfig, from_json
 from uoe_jax.data import Dataset, make_dataset
 from uoe_jax.errors import CheckpointError
+from uoe_jax.model import split_model
 from uoe_jax.partition.mesh import evaluation_mesh
 from uoe_jax.train.run_dir import BEST, CHECKPOINTS, CONFIG
-from uoe_jax.train.state import layout_of, split_model
+from uoe_jax.train.state import layout_of
 from uoe_jax.train.validate import make_eval_step, run_validation
+from uoe_jax.tree import fill_leaves, named_leaves
 
 
 class LoadedRun(NamedTuple):
@@ -52,7 +54,7 @@ def load_run(
     template = {"params": params, "buffers": buffers}
     store = Checkpoints(run_dir / (BEST if which == "best" else CHECKPOINTS))
     step, arrays, _ = store.restore(named_leaves(template), step=step)
-    state = jax.device_put(from_arrays(template, arrays))
+    state = jax.device_put(fill_leaves(template, arrays))
     return LoadedRun(config, nnx.merge(graphdef, *state.values()), step)
 
 

@@ -10,7 +10,8 @@ import optax
 from jaxtyping import PyTree
 
 from uoe_jax.config import OptimConfig
-from uoe_jax.partition.names import leaf_name
+from uoe_jax.tree import leaf_name
+from uoe_jax.weights import is_decayed
 
 WSD_DECAY_FRACTION = 0.2  # share of the steps in which warm-up-stable-decay falls
 
@@ -46,14 +47,6 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         pieces.append(optax.constant_schedule(peak))
         boundaries.append(warmup + stable)
     return optax.join_schedules([*pieces, fall], boundaries)
-
-
-def is_decayed(name: str) -> bool:
-    """Whether weight decay acts on a parameter: not on norms, biases and routers."""
-    *folders, last = name.split(".")
-    if last == "scale" or last.startswith(("b", "bias")):
-        return False
-    return not any("norm" in part or "router" in part for part in [*folders, last])
 
 
 def decay_mask(params: PyTree) -> PyTree:

@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 from experiments.shared.arrays import num_examples, train_rows
 from experiments.shared.programs import CHUNKS, Programs
 from experiments.shared.stats import badness
-from uoe_jax.checkpoint import from_arrays, snapshot
+from uoe_jax.checkpoint import snapshot
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.files import write_atomically
 from uoe_jax.hardware.count import (
@@ -30,6 +30,7 @@ from uoe_jax.hardware.count import (
     num_tokens,
 )
 from uoe_jax.train.state import TrainState
+from uoe_jax.tree import fill_leaves
 
 CHECKS = 5  # validations of a run, the last at its end
 _TOLD = "told"  # the part of a paused run's file that is text
@@ -209,7 +210,7 @@ def _begin(
         for name in sorted(set(saved.files) - {_TOLD}):
             tree, _, leaf = name.partition(":")
             trees[tree][leaf] = saved[name]
-    place = lambda like, found: programs.place(from_arrays(like, found))
+    place = lambda like, found: programs.place(fill_leaves(like, found))
     kept = None
     if trees["kept"]:
         kept = place((state.params, state.buffers), trees["kept"])

@@ -9,12 +9,12 @@ import pytest
 from jax.sharding import PartitionSpec
 from tiny_layouts import compute, first_state, make_config, one_device
 
-from uoe_jax.checkpoint import named_leaves
 from uoe_jax.model.sharded_attention import gathered_attention, ring_attention
 from uoe_jax.ops.dense_attention.reference import dense_attention
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.train.state import init_state, layout_of
+from uoe_jax.tree import named_leaves
 
 EVERYTHING = {
     "tensor_reduce": "reduce_scatter",

@@ -6,7 +6,6 @@ import functools
 import jax
 import numpy as np
 
-from uoe_jax.checkpoint import named_leaves
 from uoe_jax.config import (
     DataConfig,
     ExperimentConfig,
@@ -20,6 +19,7 @@ from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.train.state import abstract_state, init_state, layout_of
 from uoe_jax.train.step import make_gradients, put_batch
+from uoe_jax.tree import named_leaves
 
 KINDS = {
     "dense": {"attention": ("dense",), "mlp": ("dense",)},

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from uoe_jax import integrity
-from uoe_jax.checkpoint import Checkpoints, from_arrays, named_leaves, snapshot
+from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.errors import CheckpointError
+from uoe_jax.tree import fill_leaves, named_leaves
 
 RNG = np.random.default_rng()
 TREE = {
@@ -29,7 +30,7 @@ def saved(tmp_path, steps=(1, 2), keep=3, tree=TREE):
 def test_restored_arrays_are_bitwise_those_saved(tmp_path):
     step, arrays, progress = saved(tmp_path).restore(named_leaves(TREE))
     assert (step, progress) == (2, {"seconds": 2.0})
-    restored = from_arrays(TREE, arrays)
+    restored = fill_leaves(TREE, arrays)
     for a, b in zip(snapshot(restored).items(), snapshot(TREE).items(), strict=True):
         assert a[0] == b[0] and a[1].dtype == b[1].dtype
         assert a[1].tobytes() == b[1].tobytes()

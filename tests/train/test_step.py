@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 from tiny_runs import make_tiny, with_train
 
-from uoe_jax.checkpoint import named_leaves
 from uoe_jax.config import MeshConfig, ModelConfig
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh, replicated
 from uoe_jax.train.diagnose import diagnose, hash_batch
 from uoe_jax.train.state import init_state
 from uoe_jax.train.step import make_step, put_batch
+from uoe_jax.tree import named_leaves
 
 # Its update is minus the gradient, so that parameters show the gradient.
 GRADIENTS = optax.with_extra_args_support(optax.sgd(1.0))

@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 from uoe_jax.adapt.config import AdapterConfig
 from uoe_jax.adapt.init import init_leaf
 from uoe_jax.adapt.plan import LeafPlan, WeightAxes, leaf_scale, make_plans, warn_of
-from uoe_jax.optim import leaf_name
+from uoe_jax.tree import leaf_name
 
 Weights = dict[str, dict[str, Array]]
 

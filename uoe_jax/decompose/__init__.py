@@ -1,7 +1,7 @@
 """Dense parameters to union parameters and back, exact; no training."""
 
 from uoe_jax.decompose.group import GROUPINGS, order_neurons
-from uoe_jax.decompose.layers import flat_params, param_shapes, with_params
+from uoe_jax.decompose.layers import flat_params, with_params
 from uoe_jax.decompose.probe import ProbeResult, probe
 from uoe_jax.decompose.split import (
     merge_params,
@@ -17,7 +17,6 @@ __all__ = [
     "merge_params",
     "merged_config",
     "order_neurons",
-    "param_shapes",
     "probe",
     "split_params",
     "union_config",

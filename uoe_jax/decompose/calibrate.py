@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from uoe_jax.model.balance import layer_period
 from uoe_jax.model.block import Block
 from uoe_jax.model.context import Context, make_context
 from uoe_jax.model.linear import project
 from uoe_jax.model.mlp import DenseMlp, activate
 from uoe_jax.ops.dense_attention.api import dense_attention
+from uoe_jax.weights import layer_period
 
 
 class LayerValues(NamedTuple):

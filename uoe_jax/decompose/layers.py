@@ -10,37 +10,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.model import make_model
-from uoe_jax.model.balance import layer_period
-from uoe_jax.optim import leaf_name
+from uoe_jax.model import split_model
+from uoe_jax.tree import fill_leaves, named_leaves
+from uoe_jax.weights import BLOCKS, layer_period
 
 Arrays = dict[str, np.ndarray]
-BLOCKS = "trunk.blocks."
 
 
 def flat_params(model: nnx.Module) -> Arrays:
     """Return host copies of a model's parameters by name."""
-    params = nnx.split(model, nnx.Param, ...)[1]
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {leaf_name(path): np.asarray(leaf) for path, leaf in leaves}
+    params = named_leaves(nnx.split(model, nnx.Param, ...)[1])
+    return {name: np.asarray(leaf) for name, leaf in params.items()}
 
 
 def flat_buffers(model: nnx.Module) -> Arrays:
     """Return host copies of a model's router biases by name."""
-    rest = nnx.split(model, nnx.Param, ...)[2]
-    leaves = jax.tree_util.tree_flatten_with_path(rest)[0]
-    return {leaf_name(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def param_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return shape and dtype of every parameter by name; nothing is allocated."""
-    params = jax.eval_shape(lambda: _split(config, jax.random.key(0)))[1]
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {leaf_name(path): leaf for path, leaf in leaves}
+    rest = named_leaves(nnx.split(model, nnx.Param, ...)[2])
+    return {name: np.asarray(leaf) for name, leaf in rest.items()}
 
 
 def with_params(
@@ -52,29 +43,18 @@ def with_params(
 
     Buffers are the routers' balance biases, by name.
     """
-    given = {"params": params, "buffers": buffers or {}}
-    graphdef, *trees = jax.eval_shape(lambda: _split(config, jax.random.key(0)))
-
-    def fill(arrays: Mapping[str, Any], path: Any, leaf: Any, needed: bool) -> Any:
-        name = leaf_name(path)
-        if name in arrays or needed:
-            return jax.numpy.asarray(arrays[name], leaf.dtype)
-        return jax.numpy.zeros(leaf.shape, leaf.dtype)
-
-    filled = [
-        jax.tree_util.tree_map_with_path(
-            lambda path, leaf, part=part: fill(
-                given[part], path, leaf, part == "params"
-            ),
-            tree,
-        )
-        for part, tree in zip(given, trees, strict=True)
-    ]
+    graphdef, make = split_model(config)
+    shapes, biases = jax.eval_shape(make)
+    cast = lambda tree, arrays: {
+        name: jnp.asarray(arrays[name], leaf.dtype)
+        for name, leaf in named_leaves(tree).items()
+    }
+    zeros = {n: np.zeros(a.shape) for n, a in named_leaves(biases).items()}
+    filled = (
+        fill_leaves(shapes, cast(shapes, params)),
+        fill_leaves(biases, cast(biases, zeros | dict(buffers or {}))),
+    )
     return nnx.merge(graphdef, *filled)
-
-
-def _split(config: ModelConfig, key: jax.Array) -> Any:
-    return nnx.split(make_model(config, key), nnx.Param, ...)
 
 
 def to_layers(

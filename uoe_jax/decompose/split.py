@@ -16,17 +16,15 @@ import numpy as np
 from jaxtyping import Int
 
 from uoe_jax.config import ModelConfig, UnionOverrides
-from uoe_jax.decompose.layers import Arrays, from_layers, param_shapes, to_layers
+from uoe_jax.decompose.layers import Arrays, from_layers, to_layers
 from uoe_jax.errors import ConfigError
+from uoe_jax.model import param_shapes
+from uoe_jax.weights import ATTENTION, MLP
 
 Part = Literal["attention", "mlp"]
 PARTS: tuple[Part, ...] = ("attention", "mlp")
 
-# Along which axis of a dense weight, its expert axis left out, heads or neurons lie.
-_AXIS = {
-    "attention": {"wq": 1, "wk": 1, "wv": 1, "wo": 0, "bq": 0, "bk": 0, "bv": 0},
-    "mlp": {"w_up": 1, "w_gate": 1, "w_down": 0, "b_up": 0, "b_gate": 0},
-}
+_WEIGHTS = {"attention": ATTENTION, "mlp": MLP}
 _ROUTER = ".router."
 
 
@@ -152,11 +150,13 @@ def _map_layer(
         if kind != "union":
             continue
         experts = union.union_for(part).num_experts
-        for name, axis in _AXIS[part].items():
-            if f"{part}.{name}" in layer:
-                weight = layer[f"{part}.{name}"]
+        for name, weight in _WEIGHTS[part].items():
+            if weight.cut and f"{part}.{name}" in layer:
+                array = layer[f"{part}.{name}"]
+                # Counted without the expert axis, which comes first.
+                axis = weight.axes.index(weight.cut) - 1
                 moved = order if part == "mlp" else None
-                result[f"{part}.{name}"] = change(weight, axis, experts, moved)
+                result[f"{part}.{name}"] = change(array, axis, experts, moved)
     return result
 
 

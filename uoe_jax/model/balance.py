@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from uoe_jax.config import ModConfig, ModelConfig, MoeConfig, UnionConfig
+from uoe_jax.weights import layer_period
 
 # "attention", "mlp" and "depth", each only where some layer of it is routed. Each
 # holds, for the L routed layers in order: load [L, E], entropy [L], dropped [L],
@@ -21,12 +21,6 @@ Aux = dict[str, dict[str, Array]]
 
 PARTS = ("attention", "mlp", "depth")
 _PADDING = {"load": 0, "choices": -1}
-
-
-def layer_period(config: ModelConfig) -> int:
-    """Return after how many layers the pattern of kinds repeats."""
-    period = math.lcm(len(config.attention), len(config.mlp), len(config.blocks))
-    return min(period, config.num_layers)
 
 
 def stack_stats(outs: Sequence[dict[str, dict[str, Array]]], num_layers: int) -> Aux:

@@ -18,9 +18,10 @@ from jaxtyping import Array, Int
 from uoe_jax.config import ModelConfig, UnionConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model.attention import KeyValue
-from uoe_jax.model.balance import PARTS, layer_period
+from uoe_jax.model.balance import PARTS
 from uoe_jax.model.balance_stats import Stats
 from uoe_jax.model.router import router_state
+from uoe_jax.weights import layer_period
 
 Entry = dict[str, Any]
 

@@ -14,7 +14,7 @@ from uoe_jax.model.sharded_attention import gathered_attention, ring_attention
 from uoe_jax.ops.dense_attention.api import dense_attention
 from uoe_jax.ops.packing import Packing, pack_choices
 from uoe_jax.partition.collectives import Parallel
-from uoe_jax.partition.names import leaf_name
+from uoe_jax.tree import leaf_name
 
 
 def pack_local(

@@ -11,13 +11,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.model.balance import Aux, layer_period, stack_stats
+from uoe_jax.model.balance import Aux, stack_stats
 from uoe_jax.model.block import Block
 from uoe_jax.model.context import Context
 from uoe_jax.model.depth import DepthBlock
 from uoe_jax.model.linear import PROJECTION, dropout, fold_key
 from uoe_jax.model.norm import Norm
 from uoe_jax.partition.collectives import GATHERED
+from uoe_jax.weights import layer_period
 
 # (carry, block, its stack, its index in the stack) -> (carry, output)
 Body = Callable[[Any, Block, int, Any], tuple[Any, Any]]

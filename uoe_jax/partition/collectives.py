@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from uoe_jax.config import LayoutConfig
 from uoe_jax.errors import ConfigError
-from uoe_jax.partition.names import leaf_name
+from uoe_jax.tree import leaf_name
 
 # The name of gathered weights for rematerialisation.
 GATHERED = "gathered"

@@ -13,7 +13,6 @@ from jaxtyping import Array, PyTree
 
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.partition.collectives import Parallel, stored_order
-from uoe_jax.partition.names import leaf_name
 from uoe_jax.partition.specs import (
     Rule,
     axis_place,
@@ -22,8 +21,9 @@ from uoe_jax.partition.specs import (
     spec_axes,
     state_spec,
 )
+from uoe_jax.tree import leaf_name
+from uoe_jax.weights import BLOCKS
 
-_BLOCKS = "trunk.blocks."
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -145,8 +145,8 @@ def make_layout(
         place = axis_place(spec, "fsdp")
         if place is None:
             continue
-        if name.startswith(_BLOCKS):
-            inner[name.removeprefix(_BLOCKS).partition(".")[2]] = place
+        if name.startswith(BLOCKS):
+            inner[name.removeprefix(BLOCKS).partition(".")[2]] = place
         else:
             outer[name] = place
     parallel = Parallel(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError
+from uoe_jax.weights import model_params
 
 
 class Rule(NamedTuple):
@@ -25,69 +25,13 @@ class Rule(NamedTuple):
 
 
 def default_rules(model: ModelConfig) -> tuple[Rule, ...]:
-    """Return the rules of a model: fsdp along the model width of every matrix, tensor
-    along experts, and along heads and MLP columns where a layer is dense."""
-    rules = [Rule(r"trunk\.norm\.(scale|bias)", "*"), *_outer_rules(model)]
-    period = math.lcm(len(model.attention), len(model.mlp), len(model.blocks))
-    for stack in range(min(period, model.num_layers)):
-        attention, mlp = model.layer_kinds[stack]
-        block = rf"trunk\.blocks\.{stack}"
-        rules.append(Rule(rf"{block}\.\w+_norm\.(scale|bias)", "*"))
-        if attention not in ("dense", "moba") or mlp != "dense":
-            rules.append(Rule(rf"{block}\.\w+\.router\.\w+", "*"))
-        routed = attention in ("union", "moh")
-        rules += _attention_rules(model, rf"{block}\.attention", routed)
-        rules += _mlp_rules(model, rf"{block}\.mlp", mlp != "dense")
-        if model.block_kinds[stack] == "mod":
-            rules.append(Rule(rf"{block}\.router\.\w+", "*"))
-    return tuple(rules)
-
-
-def _outer_rules(model: ModelConfig) -> list[Rule]:
-    embedding = "weight" if model.kind == "vision" else "embedding"
-    rules = [Rule(rf"embed\.{embedding}", ". fsdp")]
-    if model.kind == "vision":
-        rules.append(Rule(r"embed\.bias", "*"))
-    if model.position == "learned":
-        rules.append(Rule(r"embed\.position\.embedding", ". fsdp"))
-    if model.kind != "decoder" or not model.tie_embeddings:
-        rules.append(Rule(r"head\.weight", "fsdp ."))
-    if model.kind != "decoder":
-        rules.append(Rule(r"head\.bias", "*"))
-    return rules
-
-
-def _attention_rules(model: ModelConfig, part: str, routed: bool) -> list[Rule]:
-    # Layers, experts E, width D, key heads J, query groups G, head width H.
-    e, j = ("tensor", ".") if routed else (".", "tensor")
-    rules = [
-        Rule(rf"{part}\.wq", f". {e} fsdp {j} . ."),
-        Rule(rf"{part}\.w[kv]", f". {e} fsdp {j} ."),
-        Rule(rf"{part}\.wo", f". {e} {j} . . fsdp"),
-    ]
-    if model.use_bias:
-        rules += [
-            Rule(rf"{part}\.bq", f". {e} {j} . ."),
-            Rule(rf"{part}\.b[kv]", f". {e} {j} ."),
-            Rule(rf"{part}\.bo", "*"),
-        ]
-    return rules
-
-
-def _mlp_rules(model: ModelConfig, part: str, routed: bool) -> list[Rule]:
-    # Layers, experts E, width D, neurons F.
-    e, f = ("tensor", ".") if routed else (".", "tensor")
-    gate = "(up|gate)" if model.activation == "swiglu" else "up"
-    rules = [
-        Rule(rf"{part}\.w_{gate}", f". {e} fsdp {f}"),
-        Rule(rf"{part}\.w_down", f". {e} {f} fsdp"),
-    ]
-    if model.use_bias:
-        rules += [
-            Rule(rf"{part}\.b_{gate}", f". {e} {f}"),
-            Rule(rf"{part}\.b_down", "*"),
-        ]
-    return rules
+    """Return the rules of a model, one a parameter: fsdp along the model width of every
+    matrix, tensor along experts, and along heads and MLP columns where a layer is
+    dense."""
+    return tuple(
+        Rule(re.escape(name), param.weight.mesh_axes(param.routed))
+        for name, param in model_params(model).items()
+    )
 
 
 def param_specs(
@@ -109,7 +53,7 @@ def param_specs(
             raise ConfigError(
                 f"parameter {name} {list(shape)} "
                 + (f"matches {patterns}; keep one" if found else "has no layout rule")
-                + ("" if found else "; add one to partition/specs.py")
+                + ("" if found else "; add one to uoe_jax/weights.py")
             )
         used.add(found[0])
         specs[name] = _spec(name, shape, found[0], sizes)

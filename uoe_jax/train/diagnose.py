@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from uoe_jax.checkpoint import named_leaves
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.files import write_atomically
 from uoe_jax.train.state import TrainState, layout_of
 from uoe_jax.train.step import Batch, make_gradients, put_batch
+from uoe_jax.tree import named_leaves
 
 _LAYERS = ".blocks."  # parameters below it have a leading layer axis
 

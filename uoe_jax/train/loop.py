@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from uoe_jax.checkpoint import Checkpoints, from_arrays, named_leaves, snapshot
+from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import Dataset, make_dataset, prefetch
 from uoe_jax.errors import NonFiniteError
@@ -42,6 +42,7 @@ from uoe_jax.train.state import init_state, layout_of
 from uoe_jax.train.step import make_step
 from uoe_jax.train.validate import make_eval_step, run_validation
 from uoe_jax.train.watch import watch_peers
+from uoe_jax.tree import fill_leaves, named_leaves
 from uoe_jax.validation import validate
 
 _STOP, _TIME_UP = 1, 2  # what processes vote for, the larger one wins
@@ -139,7 +140,7 @@ class _Run:
         barrier("checkpoint is read")
         if is_primary():
             self.checkpoints.discard_after(self.step)
-        state = from_arrays(self.state, self.layout.to_memory(arrays))
+        state = fill_leaves(self.state, self.layout.to_memory(arrays))
         self.state = self.layout.place(state)
         self.progress = self.clock.resume(Progress(**progress))
         self.display.note(f"resuming from step {self.step}")

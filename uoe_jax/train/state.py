@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from uoe_jax.config import ExperimentConfig, ModelConfig
-from uoe_jax.model import make_model
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.model import param_shapes, split_model
 from uoe_jax.partition.layout import Layout, make_layout
-from uoe_jax.partition.names import leaf_name
 
 # Initialisation runs once: on a CPU compiling it well takes longer than running it.
 _COMPILE_FAST = {
@@ -38,26 +36,10 @@ class TrainState:
     bad_steps: Any  # int32, non-finite steps in a row
 
 
-def split_model(config: ModelConfig, seed: int) -> tuple[nnx.GraphDef, Any]:
-    """Return a model's static half and a function that makes (params, buffers)."""
-
-    def make() -> Any:
-        return nnx.split(make_model(config, jax.random.key(seed)), nnx.Param, ...)
-
-    return jax.eval_shape(make)[0], lambda: make()[1:]
-
-
-@functools.cache
-def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter of a model by name; nothing is computed."""
-    params, _ = jax.eval_shape(split_model(config, 0)[1])
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {leaf_name(path): leaf.shape for path, leaf in leaves}
-
-
 def layout_of(config: ExperimentConfig, mesh: Mesh) -> Layout:
     """Return the layout of an experiment's model on a mesh."""
-    return make_layout(config, mesh, param_shapes(config.model))
+    shapes = {name: leaf.shape for name, leaf in param_shapes(config.model).items()}
+    return make_layout(config, mesh, shapes)
 
 
 def init_state(

@@ -1,0 +1,323 @@
+"""Every weight of a model, stated once: its axes, what they do, and how it is treated.
+
+Layouts, adapters, decompositions, the optimizer and the cost model read this table.
+Imports no jax.
+
+One letter an axis:
+
+    l  layers of a stack          d  model width           v  vocabulary, or classes
+    e  experts (1 when dense)     j  key/value heads       p  numbers of an image patch
+    x  experts that are scored    g  query heads of each   t  positions
+    f  neurons                    h  width of a head
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from uoe_jax.config import ModelConfig, MoeConfig, UnionConfig
+from uoe_jax.errors import ConfigError
+
+LAYER, EXPERT = "l", "e"
+BLOCKS = "trunk.blocks."  # before the number of a stack
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightAxes:
+    """One letter an axis, in order, and what the axes do.
+
+    Letters in none of `ins`, `outs` and `kernel` are batch axes: each index of them is
+    a matrix of its own. `heads` are the axes that Tucker may take one by one. Letters
+    are lower case: ranks and banks have the others. Raises ConfigError for a letter
+    that is none, occurs twice, or isn't an axis.
+    """
+
+    axes: str
+    ins: str
+    outs: str
+    kernel: str = ""
+    heads: str = ""
+
+    def __post_init__(self):
+        if set(self.axes) - set(string.ascii_lowercase) or _repeats(self.axes):
+            raise ConfigError(
+                f"axes are {self.axes!r}; give each axis a lower-case letter of its own"
+            )
+        used = self.ins + self.outs + self.kernel
+        if _repeats(used) or set(used + self.heads) - set(self.axes):
+            raise ConfigError(
+                f"ins {self.ins!r}, outs {self.outs!r}, kernel {self.kernel!r} and "
+                f"heads {self.heads!r} of axes {self.axes!r}: name axes only, none of "
+                "them in two of the first three"
+            )
+
+    @property
+    def batch(self) -> str:
+        """Letters of the batch axes."""
+        used = self.ins + self.outs + self.kernel
+        return "".join(a for a in self.axes if a not in used)
+
+
+def _repeats(word: str) -> bool:
+    return len(set(word)) < len(word)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight(WeightAxes):
+    """A weight of this library's models.
+
+    `cut` is the axis that a union's experts divide: its heads or its neurons. Dense
+    layers are split over tensor devices there, routed ones along their experts. `fsdp`
+    is the axis along which the fsdp devices share the weight. `cast`: the model casts
+    it to the compute dtype before it uses it, so a frozen copy may be kept in that.
+    """
+
+    cut: str = ""
+    fsdp: str = ""
+    cast: bool = False
+
+    def stacked(self) -> Weight:
+        """Return the weight with the layer axis of a stack of blocks before it."""
+        return dataclasses.replace(self, axes=LAYER + self.axes)
+
+    def mesh_axes(self, routed: bool) -> str:
+        """Return the mesh axis of each dimension, "." where it stays whole.
+
+        "*" alone: all of it does.
+        """
+        tensor = (EXPERT if routed else self.cut) if self.cut else ""
+        names = {self.fsdp: "fsdp", tensor: "tensor"}
+        names.pop("", None)
+        return " ".join(names.get(a, ".") for a in self.axes) if names else "*"
+
+
+# The weights of each part by name. A part's optional ones (biases, the gate of SwiGLU)
+# are there if the config asks for them.
+ATTENTION = {
+    "wq": Weight(
+        axes="edjgh", ins="d", outs="jgh", heads="jgh", cut="j", fsdp="d", cast=True
+    ),
+    "wk": Weight(
+        axes="edjh", ins="d", outs="jh", heads="jh", cut="j", fsdp="d", cast=True
+    ),
+    "wv": Weight(
+        axes="edjh", ins="d", outs="jh", heads="jh", cut="j", fsdp="d", cast=True
+    ),
+    "wo": Weight(
+        axes="ejghd", ins="jgh", outs="d", heads="jgh", cut="j", fsdp="d", cast=True
+    ),
+    "bq": Weight(axes="ejgh", ins="", outs="jgh", heads="jgh", cut="j"),
+    "bk": Weight(axes="ejh", ins="", outs="jh", heads="jh", cut="j"),
+    "bv": Weight(axes="ejh", ins="", outs="jh", heads="jh", cut="j"),
+    "bo": Weight(axes="d", ins="", outs="d"),  # of no expert
+}
+MLP = {
+    "w_up": Weight(axes="edf", ins="d", outs="f", cut="f", fsdp="d", cast=True),
+    "w_gate": Weight(axes="edf", ins="d", outs="f", cut="f", fsdp="d", cast=True),
+    "w_down": Weight(axes="efd", ins="f", outs="d", cut="f", fsdp="d", cast=True),
+    "b_up": Weight(axes="ef", ins="", outs="f", cut="f"),
+    "b_gate": Weight(axes="ef", ins="", outs="f", cut="f"),
+    "b_down": Weight(axes="d", ins="", outs="d"),
+}
+# Routers are small and are read in float32 by every device.
+_SCORES = Weight(axes="dx", ins="d", outs="x")
+ROUTER = {
+    "weight": _SCORES,
+    "token_weight": _SCORES,  # hierarchical: the token's own scores
+    "default": Weight(axes="x", ins="", outs="x"),  # of a sample's first segment
+    "shared_weight": _SCORES,  # mixture of heads: always-on heads against each other
+    "split_weight": _SCORES,  # and against the routed ones
+}
+NORM = {
+    "scale": Weight(axes="d", ins="", outs="d"),
+    "bias": Weight(axes="d", ins="", outs="d"),
+}
+OUTER = {
+    "embed.embedding": Weight(axes="vd", ins="v", outs="d", fsdp="d", cast=True),
+    "embed.weight": Weight(axes="pd", ins="p", outs="d", fsdp="d"),
+    "embed.bias": Weight(axes="d", ins="", outs="d"),
+    "embed.position.embedding": Weight(
+        axes="td", ins="t", outs="d", fsdp="d", cast=True
+    ),
+    "head.weight": Weight(axes="dv", ins="d", outs="v", fsdp="d", cast=True),
+    "head.bias": Weight(axes="v", ins="", outs="v"),
+}
+
+
+def find_weight(name: str) -> Weight | None:
+    """Return what is known of a parameter by its dotted name; None: nothing is.
+
+    Inside a stack of blocks its first axis is the layers'.
+    """
+    if name in OUTER:
+        return OUTER[name]
+    folder, _, last = name.rpartition(".")
+    part = folder.rpartition(".")[2]
+    tables = {"attention": ATTENTION, "mlp": MLP, "router": ROUTER}
+    table = NORM if part.endswith("norm") else tables.get(part, {})
+    weight = table.get(last)
+    return weight.stacked() if weight and "blocks." in name else weight
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay acts on a parameter: not on norms, biases and routers.
+
+    By the convention of names, as optimizers also serve models that aren't ours.
+    """
+    *folders, last = name.split(".")
+    if last == "scale" or last.startswith(("b", "bias")):
+        return False
+    return not any("norm" in part or "router" in part for part in [*folders, last])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Param:
+    """A parameter of a model: the weight, its shape, and whether its layer routes."""
+
+    weight: Weight
+    shape: tuple[int, ...]
+    routed: bool = False
+
+
+def layer_period(model: ModelConfig) -> int:
+    """Return after how many layers the pattern of kinds repeats: the stacks."""
+    period = math.lcm(len(model.attention), len(model.mlp), len(model.blocks))
+    return min(period, model.num_layers)
+
+
+def model_params(model: ModelConfig) -> dict[str, Param]:
+    """Return every parameter of a model by name; nothing is computed."""
+    params = {
+        name: Param(weight=OUTER[name], shape=_shape(OUTER[name], sizes))
+        for name, sizes in _outer_sizes(model).items()
+    }
+    params |= _norm("trunk.norm", model, {"d": model.d_model})
+    period = layer_period(model)
+    for stack in range(period):
+        layers = len(range(stack, model.num_layers, period))
+        for name, param in _block(model, stack).items():
+            params[f"{BLOCKS}{stack}.{name}"] = dataclasses.replace(
+                param, weight=param.weight.stacked(), shape=(layers, *param.shape)
+            )
+    return params
+
+
+def _outer_sizes(model: ModelConfig) -> dict[str, dict[str, int]]:
+    """Return the weights outside the blocks, with the sizes of their axes."""
+    d, vision = model.d_model, model.kind == "vision"
+    patches = (model.image_size // model.image_patch) ** 2
+    classes = model.vocab_size if model.kind == "decoder" else model.num_classes
+    names: dict[str, dict[str, int]] = {}
+    if vision:
+        pixels = model.image_patch**2 * model.image_channels
+        names["embed.weight"] = {"p": pixels, "d": d}
+        names["embed.bias"] = {"d": d}
+    else:
+        names["embed.embedding"] = {"v": model.vocab_size, "d": d}
+    if model.position == "learned":
+        length = patches if vision else model.max_seq_len
+        names["embed.position.embedding"] = {"t": length, "d": d}
+    if model.kind != "decoder" or not model.tie_embeddings:
+        names["head.weight"] = {"d": d, "v": classes}
+    if model.kind != "decoder":
+        names["head.bias"] = {"v": classes}
+    return names
+
+
+def _block(model: ModelConfig, number: int) -> dict[str, Param]:
+    """Return the parameters of one layer by name, without the layer axis."""
+    attention, mlp = model.layer_kinds[number]
+    sizes = {"d": model.d_model}
+    params = _norm("attention_norm", model, sizes) | _norm("mlp_norm", model, sizes)
+    params |= _attention(model, attention) | _mlp(model, mlp)
+    if model.block_kinds[number] == "mod":
+        params |= _router("router", {"weight": 1}, model.d_model)
+    return params
+
+
+def _norm(name: str, model: ModelConfig, sizes: Mapping[str, int]) -> dict[str, Param]:
+    parts = ("scale", "bias") if model.norm == "layernorm" else ("scale",)
+    return {
+        f"{name}.{part}": Param(weight=NORM[part], shape=_shape(NORM[part], sizes))
+        for part in parts
+    }
+
+
+def _attention(model: ModelConfig, kind: str) -> dict[str, Param]:
+    routed = kind in ("union", "moh")
+    union = model.union_for("attention")
+    experts = union.num_experts if routed else 1
+    sizes = {
+        "e": experts,
+        "d": model.d_model,
+        "j": model.num_kv_heads // experts,
+        "g": model.num_query_groups,
+        "h": model.head_dim,
+    }
+    params = {
+        f"attention.{name}": Param(
+            weight=weight, shape=_shape(weight, sizes), routed=routed
+        )
+        for name, weight in ATTENTION.items()
+        if model.use_bias or name.startswith("w")
+    }
+    if routed:
+        columns = _router_columns(union, mixture_of_heads=kind == "moh")
+        params |= _router("attention.router", columns, model.d_model)
+    return params
+
+
+def _mlp(model: ModelConfig, kind: str) -> dict[str, Param]:
+    experts, width = 1, model.d_ff
+    if kind == "union":
+        experts = model.union.num_experts
+        width //= experts
+    elif kind == "moe":
+        experts, width = model.moe.num_experts, model.d_expert
+    sizes = {"e": experts, "d": model.d_model, "f": width}
+    left_out = set() if model.activation == "swiglu" else {"w_gate", "b_gate"}
+    params = {
+        f"mlp.{name}": Param(
+            weight=weight, shape=_shape(weight, sizes), routed=kind != "dense"
+        )
+        for name, weight in MLP.items()
+        if name not in left_out and (model.use_bias or name.startswith("w"))
+    }
+    if kind != "dense":
+        config = model.union if kind == "union" else model.moe
+        params |= _router("mlp.router", _router_columns(config), model.d_model)
+    return params
+
+
+def _router_columns(
+    config: UnionConfig | MoeConfig, mixture_of_heads: bool = False
+) -> dict[str, int]:
+    """Return the columns of each of a router's parameters."""
+    routed, shared = config.num_experts - config.num_shared, config.num_shared
+    columns = {"weight": routed}
+    if config.router in ("selection", "hierarchical"):
+        columns["default"] = routed
+    if config.router == "hierarchical":
+        columns["token_weight"] = routed
+    if mixture_of_heads and shared:
+        columns["split_weight"] = 2
+        if shared > 1:  # the gate of a single one is always 1
+            columns["shared_weight"] = shared
+    return columns
+
+
+def _router(name: str, columns: Mapping[str, int], width: int) -> dict[str, Param]:
+    return {
+        f"{name}.{part}": Param(
+            weight=ROUTER[part], shape=_shape(ROUTER[part], {"d": width, "x": count})
+        )
+        for part, count in columns.items()
+    }
+
+
+def _shape(weight: Weight, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[axis] for axis in weight.axes)
