@@ -10,6 +10,8 @@ from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.presets import PRESETS, as_moe, as_union, get_preset, sized
 from uoe_jax.validation import validate
 
+pytestmark = pytest.mark.next_jax
+
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid_and_survive_json(name):

@@ -9,6 +9,8 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.presets import get_preset
 from uoe_jax.validation import validate
 
+pytestmark = pytest.mark.next_jax
+
 
 def changed(config: ExperimentConfig, **values) -> ExperimentConfig:
     """Replace fields named room__field or room__sub__field."""

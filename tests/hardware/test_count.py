@@ -19,6 +19,8 @@ from uoe_jax.hardware import count, devices
 from uoe_jax.model import init_cache, make_model
 from uoe_jax.presets import PRESETS, get_preset
 
+pytestmark = pytest.mark.next_jax
+
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_counted_parameters_are_the_models(name):

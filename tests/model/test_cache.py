@@ -35,7 +35,14 @@ def decoded_logits(model, tokens, lengths, steps):
 
 
 # The mixed model's MLP is a mixture of experts, too.
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "moe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.next_jax if name == "mixed" else ())
+        for name in VARIANTS
+        if name != "moe"
+    ],
+)
 def test_prefill_and_decode_equal_the_full_forward(name):
     model = build(VARIANTS[name])
     tokens = tokens_like(model.config, 2, 12, seed=1)
@@ -74,6 +81,7 @@ def test_padding_after_a_prompt_does_not_reach_it():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.next_jax
 def test_union_cache_has_exactly_the_kept_share_of_the_dense_bytes():
     options = {"num_layers": 3, "union": UnionConfig(num_experts=4, top_k=3)}
     size = lambda cache: sum(e[n].nbytes for e in cache.layers for n in ("k", "v"))
@@ -98,6 +106,7 @@ def test_decoding_does_not_recompile():
     assert decode._cache_size() == compiled
 
 
+@pytest.mark.next_jax
 def test_only_decoders_have_a_cache():
     with pytest.raises(ConfigError, match="'encoder'; only a decoder"):
         init_cache(tiny(kind="encoder"), 1, 4)

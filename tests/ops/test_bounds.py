@@ -7,6 +7,8 @@ import pytest
 
 from uoe_jax.ops import segment_attention
 
+pytestmark = pytest.mark.next_jax
+
 ROWS = 96
 
 

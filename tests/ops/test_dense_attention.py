@@ -10,6 +10,8 @@ import pytest
 
 from uoe_jax.ops import dense_attention
 
+pytestmark = pytest.mark.next_jax
+
 BATCH, WIDTH = 2, 16
 HEADS, KV_HEADS = 4, 2
 TOLERANCE = 5e-6  # sums of up to 80 products in float32

@@ -12,6 +12,8 @@ from uoe_jax.ops import (
 )
 from uoe_jax.ops._dispatch import dispatch
 
+pytestmark = pytest.mark.next_jax
+
 
 def refuse(x):
     raise NotImplementedError("it is Tuesday")

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from uoe_jax.ops import pack_choices
 from uoe_jax.ops.grouped_matmul import api, batched, reference, serial, xla
 
+pytestmark = pytest.mark.next_jax
+
 ROWS, GROUPS, INS, OUTS = 70, 5, 24, 40
 BLOCKS = {"serial": serial, "batched": batched}
 # Sums of up to 70 products in float32.

@@ -5,9 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from uoe_jax import ops
+
+pytestmark = pytest.mark.next_jax
 
 # Long enough for the blockwise paths.
 BATCH, LENGTH, EXPERTS, TOP_K, LAYERS = 8, 72, 4, 2, 2

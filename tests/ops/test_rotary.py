@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uoe_jax.ops.rotary import rotate
+
+pytestmark = pytest.mark.next_jax
 
 ROWS, HEADS, WIDTH, THETA = 6, 2, 8, 100.0
 

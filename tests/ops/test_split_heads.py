@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import split_heads
 
+pytestmark = pytest.mark.next_jax
+
 TOKENS, ROWS, THETA = 9, 14, 100.0
 # Of values up to 5, turned by up to 500 radians in float32, two roundings.
 ATOL = 5 * 500 * 2.0**-23

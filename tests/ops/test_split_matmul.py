@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
@@ -10,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from uoe_jax.model.router import router_scores
 from uoe_jax.ops.split_matmul import split, split_matmul
+
+pytestmark = pytest.mark.next_jax
 
 ROWS, WIDTH, EXPERTS = 40, 24, 5
 EPS = float(jnp.finfo(jnp.float32).eps)

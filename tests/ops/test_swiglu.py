@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import swiglu
 
+pytestmark = pytest.mark.next_jax
+
 # float32's error in products of a few numbers and sums of them, of the largest.
 TOLERANCE = 2.0**-20
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops.tiled_attention import MASKED, tiled_attention
 
+pytestmark = pytest.mark.next_jax
+
 ROWS, GROUPS, WIDTH, LISTS, KEYS = 40, 2, 4, 5, 7
 
 

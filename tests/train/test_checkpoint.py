@@ -11,6 +11,8 @@ from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.errors import CheckpointError
 from uoe_jax.tree import fill_leaves, named_leaves
 
+pytestmark = pytest.mark.next_jax
+
 RNG = np.random.default_rng()
 TREE = {
     "params": {"wq": jnp.asarray(RNG.normal(size=(8, 16)), jnp.float32)},

@@ -82,6 +82,7 @@ def assert_close(a, b, atol=1e-5):
         np.testing.assert_allclose(a[name], b[name], atol=atol, err_msg=name)
 
 
+@pytest.mark.next_jax
 def test_eight_devices_give_the_step_of_one():
     # Routed attention on many devices: tests/partition and test_sharded.py.
     config = make_tiny("union", attention="dense", z_loss=1e-3)
@@ -177,6 +178,7 @@ def test_the_diagnosis_names_the_router_and_its_layer():
     assert dump["batch_hash"] == hash_batch(batch) != hash_batch(make_batch())
 
 
+@pytest.mark.next_jax
 def test_steps_compile_once(caplog):
     config = make_tiny()
     _, mesh, state, step = first_step(config)
@@ -190,6 +192,7 @@ def test_steps_compile_once(caplog):
     assert [r for r in caplog.records if "Compiling" in r.getMessage()]
 
 
+@pytest.mark.next_jax
 def test_state_is_donated():
     config = make_tiny()
     _, mesh, state, step = first_step(config)

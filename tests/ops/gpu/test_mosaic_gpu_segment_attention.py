@@ -92,6 +92,7 @@ def test_value_and_gradients_match_float64(
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
+@pytest.mark.next_jax
 @pytest.mark.parametrize(
     ("dtype", "groups", "width", "causal", "deterministic"),
     [(jnp.bfloat16, 1, 128, True, False), (jnp.float16, 2, 64, False, True)],
