@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare import assert_close
 from safetensors.numpy import load_file, save_file
 
 from uoe_jax.adapt import AdapterConfig, WeightAxes, adapted_params, leaf_delta
@@ -82,10 +83,10 @@ def test_lora_files_have_pefts_keys_and_read_back_as_peft(params, make, tmp_path
     delta = leaf_delta(adapters, adapters["trunk.blocks.0.attention.wq"])
     got = module_delta(modules["trunk.blocks.0.1.attention.wq"])
     want = delta[1, 0].reshape(6, 24).T
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert_close(got, want, 1e-5)
     kernel = leaf_delta(adapters, adapters["conv.weight"])
     got = module_delta(modules["conv"])
-    np.testing.assert_allclose(got, kernel.transpose(3, 2, 0, 1), rtol=1e-5, atol=1e-6)
+    assert_close(got, kernel.transpose(3, 2, 0, 1), 1e-5)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -118,7 +119,7 @@ def test_every_module_keeps_its_scale_in_pefts_terms(
     assert set(modules) == set(wanted)
     for name, delta in wanted.items():
         got = module_delta(modules[name])
-        np.testing.assert_allclose(got, delta, rtol=1e-4, atol=1e-5, err_msg=name)
+        assert_close(got, delta, 1e-4, about=name)
 
 
 def peft_folder(path, tensors, **config):
@@ -165,9 +166,9 @@ def test_peft_lora_lands_on_stacked_layers(tmp_path):
     adapters = place_modules(read_peft(folder), params, llama_names)
     wq = leaf_delta(adapters, adapters["trunk.blocks.0.attention.wq"])
     assert not np.asarray(wq[0]).any()
-    np.testing.assert_allclose(wq[1].reshape(6, 8), 3 * (b @ a).T, rtol=1e-5, atol=1e-5)
+    assert_close(wq[1].reshape(6, 8), 3 * (b @ a).T, 1e-5, least=1.0)
     wo = leaf_delta(adapters, adapters["trunk.blocks.0.attention.wo"])
-    np.testing.assert_allclose(wo[0].reshape(8, 6), 4 * (d @ c).T, rtol=1e-5, atol=1e-5)
+    assert_close(wo[0].reshape(8, 6), 4 * (d @ c).T, 1e-5, least=1.0)
     assert not np.asarray(wo[1]).any()
 
 
@@ -185,7 +186,7 @@ def test_peft_rslora_and_dora_keep_their_meaning(tmp_path):
     whole = params["lin"]["weight"].T + 6 / 2**0.5 * b @ a
     whole *= (magnitude / np.linalg.norm(whole, axis=1))[:, None]
     got = adapted_params(params, adapters)["lin"]["weight"]
-    np.testing.assert_allclose(got, whole.T, rtol=1e-5, atol=1e-5)
+    assert_close(got, whole.T, 1e-5, least=1.0)
 
 
 def test_f11_lycoris_tucker_reproduces_its_delta(tmp_path):

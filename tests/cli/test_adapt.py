@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from compare import assert_close
 from flax import nnx
 
 from uoe_jax.adapt import AdapterConfig, adapted_params
@@ -68,7 +69,7 @@ def test_an_adapter_is_trained_reported_and_merged(adapted, union_run, capsys):
     for got, wanted, old in zip(
         *map(jax.tree.leaves, (merged, want, params)), strict=True
     ):
-        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-7)
+        assert_close(got, wanted, 1e-6)
         changed += bool(np.any(np.asarray(got) != np.asarray(old)))
     assert changed == len(adapters.plans)
     assert set(merge(params, adapters).originals) == {p.name for p in adapters.plans}

@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-import math
 import shutil
 
 import pytest
+from compare import assert_close
 
 from uoe_jax.cli import main
 from uoe_jax.cli.checks import scaled_down
@@ -30,8 +30,8 @@ def test_eval_agrees_with_the_trainers_last_validation(union_run, capsys):
     last = [line for line in lines if line["kind"] == "eval"][-1]
     assert found["step"] == last["step"] == 4
     # The same batches through the same compiled function: rounding only.
-    assert math.isclose(found["loss"], last["loss"], rel_tol=1e-6)
-    assert math.isclose(found["bits_per_byte"], last["bits_per_byte"], rel_tol=1e-6)
+    assert_close(found["loss"], last["loss"], 1e-5)
+    assert_close(found["bits_per_byte"], last["bits_per_byte"], 1e-5)
 
 
 def test_eval_tables_show_every_routed_layer(union_run, capsys):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from compare import assert_close
 
 from uoe_jax.data.tasks import parallel, pathfinder
 from uoe_jax.data.tasks.pathfinder import PathfinderRules, generate, make_scenes
@@ -50,12 +51,12 @@ def test_circles_are_connected_exactly_where_the_label_says(scenes):
 
 def test_dashes_have_their_length_and_stay_inside(scenes):
     steps = scenes.paths[..., 1, :] - scenes.paths[..., 0, :]
-    assert np.allclose(np.linalg.norm(steps, axis=-1), RULES.dash)
+    assert_close(np.linalg.norm(steps, axis=-1), RULES.dash, 1e-6)
     assert scenes.paths.min() >= RULES.padding - 0.5
     assert scenes.paths.max() <= RULES.side - RULES.padding + 0.5
     starts = scenes.paths[:, :, 0, 0]
     apart = np.linalg.norm(starts[:, 0] - starts[:, 1], axis=-1)
-    assert np.allclose(apart, RULES.seed_distance)
+    assert_close(apart, RULES.seed_distance, 1e-6)
     gaps = scenes.paths[:, :, 1:, 0] - scenes.paths[:, :, :-1, 1]
     assert np.linalg.norm(gaps, axis=-1).max() <= 2 * RULES.margin + 1e-9
 

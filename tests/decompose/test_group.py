@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exact import DENSE, draw
@@ -61,7 +62,7 @@ def test_a_fitted_router_ranks_experts_as_their_outputs_do():
     scores = x @ fit.weight + fit.bias
     assert fit.explained > 0.999
     assert (scores.argmax(axis=1) == shares.argmax(axis=1)).mean() > 0.98
-    assert np.isclose((x @ fit.weight).std(), SCORE_DEVIATION)
+    assert_close((x @ fit.weight).std(), SCORE_DEVIATION, 1e-6)
     # Nothing to learn from: finite, and no claim of an explanation.
     flat = fit_router(x, np.ones((400, 5)))
     assert np.isfinite(flat.weight).all() and flat.explained == 0
@@ -73,7 +74,7 @@ def test_lengths_are_those_of_each_experts_output():
     found = expert_lengths(inner, weight)
     for e in range(3):
         output = inner[:, 2 * e : 2 * e + 2] @ weight[e]
-        np.testing.assert_allclose(found[:, e], np.linalg.norm(output, axis=1))
+        assert_close(found[:, e], np.linalg.norm(output, axis=1), 1e-6)
 
 
 @pytest.fixture(scope="module")

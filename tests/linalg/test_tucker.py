@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,10 +37,8 @@ def tensor(double):
 def test_unfold_and_mode_product_are_the_definition(tensor):
     matrix = np.random.default_rng(1).normal(size=(3, 5))
     got = mode_product(tensor, jnp.asarray(matrix), 1)
-    np.testing.assert_allclose(
-        got, np.einsum("ijk,pj->ipk", tensor, matrix), rtol=1e-12
-    )
-    np.testing.assert_allclose(unfold(got, 1), matrix @ unfold(tensor, 1), rtol=1e-12)
+    assert_close(got, np.einsum("ijk,pj->ipk", tensor, matrix), 1e-12)
+    assert_close(unfold(got, 1), matrix @ unfold(tensor, 1), 1e-12)
 
 
 def test_full_ranks_give_the_tensor_back(tensor):

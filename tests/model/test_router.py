@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare import assert_close
 from flax import nnx
 from tiny_models import VARIANTS, build, forward, tiny, tokens_like, union
 
@@ -66,9 +67,7 @@ def test_router_gradient_is_the_finite_difference(part, gate):
             high, low = loss(weight + step * direction), loss(weight - step * direction)
             slope = float((high - low) / (2 * step))
             # Central differences are exact to step**2; rounding adds 1e-16 / step.
-            assert slope == pytest.approx(
-                float(jnp.sum(gradient * direction)), rel=1e-6
-            )
+            assert_close(slope, float(jnp.sum(gradient * direction)), 1e-6)
             assert abs(slope) > 1e-3
 
 
@@ -87,17 +86,17 @@ def test_straight_through_is_one_with_the_gradient_of_its_surrogate():
     )(routing.gates)
     scores = lambda w: pick_scores(jnp.einsum("btd,de->bte", x, w), routing.choices)
     _, pullback = jax.vjp(lambda w: 2 * jax.nn.sigmoid(scores(w)), weight)
-    np.testing.assert_allclose(got, pullback(by_gate)[0], rtol=1e-4, atol=1e-5)
+    assert_close(got, pullback(by_gate)[0], 1e-4)
     assert np.abs(got).max() > 1e-2
 
 
 def test_gate_values():
     scores = jnp.array([[0.0, 1.0, -1.0]])
     sigmoid = gate_values(scores, "sigmoid")
-    np.testing.assert_allclose(sigmoid, 2 / (1 + np.exp(-np.array(scores))), rtol=1e-6)
+    assert_close(sigmoid, 2 / (1 + np.exp(-np.array(scores))), 1e-6)
     assert sigmoid[0, 0] == 1
     softmax = gate_values(scores, "softmax")
-    np.testing.assert_allclose(softmax, 3 * jax.nn.softmax(scores), rtol=1e-6)
+    assert_close(softmax, 3 * jax.nn.softmax(scores), 1e-6)
     np.testing.assert_array_equal(gate_values(scores, "straight_through"), [[1, 1, 1]])
 
 
@@ -122,15 +121,15 @@ def test_statistics_by_hand():
     segments = jnp.array([[1, 1, 0]])
     context = make_context(tiny(), (1, 3), segments=segments)
     stats = router_stats(scores, scores, choices, context)
-    np.testing.assert_allclose(stats["load"], [0.5, 0.5, 0.0])
+    assert_close(stats["load"], [0.5, 0.5, 0.0], 1e-6)
     probs = np.array([0.4, 0.5, 0.1])
     expected = 3 * np.sum(np.array([0.5, 0.5, 0]) * probs)
-    np.testing.assert_allclose(stats["balance_loss"], expected, rtol=1e-6)
+    assert_close(stats["balance_loss"], expected, 1e-6)
     np.testing.assert_allclose(stats["z_loss"], 0, atol=1e-10)
     entropy = [-np.sum(p * np.log(p)) for p in ([0.7, 0.2, 0.1], [0.1, 0.8, 0.1])]
-    np.testing.assert_allclose(stats["entropy"], np.mean(entropy), rtol=1e-5)
+    assert_close(stats["entropy"], np.mean(entropy), 1e-5)
     shifted = router_stats(scores + 2, scores + 2, choices, context)
-    np.testing.assert_allclose(shifted["z_loss"], 4, rtol=1e-5)
+    assert_close(shifted["z_loss"], 4, 1e-5)
 
 
 def test_patch_leaders_restart_at_each_document():
@@ -163,7 +162,7 @@ def test_a_bidirectional_patch_follows_its_mean():
     for begin, end in ((0, 4), (4, 6)):
         expected = np.asarray(scores)[:, begin:end].mean(1, keepdims=True)
         got = mean[:, begin:end]
-        np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), rtol=1e-5)
+        assert_close(got, np.broadcast_to(expected, got.shape), 1e-5)
 
 
 def test_bias_update_moves_against_the_load_error():
@@ -191,7 +190,7 @@ def test_bias_update_moves_against_the_load_error():
     for (part, stack), rate, load, experts in cases:
         got = flat[("trunk", "blocks", stack, part, "router", "bias")][...]
         error = np.sign(1 / experts - np.asarray(load))
-        np.testing.assert_allclose(got, rate * error, rtol=1e-6)
+        assert_close(got, rate * error, 1e-6)
 
 
 def test_bias_updates_balance_a_skewed_router():

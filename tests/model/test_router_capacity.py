@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compare import assert_close
 from flax import nnx
 from router_kinds import LENGTH, config_of
 
@@ -33,7 +34,7 @@ def test_always_on_experts_lose_no_token_to_a_capacity():
     held = [(routing.choices[..., 2] == e) & kept[..., 2] for e in (2, 3)]
     assert all(np.all(jnp.sum(h, axis=1) <= LENGTH // 4) for h in held)
     lost = 1 - kept[..., 2].mean()
-    np.testing.assert_allclose(routing.stats["dropped"], lost, rtol=1e-6)
+    assert_close(routing.stats["dropped"], lost, 1e-6)
 
 
 def test_a_capacity_of_the_mlp_leaves_attentions_own_router_free():

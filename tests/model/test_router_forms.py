@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare import assert_close
 from flax import nnx
 from router_kinds import CAUSAL, LENGTH, LOOKING, OTHERS, config_of
 from tiny_models import build, tiny, tokens_like
@@ -80,7 +81,7 @@ def test_router_weights_get_the_finite_difference_gradient(name):
                 sides.append(float(loss(jax.tree.unflatten(tree, moved))))
             slope = (sides[0] - sides[1]) / 2e-6
             expected = float(jnp.sum(grad * direction))
-            assert slope == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            assert_close(slope, expected, 1e-5, least=0.1)
             assert abs(expected) > 1e-3
 
 
@@ -131,7 +132,8 @@ def test_capacity_drops_the_latest_picks_and_says_how_many():
     _, _, y, stats = apply_mlp(config, X, ONE, train=True)
     choices, dropped = stats["choices"], stats["dropped"]
     lost = np.asarray(choices) == -1
-    assert 0 < lost.mean() == pytest.approx(float(dropped), rel=1e-6)
+    assert lost.any()
+    assert_close(dropped, lost.mean(), 1e-6)
     room = np.ceil(0.75 * LENGTH / 2)
     assert (
         max(np.sum(np.asarray(choices) == e, axis=(1, 2)).max() for e in range(4))
@@ -163,7 +165,7 @@ def test_document_sums_begin_anew():
     values = jax.random.normal(jax.random.key(0), (1, 6, 2))
     sums = document_sums(values, jnp.array([[0, 0, 2, 2, 2, 5]]))
     expected = [np.asarray(values)[0, a : b + 1].sum(0) for a, b in ((2, 4), (5, 5))]
-    np.testing.assert_allclose(sums[0, 4], expected[0], rtol=1e-5)
+    assert_close(sums[0, 4], expected[0], 1e-5)
     np.testing.assert_array_equal(sums[0, 5], values[0, 5])
 
 
@@ -225,12 +227,12 @@ def test_mixture_gates():
     scores = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
     picks = jnp.array([[0, 2]])
     switch = moe_gates(scores, picks, "softmax_all")
-    np.testing.assert_allclose(switch, [[0.5, 0.2]], rtol=1e-5)
+    assert_close(switch, [[0.5, 0.2]], 1e-5)
     top2 = moe_gates(scores, picks, "softmax")
-    np.testing.assert_allclose(top2, [[5 / 7, 2 / 7]], rtol=1e-5)
+    assert_close(top2, [[5 / 7, 2 / 7]], 1e-5)
     affinity = 1 / (1 + 1 / np.array([0.5, 0.2]))
-    np.testing.assert_allclose(
-        moe_gates(scores, picks, "sigmoid")[0], affinity / affinity.sum(), rtol=1e-5
+    assert_close(
+        moe_gates(scores, picks, "sigmoid")[0], affinity / affinity.sum(), 1e-5
     )
 
 

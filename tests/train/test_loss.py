@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare import assert_close
 
 from uoe_jax.train.loss import class_losses, linear_cross_entropy, token_scores
 
@@ -34,8 +35,8 @@ def test_sums_equal_whole_logits_in_float64(chunk, z_loss, smoothing):
     inputs = make_inputs()
     sums = linear_cross_entropy(*inputs, chunk, z_loss, smoothing)
     objective, nll = oracle(*inputs, z_loss, smoothing)
-    np.testing.assert_allclose(sums.objective, objective, rtol=1e-5)
-    np.testing.assert_allclose(sums.nll, nll, rtol=1e-5)
+    assert_close(sums.objective, objective, 1e-5)
+    assert_close(sums.nll, nll, 1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])
@@ -59,7 +60,7 @@ def test_gradients_equal_autodiff_of_whole_logits(chunk, use_bias):
     expected = jax.grad(whole, which)(x, weight, bias)
     got = jax.grad(chunked, which)(x, weight, bias)
     for a, b in zip(got, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert_close(a, b, 1e-4)
 
 
 def arrays_of(jaxpr):
@@ -98,7 +99,7 @@ def test_bfloat16_loss_is_near_float32s():
     x, *rest = make_inputs(jnp.bfloat16)
     low = linear_cross_entropy(x, *rest, 8).nll
     high = linear_cross_entropy(x.astype(jnp.float32), *rest, 8).nll
-    np.testing.assert_allclose(low, high, rtol=1e-2)  # bf16 weights: 2^-9 each
+    assert_close(low, high, 1e-2)  # bf16 weights: 2^-9 each
 
 
 def test_token_scores_are_per_token():
@@ -107,7 +108,7 @@ def test_token_scores_are_per_token():
     logits = np.asarray(x @ weight + bias[None])
     np.testing.assert_array_equal(scores.correct, logits.argmax(-1) == targets)
     total = linear_cross_entropy(x, weight, bias, targets, weights, 5).nll
-    np.testing.assert_allclose(jnp.sum(scores.nll * weights), total, rtol=1e-5)
+    assert_close(jnp.sum(scores.nll * weights), total, 1e-5)
 
 
 def test_padding_rows_of_a_classifier_weigh_nothing():
@@ -118,6 +119,6 @@ def test_padding_rows_of_a_classifier_weigh_nothing():
     log_probs = np.asarray(jax.nn.log_softmax(logits))
     expected = -sum(log_probs[i, i] for i in range(4))
     got = class_losses(logits, labels, weights)
-    np.testing.assert_allclose(got.nll, expected, rtol=1e-5)
+    assert_close(got.nll, expected, 1e-5)
     gradient = jax.grad(lambda a: class_losses(a, labels, weights).objective)(logits)
     assert not np.asarray(gradient)[4:].any()

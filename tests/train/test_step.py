@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import assert_close
 from flax import nnx
 from tiny_runs import make_tiny, with_train
 
@@ -77,9 +78,10 @@ def gradients_of(config, batch, **kwargs):
     return {name: before[name] - after[name] for name in names}, metrics
 
 
-def assert_close(a, b, atol=1e-5):
+def assert_gradients_close(a, b):
+    # The largest of a gradient's terms are of order 1, whatever they add up to.
     for name in a:
-        np.testing.assert_allclose(a[name], b[name], atol=atol, err_msg=name)
+        assert_close(a[name], b[name], 1e-5, least=1.0, about=name)
 
 
 @pytest.mark.next_jax
@@ -89,8 +91,8 @@ def test_eight_devices_give_the_step_of_one():
     batch = make_batch()
     one, first = gradients_of(config, batch)
     eight, second = gradients_of(config, batch, devices=8)
-    assert_close(one, eight)
-    np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-6)
+    assert_gradients_close(one, eight)
+    assert_close(first["loss"], second["loss"], 1e-5)
     assert first["tokens"] == second["tokens"] == 8 * 16
 
 
@@ -98,16 +100,16 @@ def test_accumulation_gives_the_step_of_the_whole_batch():
     batch = make_batch()
     whole, first = gradients_of(make_tiny(), batch)
     parts, second = gradients_of(make_tiny(accumulate=4), batch, devices=2)
-    assert_close(whole, parts)
-    np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-6)
-    np.testing.assert_allclose(first["grad_norm"], second["grad_norm"], rtol=1e-5)
+    assert_gradients_close(whole, parts)
+    assert_close(first["loss"], second["loss"], 1e-5)
+    assert_close(first["grad_norm"], second["grad_norm"], 1e-5)
 
 
 def test_loss_chunks_change_nothing():
     batch = make_batch()
     whole, _ = gradients_of(make_tiny(loss_chunk=4096), batch)
     parts, _ = gradients_of(make_tiny(loss_chunk=24), batch)
-    assert_close(whole, parts)
+    assert_gradients_close(whole, parts)
 
 
 def test_gradient_is_that_of_the_models_own_logits():
@@ -127,8 +129,8 @@ def test_gradient_is_that_of_the_models_own_logits():
     value, expected = loss(state.params)
     expected = {f"params.{name}": g for name, g in named_leaves(expected).items()}
     got, metrics = gradients_of(config, batch)
-    assert_close(expected, got)
-    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    assert_gradients_close(expected, got)
+    assert_close(metrics["loss"], value, 1e-5)
 
 
 def run_steps(config, batches, devices=2):
@@ -217,7 +219,7 @@ def test_dropout_depends_on_the_step_alone():
 def test_learning_rate_metric_is_the_schedules():
     config = make_tiny(optim={"learning_rate": 1.0, "warmup_steps": 4})
     _, metrics, _ = run_steps(config, [make_batch()] * 3)
-    np.testing.assert_allclose([m["lr"] for m in metrics], [0.25, 0.5, 0.75])
+    assert_close([m["lr"] for m in metrics], [0.25, 0.5, 0.75], 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "vision"])
