@@ -6,30 +6,13 @@ INSTALL := sh .ci/install
 NEXT := $(VENV)/jax-next
 # The TPU compiler lies beside the packages: among them, jax would look for TPUs first.
 LIBTPU := $(VENV)/libtpu
-# What the newer jax is held to: configs, operations, models, one step, a checkpoint,
-# decoding, and of the kernels in interpreters of the device's language, which take long,
-# one for TPUs and what lowers for GPUs.
-REDUCED := tests/test_config.py tests/test_validation.py tests/hardware \
-  tests/ops/test_*.py tests/ops/tpu/test_tpu_dense_attention.py \
-  tests/ops/gpu/test_mosaic_gpu_segment_attention.py::test_kernels_lower_for_a_gpu \
-  tests/model/test_transformer.py tests/model/test_cache.py tests/test_generate.py \
-  tests/train/test_step.py tests/train/test_checkpoint.py
-# Not what repeats another test's program or compares ours with ours.
-OFTEN := 8-8-gelu remat_changes packed_document_is_the_document_alone[dense \
-  packed_document_is_the_document_alone[m bfloat16_is_close sample_alone scanned_layers \
-  encoder_ignores padding_changes padding_after new_values dropout initial_weights \
-  rotary_logits union-patch decode_applies does_not_recompile row_that_ended \
-  same_key one_new_token memory_grows accumulation nonfinite loss_chunks diagnosis \
-  classifiers_learn learning_rate_metric \
-  router_losses full_forward[union full_forward[dense models_own_logits
-REDUCED += -k "not (tpu_dense and grouped or $(shell echo '$(OFTEN)' | sed 's/ / or /g'))"
-PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help venv demo test lint aot notebooks clean
+.PHONY: help venv demo test nightly lint aot clean
 help:
 	@echo "make venv   the project's own .venv"
 	@echo "make demo   train a dense, an MoE and a union model on this machine; table and report"
-	@echo "make test   every test on jax 0.11, the reduced set on jax 0.12, coverage"
+	@echo "make test   the tests on jax 0.11, the marked ones on jax 0.12, coverage"
+	@echo "make nightly  the tests that take long and repeat what shorter ones hold"
 	@echo "make lint   ruff and pyrefly"
 	@echo "make aot    compile kernels and training steps for TPUs that aren't here; hours"
 
@@ -64,11 +47,10 @@ demo: $(VENV)/.base
 	@$(VENV)/bin/uoe demo
 
 test: $(VENV)/.dev $(NEXT)/.done $(LIBTPU)/.done
-	@echo "== every test, jax 0.11, 8 simulated devices"
-	@PYTHONPATH=$(LIBTPU) $(PYTEST) --cov --cov-report= tests
-	@$(PY) -m coverage report --fail-under=85 --skip-covered --show-missing | tail -n 40
-	@echo "== the reduced set, jax 0.12"
-	@PYTHONPATH=$(NEXT) $(PYTEST) $(REDUCED)
+	@sh .ci/test
+
+nightly: $(VENV)/.dev $(NEXT)/.done $(LIBTPU)/.done
+	@sh .ci/test nightly
 
 lint: $(VENV)/.dev
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
