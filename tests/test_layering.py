@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "uoe_jax"
 
 LAYERS = {
-    0: {"config", "validation", "presets", "errors", "files", "weights"},
+    0: {"config", "validation", "presets", "errors", "escape", "files", "weights"},
     1: {"hardware", "ops", "partition", "topology", "linalg", "cluster", "tree"},
     2: {"model", "data", "optim"},
     3: {

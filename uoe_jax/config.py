@@ -218,14 +218,17 @@ class DataConfig:
         "pathfinder",
         "text",
         "jsonl",
+        "parquet",
         "npz",
         "tfds",
     ] = "auto"
     path: str | None = None  # file, folder, glob, or tfds:NAME
+    encoding: str = "auto"  # auto: UTF-8, or what the first bytes say; else a name
     data_dir: str | None = None  # tfds: folder of built datasets
     tokenizer: str = "byte"  # "byte", "bpe" (trained on the data) or a tokenizer.json
     bpe_vocab_size: int = 4096
-    text_key: str = "text"  # jsonl and tfds field that holds the text
+    text_key: str = "text"  # field that holds the text; a.b is field b of field a
+    bad_records: Literal["error", "skip"] = "error"  # jsonl, parquet: without a text
     seq_len: int | None = None  # None: the model's max_seq_len
     batch_size: int = 16  # global, in sequences (or images)
     pack: Literal["stream", "documents"] = "stream"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,8 +12,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from uoe_jax.checkpoint import Checkpoints
-from uoe_jax.config import ExperimentConfig, from_json
+from uoe_jax.config import DataConfig, ExperimentConfig, from_json
 from uoe_jax.data import Dataset, make_dataset
+from uoe_jax.data.record import (
+    check_recorded,
+    other_data,
+    read_record,
+    with_run_tokenizer,
+)
 from uoe_jax.errors import CheckpointError
 from uoe_jax.model import split_model
 from uoe_jax.partition.mesh import evaluation_mesh
@@ -28,6 +35,7 @@ class LoadedRun(NamedTuple):
     config: ExperimentConfig
     model: nnx.Module
     step: int
+    folder: Path
 
 
 def load_run(
@@ -55,7 +63,31 @@ def load_run(
     store = Checkpoints(run_dir / (BEST if which == "best" else CHECKPOINTS))
     step, arrays, _ = store.restore(named_leaves(template), step=step)
     state = jax.device_put(fill_leaves(template, arrays))
-    return LoadedRun(config, nnx.merge(graphdef, *state.values()), step)
+    return LoadedRun(config, nnx.merge(graphdef, *state.values()), step, run_dir)
+
+
+def run_dataset(
+    run_dir: Path,
+    config: ExperimentConfig,
+    split: str,
+    data: DataConfig | None = None,
+) -> Dataset:
+    """Return a split of a run's data, or of the data that `data` names.
+
+    Other data is read with the run's tokenizer. Raises DataError if the run's own data
+    isn't there or isn't what it was, unless `allow_changed`, or if other data was
+    prepared with another tokenizer.
+    """
+    run_dir, record = Path(run_dir), read_record(Path(run_dir))
+    data, other = data or config.data, False
+    if data != config.data and other_data(config, data):
+        other = True
+        data = with_run_tokenizer(config, data, run_dir)
+    config = dataclasses.replace(config, data=data)
+    dataset = make_dataset(config, split)
+    accept = other or data.allow_changed
+    check_recorded(record, dataset.prepared, run_dir, accept=accept)
+    return dataset
 
 
 def evaluate(

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
+from uoe_jax.data import Tokenizer
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import Decoder, init_cache
 
@@ -48,6 +49,40 @@ def generate(
         greedy=greedy,
         eos=eos,
     )
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str, config: ModelConfig
+) -> Int[np.ndarray, " T"]:
+    """Return a prompt's ids; raise ConfigError if it is empty or not the model's."""
+    ids = tokenizer.encode(prompt)
+    if not len(ids):
+        raise ConfigError("--prompt is empty; give at least one character")
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ConfigError(
+            f"--prompt has token id {ids.max() if ids.min() >= 0 else ids.min()}; the "
+            f"model's ids are 0 to {config.vocab_size - 1}"
+        )
+    return ids
+
+
+def continuation(
+    tokenizer: Tokenizer,
+    prompt: str,
+    prompt_ids: Int[np.ndarray, " T"],
+    new_ids: Int[Array, " O"],
+) -> bytes:
+    """Return a prompt and what follows it, decoded together.
+
+    A decoder may treat the first token otherwise (it drops the blank before a word),
+    so the continuation alone would lose what joins the two. Where decoding gives the
+    prompt back as another text, as after lowercasing, that text is shown.
+    """
+    before = tokenizer.decode_bytes(prompt_ids)
+    whole = tokenizer.decode_bytes(np.concatenate([prompt_ids, np.asarray(new_ids)]))
+    if whole.startswith(before):
+        return prompt.encode("utf-8", "replace") + whole[len(before) :]
+    return whole
 
 
 def sample(

@@ -82,7 +82,7 @@ def test_a_changed_source_is_refused_until_accepted(make_config, text_file):
         make_dataset(config, "train")
     assert str(caught.value) == (
         "tale.txt changed since it was prepared (tale.txt is not the file it was); "
-        "restore it or accept it with data.allow_changed"
+        "restore it or accept it with --data.allow-changed"
     )
     accepted = prepare(make_config(text_file, allow_changed=True))
     assert accepted.manifest["hash"] != before

@@ -24,9 +24,10 @@ from uoe_jax.adapt.plot import plot_adaptation
 from uoe_jax.adapt.session import Note, Session
 from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig
-from uoe_jax.data import make_dataset
+from uoe_jax.data import Prepared
+from uoe_jax.data.record import record_of, with_run_tokenizer
 from uoe_jax.errors import ConfigError
-from uoe_jax.evaluate import LoadedRun, load_run
+from uoe_jax.evaluate import LoadedRun, load_run, run_dataset
 from uoe_jax.files import write_atomically
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh
@@ -62,13 +63,12 @@ def adapted_experiment(
             "path": None if built_in else data,
             "max_bytes": None,
         }
-        if config.data.tokenizer == "bpe":
-            # The vocabulary the model was trained with, not one of the new text.
-            prepared = make_dataset(config, "train").prepared
-            changes["tokenizer"] = str(prepared.folder / "tokenizer.json")
     if batch_size is not None:
         changes["batch_size"] = batch_size
     new_data: DataConfig = dataclasses.replace(config.data, **changes)
+    if data is not None:
+        # The vocabulary the model was trained with, not one of the new text.
+        new_data = with_run_tokenizer(config, new_data, run.folder)
     optim = dataclasses.replace(
         config.optim,
         learning_rate=learning_rate,
@@ -127,7 +127,10 @@ def adapt_run(
     )
     graphdef, params, buffers = nnx.split(run.model, nnx.Param, ...)
     adapters, adapter = _start(load, params, adapter, seed)
-    sets = make_dataset(config, "train"), make_dataset(config, "valid")
+    sets = (
+        run_dataset(folder, run.config, "train", config.data),
+        run_dataset(folder, run.config, "valid", config.data),
+    )
     mesh = make_mesh(config.mesh)
     if mesh.size < jax.device_count():
         note(
@@ -153,7 +156,9 @@ def adapt_run(
     save_adapters(out, adapters, adapter, base=str(folder))
     report["file_bytes"] = (out / WEIGHTS).stat().st_size
     if merged:
-        report["merged"] = _write_merged(run, config, params, adapters, buffers, out)
+        report["merged"] = _write_merged(
+            run, config, (params, adapters, buffers), out, sets[0].prepared
+        )
     write_atomically(out / REPORT, json.dumps(report, indent=2) + "\n")
     if steps:
         plot_adaptation(report, out / CURVE)
@@ -195,18 +200,18 @@ def _start(
 def _write_merged(
     run: LoadedRun,
     config: ExperimentConfig,
-    params: PyTree,
-    adapters: Adapters,
-    buffers: PyTree,
+    state: tuple[PyTree, Adapters, PyTree],
     out: Path,
+    prepared: Prepared,
 ) -> str:
     """Write a run whose weights have the deltas in them, added in float32."""
+    params, adapters, buffers = state
     merged = jax.jit(lambda p, a: merge(p, a).params)(params, adapters)
     model: ModelConfig = run.config.model
     name = f"{run.config.name}-merged"
     config = dataclasses.replace(config, name=name, model=model, mesh=MeshConfig())
     folder = out / MERGED
-    write_run(folder, config, merged, buffers, run.step, merged_from=str(out))
+    write_run(folder, config, merged, buffers, run.step, prepared, merged_from=str(out))
     return str(folder)
 
 
@@ -216,6 +221,7 @@ def write_run(
     params: PyTree,
     buffers: PyTree,
     step: int,
+    prepared: Prepared | None = None,
     **about: Any,
 ) -> None:
     """Write a run of one checkpoint with a fresh optimizer; `about` goes into env.json.
@@ -230,7 +236,8 @@ def write_run(
         buffers=buffers,
         bad_steps=jnp.int32(0),
     )
-    with open_run_dir(folder, config):
+    data = None if prepared is None else record_of(prepared)
+    with open_run_dir(folder, config, data=data):
         write_environment(folder, about)
         checkpoints = Checkpoints(folder / CHECKPOINTS)
         described = dataclasses.asdict(config)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from uoe_jax.errors import ConfigError, UoeError, nearest
+from uoe_jax.escape import escape_line
 
 
 class Verb(NamedTuple):
@@ -93,5 +94,5 @@ def _dispatch(args: list[str]) -> int:
 def _fail(text: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print("uoe: " + " ".join(text.split()), file=sys.stderr)
+    print("uoe: " + escape_line(" ".join(text.split())), file=sys.stderr)
     return code

@@ -14,6 +14,7 @@ from uoe_jax.cli.notes import plain_warnings
 from uoe_jax.cli.parse import parse
 from uoe_jax.cli.paths import RUNS, find_run, read_config
 from uoe_jax.errors import ConfigError
+from uoe_jax.escape import escape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ def adapt(args: list[str]) -> int:
     if options.json:
         print(json_text.dumps(report, indent=2))
     else:
-        print(describe(report))
+        print(escape(describe(report)))
         print(f"adapter: {out}")
     return 0
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_text
+import sys
 from dataclasses import dataclass
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from uoe_jax.cli.parse import Experiment, parse, take_preset
+from uoe_jax.cli.parse import Experiment, check_typed, parse, take_preset
 from uoe_jax.cli.paths import run_or_preset
 from uoe_jax.config import ModelConfig
+from uoe_jax.escape import escape, escape_line
 from uoe_jax.validation import validate
 
 
@@ -34,6 +36,7 @@ class DataOptions:
 
     config: Experiment
     json: bool = False  # one JSON object instead of tables
+    raw: bool = False  # the example's control characters as they are, not escaped
 
 
 def leakcheck(args: list[str]) -> int:
@@ -121,6 +124,7 @@ def data(args: list[str]) -> int:
     preset, rest = take_preset(args, "data", default="tiny")
     options = parse(DataOptions, rest, "data", default=DataOptions(config=preset))
     validate(options.config)
+    check_typed(rest, options.config.data, options.config.model.kind)
 
     from uoe_jax.data import describe
     from uoe_jax.report.table import format_table, si
@@ -135,7 +139,8 @@ def data(args: list[str]) -> int:
         if key not in ("splits", "sample", "bad_utf8") and value
     }
     width = max(map(len, words))
-    print("\n".join(f"{key:<{width}}  {value}" for key, value in words.items()))
+    for key, value in words.items():
+        print(f"{key:<{width}}  {escape_line(str(value))}")
     columns = ("documents", "bytes", "tokens", "examples", "batches")
     rows = [
         (name, *("-" if split[c] is None else si(split[c]) for c in columns))
@@ -144,6 +149,12 @@ def data(args: list[str]) -> int:
     print("\n" + format_table(("split", *columns), rows))
     for split in found["splits"].values():
         if "problem" in split:
-            print(f"note: {split['problem']}")
-    print(f"\nfirst training example:\n{found['sample']}")
+            print(f"note: {escape_line(split['problem'])}")
+    print("\nfirst training example:")
+    if options.raw:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(found["sample"].encode("utf-8", "replace") + b"\n")
+        sys.stdout.buffer.flush()
+    else:
+        print(escape(found["sample"]))
     return 0

@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 from uoe_jax.cli.parse import parse
 from uoe_jax.cli.paths import RUNS, find_run, read_config
 from uoe_jax.errors import ConfigError
+from uoe_jax.escape import escape
 
 Grouping = Literal["contiguous", "random", "coactivation"]
 _PARTS: dict[str, tuple[Literal["attention", "mlp"], ...]] = {
@@ -75,7 +76,7 @@ def decompose(args: list[str]) -> int:
     if options.json:
         print(json_text.dumps(found, indent=2))
     else:
-        print("\n".join(_lines(found, out)))
+        print(escape("\n".join(_lines(found, out))))
     return 0 if found["exact"] or options.merge else 1
 
 

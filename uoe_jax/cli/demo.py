@@ -12,6 +12,7 @@ from uoe_jax.cli.parse import parse
 from uoe_jax.cli.paths import RUNS
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError
+from uoe_jax.escape import escape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,4 +105,4 @@ def _show(
     print(f"summary: {run_dir / 'summary.json'}")
     print(f"report:  {run_dir / parts.PAGE}{took}\n")
     name, text = list(samples.items())[-1]
-    print(f"Sampled by {name}:\n{text}")
+    print(f"Sampled by {name}:\n{escape(text)}")

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from uoe_jax.escape import escape
+
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
@@ -20,7 +22,7 @@ def plain_warnings() -> Iterator[None]:
             message: Any, category: type[Warning], *place: Any, **options: Any
         ) -> None:
             if category is UserWarning:
-                print(f"uoe: {message}", file=sys.stderr)
+                print(f"uoe: {escape(str(message))}", file=sys.stderr)
             else:
                 show(message, category, *place, **options)
 

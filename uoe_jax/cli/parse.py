@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import tyro
 
-from uoe_jax.config import ExperimentConfig
+from uoe_jax.config import DataConfig, ExperimentConfig
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.presets import PRESETS, get_preset
 
@@ -70,6 +70,16 @@ def take_preset(
         f"uoe {verb} takes a preset first: uoe {verb} PRESET; presets: "
         + ", ".join(PRESETS)
     )
+
+
+def check_typed(args: Sequence[str], data: DataConfig, kind: str) -> None:
+    """Raise ConfigError for a typed data option that the data's source would ignore."""
+    from uoe_jax.data.options import check_used
+    from uoe_jax.data.source import resolve
+
+    names = {arg.split("=", 1)[0] for arg in args if arg.startswith("--data.")}
+    typed = {n.removeprefix("--data.").replace("-", "_") for n in names}
+    check_used(data, resolve(data, kind), kind, {n.removeprefix("no_") for n in typed})
 
 
 def option_names(options: type, prefix: str = "--") -> Iterator[str]:

@@ -13,6 +13,8 @@ RUNS = Path("runs")  # where runs go when no folder is named
 
 def find_run(name: str) -> Path:
     """Return the folder of a run given as a path or as a name under runs/."""
+    if not name:
+        raise ConfigError(f"no run is named; {_known_runs(name)}")
     for folder in (Path(name), RUNS / name):
         if (folder / "config.json").is_file():
             return folder

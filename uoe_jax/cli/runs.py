@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as json_text
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from uoe_jax.cli.parse import parse
-from uoe_jax.cli.paths import find_run
-from uoe_jax.errors import ConfigError
+from uoe_jax.cli.parse import check_typed, parse
+from uoe_jax.cli.paths import find_run, read_config
+from uoe_jax.config import DataConfig
+from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.escape import escape
+from uoe_jax.validation import validate
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     """Evaluate a run on one split, once through."""
 
-    run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
+    run: Positional[Annotated[str, arg(metavar="RUN")]] = ""  # or runs/RUN
+    data: DataConfig = field(default_factory=DataConfig)  # given: other data
     split: Literal["train", "valid", "test"] = "valid"
     checkpoint: Literal["last", "best"] = "last"
     max_batches: int | None = None  # only the first batches of the split
@@ -38,6 +44,7 @@ class GenerateOptions:
     top_p: float | None = None
     greedy: bool = False  # always the likeliest token
     seed: int = 0
+    raw: bool = False  # control characters and broken UTF-8 as they are, not escaped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +58,25 @@ class ReportOptions:
 
 def evaluate(args: list[str]) -> int:
     """Print loss, perplexity, bits per byte, accuracy and router statistics."""
-    options = parse(EvalOptions, args, "eval")
-    folder = find_run(options.run)
+    options, folder = _eval_options(args)
 
     from uoe_jax.cli.device import prepare
 
     prepare()
     from uoe_jax.evaluate import evaluate as run_evaluation
-    from uoe_jax.evaluate import load_run
+    from uoe_jax.evaluate import load_run, run_dataset
     from uoe_jax.report.read import routed_layers
     from uoe_jax.report.table import format_table
 
     run = load_run(folder, which=options.checkpoint)
-    found: dict[str, Any] = {"step": run.step, "split": options.split}
+    dataset = run_dataset(folder, run.config, options.split, options.data)
+    found: dict[str, Any] = {
+        "step": run.step,
+        "split": options.split,
+        "data": dataset.info["source"],
+    }
     found |= run_evaluation(
-        run.model, run.config, split=options.split, max_batches=options.max_batches
+        run.model, dataset.config, max_batches=options.max_batches, dataset=dataset
     )
     if options.json:
         print(json_text.dumps(found, indent=2))
@@ -73,8 +84,8 @@ def evaluate(args: list[str]) -> int:
     width = max(map(len, found))
     for key, value in found.items():
         if isinstance(value, (int, float, str)):
-            shown = f"{value:.4f}" if isinstance(value, float) else value
-            print(f"{key.replace('_', ' '):<{width}}  {shown}")
+            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+            print(f"{key.replace('_', ' '):<{width}}  {escape(shown)}")
     rows = [
         (block, layer, *_spread(stats, row))
         for block, stats in found["router"].items()
@@ -85,6 +96,17 @@ def evaluate(args: list[str]) -> int:
         print("\n" + format_table(header, rows))
         print("load: an expert's share of the picks; 1 is balanced")
     return 0
+
+
+def _eval_options(args: list[str]) -> tuple[EvalOptions, Path]:
+    """Return options whose data is the run's, but for what is typed; and the run."""
+    folder = find_run(parse(EvalOptions, args, "eval").run)
+    config = read_config(folder)
+    # Once more, as what isn't typed is the run's.
+    options = parse(EvalOptions, args, "eval", default=EvalOptions(data=config.data))
+    validate(dataclasses.replace(config, data=options.data))
+    check_typed(args, options.data, config.model.kind)
+    return options, folder
 
 
 def _spread(stats: dict, row: int) -> list[str]:
@@ -102,17 +124,29 @@ def generate(args: list[str]) -> int:
     from uoe_jax.cli.device import prepare
 
     prepare()
-    print(continue_text(folder, options))
+    if options.raw:
+        text = continue_bytes(folder, options)
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text + b"\n")
+        sys.stdout.buffer.flush()
+    else:
+        print(escape(continue_text(folder, options)))
     return 0
 
 
 def continue_text(folder: Path, options: GenerateOptions) -> str:
     """Return the prompt followed by what a run makes of it."""
+    return continue_bytes(folder, options).decode("utf-8", "replace")
+
+
+def continue_bytes(folder: Path, options: GenerateOptions) -> bytes:
+    """Return the prompt followed by what a run makes of it, as the bytes it made."""
     import jax
     import jax.numpy as jnp
 
-    from uoe_jax.data import make_dataset
+    from uoe_jax.data.record import run_tokenizer
     from uoe_jax.evaluate import load_run
+    from uoe_jax.generate import continuation, encode_prompt
     from uoe_jax.generate import generate as sample
     from uoe_jax.model import Decoder
 
@@ -121,10 +155,8 @@ def continue_text(folder: Path, options: GenerateOptions) -> str:
         raise ConfigError(
             f"{folder} is a {run.config.model.kind} model; only a decoder generates"
         )
-    dataset = make_dataset(run.config, "valid")
-    prompt = dataset.encode(options.prompt)
-    if not len(prompt):
-        raise ConfigError("--prompt is empty; give at least one character")
+    tokenizer = run_tokenizer(folder, run.config)
+    prompt = encode_prompt(tokenizer, options.prompt, run.config.model)
     tokens = sample(
         run.model,
         jnp.asarray(prompt, jnp.int32)[None],
@@ -136,7 +168,7 @@ def continue_text(folder: Path, options: GenerateOptions) -> str:
         greedy=options.greedy,
         key=jax.random.key(options.seed),
     )
-    return options.prompt + dataset.decode(tokens[0].tolist())
+    return continuation(tokenizer, options.prompt, prompt, tokens[0])
 
 
 def report(args: list[str]) -> int:
@@ -145,7 +177,8 @@ def report(args: list[str]) -> int:
     if not options.runs:
         raise ConfigError("uoe report takes at least one run: uoe report RUN...")
     folders = [find_run(run) for run in options.runs]
-    print(f"report: {write(folders, options.out, overlay=options.overlay)}")
+    page = write(folders, options.out, overlay=options.overlay)
+    print(f"report: {escape(str(page))}")
     return 0
 
 
@@ -165,15 +198,18 @@ def write(
         from uoe_jax.cli.device import prepare
 
         prepare()
-        from uoe_jax.data import make_dataset
-        from uoe_jax.evaluate import load_run
+        from uoe_jax.evaluate import load_run, run_dataset
         from uoe_jax.report.collect import collect_overlay
 
         for folder in folders:
             run = load_run(folder)
-            found = collect_overlay(
-                run.model, run.config, make_dataset(run.config, "valid")
-            )
+            try:
+                dataset = run_dataset(folder, run.config, "valid")
+            except DataError as error:  # the rest of the page needs no data
+                print(f"uoe: no routing of real text: {escape(str(error))}",
+                      file=sys.stderr)  # fmt: skip
+                continue
+            found = collect_overlay(run.model, run.config, dataset)
             if found is not None:
                 overlays[folder] = found
     return write_report(folders, out, overlays=overlays, samples=samples, title=title)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from uoe_jax.cli.parse import Experiment, parse, take_preset
+from uoe_jax.cli.parse import Experiment, check_typed, parse, take_preset
 from uoe_jax.cli.paths import RUNS, find_run, is_run, read_config
 from uoe_jax.partition.plan import read_layout
 from uoe_jax.presets import PRESETS
@@ -52,6 +52,7 @@ def train(args: list[str]) -> int:
     if options.layout is not None:
         config = read_layout(options.layout, config)
     validate(config)
+    check_typed(rest, config.data, config.model.kind)
     run_dir = options.run_dir or folder or RUNS / config.name
 
     from uoe_jax.cli.device import prepare

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 
 from uoe_jax.config import DataConfig, ExperimentConfig
 from uoe_jax.data.arrays import ArraySource
-from uoe_jax.data.files import sha256_file
+from uoe_jax.data.files import fingerprint, sha256_file
 from uoe_jax.data.progress import note
 from uoe_jax.data.source import Source, make_source
 from uoe_jax.data.store import (
@@ -27,10 +29,10 @@ from uoe_jax.data.store import (
 )
 from uoe_jax.data.tasks.source import TASKS, task_options
 from uoe_jax.data.tokenize import (
-    ByteTokenizer,
-    IdTokenizer,
-    SubwordTokenizer,
     Tokenizer,
+    is_file_tokenizer,
+    make_tokenizer,
+    tokenizer_file,
 )
 from uoe_jax.data.write_arrays import write_arrays
 from uoe_jax.data.write_text import write_text
@@ -57,13 +59,9 @@ class Prepared:
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer the arrays were made with."""
-        entry = self.manifest["tokenizer"]
-        if entry["name"] == "byte":
-            return ByteTokenizer()
-        if entry["name"] == "ids":
-            return IdTokenizer(entry["vocab_size"])
-        text = (self.folder / "tokenizer.json").read_text("utf-8")
-        return SubwordTokenizer(text, entry["name"])
+        file = self.folder / "tokenizer.json"
+        text = file.read_text("utf-8") if file.is_file() else None
+        return make_tokenizer(self.manifest["tokenizer"], text)
 
 
 def prepare(config: ExperimentConfig, *, thorough: bool = False) -> Prepared:
@@ -77,7 +75,7 @@ def prepare(config: ExperimentConfig, *, thorough: bool = False) -> Prepared:
     data, kind = config.data, config.model.kind
     source = make_source(data, kind)
     settings = _settings(data, kind)
-    folder = _cache_folder(data) / _folder_name(source.name, settings, data)
+    folder = _folder(source, settings, data)
     replace = False
     manifest = read_manifest(folder)
     if manifest is not None and manifest["format"] == FORMAT:
@@ -85,7 +83,7 @@ def prepare(config: ExperimentConfig, *, thorough: bool = False) -> Prepared:
         if changed and not data.allow_changed:
             raise DataError(
                 f"{source.name} changed since it was prepared ({changed}); restore it "
-                "or accept it with data.allow_changed"
+                "or accept it with --data.allow-changed"
             )
         damage = changed or find_damage(folder, manifest, thorough=thorough)
         if not damage:
@@ -98,6 +96,21 @@ def prepare(config: ExperimentConfig, *, thorough: bool = False) -> Prepared:
     with build_folder(folder, replace=replace) as building:
         manifest = _build(source, config, settings, building)
     return Prepared(folder, manifest)
+
+
+def find_prepared(config: ExperimentConfig) -> Prepared | None:
+    """Return data that was prepared before and is intact, even without its source."""
+    data, kind = config.data, config.model.kind
+    try:
+        built_in = data.path is None
+        source = make_source(data, kind) if built_in else None
+        folder = _folder(source, _settings(data, kind), data)
+        manifest = read_manifest(folder)
+        if manifest is None or manifest["format"] != FORMAT:
+            return None
+        return None if find_damage(folder, manifest) else Prepared(folder, manifest)
+    except (DataError, OSError):
+        return None
 
 
 def _build(
@@ -121,8 +134,8 @@ def _build(
 def _settings(data: DataConfig, kind: str) -> dict[str, Any]:
     """Return the options that the content of the arrays depends on."""
     tokenizer = data.tokenizer
-    if tokenizer not in ("byte", "bpe") and Path(tokenizer).expanduser().is_file():
-        tokenizer = "sha256:" + sha256_file(Path(tokenizer).expanduser())
+    if is_file_tokenizer(tokenizer) and tokenizer_file(tokenizer).is_file():
+        tokenizer = "sha256:" + sha256_file(tokenizer_file(tokenizer))
     # Only where there is one, so that other folders keep their names.
     task = {"task": task_options(data)} if data.source in TASKS else {}
     return task | {
@@ -137,13 +150,32 @@ def _settings(data: DataConfig, kind: str) -> dict[str, Any]:
     }
 
 
-def _folder_name(name: str, settings: dict[str, Any], data: DataConfig) -> str:
-    """Return a folder name; one path with one set of options always gets the same."""
-    place = [data.source, _place(data), data.data_dir]
+def _folder(source: Source | None, settings: dict[str, Any], data: DataConfig) -> Path:
+    """Return where data goes; one path with one set of options always gets the same.
+
+    The standard library has no path: other content, as of another Python, has another
+    folder, so that Pythons share a cache.
+    """
+    place: list[Any] = [data.source, _place(data), absolute_paths(data).data_dir]
+    if source is not None and source.name == "stdlib":
+        place.append(fingerprint(source.files))
     digest = hashlib.sha256(json.dumps([settings, place], sort_keys=True).encode())
+    name = source.name if source is not None else ""
     shown = Path(data.path).name if data.path else name
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", shown).strip("-.")[-40:] or "data"
-    return f"{readable}-{digest.hexdigest()[:12]}"
+    return _cache_folder(data) / f"{readable}-{digest.hexdigest()[:12]}"
+
+
+def absolute_paths(data: DataConfig) -> DataConfig:
+    """Return options that mean the same files from every working folder."""
+    change: dict[str, Any] = {"path": _place(data)}
+    for name in ("data_dir", "cache_dir"):
+        given = getattr(data, name)
+        if given is not None:
+            change[name] = str(Path(given).expanduser().absolute())
+    if is_file_tokenizer(data.tokenizer):
+        change["tokenizer"] = str(Path(data.tokenizer).expanduser().absolute())
+    return dataclasses.replace(data, **change)
 
 
 def _place(data: DataConfig) -> str | None:
@@ -158,4 +190,7 @@ def _cache_folder(data: DataConfig) -> Path:
     if data.cache_dir is not None:
         return Path(data.cache_dir).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "uoe_jax"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "uoe_jax"
+    except RuntimeError:  # no HOME, and a user without an entry
+        return Path(tempfile.gettempdir()) / f"uoe_jax-{os.getuid()}"

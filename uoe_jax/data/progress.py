@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from uoe_jax.escape import escape_line
+
 _PLAIN_EVERY = 10.0  # seconds between plain lines
 
 
 def note(message: str) -> None:
     """Write one line to standard error."""
-    print(message, file=sys.stderr, flush=True)
+    print(escape_line(message), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -24,11 +26,12 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     if not sys.stderr.isatty():
         yield _plain(label, total)
         return
+    from rich import markup
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
+        task = bar.add_task(markup.escape(escape_line(label)), total=total)
         yield lambda count: bar.advance(task, count)
 
 

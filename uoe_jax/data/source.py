@@ -5,6 +5,7 @@ from __future__ import annotations
 from uoe_jax.config import DataConfig
 from uoe_jax.data.arrays import ArraySource, digits_source, npz_source
 from uoe_jax.data.files import SourceFile, content_suffix, expand
+from uoe_jax.data.options import check_used
 from uoe_jax.data.tasks.source import TASKS, task_source
 from uoe_jax.data.text import (
     MANY_FILES,
@@ -30,6 +31,7 @@ def make_source(config: DataConfig, kind: str) -> Source:
     "tfds:NAME", .jsonl, .npz, anything else as text.
     """
     source = resolve(config, kind)
+    check_used(config, source, kind)
     if source == "stdlib":
         made: Source = FileSource("stdlib", stdlib_files(), config)
     elif source == "digits":

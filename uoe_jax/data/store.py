@@ -135,6 +135,12 @@ def hash_manifest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def hash_outputs(manifest: dict[str, Any]) -> str:
+    """Return the SHA-256 of what the prepared files hold, as 64 hex digits."""
+    content = {name: entry["sha256"] for name, entry in manifest["outputs"].items()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return a folder's manifest; None if it is absent or damaged."""
     try:

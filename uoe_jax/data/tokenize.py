@@ -40,6 +40,10 @@ class Tokenizer(Protocol):
         """Return the text of ids, without end-of-document tokens."""
         ...
 
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """Return the bytes of ids, which need not be UTF-8."""
+        ...
+
     def encode_documents(
         self, documents: Sequence[bytes | memoryview]
     ) -> list[np.ndarray]:
@@ -65,8 +69,11 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of bytes; broken UTF-8 shows as U+FFFD, ends don't show."""
-        kept = [i for i in np.asarray(ids).ravel().tolist() if 0 < i < 256]
-        return bytes(kept).decode("utf-8", "replace")
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """Return the bytes of ids, without ends of document."""
+        return bytes(i for i in np.asarray(ids).ravel().tolist() if 0 < i < 256)
 
     def encode_documents(
         self, documents: Sequence[bytes | memoryview]
@@ -98,6 +105,10 @@ class IdTokenizer:
         """Return ids as numbers separated by blanks."""
         return " ".join(map(str, np.asarray(ids).ravel().tolist()))
 
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """Return the text of ids as ASCII."""
+        return self.decode(ids).encode()
+
     def encode_documents(
         self, documents: Sequence[bytes | memoryview]
     ) -> list[np.ndarray]:
@@ -123,6 +134,9 @@ class SubwordTokenizer:
         self._backend.no_padding()
         self._backend.no_truncation()
         self.name = name
+        spec = json.loads(text)
+        if spec.get("decoder") is None:
+            spec["decoder"] = _set_decoder(self._backend, spec)
         vocab = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         ends = [vocab[t] for t in _KNOWN_ENDS if t in vocab]
@@ -132,7 +146,7 @@ class SubwordTokenizer:
                 f"{', '.join(_KNOWN_ENDS)}"
             )
         self.end_of_document: int | None = ends[0]
-        self._byte_level = _is_byte_level(json.loads(text))
+        self._byte_level = _is_byte_level(spec)
         self.token_bytes: Float[np.ndarray, " V"] | None = None
         if self._byte_level:
             self.token_bytes = self._count_token_bytes(vocab)
@@ -162,6 +176,21 @@ class SubwordTokenizer:
         known = known[(known >= 0) & (known < self.vocab_size)]
         return self._backend.decode(known.tolist(), skip_special_tokens=True)
 
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """Return the bytes of ids: of a byte-level tokenizer as they are."""
+        if not self._byte_level:
+            return self.decode(ids).encode("utf-8", "replace")
+        added = self._backend.get_added_tokens_decoder()
+        found = []
+        for index in np.asarray(ids).ravel().tolist():
+            if index in added:
+                token = added[index]
+                found.append(b"" if token.special else token.content.encode())
+            else:
+                token = self._backend.id_to_token(index) or ""
+                found.append(bytes(_BYTE_OF[c] for c in token))
+        return b"".join(found)
+
     def encode_documents(
         self, documents: Sequence[bytes | memoryview]
     ) -> list[np.ndarray]:
@@ -178,6 +207,48 @@ class SubwordTokenizer:
         for index, piece in zip(owner, encoded, strict=True):
             parts_of[index].extend(piece.ids)
         return [np.array(ids, np.int32) for ids in parts_of]
+
+
+def _byte_characters() -> dict[str, int]:
+    """Return the byte that each character of a byte-level token stands for.
+
+    GPT-2's table: bytes that print are themselves, the others follow from U+0100.
+    """
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    table = {chr(byte): byte for byte in printed}
+    return table | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_characters()
+
+
+def _set_decoder(backend: Any, spec: dict[str, Any]) -> dict[str, Any] | None:
+    """Give a tokenizer without a decoder the one that undoes how it cuts words.
+
+    Without any, the package joins tokens with blanks. Returns the decoder as JSON.
+    """
+    from tokenizers import decoders
+
+    model, cuts = spec["model"], spec.get("pre_tokenizer") or {}
+    kinds = {c.get("type"): c for c in cuts.get("pretokenizers", [cuts])}
+    if "ByteLevel" in kinds:
+        chosen: Any = decoders.ByteLevel()
+    elif "Metaspace" in kinds:
+        chosen = decoders.Metaspace(
+            replacement=kinds["Metaspace"].get("replacement", "\u2581"),
+            prepend_scheme=kinds["Metaspace"].get("prepend_scheme", "always"),
+        )
+    elif model.get("end_of_word_suffix"):
+        chosen = decoders.BPEDecoder(suffix=model["end_of_word_suffix"])
+    elif prefix := model.get("continuing_subword_prefix"):
+        chosen = decoders.WordPiece(prefix=prefix, cleanup=False)
+    elif model.get("type") in ("BPE", "Unigram") and not kinds.keys() - {None}:
+        chosen = decoders.Fuse()  # words aren't cut, so tokens touch
+    else:
+        return None
+    backend.decoder = chosen
+    return json.loads(backend.to_str())["decoder"]
 
 
 def _is_byte_level(spec: dict[str, Any]) -> bool:
@@ -232,12 +303,36 @@ def _first_texts(documents: Iterable[bytes | memoryview]) -> Iterator[str]:
                 return
 
 
+def make_tokenizer(entry: dict[str, Any], text: str | None) -> Tokenizer:
+    """Return the tokenizer that a manifest's entry and a tokenizer.json describe."""
+    if entry["name"] == "byte":
+        return ByteTokenizer()
+    if entry["name"] == "ids":
+        return IdTokenizer(entry["vocab_size"])
+    if text is None:
+        raise DataError(f"tokenizer {entry['name']} has no tokenizer.json; restore it")
+    return SubwordTokenizer(text, entry["name"])
+
+
+def is_file_tokenizer(name: str) -> bool:
+    """Whether a `data.tokenizer` is the path of a tokenizer.json or of its folder."""
+    return name not in ("byte", "bpe")
+
+
+def tokenizer_file(path: str) -> Path:
+    """Return the tokenizer.json at a path, which may be the folder that holds one."""
+    file = Path(path).expanduser()
+    return file / "tokenizer.json" if file.is_dir() else file
+
+
 def load_tokenizer(path: str) -> SubwordTokenizer:
     """Return the tokenizer of a tokenizer.json; raise DataError if it isn't one."""
-    file = Path(path).expanduser()
+    file = tokenizer_file(path)
     if not file.is_file():
         raise DataError(missing_file(file, "data.tokenizer (byte, bpe or a file)"))
     try:
         return SubwordTokenizer(file.read_text("utf-8"), file.name)
     except UnicodeDecodeError:
         raise DataError(f"{path} isn't a tokenizer.json: it isn't UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path} can't be read ({error.strerror})") from None

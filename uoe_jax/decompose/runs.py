@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 
 from uoe_jax.config import ExperimentConfig, ModelConfig
-from uoe_jax.data import make_dataset
 from uoe_jax.decompose.batches import (
     CALIBRATION_TOKENS,
     Batch,
@@ -44,7 +43,7 @@ from uoe_jax.decompose.store import (
     write_result,
     write_run,
 )
-from uoe_jax.evaluate import LoadedRun, load_run
+from uoe_jax.evaluate import LoadedRun, load_run, run_dataset
 from uoe_jax.integrity import digest_array
 from uoe_jax.validation import validate
 
@@ -136,7 +135,7 @@ def _compare_split(
     """
     dense = in_own_float32(run)
     merged = merge_params(plan.params, model, run.config.model, plan.order)
-    found = probe_batch(make_dataset(run.config, "valid"))
+    found = probe_batch(run_dataset(run.folder, run.config, "valid"))
     whole = with_params(in_float32(all_chosen(model)), plan.params)
     exact = probe(dense, whole, found)
     chosen = probe(dense, with_params(in_float32(model), params, biases), found)
@@ -161,7 +160,7 @@ def merge_run(folder: Path, out: Path, *, which: Which = "last") -> dict[str, An
     check_free(out)
     order = find_order(Path(folder))
     params = merge_params(flat_params(run.model), run.config.model, model, order)
-    found = probe_batch(make_dataset(run.config, "valid"))
+    found = probe_batch(run_dataset(run.folder, run.config, "valid"))
     merged = with_params(in_float32(model), params)
     seen = probe(in_own_float32(run), merged, found)
     result = {

@@ -14,6 +14,7 @@ from flax import nnx
 
 from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.config import ExperimentConfig
+from uoe_jax.data.record import carried_record
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.files import write_atomically
 from uoe_jax.integrity import digest_array
@@ -58,7 +59,7 @@ def write_run(
     template = {"step": jax.ShapeDtypeStruct((), jnp.int32)}
     spent = Progress(**store.restore(template, step=step)[2])
     progress = Progress(seconds=spent.seconds, tokens=spent.tokens, flops=spent.flops)
-    with open_run_dir(out, config):
+    with open_run_dir(out, config, data=carried_record(source, config)):
         write_environment(out, {"decomposed_from": str(source)})
         checkpoints = Checkpoints(out / CHECKPOINTS)
         described = dataclasses.asdict(config)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from uoe_jax.escape import escape_line
+
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return rows under a header, text left-aligned and numbers right-aligned."""
-    cells = [[str(value) for value in row] for row in rows]
+    cells = [[escape_line(str(value)) for value in row] for row in rows]
     columns = list(zip(header, *cells, strict=True))
     widths = [max(map(len, column)) for column in columns]
     numeric = [all(_is_number(cell) for cell in column[1:]) for column in columns]

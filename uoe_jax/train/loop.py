@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import Dataset, make_dataset, prefetch
+from uoe_jax.data.record import record_of
 from uoe_jax.errors import NonFiniteError
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.hardware.devices import peak_flops
@@ -80,7 +81,13 @@ def train(
         data = (make_dataset(config, "train"), make_dataset(config, "valid"))
         if is_primary():
             stack.enter_context(
-                open_run_dir(run_dir, config, resume=resume, note=display.note)
+                open_run_dir(
+                    run_dir,
+                    config,
+                    resume=resume,
+                    note=display.note,
+                    data=record_of(data[0].prepared),
+                )
             )
         signals = stack.enter_context(StopSignals())
         if optimizer is None:

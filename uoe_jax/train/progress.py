@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from uoe_jax.escape import escape
+
 
 class Display:
     """Notes and step lines of one run; `quiet` leaves only warnings, on stderr."""
@@ -60,11 +62,11 @@ class Display:
     def note(self, text: str) -> None:
         """Print one line, above the bar if there is one."""
         if not self.quiet:
-            self.console.print(text, markup=False)
+            self.console.print(escape(text), markup=False)
 
     def warn(self, text: str) -> None:
         """Print one line to stderr, quiet or not."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {escape(text)}", file=sys.stderr, flush=True)
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Show a training line: always on the bar, every `log_every` steps as text."""

@@ -18,11 +18,15 @@ from typing import Any
 import jax
 
 from uoe_jax.config import ExperimentConfig, from_json, to_json
+from uoe_jax.data.prepare import absolute_paths
+from uoe_jax.data.record import DataRecord, read_record, write_record
 from uoe_jax.errors import ConfigError
 from uoe_jax.files import write_atomically
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "env.json", "metrics.jsonl"
 CHECKPOINTS, BEST = "checkpoints", "best"
+# In the environment of a run that was made of another one, and hasn't trained yet.
+MADE_FROM = ("decomposed_from", "merged_from")
 _LOCK = ".lock"
 
 # What a resumed run may change: budgets, cadence, where things go. The rest decides
@@ -64,12 +68,18 @@ def open_run_dir(
     *,
     resume: bool = True,
     note: Callable[[str], None] = print,
+    data: DataRecord | None = None,
 ) -> Iterator[Path]:
     """Create or reopen a run's folder and hold its lock.
 
+    The folder keeps what reading the run needs: its config with absolute paths, and
+    `data`, the tokenizer and hash of what it trains on.
+
     Raises ConfigError when the folder can't be written, another process trains in it,
-    it belongs to another config, or it has a run and `resume` is off.
+    it belongs to another config, or it has a run and `resume` is off; DataError when
+    the run recorded other data.
     """
+    config = dataclasses.replace(config, data=absolute_paths(config.data))
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -78,8 +88,10 @@ def open_run_dir(
     try:
         try:
             _acquire(lock, path, note)
-            _check_config(path, config, resume)
+            data = _check_config(path, config, resume, data)
             write_atomically(path / CONFIG, to_json(config))
+            if data is not None:
+                write_record(path, data)
         except OSError as error:
             raise _unwritable(path, error) from None
         yield path
@@ -139,25 +151,54 @@ def _read_owner(lock: int) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _check_config(path: Path, config: ExperimentConfig, resume: bool) -> None:
+def _check_config(
+    path: Path, config: ExperimentConfig, resume: bool, data: DataRecord | None
+) -> DataRecord | None:
+    """Refuse other settings or data than a run's; return the record to write."""
     file = path / CONFIG
     if not file.exists():
-        return
+        return data
     if not resume and (path / METRICS).exists():
         raise ConfigError(
             f"{path} has a run already; resume it or choose another --run-dir"
         )
-    old, new = _flatten(from_json(file.read_text())), _flatten(config)
+    before = from_json(file.read_text())
+    before = dataclasses.replace(before, data=absolute_paths(before.data))
+    record, begun = read_record(path), has_begun(path)
+    free = FREE_FIELDS
+    if begun and record is not None and data is not None:
+        free |= record.moved_fields(data)
+    old, new = _flatten(before), _flatten(config)
     differing = [
         f"{name} is {new[name]!r}, was {old[name]!r}"
         for name in new
-        if name not in FREE_FIELDS and old[name] != new[name]
+        if name not in free and old[name] != new[name]
     ]
-    if differing and (path / METRICS).exists():
+    if differing and begun:
         raise ConfigError(
             f"{path} belongs to another config: {'; '.join(differing)}; "
             "restore these or choose another --run-dir"
         )
+    if record is None or data is None:
+        return data
+    return record.followed_by(data, path, accept=config.data.allow_changed or not begun)
+
+
+def has_begun(path: Path) -> bool:
+    """Whether a folder's run has trained, so that its settings are settled.
+
+    A run made of another one has a checkpoint, and says in its environment of which,
+    until it trains itself.
+    """
+    if (path / METRICS).exists():
+        return True
+    if not any((path / CHECKPOINTS).glob("*")):
+        return False
+    try:
+        about = json.loads((path / ENVIRONMENT).read_text())
+        return not any(name in about for name in MADE_FROM)
+    except (OSError, ValueError, TypeError):
+        return True
 
 
 def _flatten(config: Any) -> dict[str, Any]:
