@@ -8,7 +8,16 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "uoe_jax"
 
 LAYERS = {
-    0: {"config", "validation", "presets", "errors", "escape", "files", "weights"},
+    0: {
+        "config",
+        "fields",
+        "validation",
+        "presets",
+        "errors",
+        "escape",
+        "files",
+        "weights",
+    },
     1: {"hardware", "ops", "partition", "topology", "linalg", "cluster", "tree"},
     2: {"model", "data", "optim"},
     3: {
@@ -51,7 +60,7 @@ SAME_LEVEL = {
     ("adapt", "integrity"),
     ("adapt", "train"),
 }
-NO_JAX = ("config", "validation", "presets", "errors", "hardware", "weights")
+NO_JAX = ("config", "fields", "validation", "presets", "errors", "hardware", "weights")
 
 
 def room_of(path: Path) -> str:

@@ -58,7 +58,7 @@ def replace_at(node, path, value):
         ("tiny", {"train__accumulate": 3}, ["3", "16", "1, 2, 4, 8, 16"]),
         ("tiny", {"mesh__data": 5}, ["5", "16"]),
         ("tiny", {"optim__learning_rate": -1.0}, ["-1.0", "negative"]),
-        ("tiny", {"optim__learning_rate": float("nan")}, ["nan", "negative"]),
+        ("tiny", {"optim__learning_rate": float("nan")}, ["nan", "finite"]),
         ("tiny", {"train__max_seconds": 0.0}, ["max_seconds is 0.0", "positive"]),
         ("tiny", {"model__attention": ("dense",) * 5}, ["5 kinds", "4 layers"]),
         ("small", {"data__bpe_vocab_size": 60_000}, ["60000", "50304"]),

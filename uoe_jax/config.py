@@ -5,12 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.errors import ConfigError, choose, nearest, shown
+from uoe_jax.fields import (
+    Bounds,
+    Bytes,
+    Checked,
+    Count,
+    Fraction,
+    Name,
+    NotNegative,
+    Positive,
+    Seed,
+    Whole,
+    convert,
+    field_hints,
+)
 
 AttentionKind = Literal["dense", "union", "moba", "moh"]
 MlpKind = Literal["dense", "union", "moe"]
@@ -19,6 +32,15 @@ Gate = Literal["sigmoid", "softmax", "straight_through"]
 MoeGate = Literal["softmax", "softmax_all", "sigmoid"]
 RouterKind = Literal["token", "expert_choice", "selection", "hierarchical"]
 DType = Literal["float32", "bfloat16"]
+
+Depth = Annotated[int, Bounds(least=1, most=10_000)]
+Length = Annotated[int, Bounds(least=1, most=2**24)]  # tokens; more fills any memory
+Pixels = Annotated[int, Bounds(least=1, most=2**16)]
+PatchSize = Annotated[int, Bounds(least=1, most=128)]
+# Room beyond num_experts / top_k holds every token, whatever the router does.
+Capacity = Annotated[float, Bounds(above=0, least=1e-6, most=65_536)]
+Share = Annotated[float, Bounds(above=0, below=1)]
+UpToOne = Annotated[float, Bounds(least=0, most=1)]
 
 # What a token's routing depends on. A causal model takes only routers that look back.
 ROUTER_SEES: dict[str, str] = {
@@ -31,28 +53,28 @@ CAUSAL_ROUTERS = ("token", "selection", "hierarchical")
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnionConfig:
+class UnionConfig(Checked):
     """Union of experts: each token (or patch) uses `top_k` of `num_experts` parts.
 
     In attention an expert is `num_kv_heads / num_experts` key/value heads with their
     query heads; in the MLP it is a slice of `d_ff / num_experts` neurons.
     """
 
-    num_experts: int = 8
-    top_k: int = 4
+    num_experts: Count = 8
+    top_k: Count = 4
     router: RouterKind = "token"
-    patch_size: int = 1  # consecutive tokens that share one routing decision
-    num_shared: int = 0  # always-on experts, counted in num_experts and in top_k
-    segment_size: int = 64  # selection: tokens between two decisions of a causal model
-    selected: int = 0  # hierarchical: experts a segment keeps for its tokens' top_k
+    patch_size: PatchSize = 1  # consecutive tokens that share one routing decision
+    num_shared: Whole = 0  # always-on experts, counted in num_experts and in top_k
+    segment_size: Count = 64  # selection: tokens between a causal model's decisions
+    selected: Whole = 0  # hierarchical: experts a segment keeps for its tokens' top_k
     shared_kv: bool = False  # attention: route queries, keys and values of all tokens
     # Training: rows an expert takes, over T*X/E; documents packed in a row share them.
-    capacity_factor: float | None = None
+    capacity_factor: Capacity | None = None
     gate: Gate = "sigmoid"
-    balance_loss: float = 0.01  # weight of the Switch load-balance loss
-    router_z_loss: float = 0.001
-    bias_update_rate: float = 0.0  # loss-free balancing; 0 switches it off
-    router_init_std: float = 0.02
+    balance_loss: NotNegative = 0.01  # weight of the Switch load-balance loss
+    router_z_loss: NotNegative = 0.001
+    bias_update_rate: NotNegative = 0.0  # loss-free balancing; 0 switches it off
+    router_init_std: NotNegative = 0.02
 
     @property
     def keep(self) -> float:
@@ -61,86 +83,86 @@ class UnionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnionOverrides:
+class UnionOverrides(Checked):
     """Where attention's union differs from `ModelConfig.union`; None: the same.
 
     A router that has no capacity leaves the union's out.
     """
 
-    num_experts: int | None = None
-    top_k: int | None = None
+    num_experts: Count | None = None
+    top_k: Count | None = None
     router: RouterKind | None = None
-    patch_size: int | None = None
-    num_shared: int | None = None
-    segment_size: int | None = None
-    selected: int | None = None
+    patch_size: PatchSize | None = None
+    num_shared: Whole | None = None
+    segment_size: Count | None = None
+    selected: Whole | None = None
     shared_kv: bool | None = None
     gate: Gate | None = None
-    balance_loss: float | None = None
+    balance_loss: NotNegative | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class MobaConfig:
+class MobaConfig(Checked):
     """Block-sparse attention: each query sees its own and `top_k - 1` other blocks.
 
     MoBA (Lu et al. 2025): blocks are picked by the product of the query with the mean
     key of the block; in a causal model earlier ones.
     """
 
-    block_size: int = 64
-    top_k: int = 3
+    block_size: Count = 64
+    top_k: Count = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModConfig:
+class ModConfig(Checked):
     """Mixture of depths: a block that only the tokens which ask for it pass through.
 
     Raposo et al. 2024, with a decision that doesn't look ahead: a token enters where
     its score is positive, until the sample's capacity is full.
     """
 
-    keep: float = 0.5  # share of tokens the balance aims at
+    keep: Share = 0.5  # share of tokens the balance aims at
     # Room of a training sample over keep * T; documents packed in a row share it.
-    capacity_factor: float = 1.25
+    capacity_factor: Capacity = 1.25
     # Of the way to the bias at which `keep` of a batch's tokens enter, each step.
-    bias_update_rate: float = 0.2
-    router_z_loss: float = 0.0
-    router_init_std: float = 0.02
+    bias_update_rate: UpToOne = 0.2
+    router_z_loss: NotNegative = 0.0
+    router_init_std: NotNegative = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoeConfig:
+class MoeConfig(Checked):
     """Mixture-of-experts baseline: whole MLPs as experts, `top_k` of them per token."""
 
-    num_experts: int = 8
-    top_k: int = 2
+    num_experts: Count = 8
+    top_k: Count = 2
     router: Literal["token", "expert_choice"] = "token"
     # softmax: over the chosen; softmax_all: over all experts (Switch); sigmoid: scores
     # normalised over the chosen (DeepSeek-V3).
     gate: MoeGate = "softmax"
-    num_shared: int = 0  # always-on experts, counted in num_experts and in top_k
+    num_shared: Whole = 0  # always-on experts, counted in num_experts and in top_k
     # Training: rows an expert takes, over T*X/E; documents packed in a row share them.
-    capacity_factor: float | None = None
-    d_expert: int | None = None  # None: d_ff / top_k, so active FLOPs equal dense's
-    balance_loss: float = 0.01
-    router_z_loss: float = 0.001
-    bias_update_rate: float = 0.0
-    router_init_std: float = 0.02
+    capacity_factor: Capacity | None = None
+    d_expert: Count | None = None  # None: d_ff / top_k, so active FLOPs equal dense's
+    balance_loss: NotNegative = 0.01
+    router_z_loss: NotNegative = 0.001
+    bias_update_rate: NotNegative = 0.0
+    router_init_std: NotNegative = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """A decoder language model, encoder classifier or vision transformer."""
 
     kind: Literal["decoder", "encoder", "vision"] = "decoder"
-    vocab_size: int = 256
-    max_seq_len: int = 256
-    d_model: int = 128
-    d_ff: int = 512
-    num_layers: int = 4
-    num_heads: int = 8
-    num_kv_heads: int = 8
-    head_dim: int = 16
+    vocab_size: Count = 256
+    max_seq_len: Length = 256
+    d_model: Count = 128
+    d_ff: Count = 512
+    num_layers: Depth = 4
+    num_heads: Count = 8
+    num_kv_heads: Count = 8
+    head_dim: Count = 16
     # Kinds are cycled over the layers: ("dense", "union") alternates.
     attention: tuple[AttentionKind, ...] = ("dense",)
     mlp: tuple[MlpKind, ...] = ("dense",)
@@ -151,17 +173,17 @@ class ModelConfig:
     moba: MobaConfig = field(default_factory=MobaConfig)
     mod: ModConfig = field(default_factory=ModConfig)
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     position: Literal["rope", "learned"] = "rope"
-    rope_theta: float = 10_000.0
+    rope_theta: Positive = 10_000.0
     activation: Literal["gelu", "swiglu"] = "gelu"
     use_bias: bool = False
     tie_embeddings: bool = True
-    dropout: float = 0.0
-    num_classes: int = 10  # encoder and vision
-    image_size: int = 8  # vision: square images, pixels a side
-    image_channels: int = 1
-    image_patch: int = 2  # vision: pixels a side of one token
+    dropout: Fraction = 0.0
+    num_classes: Count = 10  # encoder and vision
+    image_size: Pixels = 8  # vision: square images, pixels a side
+    image_channels: Count = 1
+    image_patch: Pixels = 2  # vision: pixels a side of one token
     remat: Literal["none", "full", "dots"] = "none"
     scan_layers: bool = True
     param_dtype: DType = "float32"
@@ -171,6 +193,21 @@ class ModelConfig:
     def causal(self) -> bool:
         """Whether a token sees only its predecessors."""
         return self.kind == "decoder"
+
+    @property
+    def rotates(self) -> bool:
+        """Whether queries and keys are rotated to their positions."""
+        return choose("position", self.position, {"rope": True, "learned": False})
+
+    @property
+    def centred(self) -> bool:
+        """Whether norms subtract the mean and have a bias."""
+        return choose("norm", self.norm, {"rmsnorm": False, "layernorm": True})
+
+    @property
+    def gated(self) -> bool:
+        """Whether an MLP has a gate beside its up projection."""
+        return choose("activation", self.activation, {"gelu": False, "swiglu": True})
 
     @property
     def num_query_groups(self) -> int:
@@ -207,7 +244,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Checked):
     """Where examples come from and how they become batches."""
 
     source: Literal[
@@ -226,52 +263,52 @@ class DataConfig:
     encoding: str = "auto"  # auto: UTF-8, or what the first bytes say; else a name
     data_dir: str | None = None  # tfds: folder of built datasets
     tokenizer: str = "byte"  # "byte", "bpe" (trained on the data) or a tokenizer.json
-    bpe_vocab_size: int = 4096
+    bpe_vocab_size: Count = 4096
     text_key: str = "text"  # field that holds the text; a.b is field b of field a
     bad_records: Literal["error", "skip"] = "error"  # jsonl, parquet: without a text
-    seq_len: int | None = None  # None: the model's max_seq_len
-    batch_size: int = 16  # global, in sequences (or images)
+    seq_len: Length | None = None  # None: the model's max_seq_len
+    batch_size: Count = 16  # global, in sequences (or images)
     pack: Literal["stream", "documents"] = "stream"
     bad_utf8: Literal["error", "replace", "skip"] = "error"
-    valid_fraction: float = 0.05
-    test_fraction: float = 0.05
-    max_bytes: int | None = None  # use only the first so many bytes of text
-    num_examples: int | None = None  # listops, pathfinder: of train; None: as published
-    min_length: int = 500  # listops: tokens, excluded
-    max_length: int = 2000  # listops: tokens, excluded
+    valid_fraction: Fraction = 0.05
+    test_fraction: Fraction = 0.05
+    max_bytes: Bytes | None = None  # use only the first so many bytes of text
+    num_examples: Count | None = None  # listops, pathfinder: of train; None: all
+    min_length: Whole = 500  # listops: tokens, excluded
+    max_length: Whole = 2000  # listops: tokens, excluded
     cache_dir: str | None = None  # prepared arrays; None: a folder in the user's cache
     allow_changed: bool = False  # accept a source that differs from its manifest
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Checked):
     """AdamW with a schedule and clipping."""
 
-    learning_rate: float = 1e-3
+    learning_rate: NotNegative = 1e-3
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup_steps: int = 50
-    final_lr_fraction: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
-    router_lr_scale: float = 1.0
+    warmup_steps: Whole = 50
+    final_lr_fraction: NotNegative = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.1
+    clip_norm: NotNegative = 1.0  # global gradient norm; 0 switches clipping off
+    router_lr_scale: NotNegative = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Checked):
     """Devices by axis name; data 0 means all that are left."""
 
-    data: int = 0  # batch
-    fsdp: int = 1  # batch too, with weights and optimizer state split as well
-    tensor: int = 1  # experts; heads and MLP columns of dense layers
-    sequence: int = 1  # tokens of a sequence
+    data: Whole = 0  # batch
+    fsdp: Count = 1  # batch too, with weights and optimizer state split as well
+    tensor: Count = 1  # experts; heads and MLP columns of dense layers
+    sequence: Count = 1  # tokens of a sequence
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayoutConfig:
+class LayoutConfig(Checked):
     """How the devices of an axis divide the work and talk; see docs/layouts.md."""
 
     # all_reduce: every tensor device holds all tokens between layers; reduce_scatter:
@@ -284,34 +321,52 @@ class LayoutConfig:
     # Dense attention: keys and values travel round the ring, or are gathered.
     sequence_attention: Literal["ring", "gather"] = "ring"
 
+    @property
+    def scatters(self) -> bool:
+        """Whether tokens are spread over tensor between the parts of a layer."""
+        known = {"all_reduce": False, "reduce_scatter": True}
+        return choose("layout.tensor_reduce", self.tensor_reduce, known)
+
+    @property
+    def dispatches(self) -> bool:
+        """Whether rows of routed MLPs travel to their experts."""
+        known = {"replicated": False, "all_to_all": True}
+        return choose("layout.dispatch", self.dispatch, known)
+
+    @property
+    def deals(self) -> bool:
+        """Whether experts are dealt to the tensor devices one by one."""
+        known = {"contiguous": False, "round_robin": True}
+        return choose("layout.experts", self.experts, known)
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """Budgets, cadence and safety of one run."""
 
-    steps: int = 300
-    max_seconds: float | None = None  # wall-clock budget; the run ends cleanly
-    accumulate: int = 1  # microbatches per step
-    z_loss: float = 0.0  # weight of log(sum exp logits)^2
-    label_smoothing: float = 0.0
-    log_every: int = 10
-    eval_every: int = 100
-    eval_batches: int = 8
-    save_every: int = 100
-    keep_checkpoints: int = 2
-    max_bad_steps: int = 5  # non-finite steps in a row before the run stops
-    loss_chunk: int = 4096  # tokens whose logits are alive at once
+    steps: Whole = 300
+    max_seconds: Positive | None = None  # wall-clock budget; the run ends cleanly
+    accumulate: Count = 1  # microbatches per step
+    z_loss: NotNegative = 0.0  # weight of log(sum exp logits)^2
+    label_smoothing: Fraction = 0.0
+    log_every: Count = 10
+    eval_every: Count = 100
+    eval_batches: Count = 8
+    save_every: Count = 100
+    keep_checkpoints: Count = 2
+    max_bad_steps: Count = 5  # non-finite steps in a row before the run stops
+    loss_chunk: Count = 4096  # tokens whose logits are alive at once
     tensorboard: bool = False
     wandb: bool = False
     profile: bool = False  # trace a few steps into RUN/profile
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentConfig:
+class ExperimentConfig(Checked):
     """Everything one run depends on."""
 
-    name: str = "run"
+    name: Name = "run"  # its folder's too
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -342,54 +397,49 @@ def content_hash(content: dict[str, Any]) -> str:
 
 
 def from_json(text: str, cls: type = ExperimentConfig) -> Any:
-    """Return the config written by `to_json`; raise ConfigError on anything else."""
+    """Return the config written by `to_json`; raise ConfigError on anything else.
+
+    Types and literals are checked; `validation.read_config` checks everything.
+    """
     try:
-        raw = json.loads(text)
-    except ValueError as error:
+        raw = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        problem = "nested too deep" if isinstance(error, RecursionError) else error
         raise ConfigError(
-            f"config is not JSON ({error}); restore config.json"
+            f"config is not JSON ({problem}); restore config.json"
         ) from None
     return _build(cls, raw, cls.__name__)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON as a dict; refuse a field that stands there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"config has {shown(twice)} twice; leave one of them out")
+    return found
+
+
 def _build(cls: type, raw: Any, where: str) -> Any:
     if not isinstance(raw, dict):
-        raise ConfigError(f"{where} is {raw!r}; expected an object with its fields")
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
+        raise ConfigError(
+            f"{where} is {shown(raw)}; expected an object with its fields"
+        )
+    hints = field_hints(cls)
     for key in raw:
-        if key not in known:
-            raise ConfigError(f"{where} has no field {key!r}; {nearest(key, known)}")
-    values = {k: _convert(hints[k], v, f"{where}.{k}") for k, v in raw.items()}
+        if key not in hints:
+            fix = nearest(key, hints)
+            raise ConfigError(f"{where} has no field {shown(key)}; {fix}")
+    values = {}
+    for name, value in raw.items():
+        hint, place = hints[name], f"{where}.{name}"
+        part = dataclasses.is_dataclass(hint)
+        values[name] = (
+            _build(typing.cast(type, hint), value, place)
+            if part
+            else convert(hint, value, place)
+        )
     return cls(**values)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Check one JSON value against its annotation and return it in Python form."""
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        ok = value in args
-    elif origin is tuple:
-        ok = isinstance(value, (list, tuple)) and len(value) > 0
-        if ok:
-            return tuple(_convert(args[0], v, where) for v in value)
-    elif origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
-    elif hint is float:
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-        value = float(value) if ok else value
-    else:
-        ok = type(value) is hint
-    if not ok:
-        raise ConfigError(f"{where} is {value!r}; expected {_describe(hint)}")
-    return value
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    return getattr(hint, "__name__", str(hint))

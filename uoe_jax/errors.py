@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 
 
 class UoeError(Exception):
@@ -34,6 +35,39 @@ class NonFiniteError(UoeError, FloatingPointError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
     exit_code = 3
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return a value as one short line, whatever it holds."""
+    if type(value) is int and abs(value) >= 10**40:  # Python won't print them all
+        return f"{'-' if value < 0 else ''}1e{math.log10(abs(value)):.0f}"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an object's own repr
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def all_divisors(number: int) -> list[int]:
+    """Return the divisors of a positive number, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def divisors(number: int, limit: int = 8) -> str:
+    """Return the divisors of a positive number, at most `limit` of them, as text."""
+    words = [str(d) for d in all_divisors(number)]
+    if len(words) > limit:
+        words = [*words[: limit - 1], "...", words[-1]]
+    return ", ".join(words)
+
+
+def choose[Found](name: str, value: object, table: Mapping[str, Found]) -> Found:
+    """Return what a word stands for; raise ConfigError for a word that isn't known."""
+    if not isinstance(value, str) or value not in table:
+        fix = nearest(str(value), table)
+        raise ConfigError(f"{name} is {shown(value)}; {fix}")
+    return table[value]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

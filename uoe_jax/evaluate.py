@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from uoe_jax.checkpoint import Checkpoints
-from uoe_jax.config import DataConfig, ExperimentConfig, from_json
+from uoe_jax.config import DataConfig, ExperimentConfig
 from uoe_jax.data import Dataset, make_dataset
 from uoe_jax.data.record import (
     check_recorded,
@@ -27,6 +27,7 @@ from uoe_jax.train.run_dir import BEST, CHECKPOINTS, CONFIG
 from uoe_jax.train.state import layout_of
 from uoe_jax.train.validate import make_eval_step, run_validation
 from uoe_jax.tree import fill_leaves, named_leaves
+from uoe_jax.validation import read_config
 
 
 class LoadedRun(NamedTuple):
@@ -47,7 +48,7 @@ def load_run(
     """Return a run's model from its newest, its best or the asked-for checkpoint.
 
     Raises CheckpointError if `run_dir` isn't a run, has no such checkpoint or the
-    checkpoint's checksums don't match.
+    checkpoint's checksums don't match, ConfigError if its config can't be.
     """
     run_dir = Path(run_dir)
     file = run_dir / CONFIG
@@ -56,7 +57,7 @@ def load_run(
             f"{run_dir} isn't a run: it has no {CONFIG}; give a folder that "
             "`uoe train` wrote"
         )
-    config = from_json(file.read_text())
+    config = read_config(run_dir)
     graphdef, make = split_model(config.model, config.train.seed)
     params, buffers = jax.eval_shape(make)
     template = {"params": params, "buffers": buffers}

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import PyTree
 
 from uoe_jax.config import OptimConfig
+from uoe_jax.errors import ConfigError, shown
 from uoe_jax.tree import leaf_name
 from uoe_jax.weights import is_decayed
 
@@ -38,6 +39,8 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
             fall = optax.linear_schedule(peak, final, min(length, decay))
         case "constant":
             fall = optax.constant_schedule(peak)
+        case unknown:
+            raise ConfigError(f"schedule is {shown(unknown)}; no such schedule")
     pieces: list[optax.Schedule] = []
     boundaries: list[int] = []
     if warmup > 0:
@@ -90,6 +93,21 @@ def scale_by_step(schedule: optax.Schedule) -> optax.GradientTransformationExtra
     return optax.GradientTransformationExtraArgs(_no_state, update)
 
 
+def _wide_moments(
+    adam: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Return Adam with moments in float32 or wider, whatever the parameters are in.
+
+    A second moment in bfloat16 would stand still: 1 - beta2 is below its last bit.
+    """
+
+    def init(params: PyTree) -> Any:
+        widen = lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32))
+        return adam.init(jax.tree.map(widen, params))
+
+    return optax.GradientTransformation(init, adam.update)
+
+
 def make_optimizer(
     config: OptimConfig, steps: int
 ) -> optax.GradientTransformationExtraArgs:
@@ -98,7 +116,9 @@ def make_optimizer(
     Gradients are clipped by their global norm first.
     """
     pieces = [
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+        _wide_moments(
+            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
+        ),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         scale_by_step(make_schedule(config, steps)),
     ]

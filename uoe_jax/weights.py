@@ -218,7 +218,7 @@ def _outer_sizes(model: ModelConfig) -> dict[str, dict[str, int]]:
         names["embed.bias"] = {"d": d}
     else:
         names["embed.embedding"] = {"v": model.vocab_size, "d": d}
-    if model.position == "learned":
+    if not model.rotates:
         length = patches if vision else model.max_seq_len
         names["embed.position.embedding"] = {"t": length, "d": d}
     if model.kind != "decoder" or not model.tie_embeddings:
@@ -240,7 +240,7 @@ def _block(model: ModelConfig, number: int) -> dict[str, Param]:
 
 
 def _norm(name: str, model: ModelConfig, sizes: Mapping[str, int]) -> dict[str, Param]:
-    parts = ("scale", "bias") if model.norm == "layernorm" else ("scale",)
+    parts = ("scale", "bias") if model.centred else ("scale",)
     return {
         f"{name}.{part}": Param(weight=NORM[part], shape=_shape(NORM[part], sizes))
         for part in parts
@@ -279,7 +279,7 @@ def _mlp(model: ModelConfig, kind: str) -> dict[str, Param]:
     elif kind == "moe":
         experts, width = model.moe.num_experts, model.d_expert
     sizes = {"e": experts, "d": model.d_model, "f": width}
-    left_out = set() if model.activation == "swiglu" else {"w_gate", "b_gate"}
+    left_out = set() if model.gated else {"w_gate", "b_gate"}
     params = {
         f"mlp.{name}": Param(
             weight=weight, shape=_shape(weight, sizes), routed=kind != "dense"

@@ -128,7 +128,7 @@ def program_key(config: ExperimentConfig) -> str:
     And but what no layer reads: results stay valid when another kind's defaults change.
     """
     plain = change(without_folders(config), optim={"learning_rate": 1.0})
-    content = dataclasses.asdict(dataclasses.replace(plain, name=""))
+    content = dataclasses.asdict(plain) | {"name": ""}
     model = config.model
     kinds = {*model.attention, *model.mlp, *model.blocks}
     for part, readers in _READERS.items():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.errors import ConfigError, nearest, shown
+from uoe_jax.fields import Checked, Count, Fraction, Positive, Whole, check_ranges
 
 Method = Literal["tucker", "lora"]
 Init = Literal["flora", "loralib", "peft", "gaussian", "orthonormal", "hosvd"]
@@ -23,22 +23,22 @@ TARGETS = ("*.attention.w?", "*.mlp.w_*")  # every projection of the blocks
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class AdapterConfig(Checked):
     """One adapter: which weights, which factors, how they start and how they count."""
 
     method: Method = "tucker"
-    rank: int = 8  # of every wide mode; clamped to the mode's size
-    kernel_rank: int = 2  # Tucker: of the spatial modes of a convolution
+    rank: Count = 8  # of every wide mode; clamped to the mode's size
+    kernel_rank: Count = 2  # Tucker: of the spatial modes of a convolution
     targets: tuple[str, ...] = TARGETS  # shell patterns on dotted parameter names
     # First match wins over `rank`; 0 leaves a weight out, as PEFT's rank_pattern.
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha: float | None = None  # scale; None: the published variant's default
+    rank_pattern: dict[str, Whole] = field(default_factory=dict)
+    alpha: Positive | None = None  # scale; None: the published variant's default
     init: Init = "peft"
     split_heads: bool = False  # Tucker: key head, group and head width as own modes
     share_experts: bool = False  # one set of factors for all experts of a union
     use_rslora: bool = False  # scale alpha / sqrt(r) (Kalajdzievski 2023)
     use_dora: bool = False  # learned magnitudes (Liu et al. 2024, DoRA)
-    dropout: float = 0.0  # of the adapter's input, in training
+    dropout: Fraction = 0.0  # of the adapter's input, in training
 
     def __hash__(self) -> int:
         return hash(repr(self))
@@ -46,31 +46,12 @@ class AdapterConfig:
 
 def check_adapter(config: AdapterConfig) -> None:
     """Raise ConfigError for a setting that can't be."""
-    if config.method not in INITS:
-        raise ConfigError(
-            f"method is {config.method!r}; {nearest(config.method, INITS)}"
-        )
+    check_ranges(config)
     allowed = INITS[config.method]
     if config.init not in allowed:
         raise ConfigError(
             f"init is {config.init!r}; {config.method} takes {', '.join(allowed)}"
         )
-    for name in ("rank", "kernel_rank"):
-        rank = getattr(config, name)
-        if not isinstance(rank, int) or rank < 1:
-            raise ConfigError(f"{name} is {rank!r}; it must be at least 1")
-    for pattern, rank in config.rank_pattern.items():
-        if not isinstance(rank, int) or rank < 0:
-            raise ConfigError(
-                f"rank_pattern {pattern!r} is {rank!r}; use 0 (no adapter) or more"
-            )
-    alpha = config.alpha
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ConfigError(f"alpha is {alpha}; it must be a number above 0")
-    if not 0 <= config.dropout < 1:
-        raise ConfigError(f"dropout is {config.dropout}; it must be in [0, 1)")
-    if not config.targets:
-        raise ConfigError("targets is empty; name at least one pattern")
     if config.use_dora and config.dropout:
         raise ConfigError(
             f"dropout is {config.dropout} with use_dora; DoRA norms the whole weight, "
@@ -123,10 +104,8 @@ def adapter_from_dict(raw: dict) -> AdapterConfig:
     known = {f.name for f in dataclasses.fields(AdapterConfig)}
     for name in raw:
         if name not in known:
-            raise ConfigError(f"adapter has no field {name!r}; {nearest(name, known)}")
-    values = dict(raw)
-    if "targets" in values:
-        values["targets"] = tuple(values["targets"])
-    config = AdapterConfig(**values)
+            fix = nearest(str(name), known)
+            raise ConfigError(f"adapter has no field {shown(name)}; {fix}")
+    config = AdapterConfig(**raw)
     check_adapter(config)
     return config

@@ -18,6 +18,7 @@ from uoe_jax.bench.train import bench_train
 from uoe_jax.bench.tune import tune
 from uoe_jax.bench.union import bench_sweep, bench_union
 from uoe_jax.errors import ConfigError
+from uoe_jax.fields import Checked, Count, check_ranges
 from uoe_jax.report.table import format_table
 
 BENCHMARKS: dict[str, Callable[[Sizes, int], Iterator[Row]]] = {
@@ -29,12 +30,12 @@ BENCHMARKS: dict[str, Callable[[Sizes, int], Iterator[Row]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchRequest:
+class BenchRequest(Checked):
     """Which benchmarks to run, at which size, and what to write."""
 
     names: tuple[str, ...]
     size: str | None = None
-    rounds: int = 5
+    rounds: Count = 5
     tune: bool = False
     out: Path | None = None
     plot: Path | None = None
@@ -51,8 +52,7 @@ def run_bench(request: BenchRequest, say: Callable[[str], None] = print) -> list
             raise ConfigError(
                 f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}"
             )
-    if request.rounds < 1:
-        raise ConfigError(f"--rounds is {request.rounds}; it must be at least 1")
+    check_ranges(request, "--")
     if request.plot and "sweep" not in request.names:
         raise ConfigError("--plot draws the sweep; name it: uoe bench sweep --plot ...")
     size = request.size or ("small" if jax.default_backend() == "cpu" else "full")

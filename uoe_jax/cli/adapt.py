@@ -12,9 +12,10 @@ from tyro.conf import Positional, arg
 
 from uoe_jax.cli.notes import plain_warnings
 from uoe_jax.cli.parse import parse
-from uoe_jax.cli.paths import RUNS, find_run, read_config
+from uoe_jax.cli.paths import RUNS, find_run
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
+from uoe_jax.validation import read_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from uoe_jax.cli.parse import parse
-from uoe_jax.cli.paths import RUNS, find_run, read_config
+from uoe_jax.cli.paths import RUNS, find_run
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
+from uoe_jax.validation import read_config
 
 Grouping = Literal["contiguous", "random", "coactivation"]
 _PARTS: dict[str, tuple[Literal["attention", "mlp"], ...]] = {

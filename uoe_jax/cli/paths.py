@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from uoe_jax.config import ExperimentConfig, from_json
+from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.presets import PRESETS, get_preset
+from uoe_jax.validation import read_config
 
 RUNS = Path("runs")  # where runs go when no folder is named
 
@@ -35,11 +36,6 @@ def run_or_preset(name: str) -> tuple[Path | None, ExperimentConfig]:
         return None, get_preset(name)
     known = [*PRESETS, *_run_names()]
     raise ConfigError(f"no preset and no run {name!r}; {nearest(name, known)}")
-
-
-def read_config(folder: Path) -> ExperimentConfig:
-    """Return the config a run was started with."""
-    return from_json((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _run_names() -> list[str]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uoe_jax.cli.parse import Experiment, check_typed, parse, take_preset
-from uoe_jax.cli.paths import RUNS, find_run, is_run, read_config
+from uoe_jax.cli.paths import RUNS, find_run, is_run
 from uoe_jax.partition.plan import read_layout
 from uoe_jax.presets import PRESETS
-from uoe_jax.validation import validate
+from uoe_jax.validation import read_config, validate
 
 
 @dataclass(frozen=True, kw_only=True)

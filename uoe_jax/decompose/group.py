@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import ConfigError, choose
 
 Grouping = Literal["contiguous", "random", "coactivation"]
 GROUPINGS: tuple[Grouping, ...] = ("contiguous", "random", "coactivation")
@@ -33,6 +33,7 @@ def order_neurons(
     draw = np.random.default_rng(seed)
     if grouping == "random":
         return draw.permutation(num_neurons)
+    choose("grouping", grouping, {"coactivation": None})
     if contributions is None:
         raise ConfigError("grouping by co-activation needs calibration data")
     return coactivation_order(contributions, num_experts, seed)

@@ -44,12 +44,13 @@ from uoe_jax.decompose.store import (
     write_run,
 )
 from uoe_jax.evaluate import LoadedRun, load_run, run_dataset
+from uoe_jax.fields import Checked, Count, Seed, check_ranges
 from uoe_jax.integrity import digest_array
 from uoe_jax.validation import validate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cut:
+class Cut(Checked):
     """How a dense run becomes a union run.
 
     `router` None means zero where every expert is used (then every gate is 1), else
@@ -57,14 +58,14 @@ class Cut:
     `calibrate` is a text file, or tokens of the run's own training data.
     """
 
-    num_experts: int
-    top_k: int | None = None  # None: all of them
-    attention_experts: int | None = None
+    num_experts: Count
+    top_k: Count | None = None  # None: all of them
+    attention_experts: Count | None = None
     parts: tuple[Part, ...] = PARTS
     grouping: Grouping = "contiguous"
     router: RouterStart | None = None
-    calibrate: Path | int = CALIBRATION_TOKENS
-    seed: int = 0
+    calibrate: Path | Count = CALIBRATION_TOKENS
+    seed: Seed = 0
 
     @property
     def chosen(self) -> int:
@@ -91,6 +92,7 @@ def decompose_run(
     Raises ConfigError if the run can't be cut so or `out` holds something, and
     CheckpointError or DataError if the run or its data can't be read.
     """
+    check_ranges(cut, "cut.")
     run = load_run(folder, which=which)
     model = union_config(
         run.config.model, cut.num_experts, cut.chosen, cut.parts, cut.attention_experts

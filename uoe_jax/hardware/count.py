@@ -42,7 +42,7 @@ def num_tokens(model: ModelConfig, seq_len: int | None = None) -> int:
 
 
 def _mlp_matrices(model: ModelConfig) -> int:
-    return 3 if model.activation == "swiglu" else 2
+    return 3 if model.gated else 2
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _router(config: UnionConfig | MoeConfig, moh: bool) -> tuple[int, int]:
 
 
 def _norm_params(model: ModelConfig) -> int:
-    return model.d_model * (2 if model.norm == "layernorm" else 1)
+    return model.d_model * (2 if model.centred else 1)
 
 
 def _layers(model: ModelConfig) -> list[tuple[str, str, float]]:
@@ -140,7 +140,7 @@ def count_params(model: ModelConfig) -> dict[str, int]:
         parts["embedding"] = model.image_patch**2 * model.image_channels * d + d
     else:
         parts["embedding"] = model.vocab_size * d
-    if model.position == "learned":
+    if not model.rotates:
         parts["positions"] = num_tokens(model) * d
     for (attention, mlp), block in zip(
         model.layer_kinds, model.block_kinds, strict=True
@@ -281,8 +281,11 @@ def cache_bytes(
 
 def state_bytes(model: ModelConfig) -> dict[str, int]:
     """Return bytes of parameters, gradients and AdamW moments, by kind."""
-    size = sum(count_params(model).values()) * DTYPE_BYTES[model.param_dtype]
-    return {"parameters": size, "gradients": size, "optimizer": 2 * size}
+    count = sum(count_params(model).values())
+    size = count * DTYPE_BYTES[model.param_dtype]
+    # Float32 whatever the parameters are.
+    gradients = count * DTYPE_BYTES["float32"]
+    return {"parameters": size, "gradients": gradients, "optimizer": 2 * gradients}
 
 
 def activation_bytes(model: ModelConfig, batch: int, seq_len: int | None = None) -> int:

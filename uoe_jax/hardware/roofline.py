@@ -162,11 +162,11 @@ def memory_bytes(
     weights gathered for one layer; the output layer's chunk and gathered weights.
     """
     model = config.model
-    state = sum(held_params(model, sizes).values()) * DTYPE_BYTES[model.param_dtype]
+    held = sum(held_params(model, sizes).values())
     found = {
-        "parameters": state,
-        "optimizer": 2 * state,
-        "gradients": state,
+        "parameters": held * DTYPE_BYTES[model.param_dtype],
+        "optimizer": 2 * held * _FLOAT32,
+        "gradients": held * _FLOAT32,
         "activations": _activations(config, sizes),
         "gathered weights": 0.0,
         "output layer": 0.0,
@@ -191,7 +191,7 @@ def _activations(config: ExperimentConfig, sizes: Mapping[str, int]) -> float:
     model, tensor = config.model, sizes["tensor"]
     size = DTYPE_BYTES[model.compute_dtype]
     tokens = tokens_per_device(config, sizes) / config.train.accumulate
-    scattered = config.layout.tensor_reduce == "reduce_scatter"
+    scattered = config.layout.scatters
     held = model.d_model / (tensor if scattered else 1)
     widths = [_layer_width(model, kinds, tensor) for kinds in model.layer_kinds]
     if model.remat == "full":
@@ -205,7 +205,7 @@ def _layer_width(model: Any, kinds: tuple[str, str], tensor: int) -> float:
     """Return the numbers a token keeps in the split parts of a layer."""
     attention, mlp = kinds
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    matrices = 3 if model.activation == "swiglu" else 2
+    matrices = 3 if model.gated else 2
     if attention == "union":
         union = model.union_for("attention")
         heads *= _room(union.top_k, union.num_experts, tensor) / union.num_experts

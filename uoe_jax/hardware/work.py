@@ -79,7 +79,7 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
     length = num_tokens(model, config.seq_len)
     again, passes = _PASSES[model.remat]
     # A layer's last product gives its output, which its backward pass doesn't need.
-    last = 1 / (3 if model.activation == "swiglu" else 2) if again > 3 else 0.0
+    last = 1 / (3 if model.gated else 2) if again > 3 else 0.0
     split = tokens / sizes["tensor"]
     work: dict[str, float] = dict.fromkeys((*FLOP_KINDS, *BYTE_KINDS), 0.0)
     for (attention, mlp), layers in layer_groups(model).items():
@@ -136,7 +136,7 @@ def _elementwise(
         "union": model.d_ff * keep,
         "moe": float(model.d_expert * model.moe.top_k),
     }.get(mlp, float(model.d_ff))
-    matrices = 3 if model.activation == "swiglu" else 2
+    matrices = 3 if model.gated else 2
     total += 2 * wide * matrices / tensor
     if attention == "union":  # rows gathered and summed back
         total += 4 * model.d_model * model.union.top_k / tensor
@@ -218,10 +218,10 @@ def _tensor(
     size = DTYPE_BYTES[model.compute_dtype]
     tokens = tokens_per_device(config, sizes) / config.train.accumulate
     whole = tokens * model.d_model * size
-    scattered = layout.tensor_reduce == "reduce_scatter"
+    scattered = layout.scatters
     again = 1 if model.remat == "full" else 0
     parts = 2
-    if layout.dispatch == "all_to_all" and kinds[1] != "dense":
+    if layout.dispatches and kinds[1] != "dense":
         parts = 1
         routed = model.moe if kinds[1] == "moe" else model.union
         # Room for every row that could go there.

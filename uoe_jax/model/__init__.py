@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from uoe_jax.config import ModelConfig
+from uoe_jax.errors import choose
 from uoe_jax.model.balance import Aux, router_losses, update_router_bias
 from uoe_jax.model.cache import Cache, init_cache
 from uoe_jax.model.encoder import Encoder
@@ -39,7 +40,7 @@ KINDS = {"decoder": Decoder, "encoder": Encoder, "vision": VisionTransformer}
 
 def make_model(config: ModelConfig, key: jax.Array) -> nnx.Module:
     """Return the model a config describes, initialised from a `jax.random.key`."""
-    return KINDS[config.kind](config, rngs=nnx.Rngs(key))
+    return choose("kind", config.kind, KINDS)(config, rngs=nnx.Rngs(key))
 
 
 def split_model(

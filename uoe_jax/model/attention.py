@@ -62,7 +62,7 @@ class _Attention(nnx.Module):
 
     def _rotate(self, x: Array, positions: Array) -> Array:
         """Apply rotary positions where the config has them; x ends in (heads, H)."""
-        if self.config.position == "rope":
+        if self.config.rotates:
             return rotate(x, positions, self.config.rope_theta)
         return x
 
@@ -152,7 +152,7 @@ class UnionAttention(_Attention):
             biases = [b[...].reshape(e, -1) for b in given]
             rows = add_expert_bias(rows, jnp.concatenate(biases, axis=-1), packing)
         rows = checkpoint_name(rows, PROJECTION)
-        theta = self.config.rope_theta if self.config.position == "rope" else None
+        theta = self.config.rope_theta if self.config.rotates else None
         places = positions.reshape(-1)
         return split_heads(
             rows, places, packing.token_ids, kv_heads=j, groups=g, theta=theta

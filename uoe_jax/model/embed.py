@@ -28,7 +28,7 @@ def learned_position(
     config: ModelConfig, length: int, *, rngs: nnx.Rngs
 ) -> LearnedPosition | None:
     """Return learned positions, or None where the config has rotary ones."""
-    if config.position == "rope":
+    if config.rotates:
         return None
     return LearnedPosition(config, length, rngs=rngs)
 

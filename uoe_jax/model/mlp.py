@@ -47,7 +47,7 @@ class DenseMlp(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, f = config.d_model, config.d_ff
         self.w_up = init_weight(rngs, (1, d, f), d, config)
-        gated = config.activation == "swiglu"
+        gated = config.gated
         self.w_gate = init_weight(rngs, (1, d, f), d, config) if gated else None
         self.w_down = init_weight(rngs, (1, f, d), f, config, residual_scale(config))
         self.b_up = init_bias((1, f), config)
@@ -88,7 +88,7 @@ class RoutedMlp(nnx.Module):
     ):
         e, d, f = num_experts, config.d_model, width
         self.w_up = init_weight(rngs, (e, d, f), d, config)
-        gated = config.activation == "swiglu"
+        gated = config.gated
         self.w_gate = init_weight(rngs, (e, d, f), d, config) if gated else None
         scale = residual_scale(config)
         self.w_down = init_weight(rngs, (e, f, d), fan_in, config, scale)

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
+from uoe_jax.errors import choose
 from uoe_jax.model.balance_stats import Stats
 from uoe_jax.model.context import Context
 from uoe_jax.model.expert_choice import ExpertChoiceRouter
@@ -27,11 +28,20 @@ def moe_gates(
     """
     if gate == "softmax_all":
         return pick_scores(jax.nn.softmax(scores, axis=-1), picks)
-    chosen = pick_scores(scores, picks)
-    if gate == "softmax":
-        return jax.nn.softmax(chosen, axis=-1)
+    normalise = choose("moe.gate", gate, _NORMALISE)
+    return normalise(pick_scores(scores, picks))
+
+
+def _softmax(chosen: Array) -> Array:
+    return jax.nn.softmax(chosen, axis=-1)
+
+
+def _affinities(chosen: Array) -> Array:
     affinity = jax.nn.sigmoid(chosen)
     return affinity / (jnp.sum(affinity, axis=-1, keepdims=True) + 1e-20)
+
+
+_NORMALISE = {"softmax": _softmax, "sigmoid": _affinities}
 
 
 class MoeRouter(PatchRouter):
@@ -61,6 +71,9 @@ class MoeExpertChoice(ExpertChoiceRouter):
         return moe_gates(scores, picks, self.gate)
 
 
+_ROUTERS = {"token": MoeRouter, "expert_choice": MoeExpertChoice}
+
+
 class MoeMlp(RoutedMlp):
     """Mixture of whole MLPs.
 
@@ -71,7 +84,7 @@ class MoeMlp(RoutedMlp):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         moe, width = config.moe, config.d_expert
         super().__init__(config, moe.num_experts, width, width, rngs=rngs)
-        kind = MoeRouter if moe.router == "token" else MoeExpertChoice
+        kind = choose("moe.router", moe.router, _ROUTERS)
         self.router = kind(config.d_model, moe, config.causal, rngs=rngs)
 
     def __call__(

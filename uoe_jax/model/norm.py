@@ -43,7 +43,7 @@ class Norm(nnx.Module):
         shape, dtype = (config.d_model,), config.param_dtype
         self.eps = config.norm_eps
         self.scale = nnx.Param(jnp.ones(shape, dtype))
-        centred = config.norm == "layernorm"
+        centred = config.centred
         self.bias = nnx.Param(jnp.zeros(shape, dtype)) if centred else None
 
     def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:

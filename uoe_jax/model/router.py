@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from uoe_jax.config import Gate, MoeConfig, UnionConfig
+from uoe_jax.errors import choose
 from uoe_jax.model.balance_stats import Stats, router_stats
 from uoe_jax.model.context import Context, patch_leaders
 from uoe_jax.model.linear import truncated_normal
@@ -208,12 +209,27 @@ def gate_values(scores: Float[Array, "*N X"], gate: Gate | str) -> Float[Array, 
     sigmoid: `2 sigmoid(score)`, 1 at score 0. softmax: softmax over the chosen, times
     X. straight_through: exactly 1, with the gradient of `2 sigmoid(score)`.
     """
-    if gate == "softmax":
-        return jax.nn.softmax(scores, axis=-1) * scores.shape[-1]
-    value = 2.0 * jax.nn.sigmoid(scores)
-    if gate == "sigmoid":
-        return value
+    return choose("gate", gate, _GATES)(scores)
+
+
+def _softmax(scores: Array) -> Array:
+    return jax.nn.softmax(scores, axis=-1) * scores.shape[-1]
+
+
+def _sigmoid(scores: Array) -> Array:
+    return 2.0 * jax.nn.sigmoid(scores)
+
+
+def _straight_through(scores: Array) -> Array:
+    value = _sigmoid(scores)
     return 1.0 + (value - jax.lax.stop_gradient(value))
+
+
+_GATES = {
+    "softmax": _softmax,
+    "sigmoid": _sigmoid,
+    "straight_through": _straight_through,
+}
 
 
 def patch_scores(

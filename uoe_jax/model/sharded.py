@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from uoe_jax.errors import choose
 from uoe_jax.model.context import Context
 from uoe_jax.model.router import PatchRouter, Routing
 from uoe_jax.model.sharded_attention import gathered_attention, ring_attention
@@ -48,9 +49,9 @@ def attend(
     parallel, segments = context.parallel, context.segments
     if parallel is None or not parallel.has("sequence"):
         return dense_attention(q, k, v, causal=causal, segments=segments)
-    run = ring_attention
-    if parallel.layout.sequence_attention == "gather":
-        run = gathered_attention
+    runs = {"ring": ring_attention, "gather": gathered_attention}
+    how = parallel.layout.sequence_attention
+    run = choose("layout.sequence_attention", how, runs)
     size = parallel.size("sequence")
     return run(q, k, v, segments, causal=causal, axis="sequence", size=size)
 

@@ -71,7 +71,7 @@ def _exchange(
     num_experts, width = mlp.router.num_experts, x.shape[1]
     picks = routing.choices.shape[-1]
     place = routing.choices
-    if parallel.layout.experts == "round_robin":
+    if parallel.layout.deals:
         place = place % tensor * experts + place // tensor
     # Rows sorted by the place of their expert are sorted by its device.
     packing = pack_choices(place, num_experts)

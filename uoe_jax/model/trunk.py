@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from uoe_jax.config import ModelConfig
+from uoe_jax.errors import choose
 from uoe_jax.model.balance import Aux, stack_stats
 from uoe_jax.model.block import Block
 from uoe_jax.model.context import Context
@@ -144,12 +145,13 @@ def _remat(apply: Callable, config: ModelConfig, gathers: bool) -> Callable:
     Weights that were gathered are gathered again, never kept.
     """
     policies = jax.checkpoint_policies
-    policy = policies.nothing_saveable
-    if config.remat == "none":
-        if not gathers:
-            return apply
-        policy = policies.save_anything_except_these_names(GATHERED)
-    if config.remat == "dots":
-        policy = policies.save_only_these_names(PROJECTION)
+    kept = {
+        "none": policies.save_anything_except_these_names(GATHERED),
+        "dots": policies.save_only_these_names(PROJECTION),
+        "full": policies.nothing_saveable,
+    }
+    policy = choose("remat", config.remat, kept)
+    if config.remat == "none" and not gathers:
+        return apply
     # Inside a scan XLA can't merge the recomputation with the forward pass anyway.
     return jax.checkpoint(apply, policy=policy, prevent_cse=not config.scan_layers)

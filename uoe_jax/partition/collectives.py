@@ -59,12 +59,12 @@ class Parallel:
     @property
     def scatters(self) -> bool:
         """Whether tokens are spread over tensor between the parts of a layer."""
-        return self.has("tensor") and self.layout.tensor_reduce == "reduce_scatter"
+        return self.has("tensor") and self.layout.scatters
 
     @property
     def dispatches(self) -> bool:
         """Whether rows of routed MLPs travel to their experts."""
-        return self.has("tensor") and self.layout.dispatch == "all_to_all"
+        return self.has("tensor") and self.layout.dispatches
 
     def gather_block(self, block: PyTree) -> PyTree:
         """Return a block with whole weights, in the compute dtype where gathered.
@@ -155,7 +155,7 @@ class Parallel:
         """Return each expert's place among this device's; others are out of range."""
         tensor = self.size("tensor")
         rank = jax.lax.axis_index("tensor") if tensor > 1 else 0
-        if self.layout.experts == "round_robin":
+        if self.layout.deals:
             place = jnp.where(experts % tensor == rank, experts // tensor, num_experts)
         else:
             place = experts - rank * (num_experts // tensor)
@@ -170,7 +170,7 @@ def stored_order(num_experts: int, tensor: int, layout: LayoutConfig) -> list[in
     The axis is cut into neighbours, so round-robin placement stores it permuted.
     Checkpoints hold experts in their own order.
     """
-    if layout.experts == "contiguous":
+    if not layout.deals:
         return list(range(num_experts))
     return [e for rank in range(tensor) for e in range(rank, num_experts, tensor)]
 

@@ -94,7 +94,7 @@ class Layout:
         return self._reorder(tree, True)
 
     def _reorder(self, tree: PyTree, inverse: bool) -> PyTree:
-        if self.parallel.layout.experts == "contiguous":
+        if not self.parallel.layout.deals:
             return tree
 
         def move(path: Any, leaf: Any) -> Any:

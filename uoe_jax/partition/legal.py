@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from uoe_jax.config import ExperimentConfig, LayoutConfig, MeshConfig, ModelConfig
-from uoe_jax.errors import ConfigError
+from uoe_jax.config import ExperimentConfig, MeshConfig, ModelConfig
+from uoe_jax.errors import ConfigError, all_divisors, divisors
 
 # Neighbours in the last axes are neighbours on the machine: these talk most.
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -66,10 +66,9 @@ def factorisations(num_devices: int) -> Iterator[dict[str, int]]:
         if len(axes) == 1:
             yield {axes[0]: count}
             return
-        for size in range(1, count + 1):
-            if count % size == 0:
-                for rest in split(count // size, axes[1:]):
-                    yield {axes[0]: size, **rest}
+        for size in all_divisors(count):
+            for rest in split(count // size, axes[1:]):
+                yield {axes[0]: size, **rest}
 
     yield from split(num_devices, AXES)
 
@@ -104,7 +103,7 @@ def _batch(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:
     size = config.data.batch_size // max(config.train.accumulate, 1)
     if size % count == 0:
         return
-    fits = ", ".join(str(n) for n in range(1, count) if size % n == 0)
+    fits = ", ".join(str(n) for n in all_divisors(size) if n < count)
     yield (
         f"a batch of {size} doesn't divide over {count} devices (mesh.data "
         f"{sizes['data']} x mesh.fsdp {sizes['fsdp']}); use a product of {fits}, or a "
@@ -143,7 +142,7 @@ def _tensor(model: ModelConfig, sizes: Sizes) -> Iterator[str]:
         yield (
             f"mesh.tensor {tensor} x mesh.sequence {sequence} doesn't divide the "
             f"{experts} experts of union attention, which the sequence devices share "
-            f"out; use a product of {_divisors(experts)}"
+            f"out; use a product of {divisors(experts)}"
         )
 
 
@@ -182,21 +181,20 @@ def _sequence(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:
         yield (
             f"mesh.sequence {sequence} x mesh.tensor {tensor} doesn't divide the "
             f"{config.seq_len} tokens of a sequence; use a product of "
-            f"{_divisors(config.seq_len)}"
+            f"{divisors(config.seq_len)}"
         )
 
 
 def _choices(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:
     layout, model = config.layout, config.model
-    default = LayoutConfig()
     if sizes["tensor"] == 1:
         return
-    if layout.tensor_reduce != default.tensor_reduce and model.kind != "decoder":
+    if layout.scatters and model.kind != "decoder":
         yield (
             f"layout.tensor_reduce is {layout.tensor_reduce!r} and model.kind "
             f"{model.kind!r}; classifiers keep all tokens, use all_reduce"
         )
-    if layout.dispatch == "all_to_all":
+    if layout.dispatches:
         yield from _all_to_all(model)
 
 
@@ -222,11 +220,4 @@ def _all_to_all(model: ModelConfig) -> Iterator[str]:
 
 
 def _indivisible(axis: str, size: int, name: str, number: int) -> str:
-    return f"{axis} {size} doesn't divide {name} {number}; use {_divisors(number)}"
-
-
-def _divisors(number: int, limit: int = 8) -> str:
-    found = [str(d) for d in range(1, number + 1) if number % d == 0]
-    if len(found) > limit:
-        found = [*found[: limit - 1], "...", found[-1]]
-    return ", ".join(found)
+    return f"{axis} {size} doesn't divide {name} {number}; use {divisors(number)}"

@@ -84,7 +84,7 @@ def owned_experts(
     config: ExperimentConfig, num_experts: int, tensor: int, rank: int
 ) -> list[int]:
     """Return the experts whose weights one tensor device holds."""
-    if config.layout.experts == "round_robin":
+    if config.layout.deals:
         return list(range(rank, num_experts, tensor))
     share = num_experts // tensor
     return list(range(rank * share, (rank + 1) * share))

@@ -15,10 +15,10 @@ from uoe_jax.config import (
     ModelConfig,
     MoeConfig,
     UnionConfig,
-    from_json,
 )
 from uoe_jax.errors import DataError
 from uoe_jax.hardware.count import count_active_params, count_params, flops_per_token
+from uoe_jax.validation import read_config
 
 BLOCKS = ("attention", "mlp", "depth")  # where a layer may route
 _ROUTED = ("union", "moe", "moh", "mod")
@@ -144,7 +144,7 @@ def _router(
 
 def read_run(path: Path) -> Run:
     """Return the run in a folder; raises DataError if it holds no metrics."""
-    config = from_json((path / "config.json").read_text(encoding="utf-8"))
+    config = read_config(path)
     env = {}
     if (path / "env.json").is_file():
         env = json.loads((path / "env.json").read_text(encoding="utf-8"))
