@@ -35,8 +35,8 @@ from uoe_jax.config import (
 from uoe_jax.decompose.runs import Cut
 from uoe_jax.errors import ConfigError
 from uoe_jax.fields import Bounds, Checked, check_ranges, field_hints
-from uoe_jax.model.moe import moe_gates
-from uoe_jax.model.router import gate_values
+from uoe_jax.model.baselines.moe import moe_gates
+from uoe_jax.model.routing.token import gate_values
 from uoe_jax.optim import make_schedule
 from uoe_jax.presets import get_preset
 from uoe_jax.validation import read_config, validate

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import uoe_jax.model.encoder
-import uoe_jax.model.router
+import uoe_jax.model.routing.token
 import uoe_jax.model.sharded
+import uoe_jax.model.transformer
 from uoe_jax.config import MobaConfig, ModelConfig, MoeConfig, UnionConfig
 from uoe_jax.leakcheck import (
     Finding,
@@ -101,7 +101,7 @@ def test_expert_choice_in_a_causal_model_is_caught(monkeypatch):
         rank = jnp.argsort(jnp.argsort(scores, axis=1), axis=1)
         return jax.lax.top_k(rank, self.top_k)[1]
 
-    monkeypatch.setattr(uoe_jax.model.router.PatchRouter, "choose", choose)
+    monkeypatch.setattr(uoe_jax.model.routing.token.PatchRouter, "choose", choose)
     forward, tokens, other = planted(UNION_MLP)
     finding = check_future(forward, tokens, other, 1e-5)
     assert not finding.passed and finding.max_diff > 1e-3
@@ -112,7 +112,7 @@ def test_a_gate_normalised_over_the_batch_is_caught(monkeypatch):
     def gates(scores, gate):
         return jax.nn.softmax(scores, axis=0) * scores.shape[0]
 
-    monkeypatch.setattr(uoe_jax.model.router, "gate_values", gates)
+    monkeypatch.setattr(uoe_jax.model.routing.token, "gate_values", gates)
     forward, tokens, other = planted(UNION_MLP)
     finding = check_rows(forward, tokens, other, 1e-5)
     assert not finding.passed and finding.moved.startswith("logits of sample 0")
@@ -134,7 +134,7 @@ def test_attention_that_sees_one_ahead_is_caught(monkeypatch):
 
 def test_padding_in_the_mean_is_caught(monkeypatch):
     monkeypatch.setattr(
-        uoe_jax.model.encoder, "mean_pool", lambda x, segments: jnp.mean(x, axis=1)
+        uoe_jax.model.transformer, "mean_pool", lambda x, segments: jnp.mean(x, axis=1)
     )
     forward, tokens, other = planted(dataclasses.replace(DENSE, kind="encoder"))
     assert not check_padding(forward, tokens, other, 1e-5, per_token=False).passed

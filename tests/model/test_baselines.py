@@ -20,11 +20,12 @@ from tiny_models import build, tiny, tokens_like
 
 from uoe_jax.config import MobaConfig, ModConfig, UnionConfig
 from uoe_jax.model import init_cache, update_router_bias
-from uoe_jax.model.block import Block
+from uoe_jax.model.attention import SharedKvAttention
+from uoe_jax.model.baselines.moba import attend_blocks, pick_blocks
+from uoe_jax.model.baselines.mod import enter, exceeded_by
+from uoe_jax.model.baselines.moh import MohAttention
 from uoe_jax.model.context import make_context
-from uoe_jax.model.depth import DepthBlock, enter, exceeded_by
-from uoe_jax.model.moba import attend_blocks, pick_blocks
-from uoe_jax.model.shared_kv import MohAttention, SharedKvAttention
+from uoe_jax.model.transformer import Block
 from uoe_jax.ops.rotary import rotate
 
 LENGTH = 10
@@ -188,8 +189,9 @@ def test_entering_keeps_order_and_room():
 
 @pytest.mark.parametrize("train", [True, False])
 def test_a_depth_block_is_the_block_of_the_tokens_that_enter(train):
-    config = tiny(mod=ModConfig(keep=0.5, capacity_factor=0.6, router_init_std=1.0))
-    block = DepthBlock(config, "dense", "dense", rngs=nnx.Rngs(0))
+    mod = ModConfig(keep=0.5, capacity_factor=0.6, router_init_std=1.0)
+    config = tiny(mod=mod, blocks=("mod",))
+    block = Block(config, 0, rngs=nnx.Rngs(0))
     context = make_context(config, X.shape[:2], train=train, collect_choices=True)
     y, stats, _ = jax.jit(lambda x: block(x, context))(X)
     scores, asked = block.router(block.attention_norm(X))
@@ -203,7 +205,7 @@ def test_a_depth_block_is_the_block_of_the_tokens_that_enter(train):
             inside = inside[:3]
         rows, places = X[sample][inside][None], jnp.asarray(inside)[None]
         own = make_context(config, rows.shape[:2], positions=places)
-        z = Block.__call__(block, rows, own)[0][0]
+        z = block.run(rows, own)[0][0]
         expected = np.array(X[sample])
         expected[inside] += gates[sample][inside, None] * np.asarray(
             z - X[sample][inside]

@@ -13,11 +13,11 @@ from tiny_models import VARIANTS, build, forward, tiny, tokens_like, union
 from uoe_jax.config import UnionConfig
 from uoe_jax.model import RouterBias, update_router_bias
 from uoe_jax.model.attention import UnionAttention
-from uoe_jax.model.balance_stats import router_stats
+from uoe_jax.model.baselines.moe import MoeMlp
 from uoe_jax.model.context import make_context, patch_leaders
 from uoe_jax.model.mlp import UnionMlp
-from uoe_jax.model.moe import MoeMlp
-from uoe_jax.model.router import (
+from uoe_jax.model.routing.balance import router_stats
+from uoe_jax.model.routing.token import (
     PatchRouter,
     gate_values,
     patch_scores,

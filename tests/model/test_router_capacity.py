@@ -11,7 +11,7 @@ from router_kinds import LENGTH, config_of
 
 from uoe_jax.config import ExperimentConfig, UnionConfig, UnionOverrides
 from uoe_jax.model.context import make_context
-from uoe_jax.model.routers import make_router
+from uoe_jax.model.routing import make_router
 from uoe_jax.validation import find_problems
 
 

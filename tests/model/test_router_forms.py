@@ -20,12 +20,12 @@ from uoe_jax.config import (
     UnionConfig,
     UnionOverrides,
 )
+from uoe_jax.model.baselines.moe import MoeRouter, moe_gates
 from uoe_jax.model.context import make_context
 from uoe_jax.model.mlp import UnionMlp
-from uoe_jax.model.moe import MoeRouter, moe_gates
-from uoe_jax.model.router import PatchRouter, within_capacity
-from uoe_jax.model.routers import make_router
-from uoe_jax.model.selection import SelectionRouter, document_sums
+from uoe_jax.model.routing import make_router
+from uoe_jax.model.routing.selection import SelectionRouter, document_sums
+from uoe_jax.model.routing.token import PatchRouter, within_capacity
 from uoe_jax.ops.packing import pack_choices
 from uoe_jax.train.step import router_metrics
 from uoe_jax.validation import find_problems

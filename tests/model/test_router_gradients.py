@@ -10,8 +10,8 @@ from router_kinds import LENGTH
 from tiny_models import build, tiny, tokens_like
 
 from uoe_jax.config import UnionConfig, UnionOverrides
+from uoe_jax.model.baselines.mod import DepthRouter
 from uoe_jax.model.context import make_context
-from uoe_jax.model.depth import DepthRouter
 
 HIERARCHICAL = {"router": "hierarchical", "segment_size": 3, "selected": 3}
 SELECTION = {"router": "selection", "segment_size": 3}

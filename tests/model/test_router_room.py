@@ -13,8 +13,8 @@ from tiny_models import tiny
 
 from uoe_jax.config import UnionConfig
 from uoe_jax.model.context import make_context
-from uoe_jax.model.router import room_of, rooms
-from uoe_jax.model.routers import make_router
+from uoe_jax.model.routing import make_router
+from uoe_jax.model.routing.token import room_of, rooms
 
 
 @settings(deadline=None, max_examples=40)

@@ -249,7 +249,7 @@ def test_dropout_needs_both_a_key_and_training():
 
 
 def test_dropout_differs_between_layers_and_keeps_the_mean():
-    from uoe_jax.model.linear import dropout
+    from uoe_jax.model.layers import dropout
 
     x = jnp.ones((100, 200))
     y = dropout(x, 0.25, KEY)

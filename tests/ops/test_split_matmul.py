@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from uoe_jax.model.router import router_scores
+from uoe_jax.model.routing.token import router_scores
 from uoe_jax.ops.split_matmul import split, split_matmul
 
 pytestmark = pytest.mark.next_jax

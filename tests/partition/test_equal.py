@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from tiny_layouts import compute, first_state, make_config, one_device
 
-from uoe_jax.model.sharded_attention import gathered_attention, ring_attention
+from uoe_jax.model.sharded import gathered_attention, ring_attention
 from uoe_jax.ops.dense_attention.reference import dense_attention
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from uoe_jax.model.block import Block
 from uoe_jax.model.context import Context, make_context
-from uoe_jax.model.linear import project
+from uoe_jax.model.layers import project
 from uoe_jax.model.mlp import DenseMlp, activate
+from uoe_jax.model.transformer import Block
 from uoe_jax.ops.dense_attention.api import dense_attention
 from uoe_jax.weights import layer_period
 
@@ -64,7 +64,7 @@ def _run_layer(
     attention: Any = block.attention
     first = block.attention_norm(x)
     q, k, v = attention.project_qkv(first, context.positions)
-    causal = attention.config.causal
+    causal = attention.causal
     heads = dense_attention(q, k, v, causal=causal, segments=context.segments)
     x = x + attention.project_out(heads)
     second = block.mlp_norm(x)

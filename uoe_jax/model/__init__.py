@@ -11,12 +11,16 @@ from flax import nnx
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.errors import choose
-from uoe_jax.model.balance import Aux, router_losses, update_router_bias
-from uoe_jax.model.cache import Cache, init_cache
-from uoe_jax.model.encoder import Encoder
-from uoe_jax.model.router import RouterBias
-from uoe_jax.model.transformer import Decoder, routing_choices
-from uoe_jax.model.vision import VisionTransformer
+from uoe_jax.model.cache import Cache
+from uoe_jax.model.routing.balance import Aux, router_losses, update_router_bias
+from uoe_jax.model.routing.token import RouterBias
+from uoe_jax.model.transformer import (
+    Decoder,
+    Encoder,
+    VisionTransformer,
+    init_cache,
+    routing_choices,
+)
 from uoe_jax.tree import named_leaves
 
 __all__ = [

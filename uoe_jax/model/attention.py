@@ -15,9 +15,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.model.balance_stats import Stats
-from uoe_jax.model.context import Context
-from uoe_jax.model.linear import (
+from uoe_jax.model.cache import (
+    KeyValue,
+    Slot,
+    attend_cache,
+    attend_log,
+    dense_rows,
+    route_token,
+    written_rows,
+)
+from uoe_jax.model.context import Context, document_span
+from uoe_jax.model.layers import (
     PROJECTION,
     add_expert_bias,
     init_bias,
@@ -29,28 +37,30 @@ from uoe_jax.model.linear import (
     rows_to_picks,
     scale_rows,
 )
-from uoe_jax.model.router import Routing
-from uoe_jax.model.routers import make_router
+from uoe_jax.model.routing import make_router
+from uoe_jax.model.routing.balance import Stats
+from uoe_jax.model.routing.token import Routing
 from uoe_jax.model.sharded import attend, pack_local, share_experts, splits_tokens
 from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
+from uoe_jax.ops.list_attention import list_attention
 from uoe_jax.ops.packing import Packing
 from uoe_jax.ops.rotary import rotate
 from uoe_jax.ops.segment_attention.api import segment_attention
 from uoe_jax.ops.split_heads.api import split_heads
 
-KeyValue = tuple[Array, Array]
 UNUSED = 1024  # rows of a segment that nothing reads
 
 
-class _Attention(nnx.Module):
-    """Weights shared by both kinds."""
+class AttentionWeights(nnx.Module):
+    """The weights that every kind of attention has, and what reads them densely."""
 
     def __init__(self, config: ModelConfig, num_experts: int, *, rngs: nnx.Rngs):
         e, d, h = num_experts, config.d_model, config.head_dim
         j, g = config.num_kv_heads // e, config.num_query_groups
         fan_out = config.num_heads * h
         scale = residual_scale(config)
-        self.config = config
+        self.causal = config.causal
+        self.theta = config.rope_theta if config.rotates else None
         self.wq = init_weight(rngs, (e, d, j, g, h), d, config)
         self.wk = init_weight(rngs, (e, d, j, h), d, config)
         self.wv = init_weight(rngs, (e, d, j, h), d, config)
@@ -60,26 +70,9 @@ class _Attention(nnx.Module):
         self.bv = init_bias((e, j, h), config)
         self.bo = init_bias((d,), config)
 
-    def _rotate(self, x: Array, positions: Array) -> Array:
-        """Apply rotary positions where the config has them; x ends in (heads, H)."""
-        if self.config.rotates:
-            return rotate(x, positions, self.config.rope_theta)
-        return x
-
-
-class DenseAttention(_Attention):
-    """Every token attends with every head."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, 1, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context
-    ) -> tuple[Float[Array, "B T D"], Stats, KeyValue]:
-        """Return the output, no statistics, and keys and values [B, T, K, H]."""
-        q, k, v = self.project_qkv(x, context.positions)
-        out = attend(q, k, v, context, self.config.causal)
-        return self.project_out(out), {}, (k, v)
+    def rotate(self, x: Array, positions: Array) -> Array:
+        """Apply rotary positions where the model has them; x ends in (heads, H)."""
+        return x if self.theta is None else rotate(x, positions, self.theta)
 
     def project_qkv(
         self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
@@ -93,18 +86,74 @@ class DenseAttention(_Attention):
             matrix = weight[...].reshape(x.shape[-1], -1)
             vector = None if bias is None else bias[...].reshape(-1)
             part = project(x, matrix, vector)
-            parts.append(part.reshape(*x.shape[:-1], -1, self.config.head_dim))
+            parts.append(part.reshape(*x.shape[:-1], -1, weight.shape[-1]))
         q, k, v = parts
-        return self._rotate(q, positions), self._rotate(k, positions), v
+        return self.rotate(q, positions), self.rotate(k, positions), v
 
     def project_out(self, heads: Float[Array, "*N Q H"]) -> Float[Array, "*N D"]:
         """Return the heads' outputs projected to the model width."""
-        matrix = self.wo[...].reshape(-1, self.config.d_model)
+        matrix = self.wo[...].reshape(-1, self.wo.shape[-1])
         bias = None if self.bo is None else self.bo[...]
         return project(heads.reshape(*heads.shape[:-2], -1), matrix, bias)
 
+    def project_keys(
+        self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
+    ) -> KeyValue:
+        """Return rotated keys and values [*N, K, H] of all tokens, for all experts."""
+        parts = []
+        for weight, bias in ((self.wk, self.bk), (self.wv, self.bv)):
+            matrix = jnp.moveaxis(weight[...], 0, 1).reshape(x.shape[-1], -1)
+            vector = None if bias is None else bias[...].reshape(-1)
+            part = project(x, matrix, vector)
+            parts.append(part.reshape(*x.shape[:-1], -1, weight.shape[-1]))
+        return self.rotate(parts[0], positions), parts[1]
 
-class UnionAttention(_Attention):
+    def project_picks(
+        self, heads: Float[Array, "J M G H"], routing: Routing, packing: Packing
+    ) -> Float[Array, "N D"]:
+        """Return the gated rows projected and summed into their tokens."""
+        e, d = self.wo.shape[0], self.wo.shape[-1]
+        gates = row_gates(routing.gates, packing)[None, :, None, None]
+        # Gated before they are put side by side: the heads are kept as they came.
+        rows = jnp.moveaxis(scale_rows(heads, gates), 0, 1)
+        weight = self.wo[...].reshape(e, -1, d).astype(rows.dtype)
+        y = project_scatter(rows.reshape(rows.shape[0], -1), weight, packing)
+        if self.bo is not None:
+            y = y + self.bo[...].astype(y.dtype)[None]
+        return checkpoint_name(y, PROJECTION)
+
+
+class DenseAttention(AttentionWeights):
+    """Every token attends with every head."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, 1, rngs=rngs)
+
+    @staticmethod
+    def cache_shapes(config: ModelConfig, max_len: int) -> dict[str, Any]:
+        """Return what a row of the cache holds: k and v of every token."""
+        return dense_rows(config, max_len)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], Stats, KeyValue]:
+        """Return the output, no statistics, and keys and values [B, T, K, H]."""
+        q, k, v = self.project_qkv(x, context.positions)
+        out = attend(q, k, v, context, self.causal)
+        return self.project_out(out), {}, (k, v)
+
+    def decode(
+        self, x: Float[Array, "B D"], slot: Slot
+    ) -> tuple[Float[Array, "B D"], Slot]:
+        """Return the output for token `slot.lengths` of each row, and its slot."""
+        q, k, v = self.project_qkv(x, slot.lengths)
+        slot, (keys, values) = slot.append_token(k, v)
+        q = q.reshape(*k.shape[:2], -1, k.shape[2])
+        out = attend_cache(q, keys, values, written_rows(keys, slot.row))
+        return self.project_out(out.reshape(x.shape[0], -1, k.shape[2])), slot
+
+
+class UnionAttention(AttentionWeights):
     """Selective multi-head attention (SMHA; Yang et al. 2025, Union of Experts).
 
     Each expert gathers the tokens routed to it, attends among these alone, in their
@@ -115,6 +164,14 @@ class UnionAttention(_Attention):
         union = config.union_for("attention")
         super().__init__(config, union.num_experts, rngs=rngs)
         self.router = make_router(config.d_model, union, config.causal, rngs=rngs)
+
+    @staticmethod
+    def cache_shapes(config: ModelConfig, max_len: int) -> dict[str, Any]:
+        """Return what a row of the cache holds: the log of picks and their experts."""
+        union = config.union_for("attention")
+        rows = max_len * union.top_k
+        shape = (rows, config.num_kv_heads // union.num_experts, config.head_dim)
+        return {"k": (shape, None), "v": (shape, None), "experts": ((rows,), "int32")}
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context
@@ -132,11 +189,26 @@ class UnionAttention(_Attention):
         if context.segments is not None:
             bounds = document_bounds(packing, context.segments)
         out = self._attend(q, k, v, packing.segment_offsets, bounds)
-        y = self.project_out(out, routing, packing).reshape(x.shape)
+        y = self.project_picks(out, routing, packing).reshape(x.shape)
         log = lambda a: head_picks(a, packing).reshape(
             x.shape[0], -1, k.shape[0], k.shape[2]
         )
         return y, routing.stats, (log(k), log(v))
+
+    def decode(
+        self, x: Float[Array, "B D"], slot: Slot
+    ) -> tuple[Float[Array, "B D"], Slot]:
+        """Return the output for token `slot.lengths` of each row, and its slot."""
+        routing, slot = route_token(self.router, x, slot, "attention")
+        choices = routing.choices[:, 0]
+        packing = self.router.pack(routing)
+        heads = self.project_rows(x[:, None], packing, slot.lengths[:, None])
+        q, k, v = (head_picks(part, packing) for part in heads)
+        first = slot.lengths * choices.shape[1]
+        slot, (keys, values, experts) = slot.append(first, k=k, v=v, experts=choices)
+        out = attend_log(q, choices, keys, values, experts, slot.lengths)
+        y = self.project_picks(pick_heads(out, packing), routing, packing)
+        return y, slot
 
     def project_rows(
         self, x: Float[Array, "B T D"], packing: Packing, positions: Int[Array, "B T"]
@@ -152,25 +224,10 @@ class UnionAttention(_Attention):
             biases = [b[...].reshape(e, -1) for b in given]
             rows = add_expert_bias(rows, jnp.concatenate(biases, axis=-1), packing)
         rows = checkpoint_name(rows, PROJECTION)
-        theta = self.config.rope_theta if self.config.rotates else None
         places = positions.reshape(-1)
         return split_heads(
-            rows, places, packing.token_ids, kv_heads=j, groups=g, theta=theta
+            rows, places, packing.token_ids, kv_heads=j, groups=g, theta=self.theta
         )
-
-    def project_out(
-        self, heads: Float[Array, "J M G H"], routing: Routing, packing: Packing
-    ) -> Float[Array, "N D"]:
-        """Return the gated rows projected and summed into their tokens."""
-        e, d = self.wo.shape[0], self.config.d_model
-        gates = row_gates(routing.gates, packing)[None, :, None, None]
-        # Gated before they are put side by side: the heads are kept as they came.
-        rows = jnp.moveaxis(scale_rows(heads, gates), 0, 1)
-        weight = self.wo[...].reshape(e, -1, d).astype(rows.dtype)
-        y = project_scatter(rows.reshape(rows.shape[0], -1), weight, packing)
-        if self.bo is not None:
-            y = y + self.bo[...].astype(y.dtype)[None]
-        return checkpoint_name(y, PROJECTION)
 
     def _attend(
         self, q: Array, k: Array, v: Array, offsets: Array, bounds: Any
@@ -182,9 +239,102 @@ class UnionAttention(_Attention):
                 bounds = tuple(each_head(x, rows, heads) for x in bounds)
             offsets = head_offsets(offsets, rows, heads)
         q, k, v = (a.reshape(-1, *a.shape[2:]) for a in (q, k, v))
-        causal = self.config.causal
+        causal = self.causal
         out = segment_attention(q, k, v, offsets, causal=causal, bounds=bounds)
         return out.reshape(heads, rows, *out.shape[1:])
+
+
+class SharedKvAttention(AttentionWeights):
+    """Union attention whose queries are routed while keys and values are everybody's.
+
+    A token computes queries, scores and outputs for the heads it chose, and sees all
+    its predecessors there: projections of queries and outputs, and scores, cost X/E of
+    dense. `router` replaces the one that the config names.
+    """
+
+    def __init__(self, config: ModelConfig, router: Any = None, *, rngs: nnx.Rngs):
+        union = config.union_for("attention")
+        super().__init__(config, union.num_experts, rngs=rngs)
+        make = make_router if router is None else router
+        self.router = make(config.d_model, union, config.causal, rngs=rngs)
+
+    @staticmethod
+    def cache_shapes(config: ModelConfig, max_len: int) -> dict[str, Any]:
+        """Return what a row of the cache holds: k and v of every token."""
+        return dense_rows(config, max_len)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], Stats, KeyValue]:
+        """Return the output, routing statistics, keys and values [B, T, K, H]."""
+        if (parallel := splits_tokens(context)) is not None:
+            return share_experts(self, x, context, parallel)
+        routing = self.router(x, context)
+        packing = pack_local(self.router, routing, context, self.wq.shape[0])
+        q = self.project_queries(x, packing, context.positions)
+        k, v = self.project_keys(x, context.positions)
+        out = self._look(q, k, v, packing, context)
+        y = self.project_picks(out, routing, packing).reshape(x.shape)
+        return y, routing.stats, (k, v)
+
+    def decode(
+        self, x: Float[Array, "B D"], slot: Slot
+    ) -> tuple[Float[Array, "B D"], Slot]:
+        """Return the output for token `slot.lengths` of each row, and its slot."""
+        routing, slot = route_token(self.router, x, slot, "attention")
+        choices = routing.choices[:, 0]
+        packing = self.router.pack(routing)
+        rows = self.project_queries(x[:, None], packing, slot.lengths[:, None])
+        q = rows_to_picks(rows, packing)
+        batch, picks, j, groups, width = q.shape
+        k, v = self.project_keys(x, slot.lengths)
+        slot, cached = slot.append_token(k, v)
+
+        def chosen(a: Array) -> Array:
+            a = a.reshape(*a.shape[:2], -1, j, width)
+            a = jnp.take_along_axis(a, choices[:, None, :, None, None], axis=2)
+            return a.reshape(*a.shape[:2], -1, width)
+
+        keys, values = map(chosen, cached)
+        q = q.reshape(batch, picks * j, groups, width)
+        out = attend_cache(q, keys, values, written_rows(keys, slot.row))
+        out = out.reshape(batch, picks, j, groups, width)
+        y = self.project_picks(pick_heads(out, packing), routing, packing)
+        return y, slot
+
+    def project_queries(
+        self, x: Float[Array, "B T D"], packing: Packing, positions: Int[Array, "B T"]
+    ) -> Float[Array, "M J G H"]:
+        """Return the rotated queries of the packed rows."""
+        e, d, j, g, h = self.wq.shape
+        weight = self.wq[...].reshape(e, d, -1).astype(x.dtype)
+        rows = gather_project(x.reshape(-1, d), weight, packing)
+        if self.bq is not None:
+            rows = add_expert_bias(rows, self.bq[...].reshape(e, -1), packing)
+        rows = checkpoint_name(rows, PROJECTION).reshape(-1, j * g, h)
+        places = positions.reshape(-1)[packing.token_ids]
+        return self.rotate(rows, places).reshape(-1, j, g, h)
+
+    def _look(
+        self, q: Array, k: Array, v: Array, packing: Packing, context: Context
+    ) -> Float[Array, "J M G H"]:
+        """Return each row's attention to its sample, in the heads of its expert."""
+        batch, length = k.shape[:2]
+        e, _, j, _, h = self.wq.shape
+        # One list of keys for each (expert, sample), as the rows are sorted.
+        lists = lambda a: a.reshape(batch, length, e, j, h).transpose(3, 2, 0, 1, 4)
+        keys, values = (lists(a).reshape(j, e * batch, length, h) for a in (k, v))
+        span = document_span(k.shape[:2], context.segments, self.causal)
+        first, last = (a.reshape(-1)[packing.token_ids] for a in span)
+        segments = packing.segment_offsets
+        # A bridge to kernels has no rule for vmap.
+        outs = [
+            list_attention(
+                q[:, n], keys[n], values[n], segments, first, last, max_rows=length
+            )
+            for n in range(j)
+        ]
+        return jnp.stack(outs)
 
 
 def each_head(numbers: Int[Array, " R"], rows: int, heads: int) -> Int[Array, " JR"]:

@@ -1,29 +1,26 @@
 """Key/value cache of a decoder.
 
-Layers whose keys and values aren't routed keep k and v of every token, [n, B, S, K, H]
-for the n layers of a stack; those of mixture-of-depths blocks only of the tokens that
-entered, and their number.
-Union layers keep an append-only log: row t*X + j holds k and v of token t's j-th pick,
+Each attention says what it keeps (`cache_shapes`), for the n layers of a stack.
+Where keys and values aren't routed: k and v of every token, [n, B, S, K, H]; those of
+mixture-of-depths blocks only of the tokens that entered, and their number.
+Unions keep an append-only log: row t*X + j holds k and v of token t's j-th pick,
 [n, B, S*X, J, H], and which expert that was: exactly X/E of the dense bytes.
-Layers whose router remembers something keep that as well (see `router_state`).
+Layers whose router remembers something keep that as well (`state_shapes`).
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from uoe_jax.config import ModelConfig, UnionConfig
-from uoe_jax.errors import ConfigError
-from uoe_jax.model.attention import KeyValue
-from uoe_jax.model.balance import PARTS
-from uoe_jax.model.balance_stats import Stats
-from uoe_jax.model.router import router_state
-from uoe_jax.weights import layer_period
+from uoe_jax.model.routing.balance import PARTS, Stats
+from uoe_jax.model.routing.token import Routing
 
 Entry = dict[str, Any]
+KeyValue = tuple[Array, Array]
 
 
 class Cache(NamedTuple):
@@ -33,52 +30,63 @@ class Cache(NamedTuple):
     layers: tuple[Entry, ...]
 
 
-def init_cache(
-    config: ModelConfig, batch: int, max_len: int, dtype: str | None = None
-) -> Cache:
-    """Return an empty cache for `max_len` tokens a row; default the compute dtype."""
-    if config.kind != "decoder":
-        raise ConfigError(
-            f"model.kind is {config.kind!r}; only a decoder has a cache, use 'decoder'"
-        )
-    period = layer_period(config)
-    entries = tuple(
-        _entry(config, stack, batch, max_len, dtype or config.compute_dtype)
-        for stack in range(period)
-    )
-    return Cache(jnp.zeros(batch, jnp.int32), entries)
+class Slot(NamedTuple):
+    """One layer's place in the cache while one token a row is decoded.
+
+    `lengths` is the number of the token in each row, `row` where its keys and values
+    go: another one where not every token enters the layer.
+    """
+
+    entry: Entry
+    index: int | Array  # of the layer in its stack
+    lengths: Int[Array, " B"]
+    row: Int[Array, " B"]
+
+    def append(
+        self, first: Int[Array, " B"], **rows: Array
+    ) -> tuple[Slot, list[Array]]:
+        """Return the slot with rows [B, R, ...] written from `first` on, by name, and
+        the layer's arrays with them."""
+        new = {
+            name: append_rows(self.entry[name], self.index, first, value)
+            for name, value in rows.items()
+        }
+        slot = self._replace(entry={**self.entry, **new})
+        return slot, [array[self.index] for array in new.values()]
+
+    def append_token(self, k: Array, v: Array) -> tuple[Slot, list[Array]]:
+        """Return the slot with a token's keys and values, and those of the layer."""
+        return self.append(self.row, k=k[:, None], v=v[:, None])
+
+    def state(self, part: str) -> dict[str, Array]:
+        """Return what the layer's router of a part remembers, by name."""
+        stored = self.entry.get(part, {})
+        return {name: value[self.index] for name, value in stored.items()}
+
+    def remember(self, part: str, state: dict[str, Array]) -> Slot:
+        """Return the slot with another state of a part's router."""
+        if not state:
+            return self
+        new = write_state(self.entry[part], self.index, state)
+        return self._replace(entry={**self.entry, part: new})
 
 
-def _entry(
-    config: ModelConfig, stack: int, batch: int, max_len: int, dtype: str
-) -> Entry:
-    attention, mlp = config.layer_kinds[stack]
-    depth = len(range(stack, config.num_layers, layer_period(config)))
-    union = config.union_for("attention")
-    rows, heads = max_len, config.num_kv_heads
-    logged = attention == "union" and not union.shared_kv
-    if logged:
-        rows, heads = max_len * union.top_k, heads // union.num_experts
-    entry: Entry = {
-        name: jnp.zeros((depth, batch, rows, heads, config.head_dim), dtype)
-        for name in ("k", "v")
-    }
-    if logged:
-        entry["experts"] = jnp.zeros((depth, batch, rows), jnp.int32)
-    if attention in ("union", "moh"):
-        entry["attention"] = _remembered(union, depth, batch)
-    if mlp == "union":
-        entry["mlp"] = _remembered(config.union, depth, batch)
-    if config.block_kinds[stack] == "mod":
-        entry["depth"] = {"count": jnp.zeros((depth, batch), jnp.int32)}
-    return entry
+def route_token(
+    router: Any, x: Float[Array, "B D"], slot: Slot, part: str
+) -> tuple[Routing, Slot]:
+    """Route one token a row, with what a causal model's router remembers of earlier
+    ones."""
+    routing, state = router.decode(x, slot.state(part), slot.lengths)
+    return routing, slot.remember(part, state)
 
 
-def _remembered(union: UnionConfig, depth: int, batch: int) -> dict[str, Array]:
-    return {
-        name: jnp.zeros((depth, *shape), dtype)
-        for name, (shape, dtype) in router_state(union, batch).items()
-    }
+def dense_rows(config: Any, max_len: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Return the shapes of k and v of every token, with a row's batch axis left out.
+
+    The dtype None stands for the cache's own.
+    """
+    shape = (max_len, config.num_kv_heads, config.head_dim)
+    return {"k": (shape, None), "v": (shape, None)}
 
 
 def write_prompt(
@@ -118,3 +126,48 @@ def append_rows(
     sample = jnp.arange(batch)[:, None]
     place = first[:, None] + jnp.arange(count)[None]
     return stored.at[index, sample, place].set(rows.astype(stored.dtype))
+
+
+def attend_cache(
+    q: Float[Array, "B K G H"],
+    keys: Float[Array, "B S K H"],
+    values: Float[Array, "B S K H"],
+    visible: Bool[Array, "B K2 G2 S"],
+) -> Float[Array, "B K G H"]:
+    """Return the attention of one query a head over the visible rows, at least one."""
+    scores = jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgs,bskh->bkgh", weights, values)
+
+
+def written_rows(
+    keys: Float[Array, "B S K H"], last: Int[Array, " B"]
+) -> Bool[Array, "B 1 1 S"]:
+    """Return which rows of a cache hold something: 0 to `last`."""
+    return (jnp.arange(keys.shape[1])[None] <= last[:, None])[:, None, None]
+
+
+def attend_log(
+    q: Float[Array, "B X J G H"],
+    choices: Int[Array, "B X"],
+    keys: Float[Array, "B R J H"],
+    values: Float[Array, "B R J H"],
+    experts: Int[Array, "B R"],
+    position: Int[Array, " B"],
+) -> Float[Array, "B X J G H"]:
+    """Return the attention of each pick over the log rows of its expert.
+
+    Each row is multiplied by the one query of its expert, so scores cost X/E of dense.
+    """
+    top_k = choices.shape[1]
+    match = experts[:, :, None] == choices[:, None]
+    token = jnp.arange(keys.shape[1]) // top_k
+    match = match & (token[None] <= position[:, None])[..., None]
+    pick = jnp.argmax(match, axis=-1)
+    q_rows = jnp.take_along_axis(q, pick[:, :, None, None, None], axis=1)
+    scores = jnp.sum(q_rows * keys[:, :, :, None], axis=-1, dtype=jnp.float32)
+    scores = scores[:, :, None] * q.shape[-1] ** -0.5
+    scores = jnp.where(match[..., None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=1).astype(values.dtype)
+    return jnp.einsum("brxjg,brjh->bxjgh", weights, values)

@@ -12,9 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.model.balance_stats import Stats
+from uoe_jax.model.cache import Slot, route_token
 from uoe_jax.model.context import Context
-from uoe_jax.model.linear import (
+from uoe_jax.model.layers import (
     PROJECTION,
     add_expert_bias,
     init_bias,
@@ -24,8 +24,9 @@ from uoe_jax.model.linear import (
     row_gates,
     scale_rows,
 )
-from uoe_jax.model.router import Router, Routing
-from uoe_jax.model.routers import make_router
+from uoe_jax.model.routing import make_router
+from uoe_jax.model.routing.balance import Stats
+from uoe_jax.model.routing.token import Router, Routing
 from uoe_jax.model.sharded import pack_local, route
 from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
 from uoe_jax.ops.packing import Packing
@@ -59,6 +60,12 @@ class DenseMlp(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Stats]:
         """Return the output and no statistics."""
         return self.apply(x), {}
+
+    def decode(
+        self, x: Float[Array, "B D"], slot: Slot
+    ) -> tuple[Float[Array, "B D"], Slot]:
+        """Return the output for one token a row; nothing is remembered."""
+        return self.apply(x), slot
 
     def apply(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         """Return the output for tokens of any leading shape."""
@@ -95,6 +102,13 @@ class RoutedMlp(nnx.Module):
         self.b_up = init_bias((e, f), config)
         self.b_gate = init_bias((e, f), config) if gated else None
         self.b_down = init_bias((d,), config)
+
+    def decode(
+        self, x: Float[Array, "B D"], slot: Slot
+    ) -> tuple[Float[Array, "B D"], Slot]:
+        """Return the output for one token a row, and what its router remembers."""
+        routing, slot = route_token(self.router, x, slot, "mlp")
+        return self.apply(x[:, None], routing)[:, 0], slot
 
     def apply(
         self, x: Float[Array, "B T D"], routing: Routing, context: Context | None = None

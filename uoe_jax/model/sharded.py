@@ -6,16 +6,19 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from uoe_jax.errors import choose
 from uoe_jax.model.context import Context
-from uoe_jax.model.router import PatchRouter, Routing
-from uoe_jax.model.sharded_attention import gathered_attention, ring_attention
+from uoe_jax.model.layers import rows_to_picks
+from uoe_jax.model.routing.token import Routing
 from uoe_jax.ops.dense_attention.api import dense_attention
-from uoe_jax.ops.packing import Packing, pack_choices
-from uoe_jax.partition.collectives import Parallel
+from uoe_jax.ops.packing import Packing, gather_rows, pack_choices
+from uoe_jax.partition.collectives import Parallel, vary_over
 from uoe_jax.tree import leaf_name
+
+_NEVER = -1e30  # a score that never counts beside a real one, and has no NaN
 
 
 def pack_local(
@@ -67,7 +70,7 @@ def splits_tokens(context: Context) -> Parallel | None:
 def route(router: Any, x: Float[Array, "B T D"], context: Context) -> Routing:
     """Return the routing of this device's tokens; a router that looks at others of the
     sample is given them."""
-    one_token = isinstance(router, PatchRouter) and router.patch_size == 1
+    one_token = router.sees_one_token
     limited = router.capacity_factor is not None and context.train
     parallel = splits_tokens(context)
     if parallel is None or (one_token and not limited):
@@ -116,3 +119,184 @@ def share_experts(
     whole = parallel.all_tokens(x, "sequence")
     y, stats, key_value = local(whole, whole_context(context, parallel))
     return parallel.sum_tokens(y, "sequence"), stats, key_value
+
+
+def run_part(part: Any, x: Float[Array, "B T D"], context: Context) -> tuple[Any, ...]:
+    """Return a part's results, with the collectives of the layout around it.
+
+    Each device computes its experts, or its heads and columns; their sum is the output.
+    """
+    parallel = context.parallel
+    if parallel is None or not parallel.has("tensor"):
+        return part(x, context)
+    parallel.check_split(part)
+    if parallel.dispatches and hasattr(part, "experts"):
+        return dispatch(part, x, context)
+    x = parallel.spread(x)
+    if not hasattr(part, "router"):
+        # Cast once for all products of x: their gradients then take one sum together.
+        x = vary_over(x, ("tensor",))
+    y, *rest = part(x, context)
+    return parallel.combine(y), *rest
+
+
+def dispatch(
+    mlp: Any, x: Float[Array, "B T D"], context: Context
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Return a routed MLP's output and statistics, rows sent to their experts and back.
+
+    Each device routes its share of the tokens (GShard, Lepikhin et al. 2020, section
+    3.2). There is room for every row, so nothing is dropped.
+    """
+    parallel = context.parallel
+    assert parallel is not None
+    own = x if parallel.scatters else parallel.own_tokens(x)
+    segments = context.segments
+    inner = context._replace(
+        positions=parallel.own_tokens(context.positions),
+        segments=None if segments is None else parallel.own_tokens(segments),
+        axis_name=(*parallel.token_axes, "tensor"),
+    )
+    routing = mlp.router(own, inner)
+    y = _exchange(mlp, own.reshape(-1, own.shape[-1]), routing, parallel)
+    if mlp.b_down is not None:  # held by the first device only
+        bias = jax.lax.psum(mlp.b_down[...], "tensor")
+        y = y + bias.astype(y.dtype)[None]
+    y = y.reshape(own.shape)
+    if not parallel.scatters:
+        y = jax.lax.all_gather(y, "tensor", axis=1, tiled=True, to="invarying")
+    return y, routing.stats
+
+
+def _exchange(
+    mlp: Any, x: Float[Array, "N D"], routing: Routing, parallel: Parallel
+) -> Float[Array, "N D"]:
+    """Return each token's sum of its gated experts, wherever they are."""
+    tensor, experts = parallel.size("tensor"), mlp.w_up.shape[0]
+    num_experts, width = mlp.router.num_experts, x.shape[1]
+    picks = routing.choices.shape[-1]
+    place = routing.choices
+    if parallel.layout.deals:
+        place = place % tensor * experts + place // tensor
+    # Rows sorted by the place of their expert are sorted by its device.
+    packing = pack_choices(place, num_experts)
+    starts = packing.group_offsets[::experts]
+    room = x.shape[0] * min(picks, experts)
+    slot = jnp.arange(room, dtype=jnp.int32)
+    row = starts[:-1, None] + slot[None]
+    filled = row < starts[1:, None]
+    rows = gather_rows(x, packing)
+    sent = rows.at[jnp.where(filled, row, rows.shape[0])].get(mode="fill", fill_value=0)
+    counts = jnp.diff(packing.group_offsets).reshape(tensor, experts)
+    swap = lambda a: jax.lax.all_to_all(a, "tensor", 0, 0)
+    received, ends = swap(sent), jnp.cumsum(swap(counts), axis=1)
+    expert = jnp.sum(slot[None, :, None] >= ends[:, None], axis=-1).reshape(1, -1, 1)
+    local = pack_choices(expert, experts, expert < experts)
+    out = mlp.experts(received.reshape(-1, width), local)
+    back = swap(out.reshape(tensor, room, width)).reshape(-1, width)
+    index = jnp.arange(rows.shape[0], dtype=jnp.int32)
+    device = jnp.searchsorted(starts[1:], index, side="right").astype(jnp.int32)
+    back = back.at[device * room + index - starts[device]].get(
+        unique_indices=True, mode="promise_in_bounds"
+    )
+    parts = rows_to_picks(back, packing)
+    gates = routing.gates.reshape(-1, picks, 1)
+    return jnp.sum(parts * gates.astype(parts.dtype), axis=1)
+
+
+def ring_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None,
+    *,
+    causal: bool,
+    axis: str,
+    size: int,
+) -> Float[Array, "B T N H"]:
+    """Return attention of this device's tokens to all; keys and values go round.
+
+    Ring Attention (Liu et al. 2023): softmax sums are carried from device to device's
+    keys, and the next keys travel while these are worked on.
+    """
+    batch, length, heads, width = q.shape
+    q = q.reshape(batch, length, k.shape[2], -1, width)
+    if segments is None:
+        segments = jnp.zeros((batch, length), jnp.int32)
+    rank = jax.lax.axis_index(axis)
+    step = [(i, (i + 1) % size) for i in range(size)]
+
+    @jax.checkpoint  # scores are worked out again rather than kept for every visit
+    def visit(k: Array, v: Array, theirs: Array, source: Array) -> tuple[Array, ...]:
+        visible = _visible(segments, theirs, rank, source, causal)
+        scores = _scores(q, k)
+        scores = jnp.where(visible[:, None, None], scores, _NEVER)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        value = jnp.einsum(
+            "bkgts,bskh->bkgth",
+            weights.astype(v.dtype),
+            v,
+            preferred_element_type=scores.dtype,
+        )
+        return top, jnp.sum(weights, axis=-1, keepdims=True), value
+
+    held = (k, v, segments)
+    top, norm, out = visit(*held, rank)  # own tokens first: something is visible
+    for turn in range(1, size):
+        held = jax.lax.ppermute(held, axis, step)
+        new_top, new_norm, new_out = visit(*held, (rank - turn) % size)
+        both = jnp.maximum(top, new_top)
+        old, new = jnp.exp(top - both), jnp.exp(new_top - both)
+        norm, out = norm * old + new_norm * new, out * old + new_out * new
+        top = both
+    out = (out / norm).astype(q.dtype).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, heads, width)
+
+
+def gathered_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None,
+    *,
+    causal: bool,
+    axis: str,
+    size: int,
+) -> Float[Array, "B T N H"]:
+    """Return attention of this device's tokens to all; keys and values are gathered."""
+    if segments is None:
+        segments = jnp.zeros(q.shape[:2], jnp.int32)
+    rank = jax.lax.axis_index(axis)
+    gather = lambda a: jax.lax.all_gather(a, axis, axis=1, tiled=True)
+    theirs = gather(segments + jnp.zeros_like(rank))
+    visible = _visible(segments, theirs, rank, 0, causal)
+    return jax.nn.dot_product_attention(
+        q, gather(k), gather(v), mask=visible[:, None], implementation="xla"
+    )
+
+
+def _scores(
+    q: Float[Array, "B T K G H"], k: Float[Array, "B S K H"]
+) -> Float[Array, "B K G T S"]:
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=dtype)
+    return scores * q.shape[-1] ** -0.5
+
+
+def _visible(
+    mine: Int[Array, "B T"],
+    theirs: Int[Array, "B S"],
+    rank: Int[Array, ""],
+    source: Int[Array, ""] | int,
+    causal: bool,
+) -> Bool[Array, "B T S"]:
+    """Return which keys, from device `source` on, each of device `rank`'s tokens sees:
+    those of its document, and where causal none after it."""
+    visible = mine[:, :, None] == theirs[:, None]
+    if not causal:
+        return visible
+    length = mine.shape[1]
+    place = rank * length + jnp.arange(length)
+    other = source * length + jnp.arange(theirs.shape[1])
+    return visible & (other[None, None] <= place[None, :, None])

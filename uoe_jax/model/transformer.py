@@ -1,7 +1,8 @@
-"""Decoder language model."""
+"""Blocks, the trunk that stacks them, and the three models around it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,12 +11,309 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.model.balance import Aux
-from uoe_jax.model.cache import Cache
+from uoe_jax.errors import ConfigError, choose
+from uoe_jax.model.attention import DenseAttention, SharedKvAttention, UnionAttention
+from uoe_jax.model.baselines.moba import MobaAttention
+from uoe_jax.model.baselines.mod import DepthRouter, decode_around, run_around
+from uoe_jax.model.baselines.moe import MoeMlp
+from uoe_jax.model.baselines.moh import MohAttention
+from uoe_jax.model.cache import Cache, Entry, KeyValue, Slot, write_prompt
 from uoe_jax.model.context import Context, make_context
-from uoe_jax.model.decode import decode_layers, prefill_layers
-from uoe_jax.model.embed import Head, TokenEmbedding, output_logits
-from uoe_jax.model.trunk import Trunk
+from uoe_jax.model.layers import (
+    PROJECTION,
+    Head,
+    Norm,
+    PatchEmbedding,
+    TokenEmbedding,
+    dropout,
+    fold_key,
+    mean_pool,
+    output_logits,
+)
+from uoe_jax.model.mlp import DenseMlp, UnionMlp
+from uoe_jax.model.routing import ROUTERS
+from uoe_jax.model.routing.balance import Aux, Stats, router_configs, stack_stats
+from uoe_jax.model.sharded import run_part
+from uoe_jax.partition.collectives import GATHERED
+from uoe_jax.weights import layer_period
+
+ATTENTION = {
+    "dense": DenseAttention,
+    "union": UnionAttention,
+    "moba": MobaAttention,
+    "moh": MohAttention,
+}
+MLP = {"dense": DenseMlp, "union": UnionMlp, "moe": MoeMlp}
+
+# (carry, block, its stack, its index in the stack) -> (carry, output)
+Body = Callable[[Any, "Block", int, Any], tuple[Any, Any]]
+
+
+def attention_class(config: ModelConfig, kind: str) -> Any:
+    """Return the class of an attention kind; unions may share keys and values."""
+    if kind == "union" and config.union_for("attention").shared_kv:
+        return SharedKvAttention
+    return ATTENTION[kind]
+
+
+class Block(nnx.Module):
+    """Pre-norm block: normalise, attend, add; normalise, apply the MLP, add.
+
+    The kinds of its parts are those that the config has for layer number `layer`.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
+        attention, mlp = config.layer_kinds[layer]
+        self.rate, self.causal = config.dropout, config.causal
+        self.attention_norm = Norm(config)
+        self.attention = attention_class(config, attention)(config, rngs=rngs)
+        self.mlp_norm = Norm(config)
+        self.mlp = MLP[mlp](config, rngs=rngs)
+        around = config.block_kinds[layer] == "mod"
+        self.router = DepthRouter(config, rngs=rngs) if around else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, key: jax.Array | None = None
+    ) -> tuple[Float[Array, "B T D"], dict[str, Stats], KeyValue]:
+        """Return the block's output, routing statistics by part, keys and values."""
+        if self.router is not None:
+            return run_around(self, x, context, key, self.causal)
+        return self.run(x, context, key)
+
+    def run(
+        self, x: Float[Array, "B T D"], context: Context, key: jax.Array | None = None
+    ) -> tuple[Float[Array, "B T D"], dict[str, Stats], KeyValue]:
+        """Return what the call does, with every token inside."""
+        normed = self.attention_norm(x)
+        y, attention, key_value = run_part(self.attention, normed, context)
+        x = x + dropout(y, self.rate, fold_key(key, 0))
+        y, mlp = run_part(self.mlp, self.mlp_norm(x), context)
+        x = x + dropout(y, self.rate, fold_key(key, 1))
+        parts = {"attention": attention, "mlp": mlp}
+        return x, {name: part for name, part in parts.items() if part}, key_value
+
+    def decode(
+        self, x: Float[Array, "B D"], slot: Slot
+    ) -> tuple[Float[Array, "B D"], Slot]:
+        """Return the output for one token a row, number `slot.lengths`."""
+        if self.router is not None:
+            return decode_around(self, x, slot)
+        return self.run_token(x, slot)
+
+    def run_token(
+        self, x: Float[Array, "B D"], slot: Slot
+    ) -> tuple[Float[Array, "B D"], Slot]:
+        """Return what `decode` does, with every token inside."""
+        y, slot = self.attention.decode(self.attention_norm(x), slot)
+        x = x + y
+        y, slot = self.mlp.decode(self.mlp_norm(x), slot)
+        return x + y, slot
+
+
+class Trunk(nnx.Module):
+    """Blocks in stacks: layer i is entry `i // period` of stack `i % period`.
+
+    A stack's weights have a leading layer axis, so that `lax.scan` compiles one period.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        period = layer_period(config)
+        self.blocks = nnx.List(
+            [_stack(config, i, keys[i::period]) for i in range(period)]
+        )
+        self.norm = Norm(config)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T2 D"], Aux]:
+        """Return the normalised last hidden state and the stacked router statistics.
+
+        T2 is T, or this device's share where a layout spreads tokens over tensor.
+        """
+        config, period, parallel = self.config, len(self.blocks), context.parallel
+        if parallel is not None:
+            x = parallel.enter(x)
+        x = dropout(x, config.dropout, fold_key(context.key, config.num_layers))
+
+        def apply(x: Array, block: Block, key: jax.Array | None) -> tuple[Array, Any]:
+            if parallel is not None:
+                block = parallel.gather_block(block)
+            x, stats, _ = block(x, context, key)
+            return x, stats
+
+        gathers = parallel is not None and parallel.has("fsdp")
+        apply = _remat(apply, config, gathers)
+
+        def body(x: Array, block: Block, stack: int, index: Any) -> tuple[Array, Any]:
+            return apply(x, block, fold_key(context.key, index * period + stack))
+
+        x, outs = self.scan(body, x)
+        return self.norm(x), stack_stats(outs, config.num_layers)
+
+    def prefill(
+        self, x: Float[Array, "B T D"], context: Context, layers: tuple[Entry, ...]
+    ) -> tuple[Float[Array, "B T D"], tuple[Entry, ...]]:
+        """Return the last hidden state of whole prompts and the filled cache entries.
+
+        Padding after a prompt is causally invisible to it, and decoding overwrites it.
+        """
+
+        def body(carry: Any, block: Block, stack: int, index: Any) -> tuple[Any, None]:
+            x, layers = carry
+            x, stats, key_value = block(x, context)
+            entry = write_prompt(layers[stack], index, key_value, stats)
+            return (x, _replace(layers, stack, entry)), None
+
+        (x, layers), _ = self.scan(body, (x, layers))
+        return self.norm(x), layers
+
+    def decode(
+        self,
+        x: Float[Array, "B D"],
+        layers: tuple[Entry, ...],
+        lengths: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B D"], tuple[Entry, ...]]:
+        """Return the hidden state of one new token a row and the updated entries."""
+
+        # The cache is carried, not scanned over: its update then happens in place.
+        def body(carry: Any, block: Block, stack: int, index: Any) -> tuple[Any, None]:
+            x, layers = carry
+            x, slot = block.decode(x, Slot(layers[stack], index, lengths, lengths))
+            return (x, _replace(layers, stack, slot.entry)), None
+
+        (x, layers), _ = self.scan(body, (x, layers))
+        return self.norm(x), layers
+
+    def scan(self, body: Body, carry: Any) -> tuple[Any, list[Any]]:
+        """Run `body` over the layers; return the carry and the outputs by stack."""
+        return scan_blocks(body, carry, self.blocks, self.config.scan_layers)
+
+
+def scan_blocks(
+    body: Body, carry: Any, blocks: Sequence[Block], scan: bool
+) -> tuple[Any, list[Any]]:
+    """Run `body` over stacked blocks, interleaved, by `lax.scan` or a Python loop.
+
+    Whole periods are scanned and the layers left over are looped. Each stack's outputs
+    are returned with a leading layer axis.
+    """
+    depths = [jax.tree.leaves(block)[0].shape[0] for block in blocks]
+    whole = min(depths) if scan else 0
+    outs: list[list[Any]] = [[] for _ in blocks]
+
+    def group(carry: Any, item: Any) -> tuple[Any, tuple[Any, ...]]:
+        index, members = item
+        results = []
+        for stack, block in enumerate(members):
+            carry, out = body(carry, block, stack, index)
+            results.append(out)
+        return carry, tuple(results)
+
+    if whole:
+        members = tuple(_take(block, slice(whole)) for block in blocks)
+        carry, results = jax.lax.scan(group, carry, (jnp.arange(whole), members))
+        for out, result in zip(outs, results, strict=True):
+            out.append(result)
+    layers = [_unstack(block, whole) for block in blocks]
+    for index in range(whole, max(depths)):
+        for stack, members in enumerate(layers):
+            if index < depths[stack]:
+                block = members[index - whole]
+                carry, out = body(carry, block, stack, index)
+                outs[stack].append(jax.tree.map(lambda a: a[None], out))
+    joined = [jax.tree.map(lambda *a: jnp.concatenate(a), *out) for out in outs]
+    return carry, joined
+
+
+def _take(block: Block, index: slice) -> Block:
+    if index.stop == jax.tree.leaves(block)[0].shape[0]:
+        return block
+    return jax.tree.map(lambda a: a[index], block)
+
+
+def _unstack(block: Block, start: int) -> list[Block]:
+    """Return the layers of a stack from `start` on.
+
+    By one split, whose gradient is one concatenation: that of as many slices is a sum
+    of padded stacks, which a GPU makes at a fifth of its bandwidth.
+    """
+    leaves, tree = jax.tree.flatten(block)
+    count = leaves[0].shape[0]
+    if start == count:
+        return []
+    sizes = [start] * (start > 0) + [1] * (count - start)
+    parts = [jax.lax.split(leaf, sizes)[-(count - start) :] for leaf in leaves]
+    return [
+        jax.tree.unflatten(tree, [part.squeeze(0) for part in layer])
+        for layer in zip(*parts, strict=True)
+    ]
+
+
+def _stack(config: ModelConfig, layer: int, keys: jax.Array) -> Block:
+    make = lambda key: Block(config, layer, rngs=nnx.Rngs(key))
+    return jax.vmap(make)(keys)
+
+
+def _remat(apply: Callable, config: ModelConfig, gathers: bool) -> Callable:
+    """Recompute activations in the backward pass, all or all but the projections'.
+
+    Weights that were gathered are gathered again, never kept.
+    """
+    policies = jax.checkpoint_policies
+    kept = {
+        "none": policies.save_anything_except_these_names(GATHERED),
+        "dots": policies.save_only_these_names(PROJECTION),
+        "full": policies.nothing_saveable,
+    }
+    policy = choose("remat", config.remat, kept)
+    if config.remat == "none" and not gathers:
+        return apply
+    # Inside a scan XLA can't merge the recomputation with the forward pass anyway.
+    return jax.checkpoint(apply, policy=policy, prevent_cse=not config.scan_layers)
+
+
+def init_cache(
+    config: ModelConfig, batch: int, max_len: int, dtype: str | None = None
+) -> Cache:
+    """Return an empty cache for `max_len` tokens a row; default the compute dtype."""
+    if config.kind != "decoder":
+        raise ConfigError(
+            f"model.kind is {config.kind!r}; only a decoder has a cache, use 'decoder'"
+        )
+    stacks = range(layer_period(config))
+    make = lambda stack: _cache_entry(
+        config, stack, batch, max_len, dtype or config.compute_dtype
+    )
+    return Cache(jnp.zeros(batch, jnp.int32), tuple(make(stack) for stack in stacks))
+
+
+def _cache_entry(
+    config: ModelConfig, stack: int, batch: int, max_len: int, dtype: str
+) -> Entry:
+    """Return zeros for all that the layers of a stack remember."""
+    depth = len(range(stack, config.num_layers, layer_period(config)))
+    attention = attention_class(config, config.layer_kinds[stack][0])
+    entry: Entry = {
+        name: jnp.zeros((depth, batch, *shape), own or dtype)
+        for name, (shape, own) in attention.cache_shapes(config, max_len).items()
+    }
+    for part in ("attention", "mlp"):
+        router: Any = router_configs(config, part).get(stack)
+        if router is not None:
+            states = ROUTERS[router.router].state_shapes(router, batch)
+            entry[part] = {
+                name: jnp.zeros((depth, *shape), dtype)
+                for name, (shape, dtype) in states.items()
+            }
+    if config.block_kinds[stack] == "mod":
+        entry["depth"] = {"count": jnp.zeros((depth, batch), jnp.int32)}
+    return entry
+
+
+def _replace(layers: tuple[Entry, ...], stack: int, entry: Entry) -> tuple[Entry, ...]:
+    return (*layers[:stack], entry, *layers[stack + 1 :])
 
 
 class Decoder(nnx.Module):
@@ -70,7 +368,7 @@ class Decoder(nnx.Module):
         options = {"collect_choices": True, "lengths": lengths}
         context = self._context(tokens.shape, options)
         x = self.embed(tokens, context.positions)
-        x, layers = prefill_layers(self.trunk, x, context, cache.layers)
+        x, layers = self.trunk.prefill(x, context, cache.layers)
         x = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
         return self.logits(x), Cache(lengths, layers)
 
@@ -79,11 +377,55 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Append one token to each row; return the logits after it."""
         x = self.embed(token, cache.lengths)
-        x, layers = decode_layers(self.trunk, x, cache.layers, cache.lengths)
+        x, layers = self.trunk.decode(x, cache.layers, cache.lengths)
         return self.logits(x), Cache(cache.lengths + 1, layers)
 
     def _context(self, shape: tuple[int, ...], options: dict[str, Any]) -> Context:
         return make_context(self.config, shape, **options)
+
+
+class Encoder(nnx.Module):
+    """Bidirectional transformer, mean over the tokens that are not padding, classes.
+
+    Takes the options of `Decoder`.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = TokenEmbedding(config, rngs=rngs)
+        self.trunk = Trunk(config, rngs=rngs)
+        self.head = Head(config, config.num_classes, True, rngs=rngs)
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], **options: Any
+    ) -> tuple[Float[Array, "B C"], Aux]:
+        """Return float32 logits of the classes and router statistics."""
+        context = make_context(self.config, tokens.shape, **options)
+        x = self.embed(tokens, context.positions)
+        x, aux = self.trunk(x, context)
+        return self.head(mean_pool(x, context.segments)), aux
+
+
+class VisionTransformer(nnx.Module):
+    """Bidirectional transformer over square patches of an image, mean pooled.
+
+    Takes the options of `Decoder` but for positions and segments.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = PatchEmbedding(config, rngs=rngs)
+        self.trunk = Trunk(config, rngs=rngs)
+        self.head = Head(config, config.num_classes, True, rngs=rngs)
+
+    def __call__(
+        self, images: Float[Array, "B Hi Wi Ci"], **options: Any
+    ) -> tuple[Float[Array, "B C"], Aux]:
+        """Return float32 logits of the classes and router statistics."""
+        x = self.embed(images)
+        context = make_context(self.config, x.shape[:2], **options)
+        x, aux = self.trunk(x, context)
+        return self.head(mean_pool(x, None)), aux
 
 
 def routing_choices(

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.errors import choose
-from uoe_jax.model.balance_stats import Stats
 from uoe_jax.model.context import Context
-from uoe_jax.model.expert_choice import ExpertChoiceRouter
 from uoe_jax.model.mlp import RoutedMlp
-from uoe_jax.model.router import PatchRouter, pick_scores
+from uoe_jax.model.routing.balance import Stats
+from uoe_jax.model.routing.expert_choice import ExpertChoiceRouter
+from uoe_jax.model.routing.token import PatchRouter, pick_scores
 from uoe_jax.model.sharded import route
 
 

@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from uoe_jax.config import Gate, MoeConfig, UnionConfig
 from uoe_jax.errors import choose
-from uoe_jax.model.balance_stats import Stats, router_stats
 from uoe_jax.model.context import Context, patch_leaders
-from uoe_jax.model.linear import truncated_normal
+from uoe_jax.model.layers import truncated_normal
+from uoe_jax.model.routing.balance import Stats, router_stats
 from uoe_jax.ops.packing import Packing, pack_choices
 from uoe_jax.ops.split_matmul import split_matmul
 
@@ -58,6 +58,17 @@ class Router(nnx.Module):
         shape = (d_model, routed)
         self.weight = nnx.Param(truncated_normal(rngs, shape, config.router_init_std))
         self.bias = RouterBias(jnp.zeros(routed))
+
+    @property
+    def sees_one_token(self) -> bool:
+        """Whether a token's routing depends on nothing but that token."""
+        return False
+
+    @staticmethod
+    def state_shapes(config: Any, batch: int) -> dict[str, tuple[Any, str]]:
+        """Return shape and dtype of what the router remembers while decoding."""
+        del config, batch
+        return {}
 
     def scores(self, x: Float[Array, "*N D"]) -> Float[Array, "*N E"]:
         """Return float32 scores of the routed experts."""
@@ -141,6 +152,18 @@ class PatchRouter(Router):
         super().__init__(d_model, config, causal, rngs=rngs)
         self.patch_size = getattr(config, "patch_size", 1)
 
+    @property
+    def sees_one_token(self) -> bool:
+        """Whether a token's routing depends on nothing but that token."""
+        return self.patch_size == 1
+
+    @staticmethod
+    def state_shapes(config: Any, batch: int) -> dict[str, tuple[Any, str]]:
+        """Return shape and dtype of the picks that the current patch holds."""
+        if getattr(config, "patch_size", 1) == 1:
+            return {}
+        return {"picks": ((batch, config.top_k - config.num_shared), "int32")}
+
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Routing:
         """Return the routing of every token."""
         scores = self.scores(x)
@@ -172,17 +195,6 @@ class PatchRouter(Router):
             state = {"picks": picks}
         gates = self.gates(scores, picks)
         return self.finish(picks[:, None], gates[:, None], None, {}, False), state
-
-
-def router_state(config: UnionConfig, batch: int) -> dict[str, tuple[Any, str]]:
-    """Return shape and dtype of what a router remembers while decoding."""
-    routed = config.num_experts - config.num_shared
-    if config.router in ("selection", "hierarchical"):
-        shape = ((batch, routed), "float32")
-        return {"sum": shape, "decision": shape}
-    if config.patch_size > 1:
-        return {"picks": ((batch, config.top_k - config.num_shared), "int32")}
-    return {}
 
 
 def router_scores(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import UnionConfig
-from uoe_jax.model.balance_stats import router_stats
 from uoe_jax.model.context import Context, patch_leaders
-from uoe_jax.model.linear import truncated_normal
-from uoe_jax.model.router import (
+from uoe_jax.model.layers import truncated_normal
+from uoe_jax.model.routing.balance import router_stats
+from uoe_jax.model.routing.token import (
     Router,
     Routing,
     State,
@@ -35,6 +37,12 @@ class SelectionRouter(Router):
         super().__init__(d_model, config, causal, rngs=rngs)
         self.segment_size = config.segment_size
         self.default = nnx.Param(jnp.zeros(self.weight.shape[1]))
+
+    @staticmethod
+    def state_shapes(config: Any, batch: int) -> dict[str, tuple[Any, str]]:
+        """Return shapes of the running sum of scores and of the decision held."""
+        shape = ((batch, config.num_experts - config.num_shared), "float32")
+        return {"sum": shape, "decision": shape}
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Routing:
         """Return the routing of every token; all tokens of a segment share it."""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from uoe_jax.config import AttentionKind, MlpKind, ModelConfig
-from uoe_jax.model.attention import KeyValue
-from uoe_jax.model.balance_stats import Stats, token_means
-from uoe_jax.model.block import Block
+from uoe_jax.config import ModelConfig
+from uoe_jax.model.cache import KeyValue, Slot
 from uoe_jax.model.context import Context
-from uoe_jax.model.linear import truncated_normal
-from uoe_jax.model.router import RouterBias, gate_values, room_of, rooms, router_scores
+from uoe_jax.model.layers import truncated_normal
+from uoe_jax.model.routing.balance import Stats, token_means
+from uoe_jax.model.routing.token import (
+    RouterBias,
+    gate_values,
+    room_of,
+    rooms,
+    router_scores,
+)
 from uoe_jax.ops.packing import Packing, combine_rows, gather_rows
 
 
@@ -106,59 +111,63 @@ def exceeded_by(
     return jnp.where(count > 1, (ordered[first - 1] + ordered[first]) / 2, 0.0)
 
 
-class DepthBlock(Block):
-    """Block around which tokens may go; tokens inside see only those inside.
+def run_around(
+    block: Any,  # with `router`, `attention_norm` and `run`
+    x: Float[Array, "B T D"],
+    context: Context,
+    key: jax.Array | None,
+    causal: bool,
+) -> tuple[Float[Array, "B T D"], dict[str, Stats], KeyValue]:
+    """Run a block on the tokens that ask to enter; the others go around it.
 
-    What it adds to a token is multiplied by the gate `2 sigmoid(score)`.
+    Tokens inside see only those inside. What the block adds to a token is multiplied
+    by the gate `2 sigmoid(score)`. Returns the output, statistics, and keys and values
+    of the entered tokens.
     """
+    batch, length, width = x.shape
+    scores, asked = block.router(block.attention_norm(x))
+    if context.segments is not None:
+        asked = asked & (context.segments != 0)
+    room: int = length
+    limit: int | Array = length
+    if context.train:
+        room = int(rooms(block.router.share, length)[length])
+        limit = room_of(block.router.share, length, context.segments)
+    inside = enter(asked, room, limit)
+    take = lambda a: a.reshape(-1)[inside.packing.token_ids].reshape(batch, room)
+    segments = None
+    if context.segments is not None:
+        segments = jnp.where(inside.filled, take(context.segments), 0)
+    elif not causal:
+        segments = inside.filled.astype(jnp.int32)
+    inner = context._replace(
+        positions=take(context.positions), segments=segments, lengths=None
+    )
+    rows = gather_rows(x.reshape(-1, width), inside.packing)
+    rows = rows.reshape(batch, room, width)
+    y, stats, key_value = block.run(rows, inner, key)
+    gates = jnp.where(inside.filled, take(gate_values(scores, "sigmoid")), 0)
+    added = (y - rows) * gates[..., None].astype(x.dtype)
+    x = x + combine_rows(added.reshape(-1, width), inside.packing).reshape(x.shape)
+    own = block.router.stats(scores, asked, inside.entered, context)
+    if context.lengths is not None:
+        before = jnp.arange(length)[None] < context.lengths[:, None]
+        count = jnp.sum(inside.entered & before, axis=1, dtype=jnp.int32)
+        own["state"] = {"count": count}
+    return x, {"depth": own, **stats}, key_value
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        attention: AttentionKind,
-        mlp: MlpKind,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(config, attention, mlp, rngs=rngs)
-        self.causal = config.causal
-        self.router = DepthRouter(config, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context, key: jax.Array | None = None
-    ) -> tuple[Float[Array, "B T D"], dict[str, Stats], KeyValue]:
-        """Return the output, statistics, and keys and values of the entered tokens."""
-        batch, length, width = x.shape
-        scores, asked = self.router(self.attention_norm(x))
-        if context.segments is not None:
-            asked = asked & (context.segments != 0)
-        room: int = length
-        limit: int | Array = length
-        if context.train:
-            room = int(rooms(self.router.share, length)[length])
-            limit = room_of(self.router.share, length, context.segments)
-        inside = enter(asked, room, limit)
-        take = lambda a: a.reshape(-1)[inside.packing.token_ids].reshape(batch, room)
-        segments = None
-        if context.segments is not None:
-            segments = jnp.where(inside.filled, take(context.segments), 0)
-        elif not self.causal:
-            segments = inside.filled.astype(jnp.int32)
-        inner = context._replace(
-            positions=take(context.positions), segments=segments, lengths=None
-        )
-        rows = gather_rows(x.reshape(-1, width), inside.packing)
-        rows = rows.reshape(batch, room, width)
-        y, stats, key_value = super().__call__(rows, inner, key)
-        gates = jnp.where(inside.filled, take(gate_values(scores, "sigmoid")), 0)
-        added = (y - rows) * gates[..., None].astype(x.dtype)
-        x = x + combine_rows(added.reshape(-1, width), inside.packing).reshape(x.shape)
-        own = self.router.stats(scores, asked, inside.entered, context)
-        if context.lengths is not None:
-            before = jnp.arange(length)[None] < context.lengths[:, None]
-            count = jnp.sum(inside.entered & before, axis=1, dtype=jnp.int32)
-            own["state"] = {"count": count}
-        return x, {"depth": own, **stats}, key_value
+def decode_around(
+    block: Any, x: Float[Array, "B D"], slot: Slot
+) -> tuple[Float[Array, "B D"], Slot]:
+    """Run a block on one token a row, if it asks to enter."""
+    scores, asked = block.router(block.attention_norm(x))
+    count = slot.state("depth")["count"]
+    # What a token that stays outside wrote is overwritten by the next one.
+    y, slot = block.run_token(x, slot._replace(row=count))
+    slot = slot.remember("depth", {"count": count + asked.astype(count.dtype)})
+    gate = gate_values(scores, "sigmoid")[:, None].astype(x.dtype)
+    return jnp.where(asked[:, None], x + (y - x) * gate, x), slot
 
 
 class Inside(NamedTuple):

@@ -9,9 +9,9 @@ from jaxtyping import Array, Bool, Float
 
 from uoe_jax.config import MoeConfig, UnionConfig
 from uoe_jax.errors import ConfigError
-from uoe_jax.model.balance_stats import router_stats
 from uoe_jax.model.context import Context
-from uoe_jax.model.router import Router, Routing, room_of, rooms
+from uoe_jax.model.routing.balance import router_stats
+from uoe_jax.model.routing.token import Router, Routing, room_of, rooms
 from uoe_jax.ops.packing import Packing, pack_choices
 
 

@@ -6,14 +6,19 @@ documents a query knows only its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from uoe_jax.model.attention import DenseAttention, KeyValue
-from uoe_jax.model.balance_stats import Stats
+from uoe_jax.config import ModelConfig
+from uoe_jax.model.attention import AttentionWeights
+from uoe_jax.model.cache import KeyValue, Slot, attend_cache, dense_rows
 from uoe_jax.model.context import Context, document_span
-from uoe_jax.model.linear import picks_to_rows, row_experts, rows_to_picks
+from uoe_jax.model.layers import picks_to_rows, row_experts, rows_to_picks
+from uoe_jax.model.routing.balance import Stats
 from uoe_jax.ops._dispatch import accumulator_dtype
 from uoe_jax.ops.packing import combine_rows, gather_rows, pack_choices
 from uoe_jax.ops.tiled_attention import MASKED, tiled_attention
@@ -21,23 +26,43 @@ from uoe_jax.ops.tiled_attention import MASKED, tiled_attention
 HIDDEN = -1e30  # score of a block that a query can't see
 
 
-class MobaAttention(DenseAttention):
+class MobaAttention(AttentionWeights):
     """Dense weights; a query head attends in its own block and `top_k - 1` others.
 
     Others are picked by the product of the query with the block's mean key, without a
     gradient; in a causal model they are earlier, whole blocks.
     """
 
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, 1, rngs=rngs)
+        self.block_size, self.top_k = config.moba.block_size, config.moba.top_k
+
+    @staticmethod
+    def cache_shapes(config: ModelConfig, max_len: int) -> dict[str, Any]:
+        """Return what a row of the cache holds: k and v of every token."""
+        return dense_rows(config, max_len)
+
     def __call__(
         self, x: Float[Array, "B T D"], context: Context
     ) -> tuple[Float[Array, "B T D"], Stats, KeyValue]:
         """Return the output, no statistics, and keys and values [B, T, K, H]."""
-        moba, causal = self.config.moba, self.config.causal
+        size, causal = self.block_size, self.causal
         q, k, v = self.project_qkv(x, context.positions)
         span = document_span(x.shape[:2], context.segments, causal)
-        picks, kept = pick_blocks(q, k, *span, moba.block_size, moba.top_k, causal)
-        out = attend_blocks(q, k, v, picks, kept, *span, moba.block_size, causal)
+        picks, kept = pick_blocks(q, k, *span, size, self.top_k, causal)
+        out = attend_blocks(q, k, v, picks, kept, *span, size, causal)
         return self.project_out(out), {}, (k, v)
+
+    def decode(
+        self, x: Float[Array, "B D"], slot: Slot
+    ) -> tuple[Float[Array, "B D"], Slot]:
+        """Return the output for token `slot.lengths` of each row, and its slot."""
+        q, k, v = self.project_qkv(x, slot.lengths)
+        slot, (keys, values) = slot.append_token(k, v)
+        q = q.reshape(*k.shape[:2], -1, k.shape[2])
+        visible = visible_rows(q, keys, slot.row, self.block_size, self.top_k)
+        out = attend_cache(q, keys, values, visible)
+        return self.project_out(out.reshape(x.shape[0], -1, k.shape[2])), slot
 
 
 def pick_blocks(

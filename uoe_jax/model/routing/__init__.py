@@ -5,9 +5,9 @@ from __future__ import annotations
 from flax import nnx
 
 from uoe_jax.config import UnionConfig
-from uoe_jax.model.expert_choice import ExpertChoiceRouter
-from uoe_jax.model.router import PatchRouter
-from uoe_jax.model.selection import HierarchicalRouter, SelectionRouter
+from uoe_jax.model.routing.expert_choice import ExpertChoiceRouter
+from uoe_jax.model.routing.selection import HierarchicalRouter, SelectionRouter
+from uoe_jax.model.routing.token import PatchRouter
 
 ROUTERS = {
     "token": PatchRouter,

@@ -1,0 +1,1 @@
+"""Models that unions are compared with, each in one file."""
