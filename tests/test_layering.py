@@ -11,6 +11,7 @@ LAYERS = {
     0: {
         "config",
         "fields",
+        "kinds",
         "validation",
         "presets",
         "errors",
@@ -60,7 +61,16 @@ SAME_LEVEL = {
     ("adapt", "integrity"),
     ("adapt", "train"),
 }
-NO_JAX = ("config", "fields", "validation", "presets", "errors", "hardware", "weights")
+NO_JAX = (
+    "config",
+    "fields",
+    "kinds",
+    "validation",
+    "presets",
+    "errors",
+    "hardware",
+    "weights",
+)
 
 
 def room_of(path: Path) -> str:

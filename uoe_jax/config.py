@@ -16,6 +16,7 @@ from uoe_jax.fields import (
     Checked,
     Count,
     Fraction,
+    Known,
     Name,
     NotNegative,
     Positive,
@@ -24,13 +25,17 @@ from uoe_jax.fields import (
     convert,
     field_hints,
 )
+from uoe_jax.kinds import ATTENTIONS, MLPS, ROUTERS
 
-AttentionKind = Literal["dense", "union", "moba", "moh"]
-MlpKind = Literal["dense", "union", "moe"]
+# Of the kinds that are registered, too: see kinds.py.
+AttentionKind = Annotated[Literal["dense", "union", "moba", "moh"], Known(ATTENTIONS)]
+MlpKind = Annotated[Literal["dense", "union", "moe"], Known(MLPS)]
 BlockKind = Literal["all", "mod"]
 Gate = Literal["sigmoid", "softmax", "straight_through"]
 MoeGate = Literal["softmax", "softmax_all", "sigmoid"]
-RouterKind = Literal["token", "expert_choice", "selection", "hierarchical"]
+RouterKind = Annotated[
+    Literal["token", "expert_choice", "selection", "hierarchical"], Known(ROUTERS)
+]
 DType = Literal["float32", "bfloat16"]
 
 Depth = Annotated[int, Bounds(least=1, most=10_000)]
@@ -41,15 +46,6 @@ PatchSize = Annotated[int, Bounds(least=1, most=128)]
 Capacity = Annotated[float, Bounds(above=0, least=1e-6, most=65_536)]
 Share = Annotated[float, Bounds(above=0, below=1)]
 UpToOne = Annotated[float, Bounds(least=0, most=1)]
-
-# What a token's routing depends on. A causal model takes only routers that look back.
-ROUTER_SEES: dict[str, str] = {
-    "token": "the token itself (causal: the first token of its patch)",
-    "selection": "in a causal model earlier segments only, otherwise the whole sample",
-    "hierarchical": "as selection, then the token itself",
-    "expert_choice": "every token of the sample",
-}
-CAUSAL_ROUTERS = ("token", "selection", "hierarchical")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +221,7 @@ class ModelConfig(Checked):
             return self.union
         changes = dataclasses.asdict(self.union_attention)
         given: dict[str, Any] = {k: v for k, v in changes.items() if v is not None}
-        if given.get("router", "token") != "token":
+        if not ROUTERS[given.get("router", "token")].capacity:
             given["capacity_factor"] = None
         return dataclasses.replace(self.union, **given)
 
@@ -235,7 +231,7 @@ class ModelConfig(Checked):
         return tuple(self.blocks[i % len(self.blocks)] for i in range(self.num_layers))
 
     @property
-    def layer_kinds(self) -> tuple[tuple[AttentionKind, MlpKind], ...]:
+    def layer_kinds(self) -> tuple[tuple[str, str], ...]:
         """(attention, mlp) kind of every layer, the patterns cycled."""
         return tuple(
             (self.attention[i % len(self.attention)], self.mlp[i % len(self.mlp)])

@@ -71,6 +71,16 @@ class PathComponent:
         return None
 
 
+@dataclass(frozen=True)
+class Known:
+    """A literal that may also be any key of a table, to which users can add."""
+
+    table: Mapping[str, Any] = dataclasses.field(repr=False)
+
+    def __hash__(self) -> int:
+        return id(self.table)
+
+
 Count = Annotated[int, Bounds(least=1, most=INT32_MAX)]
 Whole = Annotated[int, Bounds(least=0, most=INT32_MAX)]
 Bytes = Annotated[int, Bounds(least=1, most=2**62)]
@@ -116,6 +126,12 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
+        tables = [rule.table for rule in args[1:] if isinstance(rule, Known)]
+        if tables:
+            value = _plain(value)
+            if isinstance(value, str) and value in tables[0]:
+                return str.__str__(value)
+            raise ConfigError(f"{where} is {shown(value)}; expected {describe(hint)}")
         found = convert(args[0], value, where)
         for rule in args[1:]:
             if isinstance(rule, PathComponent) and (broken := rule.problem(found)):
@@ -212,6 +228,9 @@ def describe(hint: Any) -> str:
     """Return an annotation in words: "int", "one of 'a', 'b'", "a tuple of int"."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
+        tables = [rule.table for rule in args[1:] if isinstance(rule, Known)]
+        if tables:
+            return "one of " + ", ".join(map(repr, tables[0]))
         return describe(args[0])
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))

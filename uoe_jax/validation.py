@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from uoe_jax.config import (
-    CAUSAL_ROUTERS,
-    ROUTER_SEES,
     DataConfig,
     ExperimentConfig,
     ModelConfig,
@@ -17,6 +15,7 @@ from uoe_jax.config import (
 )
 from uoe_jax.errors import ConfigError, divisors, shown
 from uoe_jax.fields import range_problems
+from uoe_jax.kinds import ATTENTIONS, ROUTERS
 
 CONFIG = "config.json"  # of a run's folder
 
@@ -133,7 +132,7 @@ def _union(model: ModelConfig) -> Iterator[str]:
                 "model.union.shared_kv is on and no attention is a union; switch it "
                 "off or set model.attention union"
             )
-    if "union" in model.attention or "moh" in model.attention:
+    if any(ATTENTIONS[kind].router(model) is not None for kind in model.attention):
         union = model.union_for("attention")
         own = model.union_attention != type(model.union_attention)()
         name = "model.union_attention" if own else "model.union"
@@ -174,30 +173,32 @@ def _router(model: ModelConfig, union: UnionConfig, name: str) -> Iterator[str]:
             f"{name}.gate 'softmax' over a {name}.top_k of 1 routed expert is always "
             "1, so the loss can't train the router; use gate sigmoid or a higher top_k"
         )
-    if union.patch_size > 1 and union.router != "token":
+    facts = ROUTERS[union.router]
+    if union.patch_size > 1 and not facts.patches:
         yield (
-            f"{name}.patch_size is {union.patch_size} with router "
-            f"{union.router!r}; patches are for router token, use patch_size 1"
+            f"{name}.patch_size is {union.patch_size} with router {union.router!r}; "
+            f"patches are for router {_with('patches')}, use patch_size 1"
         )
-    if model.causal and union.router not in CAUSAL_ROUTERS:
+    if model.causal and not facts.causal:
         yield (
-            f"{name}.router {union.router!r} sees {ROUTER_SEES[union.router]} and the "
-            f"model is causal; use {', '.join(CAUSAL_ROUTERS)}"
+            f"{name}.router {union.router!r} sees {facts.sees} and the model is "
+            f"causal; use {_with('causal')}"
         )
-    if union.router == "hierarchical" and not union.top_k <= union.selected <= experts:
-        yield (
-            f"{name}.selected is {union.selected}; the hierarchical router keeps that "
-            f"many experts for its tokens, use {union.top_k} (top_k) to {experts}"
-        )
+    yield from facts.problems(union, name)
     yield from _capacity(union.capacity_factor, union.router, name)
 
 
 def _capacity(factor: float | None, router: str, name: str) -> Iterator[str]:
-    if factor is not None and router != "token":
+    if factor is not None and not ROUTERS[router].capacity:
         yield (
             f"{name}.capacity_factor is {factor} with router {router!r}; only router "
-            "token has a capacity, leave it None"
+            f"{_with('capacity')} has a capacity, leave it None"
         )
+
+
+def _with(fact: str) -> str:
+    """Return the routers of which a fact is true, as text."""
+    return ", ".join(name for name, facts in ROUTERS.items() if getattr(facts, fact))
 
 
 def _moe(model: ModelConfig) -> Iterator[str]:
@@ -221,9 +222,9 @@ def _moe(model: ModelConfig) -> Iterator[str]:
             f"model.moe.gate {moe.gate!r} over one routed expert is always 1 and the "
             "loss can't train the router; use gate softmax_all or a higher top_k"
         )
-    if model.causal and moe.router not in CAUSAL_ROUTERS:
+    if model.causal and not ROUTERS[moe.router].causal:
         yield (
-            f"model.moe.router {moe.router!r} sees {ROUTER_SEES[moe.router]} and the "
+            f"model.moe.router {moe.router!r} sees {ROUTERS[moe.router].sees} and the "
             "model is causal; use token"
         )
     yield from _capacity(moe.capacity_factor, moe.router, "model.moe")

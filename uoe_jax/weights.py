@@ -19,8 +19,9 @@ import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from uoe_jax.config import ModelConfig, MoeConfig, UnionConfig
+from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError
+from uoe_jax.kinds import ATTENTIONS, MLPS, router_columns, router_of
 
 LAYER, EXPERT = "l", "e"
 BLOCKS = "trunk.blocks."  # before the number of a stack
@@ -248,9 +249,8 @@ def _norm(name: str, model: ModelConfig, sizes: Mapping[str, int]) -> dict[str, 
 
 
 def _attention(model: ModelConfig, kind: str) -> dict[str, Param]:
-    routed = kind in ("union", "moh")
-    union = model.union_for("attention")
-    experts = union.num_experts if routed else 1
+    router = router_of(model, "attention", kind)
+    experts = 1 if router is None else router.num_experts
     sizes = {
         "e": experts,
         "d": model.d_model,
@@ -259,55 +259,31 @@ def _attention(model: ModelConfig, kind: str) -> dict[str, Param]:
         "h": model.head_dim,
     }
     params = {
-        f"attention.{name}": Param(
-            weight=weight, shape=_shape(weight, sizes), routed=routed
+        name: Param(
+            weight=weight, shape=_shape(weight, sizes), routed=router is not None
         )
         for name, weight in ATTENTION.items()
         if model.use_bias or name.startswith("w")
     }
-    if routed:
-        columns = _router_columns(union, mixture_of_heads=kind == "moh")
-        params |= _router("attention.router", columns, model.d_model)
-    return params
+    columns = router_columns(model, "attention", kind)
+    params |= _router("router", columns, model.d_model)
+    params |= ATTENTIONS[kind].params(model)
+    return {f"attention.{name}": param for name, param in params.items()}
 
 
 def _mlp(model: ModelConfig, kind: str) -> dict[str, Param]:
-    experts, width = 1, model.d_ff
-    if kind == "union":
-        experts = model.union.num_experts
-        width //= experts
-    elif kind == "moe":
-        experts, width = model.moe.num_experts, model.d_expert
+    experts, width = MLPS[kind].sizes(model)
     sizes = {"e": experts, "d": model.d_model, "f": width}
     left_out = set() if model.gated else {"w_gate", "b_gate"}
+    routed = router_of(model, "mlp", kind) is not None
     params = {
-        f"mlp.{name}": Param(
-            weight=weight, shape=_shape(weight, sizes), routed=kind != "dense"
-        )
+        name: Param(weight=weight, shape=_shape(weight, sizes), routed=routed)
         for name, weight in MLP.items()
         if name not in left_out and (model.use_bias or name.startswith("w"))
     }
-    if kind != "dense":
-        config = model.union if kind == "union" else model.moe
-        params |= _router("mlp.router", _router_columns(config), model.d_model)
-    return params
-
-
-def _router_columns(
-    config: UnionConfig | MoeConfig, mixture_of_heads: bool = False
-) -> dict[str, int]:
-    """Return the columns of each of a router's parameters."""
-    routed, shared = config.num_experts - config.num_shared, config.num_shared
-    columns = {"weight": routed}
-    if config.router in ("selection", "hierarchical"):
-        columns["default"] = routed
-    if config.router == "hierarchical":
-        columns["token_weight"] = routed
-    if mixture_of_heads and shared:
-        columns["split_weight"] = 2
-        if shared > 1:  # the gate of a single one is always 1
-            columns["shared_weight"] = shared
-    return columns
+    params |= _router("router", router_columns(model, "mlp", kind), model.d_model)
+    params |= MLPS[kind].params(model)
+    return {f"mlp.{name}": param for name, param in params.items()}
 
 
 def _router(name: str, columns: Mapping[str, int], width: int) -> dict[str, Param]:

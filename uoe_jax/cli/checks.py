@@ -14,6 +14,7 @@ from uoe_jax.cli.parse import Experiment, check_typed, parse, take_preset
 from uoe_jax.cli.paths import run_or_preset
 from uoe_jax.config import ModelConfig
 from uoe_jax.escape import escape, escape_line
+from uoe_jax.kinds import ATTENTIONS, MLPS, ROUTERS
 from uoe_jax.validation import validate
 
 
@@ -74,12 +75,12 @@ def leakcheck(args: list[str]) -> int:
 
 def _probe_length(model: ModelConfig) -> int:
     """Return how many tokens it takes for every router to decide a few times."""
-    units = [8, model.union.patch_size, model.union_for("attention").patch_size]
-    if "moba" in model.attention:
-        units.append(model.moba.block_size)
-    for union in (model.union, model.union_for("attention")):
-        if union.router in ("selection", "hierarchical"):
-            units.append(union.segment_size)
+    units = [8]
+    for attention, mlp in set(model.layer_kinds):
+        units.append(ATTENTIONS[attention].span(model))
+        for router in (ATTENTIONS[attention].router(model), MLPS[mlp].router(model)):
+            if router is not None:
+                units.append(ROUTERS[router.router].span(router))
     return 3 * max(units)
 
 
@@ -90,7 +91,7 @@ def scaled_down(model: ModelConfig) -> ModelConfig:
     up to 2, patch size, norms, positions, biases. Blocks of block-sparse attention and
     segments of expert selection are at most 8 tokens.
     """
-    routed = {"union", "moh"} & set(model.attention)
+    routed = any(ATTENTIONS[kind].router(model) for kind in model.attention)
     experts = model.union_for("attention").num_experts if routed else 1
     per_expert = min(model.num_kv_heads // experts, 2)
     kv_heads = experts * per_expert

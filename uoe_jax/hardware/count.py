@@ -9,10 +9,13 @@ model-FLOPs utilisation (MFU).
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from uoe_jax.config import ModelConfig, MoeConfig, UnionConfig
+from uoe_jax.config import ModelConfig
+from uoe_jax.kinds import ATTENTIONS, MLPS, router_columns
+from uoe_jax.weights import model_params
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -72,20 +75,13 @@ def _attention(model: ModelConfig, kind: str) -> _Attention:
     side, keys = 2 * d * heads * h, 2 * d * kv * h
     if model.use_bias:
         side, keys = side + heads * h + d, keys + 2 * kv * h
-    if kind not in ("union", "moh"):
-        return _Attention(side, keys)
-    union = model.union_for("attention")
-    shared = kind == "moh" or union.shared_kv
-    return _Attention(side, keys, union.keep, 1.0 if shared else union.keep)
+    return _Attention(side, keys, *ATTENTIONS[kind].shares(model))
 
 
 def _mlp_width(model: ModelConfig, kind: str) -> tuple[int, float]:
     """Return the neurons of an MLP kind and how many of them a token uses."""
-    if kind == "moe":
-        moe = model.moe
-        return moe.num_experts * model.d_expert, float(moe.top_k * model.d_expert)
-    keep = model.union.keep if kind == "union" else 1.0
-    return model.d_ff, model.d_ff * keep
+    experts, width = MLPS[kind].sizes(model)
+    return experts * width, MLPS[kind].active_width(model)
 
 
 def _mlp_params(model: ModelConfig, kind: str) -> int:
@@ -95,33 +91,11 @@ def _mlp_params(model: ModelConfig, kind: str) -> int:
     return matrices * d * width + biases
 
 
-def _routers(model: ModelConfig, attention: str, mlp: str) -> list[tuple[int, int]]:
-    """Return (columns scored, parameters beside them) of a layer's routers."""
-    routers = []
-    if attention in ("union", "moh"):
-        routers.append(_router(model.union_for("attention"), attention == "moh"))
-    if mlp == "union":
-        routers.append(_router(model.union, False))
-    if mlp == "moe":
-        routers.append(_router(model.moe, False))
-    return routers
-
-
-def _router(config: UnionConfig | MoeConfig, moh: bool) -> tuple[int, int]:
-    routed = config.num_experts - config.num_shared
-    columns, rest = routed, 0
-    if config.router in ("selection", "hierarchical"):
-        rest = routed  # learned scores of the first segment
-    if config.router == "hierarchical":
-        columns *= 2
-    if moh and config.num_shared:
-        # Always-on heads against each other, and against the routed.
-        columns += (config.num_shared if config.num_shared > 1 else 0) + 2
-    return columns, rest
-
-
-def _norm_params(model: ModelConfig) -> int:
-    return model.d_model * (2 if model.centred else 1)
+def _scored(model: ModelConfig, attention: str, mlp: str) -> int:
+    """Return how many scores the routers of a layer give a token."""
+    kinds = (("attention", attention), ("mlp", mlp))
+    named = [router_columns(model, part, kind) for part, kind in kinds]
+    return sum(n for one in named for name, n in one.items() if name != "default")
 
 
 def _layers(model: ModelConfig) -> list[tuple[str, str, float]]:
@@ -134,30 +108,22 @@ def _layers(model: ModelConfig) -> list[tuple[str, str, float]]:
 
 def count_params(model: ModelConfig) -> dict[str, int]:
     """Return trainable parameters by part; their sum is the model's size."""
-    d = model.d_model
     parts: Counter[str] = Counter()
-    if model.kind == "vision":
-        parts["embedding"] = model.image_patch**2 * model.image_channels * d + d
-    else:
-        parts["embedding"] = model.vocab_size * d
-    if not model.rotates:
-        parts["positions"] = num_tokens(model) * d
-    for (attention, mlp), block in zip(
-        model.layer_kinds, model.block_kinds, strict=True
-    ):
-        parts["attention"] += _attention(model, attention).params
-        parts["mlp"] += _mlp_params(model, mlp)
-        parts["norms"] += 2 * _norm_params(model)
-        for columns, rest in _routers(model, attention, mlp):
-            parts["routers"] += d * columns + rest
-        if block == "mod":
-            parts["routers"] += d
-    parts["norms"] += _norm_params(model)
-    if model.kind != "decoder":
-        parts["head"] = d * model.num_classes + model.num_classes
-    elif not model.tie_embeddings:
-        parts["head"] = d * model.vocab_size
+    for name, param in model_params(model).items():
+        parts[_part(name)] += math.prod(param.shape)
     return dict(parts)
+
+
+def _part(name: str) -> str:
+    """Return the part of a model that a parameter belongs to."""
+    folders = name.split(".")[:-1]
+    if folders[-1] == "router":
+        return "routers"
+    if folders[-1].endswith("norm"):
+        return "norms"
+    if folders[-1] == "position":
+        return "positions"
+    return "embedding" if folders[-1] == "embed" else folders[-1]
 
 
 def count_active_params(model: ModelConfig) -> int:
@@ -173,64 +139,17 @@ def count_active_params(model: ModelConfig) -> int:
     return total
 
 
-def _mean_keys(length: float, causal: bool) -> float:
-    """Return how many keys a token of a set of `length` sees on average."""
-    return (length + 1) / 2 if causal else length
-
-
-def _score_keys(model: ModelConfig, kind: str, length: float) -> float:
-    """Return the keys that meet a token's queries, mean over heads, unused ones 0."""
-    causal = model.causal
-    if kind == "moba":
-        return _block_keys(model, round(length))
-    if kind not in ("union", "moh"):
-        return _mean_keys(length, causal)
-    union = model.union_for("attention")
-    if kind == "moh" or union.shared_kv:
-        return union.keep * _mean_keys(length, causal)
-    # Every token is in an always-on expert's set, and a balanced share in another's.
-    picks = union.top_k - union.num_shared
-    share = picks / _experts_in_use(union)
-    keys = union.num_shared * _mean_keys(length, causal)
-    keys += picks * _mean_keys(length * share, causal)
-    return keys / union.num_experts
-
-
-def _experts_in_use(union: UnionConfig) -> int:
-    """Return how many routed experts the tokens of one sample are spread over.
-
-    Selection gives them all the same ones. The segments of a causal model may differ;
-    their scores then cost less than is counted.
-    """
-    used = {"selection": union.top_k, "hierarchical": union.selected}
-    return used.get(union.router, union.num_experts) - union.num_shared
-
-
-def _block_keys(model: ModelConfig, length: int) -> float:
-    """Return the keys a token of block-sparse attention sees on average."""
-    size, others = model.moba.block_size, model.moba.top_k - 1
-    total = 0
-    for start in range(0, length, size):
-        own = min(size, length - start)
-        if model.causal:
-            earlier = min(start // size, others) * size
-            total += own * earlier + own * (own + 1) // 2
-        else:
-            total += own * min(length, own + others * size)
-    return total / length
-
-
 def _attention_flops(model: ModelConfig, kind: str, length: float) -> dict[str, float]:
     d, h, heads = model.d_model, model.head_dim, model.num_heads
     part = _attention(model, kind)
     projected = part.side * 2 * heads + part.keys * 2 * model.num_kv_heads
+    kinds = ATTENTIONS[kind]
     parts = {
         "attention projections": 2.0 * d * h * projected,
-        "attention scores": 4 * heads * h * _score_keys(model, kind, length),
+        "attention scores": 4 * heads * h * kinds.keys_seen(model, length),
     }
-    if kind == "moba":  # each query meets the mean key of every block it may pick
-        blocks = -(-length // model.moba.block_size) - 1
-        parts["routers"] = 2 * heads * h * (blocks / 2 if model.causal else blocks)
+    if chosen := kinds.choosing(model, length):
+        parts["routers"] = chosen
     return parts
 
 
@@ -248,7 +167,7 @@ def flops_per_token(model: ModelConfig, seq_len: int | None = None) -> FlopCount
         layer = _attention_flops(model, attention, length * inside)
         width = _mlp_width(model, mlp)[1]
         layer["mlp"] = 2 * model.d_model * _mlp_matrices(model) * width
-        columns = sum(columns for columns, _ in _routers(model, attention, mlp))
+        columns = _scored(model, attention, mlp)
         layer["routers"] = layer.get("routers", 0.0) + 2.0 * model.d_model * columns
         for name, flops in layer.items():
             parts[name] += inside * flops

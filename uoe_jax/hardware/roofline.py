@@ -23,6 +23,7 @@ from uoe_jax.hardware.work import (
     held_params,
     tokens_per_device,
 )
+from uoe_jax.kinds import MLPS
 
 _FLOAT32 = 4.0  # bytes
 # Gathers and gradient sums can run beside this share of the arithmetic.
@@ -211,16 +212,11 @@ def _layer_width(model: Any, kinds: tuple[str, str], tensor: int) -> float:
         heads *= _room(union.top_k, union.num_experts, tensor) / union.num_experts
     else:
         heads /= tensor
-    if mlp == "union":
-        union = model.union
-        share = _room(union.top_k, union.num_experts, tensor) / union.num_experts
-        wide = matrices * model.d_ff * share
-    elif mlp == "moe":
-        moe = model.moe
-        wide = matrices * model.d_expert * _room(moe.top_k, moe.num_experts, tensor)
-    else:
-        wide = matrices * model.d_ff / tensor
-    return heads + wide
+    router = MLPS[mlp].router(model)
+    experts, width = MLPS[mlp].sizes(model)
+    if router is None:
+        return heads + matrices * experts * width / tensor
+    return heads + matrices * width * _room(router.top_k, experts, tensor)
 
 
 def _room(top_k: int, num_experts: int, tensor: int) -> int:

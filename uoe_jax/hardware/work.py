@@ -19,6 +19,7 @@ from uoe_jax.hardware.count import (
     flops_per_token,
     num_tokens,
 )
+from uoe_jax.kinds import ATTENTIONS, MLPS
 
 # Kinds of work; those of the first tuple are in FLOPs, of the second in bytes.
 FLOP_KINDS = ("products", "routed products", "scores", "routed scores", "output")
@@ -87,7 +88,11 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
         for name, flops in parts.items():
             if name in ("head", "embedding"):
                 continue
-            routed = (attention if "attention" in name else mlp) != "dense"
+            routed = (
+                ATTENTIONS[attention].gathers
+                if "attention" in name
+                else MLPS[mlp].router(model) is not None
+            )
             kind = ("routed " if routed else "") + (
                 "scores" if "scores" in name else "products"
             )
@@ -131,18 +136,13 @@ def _elementwise(
     total = 8.0 * model.d_model
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     total += 2 * heads * (keep if attention == "union" else 1) / tensor
-    wide = {
-        "dense": float(model.d_ff),
-        "union": model.d_ff * keep,
-        "moe": float(model.d_expert * model.moe.top_k),
-    }.get(mlp, float(model.d_ff))
+    wide = MLPS[mlp].active_width(model)
     matrices = 3 if model.gated else 2
     total += 2 * wide * matrices / tensor
     if attention == "union":  # rows gathered and summed back
         total += 4 * model.d_model * model.union.top_k / tensor
-    if mlp != "dense":
-        picks = model.union.top_k if mlp == "union" else model.moe.top_k
-        total += 4 * model.d_model * picks / tensor
+    if router := MLPS[mlp].router(model):
+        total += 4 * model.d_model * router.top_k / tensor
     if model.scan_layers and model.remat != "full":
         # A scan copies what the backward pass needs into a stack of all layers.
         total += (2 * model.d_model + heads + wide * matrices) / tensor
@@ -221,9 +221,9 @@ def _tensor(
     scattered = layout.scatters
     again = 1 if model.remat == "full" else 0
     parts = 2
-    if layout.dispatches and kinds[1] != "dense":
+    routed = MLPS[kinds[1]].router(model)
+    if layout.dispatches and routed is not None:
         parts = 1
-        routed = model.moe if kinds[1] == "moe" else model.union
         # Room for every row that could go there.
         local = routed.num_experts // sizes["tensor"]
         rows = min(routed.top_k, local) * whole

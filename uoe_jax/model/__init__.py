@@ -9,12 +9,17 @@ from typing import Any
 import jax
 from flax import nnx
 
+from uoe_jax import kinds
 from uoe_jax.config import ModelConfig
-from uoe_jax.errors import choose
+from uoe_jax.errors import ConfigError, choose, shown
+from uoe_jax.kinds import AttentionFacts, MlpFacts, RouterFacts
 from uoe_jax.model.cache import Cache
+from uoe_jax.model.routing import ROUTERS
 from uoe_jax.model.routing.balance import Aux, router_losses, update_router_bias
 from uoe_jax.model.routing.token import RouterBias
 from uoe_jax.model.transformer import (
+    ATTENTION,
+    MLP,
     Decoder,
     Encoder,
     VisionTransformer,
@@ -33,6 +38,9 @@ __all__ = [
     "init_cache",
     "make_model",
     "param_shapes",
+    "register_attention",
+    "register_mlp",
+    "register_router",
     "router_losses",
     "routing_choices",
     "split_model",
@@ -62,3 +70,44 @@ def split_model(
 def param_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shape and dtype of every parameter by name; nothing is computed."""
     return named_leaves(jax.eval_shape(split_model(config)[1])[0])
+
+
+def register_router(name: str, router: type, facts: RouterFacts) -> None:
+    """Add a router, so that `UnionConfig(router=name)` builds it.
+
+    `router` is a `uoe_jax.model.routing.token.Router`: it takes (d_model, config,
+    causal, rngs=), returns the `Routing` of a call, and of a token in `decode`. `facts`
+    say what it sees and costs. Raises ConfigError for a name that is taken.
+    """
+    _register(name, router, facts, (kinds.ROUTERS, ROUTERS, RouterFacts))
+
+
+def register_attention(name: str, attention: type, facts: AttentionFacts) -> None:
+    """Add an attention, so that `ModelConfig(attention=(name,))` builds it.
+
+    `attention` is a module that takes (config, rngs=); a call returns output,
+    statistics, and keys and values; `decode` and `cache_shapes` are those of
+    `DenseAttention`. Raises ConfigError for a name that is taken.
+    """
+    _register(name, attention, facts, (kinds.ATTENTIONS, ATTENTION, AttentionFacts))
+
+
+def register_mlp(name: str, mlp: type, facts: MlpFacts) -> None:
+    """Add an MLP, so that `ModelConfig(mlp=(name,))` builds it.
+
+    `mlp` is a module that takes (config, rngs=); a call returns output and statistics;
+    `decode` is that of `DenseMlp`. Raises ConfigError for a name that is taken.
+    """
+    _register(name, mlp, facts, (kinds.MLPS, MLP, MlpFacts))
+
+
+def _register(name: str, part: type, facts: Any, tables: tuple[Any, Any, type]) -> None:
+    known, classes, kind = tables
+    for method in ("__call__", "decode"):
+        if not any(method in vars(base) for base in getattr(part, "__mro__", ())):
+            raise ConfigError(
+                f"kind {name!r} is {shown(part)} without {method}; see register_* for "
+                "what its class needs"
+            )
+    kinds.add_kind(known, name, facts, kind)
+    classes[name] = part

@@ -37,13 +37,13 @@ from uoe_jax.model.sharded import run_part
 from uoe_jax.partition.collectives import GATHERED
 from uoe_jax.weights import layer_period
 
-ATTENTION = {
+ATTENTION: dict[str, Any] = {
     "dense": DenseAttention,
     "union": UnionAttention,
     "moba": MobaAttention,
     "moh": MohAttention,
 }
-MLP = {"dense": DenseMlp, "union": UnionMlp, "moe": MoeMlp}
+MLP: dict[str, Any] = {"dense": DenseMlp, "union": UnionMlp, "moe": MoeMlp}
 
 # (carry, block, its stack, its index in the stack) -> (carry, output)
 Body = Callable[[Any, "Block", int, Any], tuple[Any, Any]]

@@ -13,13 +13,17 @@ from typing import NamedTuple
 
 from uoe_jax.config import ExperimentConfig, MeshConfig, ModelConfig
 from uoe_jax.errors import ConfigError, all_divisors, divisors
+from uoe_jax.kinds import ATTENTIONS, MLPS, ROUTERS, AttentionFacts, MlpFacts
 
 # Neighbours in the last axes are neighbours on the machine: these talk most.
 AXES = ("data", "fsdp", "sequence", "tensor")
 Sizes = Mapping[str, int]
 
-# Parts of a layer whose weights split over `tensor`.
-_SPLIT = {"attention": ("dense", "union"), "mlp": ("dense", "union", "moe")}
+# The kinds of a layer's two parts, in the order in which `layer_kinds` has them.
+_KINDS: dict[str, Mapping[str, AttentionFacts | MlpFacts]] = {
+    "attention": ATTENTIONS,
+    "mlp": MLPS,
+}
 
 
 class Verdict(NamedTuple):
@@ -115,17 +119,18 @@ def tensor_counts(model: ModelConfig) -> dict[str, int]:
     """Return the numbers that `tensor` must divide, by the name of their field."""
     counts = {}
     for attention, mlp in set(model.layer_kinds):
-        if attention == "dense":
-            counts["model.num_kv_heads"] = model.num_kv_heads
-        if attention == "union":
-            experts = model.union_for("attention").num_experts
-            counts["the experts of union attention"] = experts
-        if mlp == "dense":
-            counts["model.d_ff"] = model.d_ff
-        if mlp == "union":
-            counts["model.union.num_experts"] = model.union.num_experts
-        if mlp == "moe":
-            counts["model.moe.num_experts"] = model.moe.num_experts
+        if ATTENTIONS[attention].splits:
+            router = ATTENTIONS[attention].router(model)
+            if router is None:
+                counts["model.num_kv_heads"] = model.num_kv_heads
+            else:
+                counts["the experts of union attention"] = router.num_experts
+        if MLPS[mlp].splits:
+            experts, width = MLPS[mlp].sizes(model)
+            if MLPS[mlp].router(model) is None:
+                counts[MLPS[mlp].field] = experts * width
+            else:
+                counts[f"{MLPS[mlp].field}.num_experts"] = experts
     return counts
 
 
@@ -147,12 +152,13 @@ def _tensor(model: ModelConfig, sizes: Sizes) -> Iterator[str]:
 
 
 def _unsplit(model: ModelConfig) -> Iterator[str]:
-    for index, part in enumerate(("attention", "mlp")):
-        kinds = {kinds[index] for kinds in model.layer_kinds} - set(_SPLIT[part])
+    for index, (part, table) in enumerate(_KINDS.items()):
+        able = [name for name, facts in table.items() if facts.splits]
+        kinds = {kinds[index] for kinds in model.layer_kinds} - set(able)
         for kind in sorted(kinds):
             yield (
                 f"model.{part} {kind!r} isn't split over mesh.tensor or mesh.sequence; "
-                f"leave both 1 or use {', '.join(_SPLIT[part])}"
+                f"leave both 1 or use {', '.join(able)}"
             )
     union = any(attention == "union" for attention, _ in model.layer_kinds)
     if union and model.union_for("attention").shared_kv:
@@ -204,17 +210,18 @@ def _all_to_all(model: ModelConfig) -> Iterator[str]:
             f"layout.dispatch is 'all_to_all' and model.kind {model.kind!r}; it "
             "shares out the tokens of decoders, use replicated"
         )
-    routed = {"union": model.union, "moe": model.moe}
-    for kind in sorted({mlp for _, mlp in model.layer_kinds} & set(routed)):
-        router = routed[kind]
-        if router.router != "token" or getattr(router, "patch_size", 1) > 1:
+    for kind in sorted({mlp for _, mlp in model.layer_kinds}):
+        router, field = MLPS[kind].router(model), MLPS[kind].field
+        if router is None:
+            continue
+        if not ROUTERS[router.router].sees_one_token(router):
             yield (
-                f"layout.dispatch is 'all_to_all' but model.{kind}'s router looks at "
+                f"layout.dispatch is 'all_to_all' but {field}'s router looks at "
                 "other tokens; use replicated, or router token with patch_size 1"
             )
         if router.capacity_factor is not None:
             yield (
-                f"layout.dispatch is 'all_to_all' but model.{kind}.capacity_factor is "
+                f"layout.dispatch is 'all_to_all' but {field}.capacity_factor is "
                 f"{router.capacity_factor}, counted over whole samples; use replicated"
             )
 

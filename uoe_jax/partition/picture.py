@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.hardware.work import collectives
+from uoe_jax.kinds import ATTENTIONS, MLPS
 from uoe_jax.partition.legal import AXES, Sizes
 from uoe_jax.partition.plan import describe_sizes
 
@@ -63,19 +64,17 @@ def _experts(
 ) -> tuple[str, str]:
     model, rank = config.model, place["tensor"]
     attention, mlp = model.layer_kinds[-1]
-    union = model.union_for("attention").num_experts
     heads = _range(rank, model.num_kv_heads // sizes["tensor"])
     columns = _range(rank, model.d_ff // sizes["tensor"])
     first = f"heads {heads}"
-    if attention == "union":
-        owned = owned_experts(config, union, sizes["tensor"], rank)
+    if router := ATTENTIONS[attention].router(model):
+        owned = owned_experts(config, router.num_experts, sizes["tensor"], rank)
         share = len(owned) // sizes["sequence"]
         owned = owned[place["sequence"] * share : (place["sequence"] + 1) * share]
         first = f"experts {_list(owned)}"
     second = f"columns {columns}"
-    if mlp != "dense":
-        experts = model.moe.num_experts if mlp == "moe" else model.union.num_experts
-        owned = owned_experts(config, experts, sizes["tensor"], rank)
+    if router := MLPS[mlp].router(model):
+        owned = owned_experts(config, router.num_experts, sizes["tensor"], rank)
         second = f"experts {_list(owned)}"
     return first, second
 

@@ -18,10 +18,10 @@ from uoe_jax.config import (
 )
 from uoe_jax.errors import DataError
 from uoe_jax.hardware.count import count_active_params, count_params, flops_per_token
+from uoe_jax.kinds import router_of
 from uoe_jax.validation import read_config
 
 BLOCKS = ("attention", "mlp", "depth")  # where a layer may route
-_ROUTED = ("union", "moe", "moh", "mod")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,10 @@ def _kinds(model: ModelConfig, block: str) -> list[str]:
 
 def routed_layers(model: ModelConfig, block: str) -> list[int]:
     """Return the numbers of the layers that route in one of `BLOCKS`."""
-    return [i for i, kind in enumerate(_kinds(model, block)) if kind in _ROUTED]
+    kinds = enumerate(_kinds(model, block))
+    if block == "depth":
+        return [i for i, kind in kinds if kind == "mod"]
+    return [i for i, kind in kinds if router_of(model, block, kind) is not None]
 
 
 def num_experts(model: ModelConfig, block: str, layer: int) -> int:
@@ -134,12 +137,9 @@ def experts_choose(model: ModelConfig) -> bool:
 def _router(
     model: ModelConfig, block: str, layer: int
 ) -> UnionConfig | MoeConfig | None:
-    kind = _kinds(model, block)[layer]
-    if kind == "mod":
+    if block == "depth":
         return None
-    if kind == "moe":
-        return model.moe
-    return model.union_for("attention" if block == "attention" else "mlp")
+    return router_of(model, block, _kinds(model, block)[layer])
 
 
 def read_run(path: Path) -> Run:

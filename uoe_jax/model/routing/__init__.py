@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flax import nnx
 
 from uoe_jax.config import UnionConfig
@@ -9,18 +11,16 @@ from uoe_jax.model.routing.expert_choice import ExpertChoiceRouter
 from uoe_jax.model.routing.selection import HierarchicalRouter, SelectionRouter
 from uoe_jax.model.routing.token import PatchRouter
 
-ROUTERS = {
+ROUTERS: dict[str, Any] = {
     "token": PatchRouter,
     "expert_choice": ExpertChoiceRouter,
     "selection": SelectionRouter,
     "hierarchical": HierarchicalRouter,
 }
 
-AnyRouter = PatchRouter | ExpertChoiceRouter | SelectionRouter
-
 
 def make_router(
     d_model: int, config: UnionConfig, causal: bool, *, rngs: nnx.Rngs
-) -> AnyRouter:
-    """Return a new router; ConfigError where a causal model can't use its kind."""
+) -> Any:
+    """Return a new `Router`; ConfigError where a causal model can't use its kind."""
     return ROUTERS[config.router](d_model, config, causal, rngs=rngs)

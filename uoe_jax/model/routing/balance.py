@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from uoe_jax.config import ModConfig, ModelConfig, MoeConfig, UnionConfig
+from uoe_jax.kinds import router_of
 from uoe_jax.model.context import Context
 from uoe_jax.weights import layer_period
 
@@ -130,17 +131,12 @@ def router_configs(
     config: ModelConfig, part: str
 ) -> dict[int, UnionConfig | MoeConfig | ModConfig]:
     """Return the router config of each routed layer of a part, by layer number."""
-    kinds: Sequence[str] = config.block_kinds
-    if part != "depth":
-        kinds = [kind[PARTS.index(part)] for kind in config.layer_kinds]
-    union = config.union_for("attention" if part == "attention" else "mlp")
-    routers: dict[str, Any] = {
-        "union": union,
-        "moh": union,
-        "moe": config.moe,
-        "mod": config.mod,
-    }
-    return {i: routers[kind] for i, kind in enumerate(kinds) if kind in routers}
+    if part == "depth":
+        kinds = enumerate(config.block_kinds)
+        return {i: config.mod for i, kind in kinds if kind == "mod"}
+    kinds = enumerate(kinds[PARTS.index(part)] for kinds in config.layer_kinds)
+    found = {i: router_of(config, part, kind) for i, kind in kinds}
+    return {i: router for i, router in found.items() if router is not None}
 
 
 def router_losses(aux: Aux, config: ModelConfig) -> Float[Array, ""]:
