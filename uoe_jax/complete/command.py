@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +16,134 @@ from rich.table import Table as RichTable
 from uoe_jax.complete.fit import Parts, fit, split
 from uoe_jax.complete.options import CompleteArgs
 from uoe_jax.complete.plot import plot_convergence
-from uoe_jax.complete.read import Table, read_entries
-from uoe_jax.errors import ConfigError
-from uoe_jax.linalg.completion import Factors, predict, save_factors
-from uoe_jax.linalg.completion.factors import squared_error_interval
+from uoe_jax.complete.predictions import (
+    Completion,
+    load_completion,
+    save_completion,
+    write_predictions,
+)
+from uoe_jax.data.entries import Pairs, Table, read_entries, read_pairs
+from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.files import write_atomically
+from uoe_jax.linalg.completion.choose import Chosen
+from uoe_jax.linalg.completion.factors import Factors, predict, squared_error_interval
 
 
 def run_complete(args: CompleteArgs) -> int:
-    """Run one completion; returns the exit status 0.
+    """Run one completion, or predict from an earlier one; returns the exit status 0.
 
     Raises:
       ConfigError, DataError: one line with the value, the rule and the fix.
     """
     if args.float64:
         jax.config.update("jax_enable_x64", True)
-    out = args.out or Path(args.file.stem + "_completed")
+    console = Console(quiet=args.quiet)
+    if args.file.is_dir() or args.file.suffix == ".safetensors":
+        return predict_again(args, console)
+    out = args.out or Path(stem_of(args.file) + "_completed")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give a folder with --out")
-    table = read_entries(args.file, args.columns)
+    table = read_entries(
+        args.file, args.columns, delimiter=args.delimiter, decimal=args.decimal
+    )
+    pairs = _pairs(args, None, table.row_ids, table.col_ids, table.names)
     parts = split(table, args.holdout, args.seed)
-    console = Console(quiet=args.quiet)
     for line in describe(args.file, table, parts):
-        console.print(line, soft_wrap=True)
-    factors, ridge = fit(args, table, parts, console)
-    console.print(sweeps_table(factors, ridge))
-    result = summary(args.file, factors, ridge, parts.repeats)
+        console.print(line, soft_wrap=True, markup=False)
+    chosen, factors = fit(args, table, parts, console)
+    console.print(sweeps_table(chosen.factors, chosen.ridge))
+    result = summary(args.file, chosen, parts.repeats, factors is not chosen.factors)
     if len(parts.test):
-        result["heldout"] = held_out_error(factors, table, parts.test)
+        result["heldout"] = held_out_error(chosen.factors, table, parts.test)
         error, (low, high) = result["heldout"]["rmse"], result["heldout"]["interval95"]
         console.print(
             f"held-out RMSE {error:.5f} (95% interval {low:.5f} to {high:.5f}, "
             f"{len(parts.test):,} entries that chose nothing)",
             soft_wrap=True,
         )
+    completion = Completion(factors, table.row_ids, table.col_ids, table.names)
     out.mkdir(parents=True, exist_ok=True)
-    ids = {"row_ids": table.row_ids, "col_ids": table.col_ids}
-    save_factors(factors, out / "factors.safetensors", **ids)
-    plot_convergence(factors.info, out / "convergence.png")
-    (out / "history.json").write_text(json.dumps(result, indent=1))
-    console.print(f"{out}: factors.safetensors, convergence.png, history.json")
+    save_completion(completion, out / "factors.safetensors")
+    plot_convergence(chosen.factors.info, out / "convergence.png")
+    write_atomically(out / "history.json", strict_json(result))
+    console.print(
+        f"{out}: factors.safetensors, convergence.png, history.json", markup=False
+    )
+    if pairs is not None:
+        _predict(completion, pairs, out, console)
     return 0
+
+
+def predict_again(args: CompleteArgs, console: Console) -> int:
+    """Predict the pairs of `args.predict` from factors that an earlier run wrote."""
+    completion = load_completion(args.file)
+    if args.predict is None:
+        raise ConfigError(
+            f"{args.file} is a completion; say what it is to predict: --predict FILE"
+        )
+    used = ("file", "predict", "columns", "delimiter", "out", "quiet")
+    for field in dataclasses.fields(args):
+        if field.name not in used and getattr(args, field.name) != field.default:
+            raise ConfigError(
+                f"{args.file} is a completion, which fits nothing; leave out "
+                f"--{field.name.replace('_', '-')}"
+            )
+    out = args.out or (args.file if args.file.is_dir() else args.file.parent)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; give a folder with --out")
+    pairs = _pairs(args, args.columns, *completion[1:])
+    if pairs is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        _predict(completion, pairs, out, console)
+    return 0
+
+
+def _pairs(
+    args: CompleteArgs,
+    columns: str | None,
+    row_ids: np.ndarray,
+    col_ids: np.ndarray,
+    names: tuple[str, ...],
+) -> Pairs | None:
+    """Return what is to be predicted, if anything; read before a fit takes its time."""
+    if args.predict is None:
+        return None
+    given = (args.predict, row_ids, col_ids, names, columns)
+    try:
+        return read_pairs(*given, delimiter=args.delimiter)
+    except DataError:
+        if args.delimiter is None:
+            raise
+    return read_pairs(*given)  # the entries' delimiter needn't be that of the pairs
+
+
+def _predict(completion: Completion, pairs: Pairs, out: Path, console: Console) -> None:
+    new = write_predictions(completion, pairs, out / "predictions.csv")
+    line = f"{out}: predictions.csv, {len(pairs.rows):,} pairs"
+    if new:
+        line += f", {new:,} of them with an id that the fit never saw"
+    console.print(line, soft_wrap=True, markup=False)
+
+
+def stem_of(file: Path) -> str:
+    """Return a file's name without its endings, `ratings` of ratings.csv.gz."""
+    packed = file.suffix.lower() in (".gz", ".bz2", ".xz", ".zip")
+    return Path(file.stem).stem if packed else file.stem
+
+
+def strict_json(tree: Any) -> str:
+    """Return JSON that any parser reads: what isn't finite is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value
+
+    return json.dumps(plain(tree), indent=1, allow_nan=False)
 
 
 def describe(file: Path, table: Table, parts: Parts) -> list[str]:
@@ -63,6 +153,8 @@ def describe(file: Path, table: Table, parts: Parts) -> list[str]:
         f"{file}: {len(table.values):,} entries ({', '.join(table.names)}) of a "
         f"{len(table.row_ids):,} x {len(table.col_ids):,} matrix, {held:,} held out"
     ]
+    if table.notes:
+        lines.append(f"read with: {', '.join(table.notes)}")
     if parts.repeats:
         lines.append(f"{parts.repeats:,} entries repeat a position; averaged")
     sides = ((table.rows, table.row_ids, "row"), (table.cols, table.col_ids, "column"))
@@ -91,19 +183,20 @@ def sweeps_table(factors: Factors, ridge: float) -> RichTable:
     return shown
 
 
-def summary(file: Path, factors: Factors, ridge: float, repeats: int) -> dict[str, Any]:
+def summary(file: Path, chosen: Chosen, repeats: int, refitted: bool) -> dict[str, Any]:
     """Return the run in plain numbers."""
-    info = factors.info
+    factors, info = chosen.factors, chosen.factors.info
     names = ("train_rmse", "valid_rmse", "steps", "flops")
     return {
         "file": str(file),
         "shape": list(factors.shape),
         "rank": factors.rank,
-        "ridge": ridge,
+        "ridge": chosen.ridge,
         "num_duplicates": repeats,
         "empty_rows": int(info["empty_rows"].sum()),
         "empty_cols": int(info["empty_cols"].sum()),
-        "best_sweep": int(info["best_sweep"]) + 1,
+        "best_sweep": chosen.sweeps,
+        "refitted": refitted,
         "sweeps": {name: info[name].tolist() for name in names if name in info},
     }
 

@@ -20,6 +20,7 @@ from uoe_jax.linalg.completion.checks import (
     hold_out,
     make_solver,
     mean_value,
+    warn_constant,
     warn_degrees,
 )
 from uoe_jax.linalg.completion.entries import Entries, clean_entries
@@ -65,7 +66,8 @@ def complete(
     """Complete a low-rank matrix by robust alternating minimisation.
 
     Minimises sum of weight * (value - offset - row_bias - col_bias - u.v)^2 plus
-    ridge * n**ridge_power * |u|^2 (n: a row's entries; likewise for v and biases).
+    ridge * n**ridge_power * |u|^2 (n: the summed weight of a row's entries, which is
+    their number without weights; likewise for v and biases).
     Gu, Song, Yin, Zhang, arXiv 2302.11068; the practical form: all entries in every
     sweep, each half-step started from the last factor in the new basis.
 
@@ -82,7 +84,7 @@ def complete(
       iters: sweeps at most.
       ridge: penalty of the factors; 0 keeps one factor orthonormal instead.
       bias_ridge: penalty of the biases; None: `ridge`.
-      ridge_power: 0 for a constant ridge, 1 for one that grows with the entries.
+      ridge_power: 0 for a constant ridge, 1 for one that grows with the summed weight.
       biases: add an offset (the mean), row biases and column biases.
       weights: of each entry in the squared error.
       clip_mu: incoherence bound of the spectral start's rows.
@@ -123,6 +125,7 @@ def complete(
     entries = clean_entries(
         rows, cols, values, shape, weights=weights, duplicates=duplicates, dtype=dtype
     )
+    warn_constant(entries)
     entries, held = hold_out(entries, holdout, key)
     method = Method(make_solver(solver), ridge > 0 or bool(bias_ridge), biases)
     kernel = check_kernel(kernel, method.solver)
@@ -150,7 +153,7 @@ def complete(
         "singular_values": np.asarray(singular),
         "num_duplicates": np.asarray(entries.num_duplicates),
     }
-    return Factors(*state, offset, info)
+    return Factors(*state, offset, info, biases)
 
 
 def _gap_rank(

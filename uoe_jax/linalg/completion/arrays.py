@@ -12,6 +12,7 @@ import numpy as np
 from uoe_jax.errors import DataError
 
 MAX_INDEX = 2**31 - 2
+FREE_SIZE = 10_000_000  # of a matrix whose shape isn't given and which is mostly empty
 
 
 def as_indices(array: Any, name: str) -> Any:
@@ -42,7 +43,11 @@ def check_indices(library: Any, array: Any, name: str) -> Any:
 def check_numbers(library: Any, array: Any, name: str, dtype: Any) -> Any:
     """Return `array` as finite numbers of `dtype`."""
     try:
-        array = library.asarray(array).astype(dtype)
+        given = library.asarray(array)
+        if given.dtype.kind in "cMmV":
+            raise TypeError(f"they are {given.dtype}")
+        with np.errstate(over="ignore"):
+            array = given.astype(dtype)
     except (TypeError, ValueError) as error:
         raise DataError(f"{name} must be numbers: {error}") from None
     if array.ndim != 1:
@@ -51,11 +56,25 @@ def check_numbers(library: Any, array: Any, name: str, dtype: Any) -> Any:
     if not bool(finite.all()):
         bad = int(library.argmin(finite))
         count = int((~finite).sum())
+        number = float(given[bad])
+        if np.isfinite(number):
+            raise _too_large(f"{name}[{bad}]", number, array.dtype)
         raise DataError(
-            f"{name}[{bad}] is {float(array[bad])} ({count} such); drop entries that "
+            f"{name}[{bad}] is {number} ({count} such); drop entries that "
             "are not finite: what is unknown is left out"
         )
+    # The sum of their squares is computed too.
+    largest = float(abs(array).max()) if array.size else 0.0
+    if largest > (float(np.finfo(array.dtype).max) / max(array.size, 1)) ** 0.5 / 16:
+        raise _too_large(f"the largest of {name}", largest, array.dtype)
     return array
+
+
+def _too_large(what: str, number: float, dtype: np.dtype) -> DataError:
+    return DataError(
+        f"{what} is {number:g}, whose square {dtype} can't sum; divide all by a power "
+        "of ten" + (", or use float64" if dtype == np.float32 else "")
+    )
 
 
 def check_weights(library: Any, array: Any, dtype: Any) -> Any:
@@ -77,6 +96,13 @@ def check_range(
     if shape is not None and len(shape) != 2:
         raise DataError(f"shape is {tuple(shape)}; a matrix has two sizes")
     found = (int(rows.max()) + 1, int(cols.max()) + 1)
+    for name, size in zip(("rows", "cols"), found, strict=True):
+        if shape is None and size > max(FREE_SIZE, 1000 * len(rows)):
+            raise DataError(
+                f"{name} holds {size - 1}, of {len(rows)} entries; they count from 0: "
+                f"np.unique({name}, return_inverse=True)[1] makes them of ids, or give "
+                "the shape"
+            )
     shape = found if shape is None else (int(shape[0]), int(shape[1]))
     for name, index, size in (("rows", rows, shape[0]), ("cols", cols, shape[1])):
         low, high = int(index.min()), int(index.max())

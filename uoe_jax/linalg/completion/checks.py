@@ -124,6 +124,18 @@ def count_shards(mesh: Mesh | None) -> int:
     return mesh.shape[AXIS]
 
 
+def warn_constant(entries: Entries) -> None:
+    """Warn once, in one line, of values that are all the same."""
+    low, high = float(entries.values.min()), float(entries.values.max())
+    if low == high and entries.size > 1:
+        warnings.warn(
+            f"all {entries.size:,} values are {low:g}: there is nothing to learn, "
+            "every prediction will be the same; implicit feedback (clicks, purchases) "
+            "isn't supported, give ratings that differ",
+            skip_file_prefixes=(PACKAGE,),
+        )
+
+
 def warn_degrees(problem: Problem, rank: int, method: Method) -> None:
     """Warn once, in one line, of unknowns with fewer entries than the rank."""
     if method.regularised:

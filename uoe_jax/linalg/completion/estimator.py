@@ -1,42 +1,73 @@
-"""A scikit-learn estimator; scikit-learn itself is imported only when asked for."""
+"""A scikit-learn estimator of matrix completion."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import dataclasses
+from numbers import Integral
 from typing import Any
 
 import jax
 import numpy as np
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.exceptions import NotFittedError
+from sklearn.utils import check_random_state, column_or_1d
 
 from uoe_jax.errors import ConfigError, DataError, nearest
-from uoe_jax.linalg.completion.api import complete
-from uoe_jax.linalg.completion.factors import predict
+from uoe_jax.linalg.completion.choose import Ratings, choose, draw_positions, fit_again
+from uoe_jax.linalg.completion.defaults import DEFAULTS, FitOptions, default_rank
+from uoe_jax.linalg.completion.factors import predict_known
 from uoe_jax.linalg.completion.update import partial_fit
 
 
-class MatrixCompleter:
+class NotFitted(ConfigError, NotFittedError):
+    """A completer that was asked before it was fitted."""
+
+
+class MatrixCompleter(RegressorMixin, BaseEstimator):
     """Matrix completion as a regressor of X = [row, column] pairs on values.
 
-    Follows scikit-learn's estimator protocol (`get_params`, `set_params`, `fit`,
-    `predict`, `score`), so it works in GridSearchCV, cross_val_score and clone. A row
-    or column that `fit` never saw is predicted from the offset and the other's bias.
+    Rows and columns are any integers. One that `fit` never saw is predicted from the
+    offset and the other's bias. The defaults are those of `uoe complete`: a tenth of
+    the entries choose the ridge and the sweeps, then all are fitted.
+
+    Args:
+      rank: of the model, or "auto"; None: 8, or the shorter side if that is less.
+      ridge: penalty; None: the best of a few on held-out entries.
+      bias_ridge: penalty of the biases; None: `ridge`.
+      ridge_power: penalties grow with a row's summed weight to this power.
+      biases: fit an offset, row and column biases.
+      solver: "auto", "exact", "gram", "cg" or "sketch".
+      tol: accuracy of each half-step, and of the last sweep's gain.
+      iters: sweeps at most.
+      holdout: fraction of the entries that choose; where it leaves none, none choose.
+      patience: sweeps without a better held-out error before stopping.
+      refit: fit all entries once ridge and sweeps are chosen.
+      shape: of the matrix, whose rows and columns are then counted from 0; None: the
+        rows and columns that occur.
+      random_state: of the split and the start, as scikit-learn takes it.
+
+    Attributes:
+      factors_: the completed matrix of `row_ids_` x `col_ids_`.
+      row_ids_: row of each of the factors' rows, in ascending order after `fit`.
+      col_ids_: column of each of the factors' columns.
+      ridge_: the ridge that was given or chosen.
     """
 
     def __init__(
         self,
-        rank: int | str = 8,
-        ridge: float = 0.0,
-        bias_ridge: float | None = None,
-        ridge_power: float = 0.0,
-        biases: bool = True,
-        solver: str = "auto",
-        tol: float = 1e-4,
-        iters: int = 30,
-        holdout: float = 0.0,
-        patience: int = 3,
+        rank: int | str | None = None,
+        ridge: float | None = DEFAULTS.ridge,
+        bias_ridge: float | None = DEFAULTS.bias_ridge,
+        ridge_power: float = DEFAULTS.ridge_power,
+        biases: bool = DEFAULTS.biases,
+        solver: str = DEFAULTS.solver,
+        tol: float = DEFAULTS.tol,
+        iters: int = DEFAULTS.iters,
+        holdout: float = DEFAULTS.holdout,
+        patience: int = DEFAULTS.patience,
+        refit: bool = DEFAULTS.refit,
         shape: tuple[int, int] | None = None,
-        random_state: int = 0,
+        random_state: Any = 0,
     ):
         self.rank = rank
         self.ridge = ridge
@@ -48,94 +79,170 @@ class MatrixCompleter:
         self.iters = iters
         self.holdout = holdout
         self.patience = patience
+        self.refit = refit
         self.shape = shape
         self.random_state = random_state
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        names = inspect.signature(type(self).__init__).parameters
-        return {name: getattr(self, name) for name in names if name != "self"}
 
     def set_params(self, **params: Any) -> MatrixCompleter:
         """Set constructor arguments by name."""
         known = self.get_params()
-        for name, value in params.items():
+        for name in params:
             if name not in known:
                 raise ConfigError(f"no parameter {name!r}; {nearest(name, known)}")
-            setattr(self, name, value)
-        return self
+        return super().set_params(**params)
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> MatrixCompleter:
-        """Complete from entries X = [row, column] with values y."""
-        X = _pairs(X)
-        options = self.get_params()
-        rank, shape = options.pop("rank"), options.pop("shape")
-        key = jax.random.key(options.pop("random_state"))
-        self.factors_ = complete(
-            X[:, 0], X[:, 1], y, shape, rank, weights=sample_weight, key=key, **options
-        )
+        """Complete from entries X = [row, column] with values y.
+
+        Raises:
+          ConfigError, DataError: one line with the value, the rule and the fix.
+        """
+        X, y, weights = _entries(X, y, sample_weight)
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"holdout is {self.holdout}; it must be in [0, 1)")
+        if self.shape is None:
+            row_ids, rows = np.unique(X[:, 0], return_inverse=True)
+            col_ids, cols = np.unique(X[:, 1], return_inverse=True)
+        else:
+            row_ids, col_ids = (np.arange(size) for size in self.shape)
+            rows, cols = X.T
+        shape = (len(row_ids), len(col_ids))
+        ratings = Ratings(rows, cols, y, shape, weights)
+        options, seed = self._options(), self._seed()
+        rank = default_rank(shape) if self.rank is None else self.rank
+        key = jax.random.key(seed)
+        train, valid = _split(ratings, self.holdout, seed)
+        chosen = choose(train, valid, rank, options, key)
+        factors = chosen.factors
+        if valid is not None and self.refit:
+            factors = fit_again(ratings, chosen, options, key)
+        self.factors_, self.ridge_ = factors, chosen.ridge
+        self.row_ids_, self.col_ids_ = row_ids, col_ids
         self.n_features_in_ = 2
         return self
 
-    def partial_fit(self, X: Any, y: Any) -> MatrixCompleter:
-        """Solve again for the rows in X from these entries, the columns held."""
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> MatrixCompleter:
+        """Solve again for the rows in X from these entries, the columns held.
+
+        Rows that are new are added. Without a fit before, this is `fit`.
+
+        Raises:
+          ConfigError, DataError: one line; a column that `fit` never saw.
+        """
         if not hasattr(self, "factors_"):
-            return self.fit(X, y)
-        X = _pairs(X)
+            return self.fit(X, y, sample_weight)
+        X, y, weights = _entries(X, y, sample_weight)
+        cols = _places(self.col_ids_, X[:, 1])
+        if (cols < 0).any():
+            bad = int(np.argmax(cols < 0))
+            raise DataError(
+                f"X[{bad}, 1] is {X[bad, 1]}, a column that fit never saw; columns are "
+                "held here: fit again with it"
+            )
+        known = _places(self.row_ids_, X[:, 0])
+        new = np.unique(X[known < 0, 0])
+        row_ids = np.concatenate([self.row_ids_, new.astype(self.row_ids_.dtype)])
+        if (row_ids[len(self.row_ids_) :] != new).any():
+            raise DataError(
+                f"X holds {X.dtype} and fit saw {self.row_ids_.dtype}; give rows of "
+                "one type of integers"
+            )
         self.factors_ = partial_fit(
             self.factors_,
-            X[:, 0],
-            X[:, 1],
+            _places(row_ids, X[:, 0]),
+            cols,
             y,
-            ridge=self.ridge,
+            ridge=self.ridge_,
             bias_ridge=self.bias_ridge,
             ridge_power=self.ridge_power,
+            weights=weights,
         )
+        self.row_ids_ = row_ids
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the completed matrix at X = [row, column] pairs."""
+        """Return the completed matrix at X = [row, column] pairs.
+
+        Raises:
+          NotFittedError: before `fit` (a ConfigError too).
+          DataError: X isn't pairs of integers.
+        """
         if not hasattr(self, "factors_"):
-            raise ConfigError("this MatrixCompleter isn't fitted; call fit first")
-        X, factors = _pairs(X), self.factors_
-        inside = (X < np.array(factors.shape)).all(axis=1) & (X >= 0).all(axis=1)
-        known = np.where(inside[:, None], X, 0)
-        model = np.array(predict(factors, known[:, 0], known[:, 1]))
-        mean = np.full(len(X), float(factors.offset), model.dtype)
-        for axis, bias in enumerate((factors.row_bias, factors.col_bias)):
-            seen = (X[:, axis] >= 0) & (X[:, axis] < factors.shape[axis])
-            mean += np.where(seen, np.asarray(bias)[np.where(seen, X[:, axis], 0)], 0)
-        return np.where(inside, model, mean)
+            raise NotFitted("this MatrixCompleter isn't fitted; call fit first")
+        X = _pairs(X)
+        rows, cols = _places(self.row_ids_, X[:, 0]), _places(self.col_ids_, X[:, 1])
+        return predict_known(self.factors_, rows, cols)
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Return the coefficient of determination R^2 of the predictions."""
-        y = np.asarray(y, np.float64)
-        error = (self.predict(X) - y) ** 2
-        spread = (y - np.average(y, weights=sample_weight)) ** 2
-        unexplained = np.average(error, weights=sample_weight)
-        return float(1 - unexplained / np.average(spread, weights=sample_weight))
+    def _options(self) -> FitOptions:
+        names = [field.name for field in dataclasses.fields(FitOptions)]
+        return FitOptions(**{name: getattr(self, name) for name in names})
 
-    def __sklearn_tags__(self) -> Any:
-        utils = importlib.import_module("sklearn.utils")
-        return utils.Tags(
-            estimator_type="regressor",
-            target_tags=utils.TargetTags(required=True),
-            regressor_tags=utils.RegressorTags(),
-            input_tags=utils.InputTags(),
+    def _seed(self) -> int:
+        draw = check_random_state(self.random_state)
+        if isinstance(self.random_state, Integral):
+            return int(self.random_state)
+        return int(draw.randint(2**31 - 1))
+
+
+def _split(
+    ratings: Ratings, holdout: float, seed: int
+) -> tuple[Ratings, Ratings | None]:
+    """Return entries to fit and entries that choose, if the fraction leaves any."""
+    place, order = draw_positions(ratings.rows, ratings.cols, ratings.shape[1], seed)
+    count = round(holdout * len(order))
+    if not 0 < count < len(order):
+        return ratings, None
+    held = np.isin(place, order[:count])
+    return ratings.take(np.flatnonzero(~held)), ratings.take(np.flatnonzero(held))
+
+
+def _places(known: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Return the place of each id among the known ones, -1 for the others."""
+    order = np.argsort(known, kind="stable")
+    # One dtype: int64 beside uint64 would be searched as floats, but compares exactly.
+    found = np.searchsorted(known, ids.astype(known.dtype), sorter=order)
+    place = order[np.minimum(found, len(known) - 1)]
+    return np.where(known[place] == ids, place, -1)
+
+
+def _entries(X: Any, y: Any, weights: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+    X = _pairs(X)
+    y = np.asarray(y)
+    if y.ndim == 2:
+        y = column_or_1d(y, warn=True)
+    if y.dtype.kind not in "biuf":
+        if y.dtype.kind in "cMmV":
+            raise DataError(f"y holds {y.dtype}; values must be real numbers")
+        try:
+            y = y.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"y must be numbers: {error}") from None
+    if y.ndim != 1 or len(y) != len(X):
+        raise DataError(
+            f"X has {len(X)} entries and y has shape {y.shape}; give one value for each"
         )
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "factors_")
-
-    def __repr__(self):
-        shown = ", ".join(f"{k}={v!r}" for k, v in self.get_params().items())
-        return f"MatrixCompleter({shown})"
+    if not len(X):
+        raise DataError("there are 0 entries; completion needs at least one")
+    if weights is not None:
+        weights = np.asarray(weights)
+        if weights.shape not in ((), (len(X),)):
+            raise DataError(
+                f"X has {len(X)} entries and sample_weight has shape {weights.shape}; "
+                "give one weight for each"
+            )
+        weights = np.full(len(X), weights) if not weights.ndim else weights
+    return X, y, weights
 
 
 def _pairs(X: Any) -> np.ndarray:
     X = np.asarray(X)
     if X.ndim != 2 or X.shape[1] != 2:
         raise DataError(f"X has shape {X.shape}; it must be [entries, 2]: row, column")
-    if not np.issubdtype(X.dtype, np.number) or not (np.floor(X) == X).all():
+    if X.dtype.kind == "O":
+        X = np.array(X.tolist())  # of the type that holds them all
+    whole = X.dtype.kind in "biu" or (
+        X.dtype.kind == "f" and bool((np.floor(X) == X).all() & (abs(X) < 2**53).all())
+    )
+    if not whole:
         raise DataError(f"X holds {X.dtype}; rows and columns must be integers")
-    return X.astype(np.int64)
+    return X if X.dtype.kind in "iu" else X.astype(np.int64)

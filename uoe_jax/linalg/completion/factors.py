@@ -27,6 +27,8 @@ class Factors:
     col_bias: Float[Array, " N"]
     offset: Float[Array, ""]
     info: dict[str, Any] = field(default_factory=dict)  # see `complete`
+    # Whether the model has biases, zero ones too; None: as the arrays look.
+    biases: bool | None = field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -37,6 +39,14 @@ class Factors:
     def rank(self) -> int:
         """Number of columns of each factor."""
         return self.u.shape[1]
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether rows and columns have biases beside the factors."""
+        if self.biases is not None:
+            return self.biases
+        terms = (self.offset, self.row_bias, self.col_bias)
+        return any(bool(jnp.any(term != 0)) for term in terms)
 
     def dense(self) -> Float[Array, "M N"]:
         """Return the whole matrix."""
@@ -90,6 +100,21 @@ def predict(factors: Factors, rows: Any, cols: Any) -> Float[Array, " X"]:
     )
 
 
+def predict_known(factors: Factors, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """Return the completed matrix; an index of -1 adds no bias and no product.
+
+    So a row that was never seen is predicted by the offset and the column's bias.
+    """
+    known = (rows >= 0) & (cols >= 0)
+    model = np.array(
+        predict(factors, np.where(known, rows, 0), np.where(known, cols, 0))
+    )
+    mean = np.full(len(rows), float(factors.offset), model.dtype)
+    for index, bias in ((rows, factors.row_bias), (cols, factors.col_bias)):
+        mean += np.where(index >= 0, np.asarray(bias)[np.maximum(index, 0)], 0)
+    return np.where(known, model, mean)
+
+
 def rmse(factors: Factors, rows: Any, cols: Any, values: Any) -> float:
     """Return the root mean squared error at the given entries."""
     error = predict(factors, rows, cols) - jnp.asarray(values)
@@ -117,7 +142,9 @@ def squared_error_interval(
 def save_factors(factors: Factors, path: str | Path, **extra: np.ndarray) -> None:
     """Write a safetensors file with u, v, row_bias, col_bias, offset and `extra`.
 
-    A reader sees the old file or the whole new one, never a part.
+    Strings among `extra` are written as their UTF-8 bytes, one after the other, and
+    where each ends (`NAME.ends`). A reader sees the old file or the whole new one,
+    never a part.
     """
     from safetensors.numpy import save
 
@@ -126,7 +153,12 @@ def save_factors(factors: Factors, path: str | Path, **extra: np.ndarray) -> Non
         for name in ("u", "v", "row_bias", "col_bias")
     }
     tensors["offset"] = np.asarray(factors.offset).reshape(1)
+    tensors["biases"] = np.array([factors.has_biases])
     for name, array in extra.items():
+        if array.dtype.kind in "UT":
+            texts = [text.encode() for text in array.tolist()]
+            tensors[f"{name}.ends"] = np.cumsum([len(t) for t in texts], dtype=np.int64)
+            array = np.frombuffer(b"".join(texts), np.uint8)
         tensors[name] = np.ascontiguousarray(array)
     write_atomically(Path(path), save(tensors))
 
@@ -159,4 +191,11 @@ def load_factors(path: str | Path) -> Factors:
     if not fits:
         shapes = [list(x.shape) for x in (u, v, row_bias, col_bias, offset)]
         raise DataError(f"{path} has {names} of shapes {shapes}; they don't belong")
-    return Factors(u, v, row_bias, col_bias, offset.reshape(()), tensors)
+    # Files of older versions don't say.
+    biases = bool(tensors.pop("biases")[0]) if "biases" in tensors else None
+    for name in [name for name in tensors if f"{name}.ends" in tensors]:
+        ends = tensors.pop(f"{name}.ends").tolist()
+        whole = tensors[name].tobytes()
+        texts = [whole[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]
+        tensors[name] = np.array(texts, dtype=np.dtypes.StringDType())
+    return Factors(u, v, row_bias, col_bias, offset.reshape(()), tensors, biases)

@@ -79,7 +79,7 @@ def partial_fit(
     size = max(factors.shape[0], int(rows.max()) + 1)
     shape = (size, factors.shape[1])
     entries = clean_entries(rows, cols, values, shape, weights=weights, dtype=dtype)
-    biases = bool(jnp.any(factors.row_bias != 0) | jnp.any(factors.col_bias != 0))
+    biases = factors.has_biases
     layout = lay_out(entries, factors.rank + biases)
     side = fill(
         layout.rows,
@@ -134,4 +134,5 @@ def _transpose(factors: Factors) -> Factors:
         factors.row_bias,
         factors.offset,
         factors.info,
+        factors.biases,
     )
