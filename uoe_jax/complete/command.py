@@ -56,10 +56,11 @@ def run_complete(args: CompleteArgs) -> int:
     if len(parts.test):
         result["heldout"] = held_out_error(chosen.factors, table, parts.test)
         error, (low, high) = result["heldout"]["rmse"], result["heldout"]["interval95"]
+        sure = f"95% interval {low:.5f} to {high:.5f}, {len(parts.test):,} entries"
+        if math.isinf(high):
+            sure = "too few for an interval, 1 entry"
         console.print(
-            f"held-out RMSE {error:.5f} (95% interval {low:.5f} to {high:.5f}, "
-            f"{len(parts.test):,} entries that chose nothing)",
-            soft_wrap=True,
+            f"held-out RMSE {error:.5f} ({sure} that chose nothing)", soft_wrap=True
         )
     completion = Completion(factors, table.row_ids, table.col_ids, table.names)
     out.mkdir(parents=True, exist_ok=True)

@@ -129,8 +129,8 @@ def warn_constant(entries: Entries) -> None:
     low, high = float(entries.values.min()), float(entries.values.max())
     if low == high and entries.size > 1:
         warnings.warn(
-            f"all {entries.size:,} values are {low:g}: there is nothing to learn, "
-            "every prediction will be the same; implicit feedback (clicks, purchases) "
+            f"all values are {low:g}: there is nothing to learn, every "
+            "prediction will be the same; implicit feedback (clicks, purchases) "
             "isn't supported, give ratings that differ",
             skip_file_prefixes=(PACKAGE,),
         )
