@@ -77,6 +77,8 @@ TEXTS = {
     "a spreadsheet's hint": "sep=;\n" + lines(";", ","),
     "R's row names": '"user" "item" "rating"\n' + "".join(
         f'"{n + 1}" {a} {b} {c}\n' for n, (a, b, c) in enumerate(ROWS)),
+    "delimiters at the lines' ends": lines().replace("\n", ",\n").replace(
+        "rating,", "rating"),
     "pandas' index": ",user,item,rating\n" + "".join(
         f"{n},{a},{b},{c}\n" for n, (a, b, c) in enumerate(ROWS)),
     "genres": "userId,movieId,rating,genres\n" + "".join(
@@ -345,8 +347,10 @@ def test_parquet_columns_of_all_kinds(tmp_path):
         ('user,item,rating\n1,2,"1,234"\n', ["thousands", "--decimal"]),
         ('user,item,rating\n"a\nb",2,3\nc,3,x\n', ["line 4", "'x'"]),
         ("user,item,rating\n", ["no entries"]),
-        ("1,2\n3,4\n", ["only columns", "a value"]),
+        ("1,2\n3,4\n", ["only columns", "implicit"]),
         ("1,2,978300760,3\n3,4,978300761,5\n", ["--columns"]),
+        ("978300760,1,2,3.5\n978300761,4,5,2.5\n", ["--columns"]),
+        ("user,item,rating\nnan,2,3\n", ["line 2", "'user'", "missing"]),
         ("1,2,one,3\n3,4,two,5\n", ["--columns"]),
         ("foo,user,bar\n1,2,3\n", ["--columns"]),
         ("a,b,c,d\n1,2,3,4\n", ["--columns"]),

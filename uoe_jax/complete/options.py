@@ -9,9 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from uoe_jax.errors import ConfigError, nearest
-from uoe_jax.linalg.completion.defaults import FitOptions
-
-SOLVERS = ("auto", "exact", "gram", "cg", "sketch")
+from uoe_jax.linalg.completion.defaults import SOLVERS, FitOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,9 +82,9 @@ def read_delimited(
     first = [name.strip() for name in rows[0]]
     header = are_names(first) or not any(map(is_number, first))
     names = first if header else [str(place + 1) for place in range(len(first))]
-    if header and _has_row_names(first, rows[1:]):
-        names = ["", *first]
-    elif not header:
+    if header:
+        names = _name_all(first, rows[1:])
+    else:
         notes.append("no header")
         said = next(_rows(path, *_separated(comment, found)), (0, [""]))[1]
         said = [name.strip() for name in said]
@@ -289,7 +289,14 @@ def _line_start(data: bytes, number: int) -> int:
     return len(data) if last is None else last.end()
 
 
-def _has_row_names(names: list[str], rows: list[list[str]]) -> bool:
-    """Whether rows begin with a count that the header has no name for (R's habit)."""
-    counted = [fields[0] for fields in rows if len(fields) == len(names) + 1]
-    return bool(rows) and counted == [str(k + 1) for k in range(len(rows))]
+def _name_all(names: list[str], rows: list[list[str]]) -> list[str]:
+    """Return a header's names, one for each field where rows have one more.
+
+    R counts the rows in a first column without a name; others end a line with a
+    delimiter.
+    """
+    if not rows or any(len(fields) != len(names) + 1 for fields in rows):
+        return names
+    if [fields[0] for fields in rows] == [str(k + 1) for k in range(len(rows))]:
+        return ["", *names]
+    return names if any(fields[-1].strip() for fields in rows) else [*names, ""]

@@ -16,7 +16,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -281,13 +281,18 @@ def _pick(
         raise DataError(
             f"{path} has {'columns' if found.named else 'only columns'} {names}; it "
             f"needs {roles}"
+            + (
+                ": events without a value (implicit feedback) aren't supported"
+                * (need == 3)
+            )
         )
     choose = DataError(
         f"{path} has columns {names}; say which are {roles.replace('a ', '')}: "
         + ("--columns user,item,rating, by name or by number from 1")
     )
     if not found.named:
-        if need == 3 and width > 3 and not _is_rating([row[2] for row in found.sample]):
+        columns = [list(column) for column in zip(*found.sample, strict=False)]
+        if need == 3 and width > 3 and columns and not _is_rating(columns):
             raise choose
         return list(range(need))
     known = [_known(names, role) for role in range(need)]
@@ -303,12 +308,28 @@ def _pick(
     return [rest.pop(0) if place is None else place for place in known]
 
 
-def _is_rating(fields: Iterable[str]) -> bool:
-    """Whether fields can be values: numbers, and no seconds since 1970."""
-    numbers = [field for field in fields if field.strip()]
-    return all(map(is_number, numbers)) and not all(
-        float(number.replace(",", ".")) > 1e8 for number in numbers
+def _is_rating(columns: list[list[str]]) -> bool:
+    """Whether the third of more columns without names is likely the value.
+
+    It is if it holds numbers that are no seconds since 1970, unless a later one has
+    fractions and it has none.
+    """
+    _, _, third, *later = columns
+    return _are_small(third) and (
+        _have_fractions(third)
+        or not any(_are_small(c) and _have_fractions(c) for c in later)
     )
+
+
+def _are_small(fields: list[str]) -> bool:
+    filled = [field for field in fields if field.strip()]
+    return all(map(is_number, filled)) and not all(
+        float(field.replace(",", ".")) > 1e8 for field in filled
+    )
+
+
+def _have_fractions(fields: list[str]) -> bool:
+    return any(float(f.replace(",", ".")) % 1 for f in fields if f.strip())
 
 
 def _asked(

@@ -84,7 +84,7 @@ def _text_ids(
             return np.unique(numbers.to_numpy(), return_inverse=True)
     numeric = pc.match_substring_regex(plain, NUMBER, ignore_case=True)
     missing = pc.is_in(pc.utf8_lower(plain), value_set=pa.array(MISSING, plain.type))
-    numbers_only = pc.all(pc.or_(numeric, missing)).as_py() and pc.any(numeric).as_py()
+    numbers_only = pc.all(pc.or_(numeric, missing)).as_py()
     absent = missing if numbers_only else pc.equal(plain, "")
     if pc.any(absent).as_py():
         place = absent.index(True).as_py()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SOLVERS = ("auto", "cg", "gram", "sketch", "exact")
 DEFAULT_RANK = 8
 RIDGES = (0.3, 1.0, 1.5, 3.0)  # tried when none is given, times the values' deviation
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.linalg.completion.defaults import SOLVERS
 from uoe_jax.linalg.sketch import SKETCHES
 
-SOLVERS = ("auto", "cg", "gram", "sketch", "exact")
 PRECISIONS = ("highest", "default")
 
 
