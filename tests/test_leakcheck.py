@@ -68,14 +68,18 @@ def planted(config):
             union=UnionConfig(num_experts=2, top_k=1, patch_size=3),
             compute_dtype="bfloat16",
         ),
-        dataclasses.replace(
-            CONFIG,
-            num_layers=3,
-            attention=("moh", "moba", "dense"),
-            mlp=("moe", "union", "dense"),
-            blocks=("all", "all", "mod"),
-            moba=MobaConfig(block_size=5, top_k=2),
-            moe=MoeConfig(num_experts=4, top_k=2, num_shared=1, gate="softmax_all"),
+        pytest.param(
+            dataclasses.replace(
+                CONFIG,
+                num_layers=3,
+                attention=("moh", "moba", "dense"),
+                mlp=("moe", "union", "dense"),
+                blocks=("all", "all", "mod"),
+                moba=MobaConfig(block_size=5, top_k=2),
+                moe=MoeConfig(num_experts=4, top_k=2, num_shared=1, gate="softmax_all"),
+            ),
+            # Kind by kind: test_no_token_sees_a_later_one of test_router_kinds.py.
+            marks=pytest.mark.nightly,
         ),
     ],
     ids=["union", "mixed", "baselines"],

@@ -54,23 +54,34 @@ def wait_for_lines(process, path, count):
         time.sleep(0.01)  # asking more often takes the CPU it runs on
 
 
-def test_killed_runs_resume_to_the_bits_of_one_that_was_not(start, tmp_path):
+KILL, TERMINATE = signal.SIGKILL, signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [
+        # Late enough that something was saved. Signals that let it save: test_loop.py.
+        pytest.param([(KILL, 10, 35)], id="once"),
+        pytest.param(
+            [(KILL, 1, 15), (KILL, 16, 30), (TERMINATE, 35, 35)],
+            id="thrice",
+            marks=pytest.mark.nightly,
+        ),
+    ],
+)
+def test_killed_runs_resume_to_the_bits_of_one_that_was_not(start, tmp_path, signals):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     seed = random.randrange(1000)
     print("seed", seed)
     rng = random.Random(seed)
-    metrics = killed / "metrics.jsonl"
-    for first in (1, 16):
+    for number, first, last in signals:
         process = start(killed)
-        wait_for_lines(process, metrics, rng.randrange(first, first + 15))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    process = start(killed)
-    wait_for_lines(process, metrics, 35)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate()
-    assert process.returncode == 143
-    assert stderr.startswith("stopped by SIGTERM after step ")
+        wait_for_lines(process, killed / "metrics.jsonl", rng.randint(first, last))
+        process.send_signal(number)
+        _, stderr = process.communicate()
+        assert process.returncode == (143 if number == TERMINATE else -number)
+        if number == TERMINATE:
+            assert stderr.startswith("stopped by SIGTERM after step ")
     process = start(killed, whole)
     out, stderr = process.communicate()
     assert process.returncode == 0, stderr

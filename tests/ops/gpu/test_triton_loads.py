@@ -12,14 +12,22 @@ from unittest import mock
 
 import pytest
 
-# kernel, inner, outer: sides that fill no tile, of runs of 64 and of 8 columns
-CASES = [("products", 64, 192), ("weight_grads", 72, 192), ("weight_grads", 192, 40)]
-CASES += [("products_scattered", 192, 384)]  # rows stored by id
-CASES += [("ids ahead", 128, 256), ("products_in_turn", 192, 384)]
-# width of a head, queries of each of two key heads
-SPLITS = [("split", 128, 1), ("join", 64, 3)]
-# width of a side: a block of a row, and less than blocks of many rows
-SWIGLUS = [("forward", 24), ("backward", 24), ("backward", 3072)]
+# Compiled for every change, each kernel once, and beside these every night.
+# Of products: inner, outer: sides that fill no tile, of runs of 64 and of 8 columns;
+# of heads: a head's width, queries of each of two key heads; of swiglu: a side's width,
+# a block of a row, or less than blocks of many rows.
+OFTEN = {
+    "products": [("ids ahead", 128, 256), ("products_in_turn", 192, 384)],
+    "heads": [("split", 128, 1), ("join", 64, 3)],
+    "swiglu": [("forward", 24), ("backward", 24)],
+}
+NIGHTLY = {
+    "products": [
+        *(("products", 64, 192), ("weight_grads", 72, 192), ("weight_grads", 192, 40)),
+        ("products_scattered", 192, 384),  # rows stored by id
+    ],
+    "swiglu": [("backward", 3072)],
+}
 
 # Loads of a thread that aren't copies: the offsets or a tile's numbers, of the first
 # tile once more before the loop; four ids for each stage filled before it, and in it.
@@ -27,45 +35,53 @@ WAITED = {"products_in_turn": 6, "ids ahead": 2 + 5 * 4}
 WAITED["products_scattered"] = 3 + 16  # and the ids of a thread's rows
 
 
-@pytest.fixture(scope="module")
-def loads(tmp_path_factory):
-    """Bytes of every load from global memory, by case and whether it waits."""
+@pytest.fixture(
+    scope="module", params=["often", pytest.param("nightly", marks=pytest.mark.nightly)]
+)
+def loads(request, tmp_path_factory):
+    """Of every case, by the kind of operation, how it loads and stores."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("ptx"))}
     environment |= {"JAX_PLATFORMS": "cpu"}
     # Other tests of this process use triton's interpreter.
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, __file__], env=environment, check=True, capture_output=True
+        [sys.executable, __file__, request.param],
+        env=environment,
+        check=True,
+        capture_output=True,
     )
     return json.loads(done.stdout)
 
 
 def test_operands_are_copied_16_bytes_at_a_time(loads):
-    for case, found in zip(CASES, loads["products"], strict=True):
+    for case, found in loads["products"]:
         assert set(found["copied"]) == {"16"}, case
         assert found["waited"] <= WAITED.get(case[0], 3), case
 
 
 def test_results_are_stored_16_bytes_at_a_time(loads):
     """Tiles in turn once stored two, and took up to four times as long."""
-    for case, found in zip(CASES, loads["products"], strict=True):
+    for case, found in loads["products"]:
         assert set(found["stored"]) == {"v4.b32"}, case
 
 
+@pytest.mark.parametrize("loads", ["often"], indirect=True)
 def test_tiles_in_turn_are_one_loop(loads):
     """Two would wait for a tile's store before the next one's first rows are loaded."""
-    last = loads["products"][-1]
-    assert last["loops"] == 1 and last["last copy"] < last["store"]
+    _, (_, found) = loads["products"]
+    assert found["loops"] == 1 and found["last copy"] < found["store"]
 
 
+@pytest.mark.parametrize("loads", ["often"], indirect=True)
 def test_ids_read_ahead_leave_all_stages_to_rows(loads):
     """Read in the same step they take half of the stages: two of four hold rows."""
     # Of two operands: three before the loop, one in.
-    assert loads["products"][-2]["copies"] == 2 * 4
+    assert loads["products"][0][1]["copies"] == 2 * 4
 
 
+@pytest.mark.parametrize("loads", ["often"], indirect=True)
 def test_heads_are_moved_16_bytes_at_a_time_through_registers(loads):
-    for case, found in zip(SPLITS, loads["heads"], strict=True):
+    for case, found in loads["heads"]:
         # Of 32 rows a thread has two ids; all else are four words at once.
         assert found["loads"].pop("b32") <= 2, case
         assert set(found["loads"]) == set(found["stores"]) == {"v4.b32"}, case
@@ -73,7 +89,7 @@ def test_heads_are_moved_16_bytes_at_a_time_through_registers(loads):
 
 
 def test_swiglu_is_moved_16_bytes_at_a_time_through_registers(loads):
-    for (kernel, width), found in zip(SWIGLUS, loads["swiglu"], strict=True):
+    for (kernel, width), found in loads["swiglu"]:
         backward = kernel == "backward"
         # Of 2048 entries a thread has 16 of each side, in two rows or in one.
         assert found["loads"].pop("v4.b32") == (6 if backward else 4), width
@@ -209,9 +225,9 @@ def words(text, kind):
 
 
 if __name__ == "__main__":
+    measure = {"products": product_loads, "heads": head_loads, "swiglu": swiglu_loads}
     found = {
-        "products": [product_loads(*case) for case in CASES],
-        "heads": [head_loads(*case) for case in SPLITS],
-        "swiglu": [swiglu_loads(*case) for case in SWIGLUS],
+        kind: [(case, measure[kind](*case)) for case in cases]
+        for kind, cases in (NIGHTLY if sys.argv[1] == "nightly" else OFTEN).items()
     }
     print(json.dumps(found))

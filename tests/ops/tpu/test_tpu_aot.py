@@ -69,7 +69,13 @@ if importlib.util.find_spec("libtpu") is not None:
         with pytest.raises(ConfigError, match="needs 8 devices"):
             aot.topology_mesh("v5e:2x2", {"data": 8})
 
-    @pytest.mark.parametrize("name", aot.TOPOLOGIES)
+    @pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=() if name == "v5e" else pytest.mark.nightly)
+            for name in aot.TOPOLOGIES
+        ],
+    )
     def test_a_union_layer_compiles_for_every_generation(name):
         mesh = aot.topology_mesh(aot.TOPOLOGIES[name])
         kind = mesh.devices.flat[0].device_kind

@@ -82,7 +82,14 @@ def check(case, cuts, seed, dtype=jnp.float32):
 cuts = st.lists(st.integers(0, ROWS), min_size=5, max_size=5).map(sorted)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        # The test of rows past the end holds this program to float64, too.
+        pytest.param("causal", marks=pytest.mark.nightly),
+        *(case for case in CASES if case != "causal"),
+    ],
+)
 def test_value_and_gradients_match_float64(case):
     @settings(deadline=None, max_examples=1)
     @given(cuts, st.integers(0, 2**32 - 1))
