@@ -46,9 +46,9 @@ class Bounds:
         if value < self.least == 0:
             return "it must not be negative"
         if self.least > -math.inf and self.most < INT32_MAX:
-            return f"it must be {self.least:g} to {self.most:g}"
+            return f"it must be {shown(self.least)} to {shown(self.most)}"
         if value < self.least:
-            return f"it must be at least {self.least:g}"
+            return f"it must be at least {shown(self.least)}"
         return f"it must be at most {shown(self.most)}"
 
 

@@ -15,6 +15,7 @@ from uoe_jax.cli.parse import parse
 from uoe_jax.cli.paths import RUNS, find_run
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
+from uoe_jax.fields import Seed
 from uoe_jax.validation import read_config
 
 
@@ -70,7 +71,7 @@ class AdaptOptions:
 
     out: Path | None = None  # new folder; runs/<name>-<method><rank> if not given
 
-    seed: int = 0  # of the factors and the order of the data
+    seed: Seed = 0  # of the factors and the order of the data
 
     json: bool = False  # one JSON object instead of tables
 

@@ -10,6 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from uoe_jax.cli.parse import parse
+from uoe_jax.fields import Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class BenchOptions:
         Annotated[tuple[str, ...], arg(metavar="attention|union|sweep|train")]
     ] = ("attention", "union")
     size: str | None = None  # full or small; None: small on a CPU
-    rounds: int = 5  # a time is the median of this many
+    rounds: Count = 5  # a time is the median of this many
     tune: bool = False
     out: Path | None = None  # JSON file of all rows
     plot: Path | None = None  # PNG file of the sweep

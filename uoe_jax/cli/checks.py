@@ -14,6 +14,7 @@ from uoe_jax.cli.parse import Experiment, check_typed, parse, take_preset
 from uoe_jax.cli.paths import run_or_preset
 from uoe_jax.config import ModelConfig
 from uoe_jax.escape import escape, escape_line
+from uoe_jax.fields import Count, Seed
 from uoe_jax.kinds import ATTENTIONS, MLPS, ROUTERS
 from uoe_jax.validation import validate
 
@@ -27,8 +28,8 @@ class LeakOptions:
     """
 
     target: Positional[Annotated[str, arg(metavar="PRESET|RUN")]]
-    length: int | None = None  # tokens of the probe sequences
-    seed: int = 0
+    length: Count | None = None  # tokens of the probe sequences
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from uoe_jax.cli.parse import Experiment, parse, take_preset
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.errors import ConfigError
+from uoe_jax.fields import Count
 from uoe_jax.hardware import count
 from uoe_jax.report.table import format_table, si
 from uoe_jax.validation import validate
@@ -18,8 +18,8 @@ class CostOptions:
     """Count parameters, FLOPs and bytes of a preset; nothing is run."""
 
     config: Experiment
-    batch: int | None = None  # sequences at a time; the preset's batch size
-    seq_len: int | None = None  # tokens in each; the preset's sequence length
+    batch: Count | None = None  # sequences at a time; the preset's batch size
+    seq_len: Count | None = None  # tokens in each; the preset's sequence length
     json: bool = False  # one JSON object instead of tables
 
 
@@ -27,9 +27,6 @@ def cost(args: list[str]) -> int:
     """Print the cost of `PRESET [options]`."""
     preset, rest = take_preset(args, "cost")
     options = parse(CostOptions, rest, "cost", default=CostOptions(config=preset))
-    for name, value in (("--batch", options.batch), ("--seq-len", options.seq_len)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
     validate(options.config)
     found = count_all(options.config, options.batch, options.seq_len)
     print(json_text.dumps(found, indent=2) if options.json else describe(found))

@@ -13,6 +13,7 @@ from uoe_jax.cli.parse import parse
 from uoe_jax.cli.paths import RUNS, find_run
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
+from uoe_jax.fields import Seed
 from uoe_jax.validation import read_config
 
 Grouping = Literal["contiguous", "random", "coactivation"]
@@ -57,7 +58,7 @@ class DecomposeOptions:
 
     out: Path | None = None  # folder of the new run; runs/<name>-union<E> or -dense
 
-    seed: int = 0
+    seed: Seed = 0
 
     json: bool = False  # one JSON object instead of lines
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import tyro
 
 from uoe_jax.config import DataConfig, ExperimentConfig
 from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.fields import field_hints, out_of_bounds
 from uoe_jax.presets import PRESETS, get_preset
 
 # The experiment's own options carry no prefix: --model.d-model, not --config.model...
@@ -39,9 +41,10 @@ def parse[Options](
         _check_names(args, set(option_names(options)), verb)
     said = io.StringIO()
     # tyro draws a box over many lines; it is caught and flattened below.
+    found = None
     with contextlib.redirect_stderr(said):
         try:
-            return tyro.cli(
+            found = tyro.cli(
                 options,
                 args=list(args),
                 prog=f"uoe {verb}",
@@ -51,7 +54,62 @@ def parse[Options](
         except SystemExit as stop:
             if not stop.code:
                 raise
-    raise ConfigError(f"{flatten(said.getvalue())}; see uoe {verb} --help")
+        except ConfigError as error:  # a config's own refusal
+            raise ConfigError(_as_options(str(error), options)) from None
+    if found is None:
+        text = _as_options(flatten(said.getvalue()), options)
+        raise ConfigError(f"{text}; see uoe {verb} --help")
+    _check_numbers(found)
+    return found
+
+
+def _as_options(text: str, options: type) -> str:
+    """Return a config's refusal with its field named as the option that was typed."""
+    found = re.match(r"(?:Error parsing \S+: )?([A-Z]\w*)\.(\w+) is ", text)
+    prefix = dict(_prefixes(options)).get(found[1]) if found else None
+    if found is None or prefix is None:
+        return text
+    return f"{prefix}{found[2].replace('_', '-')} is {text[found.end() :]}"
+
+
+def _prefixes(options: type, prefix: str = "--") -> Iterator[tuple[str, str]]:
+    """Yield each config's class name and what its options begin with."""
+    yield options.__name__, prefix
+    hints = typing.get_type_hints(options, include_extras=True)
+    for field in dataclasses.fields(options):
+        hint = hints[field.name]
+        inner = typing.get_args(hint)[0] if _annotated(hint) else hint
+        if dataclasses.is_dataclass(inner):
+            own = "" if hint == Experiment else f"{field.name.replace('_', '-')}."
+            yield from _prefixes(typing.cast(type, inner), f"{prefix}{own}")
+
+
+def _check_numbers(found: typing.Any) -> None:
+    """Raise ConfigError for numbers of a verb's own options that can't be.
+
+    Those of an experiment are left to `validate`, which knows how they belong together.
+    """
+    problems = []
+    for name, hint in field_hints(type(found)).items():
+        value, option = getattr(found, name), f"--{name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{option} is {value}; it must be a finite number")
+        else:
+            problems.extend(out_of_bounds(hint, value, option))
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def typed_options(args: Sequence[str], options: type) -> set[str]:
+    """Return the options that stand on a command line: `--a.b-c`, flags as `--b-c`.
+
+    Whatever their values: what was typed counts even where it is the default.
+    """
+    names = {arg.split("=", 1)[0].replace("_", "-") for arg in args}
+    known = names & set(option_names(options))
+    return {re.sub(r"(^--|\.)no-", r"\1", name) for name in known}
 
 
 def take_preset(

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uoe_jax.cli.parse import Experiment, parse, take_preset
+from uoe_jax.cli.parse import Experiment, parse, take_preset, typed_options
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.errors import DataError
+from uoe_jax.fields import Count, Positive, Whole
 from uoe_jax.hardware import fit
 from uoe_jax.hardware.devices import Topology, parse_topology
 from uoe_jax.hardware.roofline import UNCALIBRATED, Calibration, Prediction
+from uoe_jax.partition.legal import AXES
 from uoe_jax.partition.plan import (
     Plan,
     as_json,
@@ -36,14 +38,14 @@ class PlanOptions:
 
     config: Experiment
     topology: str = "cpu:8"  # v5p:4x4x4, v5e:4x4, h100:8, cpu:8
-    budget: float | None = None  # GB of memory a chip may use; its own if not given
-    compile: int = 3  # the fastest layouts compiled ahead of time, on TPU topologies
+    budget: Positive | None = None  # GB of memory a chip may use; its own if not given
+    compile: Whole = 3  # the fastest layouts compiled ahead of time, on TPU topologies
     kernels: bool = False  # compile what kernels do as well: same memory, many minutes
-    max_seconds: float = 540.0  # after which nothing more is compiled
+    max_seconds: Positive = 540.0  # after which nothing more is compiled
     calibration: Path | None = None  # a file of --fit; measured factors
     fit: tuple[Path, ...] = ()  # files of timed steps to calibrate from
     out: Path | None = None  # the fastest layout that fits, for uoe train --layout
-    show: int = 12  # rows of the table
+    show: Count = 12  # rows of the table
     json: bool = False  # one JSON object instead of tables
     html: Path | None = None  # a page with the table and a picture of each layout
 
@@ -56,10 +58,9 @@ def plan(args: list[str]) -> int:
     topology = parse_topology(options.topology)
     calibration = _calibration(options, topology)
     budget = options.budget
-    if budget is not None and not budget > 0:
-        raise ConfigError(f"--budget is {budget}; give the GB a chip may use")
     limit = None if budget is None else budget * 1e9
-    found = make_plan(options.config, topology, calibration, limit)
+    fixed = _fixed(rest, options.config)
+    found = make_plan(options.config, topology, calibration, limit, fixed)
     compiled = _compile(options, found) if topology.is_tpu else {}
     content = as_json(found, compiled)
     if options.json:
@@ -74,7 +75,16 @@ def plan(args: list[str]) -> int:
     if options.out is not None and found.fitting:
         write_layout(options.out, options.config, found.fitting[0].sizes)
         print(f"layout: {options.out}", file=sys.stderr)
+    elif options.out is not None:
+        print(f"no layout fits, so {options.out} isn't written", file=sys.stderr)
     return 0 if found.fitting else 1
+
+
+def _fixed(args: list[str], config: ExperimentConfig) -> dict[str, int]:
+    """Return the mesh axes that were typed; `--mesh.data 0` leaves that one open."""
+    typed = typed_options(args, PlanOptions)
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+    return {a: n for a, n in sizes.items() if f"--mesh.{a}" in typed and n > 0}
 
 
 def _calibration(options: PlanOptions, topology: Topology) -> Calibration:

@@ -17,6 +17,7 @@ from uoe_jax.cli.paths import find_run, read_config
 from uoe_jax.config import DataConfig
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.escape import escape
+from uoe_jax.fields import Seed
 from uoe_jax.validation import validate
 
 
@@ -43,7 +44,7 @@ class GenerateOptions:
     top_k: int | None = None
     top_p: float | None = None
     greedy: bool = False  # always the likeliest token
-    seed: int = 0
+    seed: Seed = 0
     raw: bool = False  # control characters and broken UTF-8 as they are, not escaped
 
 

@@ -36,6 +36,7 @@ class CompleteArgs(FitOptions):
     quiet: bool = False  # print nothing
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"holdout is {self.holdout}; it must be in [0, 1)")
         if self.rank not in (None, "auto") and not self.rank.isdecimal():

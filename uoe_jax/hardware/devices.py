@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.errors import ConfigError, nearest, shown
+from uoe_jax.hardware.slices import (
+    FAMILIES,
+    check_slice,
+    family_name,
+    shape_of_type,
+    spell,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +79,10 @@ _PCIE5 = _switch(64.0, 12.5, "PCI Express 5.0 x16, one way; 100 Gb/s Ethernet")
 _PCIE4 = _switch(32.0, 12.5, "PCI Express 4.0 x16, one way; 100 Gb/s Ethernet")
 _PCIE3 = _switch(16.0, 12.5, "PCI Express 3.0 x16, one way; 100 Gb/s Ethernet")
 _V4, _V5P = _torus(45.0, 3, 6.25), _torus(90.0, 3, 6.25)
+_V7X = _torus(50.0, 3, 6.25)  # half of a chip's links
 _V5E, _V6E = _torus(45.0, 2, 3.125), _torus(90.0, 2, 12.5)
 
-# Order matters: the first name found in a device kind wins.
+# Order matters: the first name whose words all occur in a device kind wins.
 DEVICES: tuple[Device, ...] = tuple(
     Device(
         name=name,
@@ -87,6 +97,7 @@ DEVICES: tuple[Device, ...] = tuple(
         ("H100 PCIe", 756.5, 80, 2000, _PCIE5, _NVIDIA),
         ("H100", 989.4, 80, 3350, _NVLINK4, _NVIDIA),
         ("B200", 2250, 180, 8000, _NVLINK5, _NVIDIA),
+        ("A100 40GB", 312, 40, 1555, _NVLINK3, _NVIDIA),
         ("A100", 312, 80, 2039, _NVLINK3, _NVIDIA),
         ("L40S", 362, 48, 864, _PCIE4, _NVIDIA),
         ("L4", 121, 24, 300, _PCIE4, _NVIDIA),
@@ -100,6 +111,8 @@ DEVICES: tuple[Device, ...] = tuple(
         ("TPU v5", 459, 95, 2765, _V5P, _GOOGLE),
         ("TPU v6 lite", 918, 32, 1640, _V6E, _GOOGLE),
         ("TPU v6e", 918, 32, 1640, _V6E, _GOOGLE),
+        # Of one of a chip's two cores, which are devices of their own to jax.
+        ("TPU7x", 1153.5, 96, 3690, _V7X, _GOOGLE),
     )
 )
 
@@ -115,10 +128,10 @@ CPU = Device(
 
 
 def find_device(kind: str) -> Device | None:
-    """Return the chip whose name occurs in jax's `device_kind`, or None."""
+    """Return the chip whose name's words occur in jax's `device_kind`, or None."""
     lowered = kind.lower()
     for device in DEVICES:
-        if device.name.lower() in lowered:
+        if all(word in lowered for word in device.name.lower().split()):
             return device
     return None
 
@@ -131,7 +144,10 @@ def peak_flops(kind: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Chips of one kind; `shape` has several numbers where they form a torus."""
+    """Devices of one kind; `shape` has several numbers where they form a torus.
+
+    The two cores of a TPU7x chip are a first dimension of 2.
+    """
 
     name: str
     device: Device
@@ -139,11 +155,8 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """Return how many chips there are."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        """Return how many devices there are."""
+        return math.prod(self.shape)
 
     @property
     def is_tpu(self) -> bool:
@@ -151,37 +164,76 @@ class Topology:
         return self.device.name.startswith("TPU")
 
 
-def _short_names() -> dict[str, Device]:
+# Memory sizes and makers that stand in names of clouds and of drivers.
+_GPU_ALIASES = {
+    "a100-80gb": "a100",
+    "a100-sxm": "a100",
+    "h100-80gb": "h100",
+    "h100-mega-80gb": "h100",
+    "h100-sxm": "h100",
+    "h200-141gb": "h200",
+    "h200-sxm": "h200",
+}
+_MOST = 32_768  # devices of a switched topology
+
+
+def _switched_names() -> dict[str, Device]:
+    """Return GPUs and the CPU by their short names."""
     names = {"cpu": CPU}
     for device in DEVICES:
-        short = device.name.lower().removeprefix("tpu ").replace(" ", "-")
-        names.setdefault(short, device)
+        if device.link.kind == "switch":
+            names[device.name.lower().replace(" ", "-")] = device
     return names
 
 
 def parse_topology(text: str) -> Topology:
-    """Return the topology a name such as "v5p:4x4x4", "cpu:8" or "h200:1" stands for.
+    """Return the topology a name such as "v5p:4x4x4", "v5p-128" or "h200:8" stands for.
+
+    Names of Google's accelerator types count TensorCores or chips as Google does.
 
     Raises:
-      ConfigError: an unknown chip, or a shape that isn't one of its kind's.
+      ConfigError: an unknown chip, or a slice that doesn't exist.
     """
-    kind, colon, shape_text = text.lower().partition(":")
-    names = _short_names()
-    if kind not in names:
-        raise ConfigError(f"topology is {text!r}; {nearest(kind, names)}")
-    device = names[kind]
+    lowered = text.lower().strip()
+    if found := shape_of_type(lowered):
+        return _slice(*found)
+    kind, colon, shape_text = lowered.partition(":")
+    switched = _switched_names()
+    gpu = re.sub(r"^(nvidia-)?(tesla-)?", "", kind.replace(" ", "-").replace("_", "-"))
+    gpu, tpu = _GPU_ALIASES.get(gpu, gpu), family_name(kind)
+    if gpu not in switched and tpu not in FAMILIES:
+        known = [*switched, *FAMILIES]
+        raise ConfigError(f"topology is {shown(text)}; {nearest(kind, known)}")
     parts = shape_text.split("x")
-    if not colon or not all(part.isdigit() and int(part) > 0 for part in parts):
+    # Python's isdigit takes superscripts; long numbers aren't chips.
+    if not colon or not all(re.fullmatch(r"0*[1-9][0-9]{0,8}", p) for p in parts):
+        example = f"{gpu}:8" if gpu in switched else _example(tpu)
         raise ConfigError(
-            f"topology is {text!r}; write chips as KIND:COUNT or KIND:AxBxC, such as "
-            "v5p:4x4x4 or h200:8"
+            f"topology is {shown(text)}; write chips as KIND:COUNT or KIND:AxBxC, such "
+            f"as {example}"
         )
     shape = tuple(int(part) for part in parts)
-    dimensions = device.link.dimensions if device.link.kind == "torus" else 1
+    dimensions = 1 if gpu in switched else FAMILIES[tpu].dimensions
     if len(shape) != dimensions:
-        example = "x".join(["4"] * dimensions)
+        example = f"{gpu}:{math.prod(shape)}" if gpu in switched else _example(tpu)
         raise ConfigError(
-            f"topology is {text!r}; {device.name} chips form {dimensions} "
-            f"dimension{'s' * (dimensions > 1)}, write {kind}:{example}"
+            f"topology is {shown(text)}; {gpu if gpu in switched else tpu} chips form "
+            f"{dimensions} dimension{'s' * (dimensions > 1)}, write {example}"
         )
-    return Topology(name=text.lower(), device=device, shape=shape)
+    if gpu in switched:
+        if shape[0] > _MOST:
+            raise ConfigError(f"topology is {shown(text)}; use at most {_MOST} devices")
+        return Topology(name=f"{gpu}:{shape[0]}", device=switched[gpu], shape=shape)
+    check_slice(tpu, shape)
+    return _slice(tpu, shape)
+
+
+def _example(tpu: str) -> str:
+    return f"{tpu}:{spell((4,) * FAMILIES[tpu].dimensions)}"
+
+
+def _slice(name: str, shape: tuple[int, ...]) -> Topology:
+    title = "TPU7x" if name == "tpu7x" else f"TPU {name}"
+    device = next(device for device in DEVICES if device.name == title)
+    cores = (2,) if name == "tpu7x" else ()
+    return Topology(name=f"{name}:{spell(shape)}", device=device, shape=cores + shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -10,8 +11,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from uoe_jax.config import ExperimentConfig, MeshConfig
-from uoe_jax.errors import ConfigError
-from uoe_jax.partition.legal import AXES, check_layout, mesh_sizes
+from uoe_jax.errors import ConfigError, all_divisors
+from uoe_jax.partition.legal import AXES, check_layout, layout_problems, mesh_sizes
 
 DATA_AXIS = "data"
 
@@ -67,10 +68,20 @@ def mesh_for(
 
 
 def evaluation_mesh(config: ExperimentConfig) -> Mesh:
-    """Return the experiment's own mesh, or one device where there are too few."""
-    devices = jax.devices()
-    sizes = [config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence]
-    if max(config.mesh.data, 1) * math.prod(sizes) > len(devices):
+    """Return a mesh to read a run on: its own as far as these devices and rows allow.
+
+    A run says nothing of the devices it is read on, nor of the batches: `data` takes as
+    many as divide the rows. One device where the model can't be laid out as it was.
+    """
+    devices, mesh = jax.devices(), config.mesh
+    left = len(devices) // (mesh.fsdp * mesh.tensor * mesh.sequence)
+    rows, rest = divmod(config.data.batch_size, config.train.accumulate * mesh.fsdp)
+    if left < max(mesh.data, 1) or rows < 1 or rest:
+        return make_mesh(MeshConfig(data=1))
+    data = max(n for n in all_divisors(rows) if n <= (mesh.data or left))
+    mesh = dataclasses.replace(mesh, data=data)
+    config = dataclasses.replace(config, mesh=mesh)
+    if any(layout_problems(config, mesh_sizes(mesh, len(devices)))):
         return make_mesh(MeshConfig(data=1))
     return mesh_for(config, devices)
 

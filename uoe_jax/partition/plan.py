@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from uoe_jax.config import ExperimentConfig, LayoutConfig, MeshConfig, from_json
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import ConfigError, divisors
 from uoe_jax.hardware.devices import Topology
 from uoe_jax.hardware.roofline import UNCALIBRATED, Calibration, Prediction, predict
 from uoe_jax.partition.legal import AXES, Sizes, Verdict, verdicts
@@ -33,13 +34,26 @@ def make_plan(
     topology: Topology,
     calibration: Calibration = UNCALIBRATED,
     budget: float | None = None,
+    fixed: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Return the predicted plan; `budget` is the bytes a chip may use, None: all."""
+    """Return the predicted plan.
+
+    Args:
+      budget: bytes a chip may use; None: all of its memory.
+      fixed: devices of some mesh axes; only layouts that have them are compared.
+
+    Raises:
+      ConfigError: no factorisation of the topology has the fixed axes.
+    """
+    fixed = fixed or {}
+    _check_fixed(fixed, topology)
     limit = topology.device.memory_bytes
     if budget is not None:
         limit = min(limit, budget)
     found, illegal = [], []
     for verdict in verdicts(config, topology.num_devices):
+        if any(verdict.sizes[axis] != size for axis, size in fixed.items()):
+            continue
         if verdict.problems:
             illegal.append(verdict)
             continue
@@ -54,6 +68,19 @@ def make_plan(
         fitting=tuple(sorted(fitting, key=lambda p: p.step_seconds)),
         too_large=tuple(sorted(too_large, key=lambda p: p.shortfall)),
         illegal=tuple(illegal),
+    )
+
+
+def _check_fixed(fixed: Mapping[str, int], topology: Topology) -> None:
+    count, product = topology.num_devices, math.prod(fixed.values())
+    whole = len(fixed) == len(AXES)
+    if product == count or (count % product == 0 and not whole):
+        return
+    text = " x ".join(f"mesh.{axis} {size}" for axis, size in fixed.items())
+    rule = "make up" if whole else "divide"
+    raise ConfigError(
+        f"{text} must {rule} the {count} devices of {topology.name}; use a product of "
+        f"{count if whole else divisors(count)}"
     )
 
 

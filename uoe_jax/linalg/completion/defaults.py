@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from uoe_jax.fields import Checked
+
 SOLVERS = ("auto", "cg", "gram", "sketch", "exact")
 DEFAULT_RANK = 8
 RIDGES = (0.3, 1.0, 1.5, 3.0)  # tried when none is given, times the values' deviation
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitOptions:
+class FitOptions(Checked):
     """Options that `uoe complete` and `MatrixCompleter` share, with their defaults."""
 
     holdout: float = 0.1  # fraction of entries that choose ridge and sweeps; 0: none
