@@ -76,7 +76,7 @@ def _place_on_torus(topology: Topology, sizes: Mapping[str, int]) -> dict[str, G
             if part == 1:
                 continue
             whole = part == topology.shape[place]
-            closed = whole and _closes(part, link.dimensions)
+            closed = whole and closes(part, topology.shape, link.dimensions)
             rings.append(Ring(size=part, closed=closed, hop=taken[place]))
             free[place] //= part
             taken[place] *= part
@@ -85,10 +85,12 @@ def _place_on_torus(topology: Topology, sizes: Mapping[str, int]) -> dict[str, G
     return groups
 
 
-def _closes(size: int, dimensions: int) -> bool:
+def closes(size: int, shape: tuple[int, ...], dimensions: int) -> bool:
+    """Whether the ends of a whole dimension of a slice of this shape are joined."""
     if dimensions == 2:
         return size % _RING_2D == 0
-    return size % _CUBE == 0
+    # A slice within one cube has no links to its other side.
+    return all(side % _CUBE == 0 for side in shape[-dimensions:])
 
 
 def _common(a: int, b: int) -> int:

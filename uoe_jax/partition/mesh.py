@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from uoe_jax.config import ExperimentConfig, MeshConfig
 from uoe_jax.errors import ConfigError, all_divisors
 from uoe_jax.partition.legal import AXES, check_layout, layout_problems, mesh_sizes
+from uoe_jax.partition.rings import in_rings
 
 DATA_AXIS = "data"
 
@@ -43,6 +44,8 @@ def make_mesh(
     placed = mesh_utils.create_device_mesh(
         tuple(shape.values()), devices[:count], allow_split_physical_axes=True
     )
+    if count == len(devices):  # of a part it isn't known which ends are joined
+        placed = in_rings(placed)
     # Auto outside of shard_map: there only elementwise updates and norms are left.
     return Mesh(placed, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
