@@ -1,4 +1,4 @@
-"""Google's names of slices count as Google does; slices that don't exist are refused."""
+"""Names of slices count as Google counts; slices that are none are refused."""
 
 import math
 

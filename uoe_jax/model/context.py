@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.ops import _checks
 from uoe_jax.partition.collectives import Parallel
 
 
@@ -30,6 +33,53 @@ class Context(NamedTuple):
     train: bool = False
     lengths: Int[Array, " B"] | None = None
     parallel: Parallel | None = None
+
+
+def _check_call(given: dict[str, Any], name: str, check_input: Any) -> None:
+    """Check a model's input and the options beside it."""
+    options = given["options"]
+    known = [n for n in inspect.signature(make_context).parameters][2:]
+    for word in options:
+        if word not in known:
+            raise ConfigError(
+                f"the model has no option {word!r}; {nearest(word, known)}"
+            )
+    check_input(given)
+    for option in ("positions", "segments"):
+        if options.get(option) is None:
+            continue
+        _checks.ints(options, option, "B T")
+        if options[option].shape != given[name].shape[:2]:
+            raise ConfigError(
+                f"{option} is {list(options[option].shape)} beside {name} "
+                f"{list(given[name].shape)}; each token needs one"
+            )
+
+
+def _check_tokens(given: dict[str, Any]) -> None:
+    _checks.ints(given, "tokens", "B T")
+    vocabulary = given["self"].config.vocab_size
+    _checks.within(given, "tokens", vocabulary, "tokens of model.vocab_size")
+
+
+def _check_images(given: dict[str, Any]) -> None:
+    config: ModelConfig = given["self"].config
+    _checks.floats(given, "images", "B H W C")
+    side, channels = config.image_size, config.image_channels
+    if given["images"].shape[1:] != (side, side, channels):
+        raise ConfigError(
+            f"images is {list(given['images'].shape)}; this model takes [B, {side}, "
+            f"{side}, {channels}]"
+        )
+
+
+# Decorators of what a model is called with; numbers are looked at only where known.
+takes_tokens = _checks.checked(
+    partial(_check_call, name="tokens", check_input=_check_tokens)
+)
+takes_images = _checks.checked(
+    partial(_check_call, name="images", check_input=_check_images)
+)
 
 
 def make_context(

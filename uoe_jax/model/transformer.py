@@ -18,7 +18,7 @@ from uoe_jax.model.baselines.mod import DepthRouter, decode_around, run_around
 from uoe_jax.model.baselines.moe import MoeMlp
 from uoe_jax.model.baselines.moh import MohAttention
 from uoe_jax.model.cache import Cache, Entry, KeyValue, Slot, write_prompt
-from uoe_jax.model.context import Context, make_context
+from uoe_jax.model.context import Context, make_context, takes_images, takes_tokens
 from uoe_jax.model.layers import (
     PROJECTION,
     Head,
@@ -332,6 +332,7 @@ class Decoder(nnx.Module):
         tied, vocab = config.tie_embeddings, config.vocab_size
         self.head = None if tied else Head(config, vocab, False, rngs=rngs)
 
+    @takes_tokens
     def __call__(
         self, tokens: Int[Array, "B T"], **options: Any
     ) -> tuple[Float[Array, "B T V"], Aux]:
@@ -339,6 +340,7 @@ class Decoder(nnx.Module):
         x, aux = self.hidden(tokens, **options)
         return self.logits(x), aux
 
+    @takes_tokens
     def hidden(
         self, tokens: Int[Array, "B T"], **options: Any
     ) -> tuple[Float[Array, "B T2 D"], Aux]:
@@ -396,6 +398,7 @@ class Encoder(nnx.Module):
         self.trunk = Trunk(config, rngs=rngs)
         self.head = Head(config, config.num_classes, True, rngs=rngs)
 
+    @takes_tokens
     def __call__(
         self, tokens: Int[Array, "B T"], **options: Any
     ) -> tuple[Float[Array, "B C"], Aux]:
@@ -418,6 +421,7 @@ class VisionTransformer(nnx.Module):
         self.trunk = Trunk(config, rngs=rngs)
         self.head = Head(config, config.num_classes, True, rngs=rngs)
 
+    @takes_images
     def __call__(
         self, images: Float[Array, "B Hi Wi Ci"], **options: Any
     ) -> tuple[Float[Array, "B C"], Aux]:

@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from uoe_jax.errors import ConfigError
+from uoe_jax.ops import _checks
 from uoe_jax.ops._dispatch import accumulator_dtype, vary_together
 from uoe_jax.ops.counting import count_choices
 
@@ -32,6 +35,32 @@ class Packing(NamedTuple):
     group_offsets: Int[Array, " E1"]  # E + 1 first rows of the experts
 
 
+def _settle(given: _checks.Given) -> None:
+    _checks.ints(given, "choices", "B T X")
+    _checks.whole(given, "num_experts")
+    _checks.whole(given, "num_rows", optional=True)
+    shape, experts = given["choices"].shape, given["num_experts"]
+    if experts < 1 or shape[2] > experts:
+        raise ConfigError(
+            f"num_experts is {experts}; {shape[2]} distinct choices a token need at "
+            f"least {max(shape[2], 1)}"
+        )
+    kept = given["kept"]
+    if kept is None:
+        _checks.within(given, "choices", experts, "experts")
+        return
+    if getattr(kept, "shape", None) != shape or kept.dtype != bool:
+        found = f"{getattr(kept, 'dtype', '')} {list(getattr(kept, 'shape', ()))}"
+        raise ConfigError(
+            f"kept is {type(kept).__name__} {found}; it must be bool {list(shape)}, as "
+            "the choices are"
+        )
+    if all(map(_checks.is_concrete, (kept, given["choices"]))):
+        counted = {"choices": np.where(kept, given["choices"], 0)}
+        _checks.within(counted, "choices", experts, "experts")
+
+
+@_checks.checked(_settle)
 def pack_choices(
     choices: Int[Array, "B T X"],
     num_experts: int,
@@ -46,7 +75,7 @@ def pack_choices(
     batch, length, top_k = choices.shape
     num_tokens = batch * length
     if (num_experts + top_k) * num_tokens >= 2**31:
-        raise ValueError(
+        raise ConfigError(
             f"{num_experts} experts x {num_tokens} tokens; row keys need fewer than "
             "2**31; make the batch per device smaller"
         )

@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
+from uoe_jax.ops import _checks
 from uoe_jax.ops._dispatch import dispatch
 from uoe_jax.ops.dense_attention import (
     cudnn,
@@ -49,6 +50,25 @@ def call_shape(q: Float[Array, "B T N H"], causal: bool) -> dict[str, Any]:
     }
 
 
+def _settle(given: _checks.Given) -> None:
+    _checks.floats(given, "q", "B T N H")
+    _checks.floats(given, "k", "B T K H")
+    _checks.floats(given, "v", "B T K H")
+    _checks.flag(given, "causal")
+    _checks.whole(given, "window", optional=True)
+    _checks.number(given, "scale")
+    _checks.backend(given)
+    if given["segments"] is not None:
+        _checks.ints(given, "segments", "B T")
+        if given["segments"].shape != given["q"].shape[:2]:
+            raise ConfigError(
+                f"segments is {list(given['segments'].shape)} beside q "
+                f"{list(given['q'].shape)}; each of its {list(given['q'].shape[:2])} "
+                "tokens needs a document id"
+            )
+
+
+@_checks.checked(_settle)
 def dense_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "Bk Tk K Hk"],
@@ -73,11 +93,12 @@ def dense_attention(
       implementation: backend name; None: the fastest that can serve.
 
     Raises:
-      ConfigError: shapes that don't fit, window < 1, unknown or unfit backend.
+      ConfigError: ranks, shapes or dtypes that don't fit, window < 1, unknown or
+        unfit backend.
     """
     batch, length, num_heads, width = q.shape
     want = (batch, length, k.shape[2], width)
-    if k.shape != want or v.shape != want or num_heads % k.shape[2]:
+    if k.shape != want or v.shape != want or not k.shape[2] or num_heads % k.shape[2]:
         raise ConfigError(
             f"k is {list(k.shape)} and v {list(v.shape)} beside q {list(q.shape)}; "
             f"both need [{batch}, {length}, K, {width}] with K dividing {num_heads}"

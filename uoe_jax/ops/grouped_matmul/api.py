@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
+from uoe_jax.ops import _checks
 from uoe_jax.ops._dispatch import dispatch
 from uoe_jax.ops.grouped_matmul import mosaic_tpu, reference, triton, xla
 from uoe_jax.ops.packing import Packing
@@ -45,6 +46,46 @@ def call_shape(num_rows: int, w: Float[Array, "E I O"]) -> dict[str, Any]:
     }
 
 
+def _settle(given: _checks.Given) -> None:
+    _checks.floats(given, "x", "M I")
+    _checks.floats(given, "w", "E I O")
+    _checks.ints(given, "offsets", "E+1")
+    _checks.ascending(given, "offsets", given["x"].shape[0])
+    _checks.backend(given)
+
+
+def _settle_packing(given: _checks.Given, name: str, form: str) -> int:
+    """Check the call of a packed product; return how many rows `name` has."""
+    _checks.floats(given, name, form)
+    _checks.floats(given, "w", "E I O")
+    _checks.backend(given)
+    packing = given["packing"]
+    if not isinstance(packing, Packing):
+        raise ConfigError(
+            f"packing is a {type(packing).__name__}; pass what pack_choices returns"
+        )
+    return given[name].shape[0]
+
+
+def _settle_tokens(given: _checks.Given) -> None:
+    tokens = _settle_packing(given, "x", "N I")
+    if tokens != given["packing"].row_ids.shape[0]:
+        raise ConfigError(
+            f"x has {tokens} tokens and the packing {given['packing'].row_ids.shape[0]}"
+            "; pack the choices of these tokens"
+        )
+
+
+def _settle_rows(given: _checks.Given) -> None:
+    rows = _settle_packing(given, "rows", "M I")
+    if rows != given["packing"].token_ids.shape[0]:
+        raise ConfigError(
+            f"there are {rows} rows and the packing has "
+            f"{given['packing'].token_ids.shape[0]}; pass the rows of this packing"
+        )
+
+
+@_checks.checked(_settle)
 def grouped_matmul(
     x: Float[Array, "M I"],
     w: Float[Array, "E I2 O"],
@@ -67,6 +108,7 @@ def grouped_matmul(
     )
 
 
+@_checks.checked(_settle_tokens)
 def gather_project(
     x: Float[Array, "N I"],
     w: Float[Array, "E I2 O"],
@@ -86,6 +128,7 @@ def gather_project(
     )
 
 
+@_checks.checked(_settle_rows)
 def project_scatter(
     rows: Float[Array, "M I"],
     w: Float[Array, "E I2 O"],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
+from uoe_jax.ops import _checks
 from uoe_jax.ops._dispatch import dispatch
 from uoe_jax.ops.segment_attention import (
     mosaic_gpu,
@@ -24,6 +27,37 @@ BACKENDS = {
 }
 
 
+def _settle(given: _checks.Given) -> None:
+    _checks.floats(given, "q", "M G H")
+    _checks.floats(given, "k", "M H")
+    _checks.floats(given, "v", "M H")
+    _checks.ints(given, "offsets", "S+1")
+    _checks.ascending(given, "offsets", given["q"].shape[0])
+    _checks.flag(given, "causal")
+    _checks.whole(given, "window", optional=True)
+    _checks.number(given, "scale")
+    _checks.backend(given)
+    if given["bounds"] is not None:
+        given["bounds"] = _settle_bounds(given["bounds"], given["q"].shape[0])
+
+
+def _settle_bounds(bounds: Any, rows: int) -> tuple[Any, Any]:
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise ConfigError(
+            f"bounds is {type(bounds).__name__}; it must be (first, last), arrays [M] "
+            "of the rows that each row may see"
+        )
+    ends = dict(zip(("first bounds", "last bounds"), bounds, strict=True))
+    for name in ends:
+        _checks.ints(ends, name, "M")
+        if ends[name].shape[0] != rows:
+            raise ConfigError(
+                f"{name} are {ends[name].shape[0]} for {rows} rows; each needs one"
+            )
+    return ends["first bounds"], ends["last bounds"]
+
+
+@_checks.checked(_settle)
 def segment_attention(
     q: Float[Array, "M G H"],
     k: Float[Array, "Mk Hk"],
@@ -55,7 +89,8 @@ def segment_attention(
       implementation: backend name; None: the fastest that can serve.
 
     Raises:
-      ConfigError: shapes that don't fit, window < 1, unknown or unfit backend.
+      ConfigError: ranks, shapes or dtypes that don't fit, offsets that descend or
+        end past the rows, window < 1, unknown or unfit backend.
     """
     want = (q.shape[0], q.shape[2])
     if k.shape != want or v.shape != want:

@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
+from uoe_jax.ops import _checks
 from uoe_jax.ops._dispatch import dispatch, vary_together
 from uoe_jax.ops.split_heads import triton, xla
 
@@ -26,6 +27,21 @@ def call_shape(rows: Float[Array, "M O"], kv_heads: int, groups: int) -> dict[st
     }
 
 
+def _settle(given: _checks.Given) -> None:
+    _checks.floats(given, "rows", "M O")
+    _checks.ints(given, "positions", "N")
+    _checks.ints(given, "token_ids", "M")
+    ids, rows = given["token_ids"].shape[0], given["rows"].shape[0]
+    if ids != rows:
+        raise ConfigError(f"{ids} token ids for {rows} rows; each needs one")
+    _checks.within(given, "token_ids", given["positions"].shape[0], "positions")
+    _checks.whole(given, "kv_heads")
+    _checks.whole(given, "groups")
+    _checks.number(given, "theta", positive=True)
+    _checks.backend(given)
+
+
+@_checks.checked(_settle)
 def split_heads(
     rows: Float[Array, "M O"],
     positions: Int[Array, " N"],
@@ -68,10 +84,6 @@ def split_heads(
         raise ConfigError(
             f"rows are {rows.shape[1]} wide; {kv_heads} key/value heads of {groups} "
             f"queries need a multiple of {step}"
-        )
-    if token_ids.shape != rows.shape[:1]:
-        raise ConfigError(
-            f"{token_ids.shape[0]} token ids for {rows.shape[0]} rows; each needs one"
         )
     rows, positions, token_ids = vary_together(rows, positions, token_ids)
     return dispatch(

@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from uoe_jax.errors import ConfigError
+from uoe_jax.ops import _checks
 from uoe_jax.ops._dispatch import accumulator_dtype, dispatch, vary_together
 from uoe_jax.ops.swiglu import triton, xla
 
@@ -24,6 +25,13 @@ def call_shape(rows: Float[Array, "M O"]) -> dict[str, Any]:
     }
 
 
+def _settle(given: _checks.Given) -> None:
+    _checks.floats(given, "rows", "M O")
+    _checks.floats(given, "factors", "M")
+    _checks.backend(given)
+
+
+@_checks.checked(_settle)
 def swiglu(
     rows: Float[Array, "M O"],
     factors: Float[Array, " R"],
