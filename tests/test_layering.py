@@ -17,6 +17,7 @@ LAYERS = {
         "errors",
         "escape",
         "files",
+        "terminal",
         "weights",
     },
     1: {"hardware", "ops", "partition", "topology", "linalg", "cluster", "tree"},

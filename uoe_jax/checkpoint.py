@@ -7,8 +7,12 @@ is unfinished and is never restored.
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
+import os
 import shutil
+import sys
 from collections.abc import Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +29,7 @@ from uoe_jax import integrity
 from uoe_jax.errors import CheckpointError
 from uoe_jax.tree import named_leaves
 
+_LEAST_SHARE = 0.8  # of the arrays' bytes: compression saves less of trained weights
 _SHOWN = 6  # problems spelled out in one message
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
@@ -44,8 +49,61 @@ def snapshot(tree: PyTree) -> dict[str, Any]:
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
-    # Said at every save, as each array has its own files here.
-    return "Skipping merge of OCDBT" not in record.getMessage()
+    # Orbax logs a traceback for every array and thread that a full disk fails, and at
+    # every save what it skips. What matters is raised, and told by `poll` in a line.
+    return "orbax" not in record.pathname
+
+
+# What of a storage library's long message matters.
+_CAUSES = tuple(
+    os.strerror(number)
+    for number in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EIO,
+        errno.ESTALE,
+    )
+)
+
+
+def _reason(error: Exception) -> str:
+    """Return in a few words why a save failed."""
+    text = " ".join(str(error).split())
+    causes = [cause for cause in _CAUSES if cause in text]
+    return causes[0] if causes else text[:300] or type(error).__name__
+
+
+def _check_room(folder: Path, arrays: Mapping[str, Any]) -> None:
+    """Raise OSError where arrays certainly don't fit, before anything is written."""
+    size = sum(array.nbytes for array in arrays.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < _LEAST_SHARE * size:
+        raise OSError(
+            f"{os.strerror(errno.ENOSPC)}: {size / 1e6:,.1f} MB of arrays, "
+            f"{free / 1e6:,.1f} MB free"
+        )
+
+
+def _drop_late_errors() -> None:
+    """Keep quiet of writes that end after their save has failed already.
+
+    TensorStore hands the result of each to an event loop that Orbax has closed by then,
+    and prints a traceback where that fails.
+    """
+    before = sys.excepthook
+    if getattr(before, "drops_late_errors", False):
+        return
+
+    def hook(kind: Any, error: BaseException, trace: Any) -> None:
+        if str(error) != "Event loop is closed":
+            before(kind, error, trace)
+
+    hook.drops_late_errors = True  # pyrefly: ignore[missing-attribute]
+    sys.excepthook = hook
 
 
 def _items(
@@ -67,15 +125,17 @@ class Checkpoints:
     """The checkpoints in one folder; saves run on one background thread.
 
     `keep` complete steps stay on disk; an older one is deleted only when a newer one
-    is complete. `poll` reports failed saves, `close` the last one if it failed.
+    is complete. `about` is written into each step's manifest. `poll` reports failed
+    saves, `close` the last one if it failed.
     """
 
     # Of all stores: Orbax's barriers between processes allow one save at a time.
     _together: Future[None] | None = None
 
-    def __init__(self, folder: Path, *, keep: int = 1):
-        self.folder = folder
-        self.keep = keep
+    def __init__(
+        self, folder: Path, *, keep: int = 1, about: Mapping[str, Any] | None = None
+    ):
+        self.folder, self.keep, self._about = folder, keep, dict(about or {})
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._pending_step = -1
@@ -93,15 +153,14 @@ class Checkpoints:
         for step in found:
             self._remove(step)
         for path in self.folder.glob(f"*{_TEMPORARY}*"):
-            found.add(int(path.name.split(".")[0]))
-            shutil.rmtree(path)
+            if (number := path.name.split(".")[0]).isdigit():
+                found.add(int(number))
+                shutil.rmtree(path)
         return sorted(found)
 
-    def discard_after(self, step: int) -> None:
-        """Delete every checkpoint newer than a step, to continue from that step."""
-        for newer in self._directories():
-            if newer > step:
-                self._remove(newer)
+    def newer_than(self, step: int) -> list[int]:
+        """Return the complete steps after one; the next save deletes them."""
+        return [newer for newer in self.steps() if newer > step]
 
     def save(
         self,
@@ -115,6 +174,7 @@ class Checkpoints:
         All processes of a run must call it; each writes what it holds.
         """
         self.wait()
+        _drop_late_errors()
         self._pending_step = step
         content = (dict(arrays), dict(config), dict(progress))
         if jax.process_count() > 1:
@@ -131,8 +191,10 @@ class Checkpoints:
             pending.result()
             self._last_failure = None
         except Exception as error:  # whatever the storage raises: the run goes on
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            self._last_failure = f"saving step {self._pending_step} failed: {reason}"
+            self._last_failure = (
+                f"saving step {self._pending_step} into {self.folder} failed: "
+                f"{_reason(error)}"
+            )
             self._failures.append(self._last_failure)
             self._clean_up(self._pending_step)
 
@@ -148,12 +210,38 @@ class Checkpoints:
         self.wait()
         self._pool.shutdown()
         if self._last_failure:
+            self._clean_up(self._pending_step)  # of writes that ended later
             kept = self.steps()
             newest = f"step {kept[-1]} is the newest kept" if kept else "none is kept"
             raise CheckpointError(
-                f"{self._last_failure}; {newest} in {self.folder}: make room there "
-                "and run the same command again"
+                f"{self._last_failure}; {newest}: make room there and run the same "
+                "command again"
             )
+
+    def confirm(self) -> None:
+        """Wait for the save of a run's first state; raise CheckpointError if it failed.
+
+        Nothing is lost then: nothing was trained.
+        """
+        self.wait()
+        if self._last_failure:
+            self._failures.clear()
+            raise CheckpointError(
+                f"{self._last_failure}; nothing was trained: make room or choose "
+                "another --run-dir"
+            )
+
+    def about(self, step: int) -> dict[str, Any]:
+        """Return what a step's manifest says of it."""
+        return integrity.read_manifest(self.folder / str(step))
+
+    def config(self, step: int) -> dict[str, Any]:
+        """Return the config that a step was saved with, {} where there is none."""
+        try:
+            file = self.folder / str(step) / "config" / "metadata"
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def restore(
         self, template: Mapping[str, Any], *, step: int | None = None
@@ -210,13 +298,14 @@ class Checkpoints:
         config: dict[str, Any],
         progress: dict[str, Any],
     ) -> None:
+        _check_room(self.folder, arrays)
         described = integrity.describe_arrays(arrays)
         folder = self.folder / str(step)
         if folder.exists():  # of a future that a resumed run repeats
             self._remove(step)
         with self._manager() as manager:
             manager.save(step, args=_items(arrays, config, progress), force=True)
-            integrity.write_manifest(folder, described, step=step)
+            integrity.write_manifest(folder, described, step=step, **self._about)
         self._prune(step)
 
     def _write_together(
@@ -244,16 +333,23 @@ class Checkpoints:
             with manager:
                 manager.wait_until_finished()
             if primary:
-                integrity.write_manifest(self.folder / str(step), described, step=step)
+                integrity.write_manifest(
+                    self.folder / str(step), described, step=step, **self._about
+                )
                 self._prune(step)
 
         Checkpoints._together = self._pool.submit(finish)
         return Checkpoints._together
 
     def _prune(self, step: int) -> None:
-        """Delete complete steps before the newest `keep` ones."""
+        """Delete complete steps before the newest `keep` ones, and all after `step`.
+
+        Step 0, which any start makes again, stays only until there is a later one.
+        """
         steps = self.steps()
         current = [s for s in steps if s <= step][-self.keep :]
+        if step > 0:
+            current = [s for s in current if s > 0]
         for other in set(steps) - set(current):
             self._remove(other)
 

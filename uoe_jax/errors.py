@@ -70,6 +70,28 @@ def choose[Found](name: str, value: object, table: Mapping[str, Found]) -> Found
     return table[value]
 
 
+class OutOfMemory(UoeError):
+    """A device's memory, or the machine's, is too small for what was asked."""
+
+    exit_code = 4
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, the machine's or a device's."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    return type(error).__name__ == "JaxRuntimeError" and (
+        "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+    )
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """Return the first line of what an error says, at most `limit` characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:limit]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "did you mean ...?" with the closest known names, or the whole list."""
     known = sorted(known)

@@ -15,6 +15,7 @@ from uoe_jax.config import (
 )
 from uoe_jax.errors import ConfigError, divisors, shown
 from uoe_jax.fields import range_problems
+from uoe_jax.files import check_local
 from uoe_jax.kinds import ATTENTIONS, ROUTERS
 
 CONFIG = "config.json"  # of a run's folder
@@ -53,6 +54,7 @@ def read_config(folder: Path) -> ExperimentConfig:
 
 def find_problems(config: ExperimentConfig) -> Iterator[str]:
     """Yield each broken rule as "value, rule, fix"."""
+    yield from _paths(config.data)
     # Relations between numbers make sense only where each is in its range.
     if out := list(range_problems(config)):
         yield from out
@@ -64,6 +66,14 @@ def find_problems(config: ExperimentConfig) -> Iterator[str]:
     yield from _sparse(config.model)
     yield from _data(config)
     yield from _train(config)
+
+
+def _paths(data: DataConfig) -> Iterator[str]:
+    for name in ("path", "data_dir", "cache_dir", "tokenizer"):
+        try:
+            check_local(getattr(data, name) or "", f"data.{name}")
+        except ConfigError as error:
+            yield str(error)
 
 
 def _splits(data: DataConfig) -> Iterator[str]:

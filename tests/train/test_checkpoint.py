@@ -118,11 +118,13 @@ def test_no_older_step_is_offered_when_none_is_intact(tmp_path):
         store.restore(named_leaves(TREE))
 
 
-def test_an_older_step_can_be_asked_for_and_newer_ones_dropped(tmp_path):
-    store = saved(tmp_path)
+def test_an_older_step_can_be_asked_for_and_newer_ones_go_at_the_next_save(tmp_path):
+    store = saved(tmp_path, steps=(1, 2, 4))
     assert store.restore(named_leaves(TREE), step=1)[0] == 1
-    store.discard_after(1)
-    assert store.steps() == [1]
+    assert store.newer_than(1) == [2, 4] and store.steps() == [1, 2, 4]
+    store.save(3, snapshot(TREE), {}, {})
+    store.close()
+    assert store.steps() == [1, 2, 3]
     with pytest.raises(CheckpointError, match="has no step 9; it has 1"):
         store.restore(named_leaves(TREE), step=9)
 

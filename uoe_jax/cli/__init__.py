@@ -8,8 +8,24 @@ import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from uoe_jax.errors import ConfigError, UoeError, nearest
+from uoe_jax.errors import (
+    ConfigError,
+    OutOfMemory,
+    UoeError,
+    first_line,
+    nearest,
+    out_of_memory,
+)
 from uoe_jax.escape import escape_line
+from uoe_jax.terminal import (
+    Stopped,
+    nobody_reads,
+    stop_on_signals,
+    sturdy_output,
+    what_failed,
+)
+
+_LEAVES_FILES = ("train", "demo", "report", "decompose", "adapt", "complete")
 
 
 class Verb(NamedTuple):
@@ -54,26 +70,48 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 failure found, 2 bad request."""
+    """Run one command and return its exit status.
+
+    0; 1 a failure found; 2 a bad request; 3 numbers that aren't finite; 4 too little
+    memory; 128 + n ended by signal n.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    with sturdy_output() as out:
+        code = _run(args, debug)
+        out.flush()
+        failed = what_failed(out)
+        if failed and out.error and not nobody_reads(out.error):
+            # What such a verb leaves in a folder is there; of others nothing is.
+            code = _fail(failed, code or int(args[0] not in _LEAVES_FILES), False)
+    return code
+
+
+def _run(args: list[str], debug: bool) -> int:
     try:
-        return _dispatch(args)
+        with stop_on_signals():
+            return _dispatch(args)
     except SystemExit as stop:  # a parser printed its help
+        if isinstance(stop.code, str):
+            return _fail(stop.code, 1, debug)
         return int(stop.code or 0)
+    except Stopped as stop:
+        return _fail(f"stopped by {stop.number.name}", 128 + stop.number, debug)
     except KeyboardInterrupt:
         return _fail("interrupted", 130, debug)
     except UoeError as error:
         return _fail(str(error), error.exit_code, debug)
-    except BrokenPipeError:  # `uoe ... | head`
-        sys.stderr.close()
-        return 0
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{place}", 2, debug)
     except Exception as error:
-        text = f"{type(error).__name__}: {error}; --debug shows the traceback"
+        if out_of_memory(error):
+            text = f"{first_line(error)}; ask for less at once: a smaller batch, "
+            text += "shorter sequences or fewer new tokens"
+            return _fail(f"out of memory: {text}", OutOfMemory.exit_code, debug)
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        text = f"{type(error).__name__}: {error}{notes}; --debug shows the traceback"
         return _fail(text, 1, debug)
 
 

@@ -10,13 +10,30 @@ import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import tyro
 
 from uoe_jax.config import DataConfig, ExperimentConfig
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.fields import field_hints, out_of_bounds
+from uoe_jax.files import check_local
 from uoe_jax.presets import PRESETS, get_preset
+
+# Fields of text that name files or folders; those of type Path do anyway.
+_PATHS = (
+    "run",
+    "runs",
+    "target",
+    "data",
+    "path",
+    "data_dir",
+    "cache_dir",
+    "load",
+    "tokenizer",
+)
+
+_TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 # The experiment's own options carry no prefix: --model.d-model, not --config.model...
 Experiment = typing.Annotated[ExperimentConfig, tyro.conf.arg(name="")]
@@ -59,6 +76,7 @@ def parse[Options](
     if found is None:
         text = _as_options(flatten(said.getvalue()), options)
         raise ConfigError(f"{text}; see uoe {verb} --help")
+    _check_paths(found)
     _check_numbers(found)
     return found
 
@@ -112,6 +130,22 @@ def typed_options(args: Sequence[str], options: type) -> set[str]:
     return {re.sub(r"(^--|\.)no-", r"\1", name) for name in known}
 
 
+def _check_paths(options: typing.Any, prefix: str = "--") -> None:
+    """Raise ConfigError for an address such as gs://... where a path belongs."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        if field.name in ("run", "runs", "target"):  # which carry no name
+            name = field.name.removesuffix("s").upper()
+        if dataclasses.is_dataclass(value):
+            flat = isinstance(value, ExperimentConfig)
+            _check_paths(value, prefix if flat else f"{name}.")
+        for item in value if isinstance(value, tuple) else (value,):
+            named = isinstance(item, str) and field.name in _PATHS
+            if isinstance(item, Path) or named:
+                check_local(item, name)
+
+
 def take_preset(
     args: Sequence[str], verb: str, default: str | None = None
 ) -> tuple[ExperimentConfig, list[str]]:
@@ -161,8 +195,17 @@ def _annotated(hint: object) -> bool:
 
 
 def _check_names(args: Sequence[str], known: set[str], verb: str) -> None:
-    for arg in args:
-        name = arg.split("=", 1)[0].replace("_", "-")
+    for place, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        name = name.replace("_", "-")
+        on, off = _flag(name)
+        if {on, off} <= known:
+            after = args[place + 1] if place + 1 < len(args) else ""
+            if equals or after.lower() in _TRUTHS:
+                raise ConfigError(
+                    f"{name} takes no value but has {value if equals else after!r}; "
+                    f"write {on} or {off}"
+                )
         if not name.startswith("--") or len(name) == 2 or " " in name or name in known:
             continue
         leaf = name.lstrip("-").rsplit(".", 1)[-1]
@@ -174,6 +217,13 @@ def _check_names(args: Sequence[str], known: set[str], verb: str) -> None:
         else:
             fix = f"uoe {verb} --help lists the options"
         raise ConfigError(f"uoe {verb} has no option {name}; {fix}")
+
+
+def _flag(name: str) -> tuple[str, str]:
+    """Return how a flag is switched on and off: `--a.b` and `--a.no-b` of either."""
+    group, dot, leaf = name.removeprefix("--").rpartition(".")
+    leaf = leaf.removeprefix("no-")
+    return f"--{group}{dot}{leaf}", f"--{group}{dot}no-{leaf}"
 
 
 def flatten(box: str) -> str:

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
+from uoe_jax.errors import DataError
+
 
 class Prefetch[T]:
     """Iterator over `make(step)`, one step ahead of its reader; also a context manager.
 
-    An error in `make` is raised where its batch is asked for.
+    An error in `make` is raised where its batch is asked for, with a note of the step.
+    Raises DataError for one that would end the reader's loop without a word.
     """
 
     def __init__(
@@ -23,7 +26,20 @@ class Prefetch[T]:
     def _submit(self) -> Future[T] | None:
         if self._end is not None and self._step >= self._end:
             return None
-        return self._pool.submit(self._make, self._step)
+        return self._pool.submit(self._make_one, self._step)
+
+    def _make_one(self, step: int) -> T:
+        try:
+            return self._make(step)
+        except Exception as error:
+            if not isinstance(error, (StopIteration, StopAsyncIteration)):
+                error.add_note(f"while batch {step} was made")
+                raise
+            # It would end the reader's loop as if this were the last batch.
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+        except (SystemExit, GeneratorExit) as error:  # nor may data end the process
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise DataError(f"batch {step} can't be made: its source raised {reason}")
 
     def __iter__(self) -> Iterator[T]:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from uoe_jax.escape import escape_line
 
@@ -14,7 +14,8 @@ _PLAIN_EVERY = 10.0  # seconds between plain lines
 
 def note(message: str) -> None:
     """Write one line to standard error."""
-    print(escape_line(message), file=sys.stderr, flush=True)
+    with suppress(OSError):  # whoever reads has left: the work goes on
+        print(escape_line(message), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import Dataset, make_dataset, prefetch
 from uoe_jax.data.record import record_of
 from uoe_jax.errors import NonFiniteError
+from uoe_jax.files import check_local
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.hardware.devices import peak_flops
 from uoe_jax.optim import make_optimizer
@@ -31,6 +32,12 @@ from uoe_jax.train.feed import train_batch
 from uoe_jax.train.metrics import MetricsLog
 from uoe_jax.train.peers import Votes, barrier, is_primary
 from uoe_jax.train.progress import Display
+from uoe_jax.train.resume import (
+    check_not_lost,
+    describe_newer,
+    describe_rate_jump,
+    describe_resharding,
+)
 from uoe_jax.train.run_dir import (
     BEST,
     CHECKPOINTS,
@@ -69,6 +76,7 @@ def train(
     NonFiniteError after `max_bad_steps` bad steps in a row, StopRun after a signal.
     """
     validate(config)
+    check_local(run_dir, "run_dir")
     mesh = mesh_for(config)
     with ExitStack() as stack:
         quiet = quiet or not is_primary()
@@ -121,10 +129,12 @@ class _Run:
         self.layout = layout_of(config, mesh)
         self.votes = Votes(mesh)
         self.checkpoints = Checkpoints(
-            run_dir / CHECKPOINTS, keep=config.train.keep_checkpoints
+            run_dir / CHECKPOINTS,
+            keep=config.train.keep_checkpoints,
+            about={"mesh": dict(mesh.shape)},
         )
         self.best = Checkpoints(run_dir / BEST)
-        self.step = 0
+        self.step, self.fresh = 0, True
         self.pending: tuple[int, PyTree] | None = None
         flops = flops_per_token(config.model, config.seq_len).training
         self.flops_per_token = flops
@@ -135,6 +145,8 @@ class _Run:
 
     def restore(self, step: int | None) -> None:
         """Continue from a checkpoint if there is one."""
+        if is_primary() and step is None:
+            check_not_lost(self.run_dir, self.checkpoints, self.best)
         for store in (self.checkpoints, self.best) if is_primary() else ():
             unfinished = store.discard_unfinished()
             for number in unfinished if store is self.checkpoints else ():
@@ -144,13 +156,22 @@ class _Run:
             return
         template = named_leaves(self.state)
         self.step, arrays, progress = self.checkpoints.restore(template, step=step)
+        self.fresh = False
         barrier("checkpoint is read")
-        if is_primary():
-            self.checkpoints.discard_after(self.step)
         state = fill_leaves(self.state, self.layout.to_memory(arrays))
         self.state = self.layout.place(state)
         self.progress = self.clock.resume(Progress(**progress))
         self.display.note(f"resuming from step {self.step}")
+        about = self.checkpoints.about(self.step)
+        for text in (
+            describe_newer(self.step, self.checkpoints, self.best),
+            describe_resharding(about, self.mesh.shape),
+            describe_rate_jump(
+                self.step, self.checkpoints.config(self.step), self.config
+            ),
+        ):
+            if text:
+                self.display.note(text)
 
     def train(self) -> dict[str, Any]:
         """Run the loop to the end of a budget; return the summary."""
@@ -159,7 +180,7 @@ class _Run:
             if self.step > 0 and self.votes.settle(self.out_of_time()):
                 self.display.note(f"step {self.step}: max_seconds is used up")
             elif self.step < self.config.train.steps:
-                self.compile()
+                self.prepare()
                 self.display.start(self.step, self.config.train.steps)
                 self.loop()
             elif self.step == 0:  # no steps asked for: the run holds a fresh model
@@ -176,10 +197,21 @@ class _Run:
             self.metrics.close()
         return self.summary()
 
+    def prepare(self) -> None:
+        """Compile the step; meanwhile a new run saves its first state.
+
+        So a run that can't be saved ends before it has cost anything.
+        """
+        if self.fresh:
+            self.save(self.checkpoints)
+        self.compile()
+        if self.fresh:
+            self.checkpoints.confirm()
+
     def open_metrics(self) -> None:
         """Open the run's log, each process its own, and note the environment."""
         name = METRICS if is_primary() else f"metrics-{jax.process_index()}.jsonl"
-        self.metrics = MetricsLog(self.run_dir / name, self.step)
+        self.metrics = MetricsLog(self.run_dir / name, self.step, self.display.warn)
         if is_primary():
             self.metrics.add_sinks(self.config, self.run_dir, self.display.warn)
             about = {"mesh": dict(self.mesh.shape), "data": self.data.manifest}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from uoe_jax.escape import escape
+from uoe_jax.terminal import sturdy, what_failed
 
 
 class Display:
@@ -26,7 +27,10 @@ class Display:
     def __init__(self, *, quiet: bool = False, log_every: int = 1):
         self.quiet = quiet
         self.log_every = log_every
-        self.console = Console(soft_wrap=True, highlight=False)
+        self._out, self._err = sturdy(sys.stdout), sturdy(sys.stderr)
+        self.console = Console(
+            file=cast(TextIO, self._out), soft_wrap=True, highlight=False
+        )
         self._total = 0
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -52,7 +56,7 @@ class Display:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeRemainingColumn(),
             console=self.console,
         )
@@ -63,16 +67,23 @@ class Display:
         """Print one line, above the bar if there is one."""
         if not self.quiet:
             self.console.print(escape(text), markup=False)
+            self._tell_if_mute()
 
     def warn(self, text: str) -> None:
         """Print one line to stderr, quiet or not."""
-        print(f"warning: {escape(text)}", file=sys.stderr, flush=True)
+        print(f"warning: {escape(text)}", file=self._err, flush=True)
+
+    def _tell_if_mute(self) -> None:
+        """Say once that nobody gets the lines any more."""
+        if failed := what_failed(self._out):
+            self.warn(f"{failed}; training continues without it")
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Show a training line: always on the bar, every `log_every` steps as text."""
         text = describe(line)
         if self._bar is not None:
             self._bar.update(self._task, completed=line["step"], description=text)
+            self._tell_if_mute()
         elif line["step"] % self.log_every == 0 or line["step"] == self._total:
             eta = self._seconds_left(line)
             self.note(f"step {line['step']}/{self._total}  {text}{eta}")
