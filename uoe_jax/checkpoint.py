@@ -29,7 +29,8 @@ from uoe_jax import integrity
 from uoe_jax.errors import CheckpointError
 from uoe_jax.tree import named_leaves
 
-_LEAST_SHARE = 0.8  # of the arrays' bytes: compression saves less of trained weights
+_LEAST_SHARE = 0.8  # of an array's bytes: compression saves less of trained weights
+_FILE_BYTES = 2 * 4096  # of blocks for an array's two files
 _SHOWN = 6  # problems spelled out in one message
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
@@ -78,7 +79,7 @@ def _reason(error: Exception) -> str:
 
 def _check_room(folder: Path, arrays: Mapping[str, Any]) -> None:
     """Raise OSError where arrays certainly don't fit, before anything is written."""
-    size = sum(array.nbytes for array in arrays.values())
+    size = sum(array.nbytes + _FILE_BYTES for array in arrays.values())
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < _LEAST_SHARE * size:

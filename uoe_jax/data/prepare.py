@@ -25,6 +25,7 @@ from uoe_jax.data.store import (
     find_damage,
     load_array,
     read_manifest,
+    remove_abandoned,
     write_manifest,
 )
 from uoe_jax.data.tasks.source import TASKS, task_options
@@ -73,6 +74,7 @@ def prepare(config: ExperimentConfig, *, thorough: bool = False) -> Prepared:
     trusting unchanged file times.
     """
     data, kind = config.data, config.model.kind
+    remove_abandoned(_cache_folder(data))
     source = make_source(data, kind)
     settings = _settings(data, kind)
     folder = _folder(source, settings, data)

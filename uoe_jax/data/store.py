@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import struct
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +23,8 @@ from uoe_jax.errors import DataError
 
 MANIFEST = "manifest.json"
 _STAMPS = "stamps.json"  # file times, which differ from machine to machine
+_BUILDING, _BUILDER = ".building-", "builder"
+_ABANDONED_SECONDS = 24 * 3600.0
 _HEADER_BYTES = 128
 # A manifest's hash is over content, not where it lies.
 _UNHASHED = ("hash", "path", "source")
@@ -75,10 +80,13 @@ def build_folder(target: Path, *, replace: bool) -> Iterator[Path]:
     Nothing half-done is ever seen under the final name. If another process was faster,
     its folder stays, unless `replace`; maps of a replaced folder stay valid.
     """
-    building = None
+    building, held = None, None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
+        building = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=target.parent))
+        held = os.open(building / _BUILDER, os.O_RDWR | os.O_CREAT, 0o644)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         content = building / "content"
         content.mkdir()
         yield content
@@ -94,6 +102,35 @@ def build_folder(target: Path, *, replace: bool) -> Iterator[Path]:
     finally:
         if building is not None:
             shutil.rmtree(building, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete the unfinished folders that killed processes left in a cache folder."""
+    for path in folder.glob(f"{_BUILDING}*"):
+        if _is_abandoned(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_abandoned(building: Path) -> bool:
+    """Whether no process builds a folder any more: one locks a file as long as it does.
+
+    Where that can't be known, a day without a change tells.
+    """
+    try:
+        file = os.open(building / _BUILDER, os.O_RDWR)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        finally:
+            os.close(file)
+    except BlockingIOError:
+        return False
+    except OSError:  # it has just begun, or its file system has no locks
+        with suppress(OSError):
+            return time.time() - building.stat().st_mtime > _ABANDONED_SECONDS
+        return False
 
 
 def _rename(content: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -37,9 +38,17 @@ def family_name() -> str:
 
 
 def user_folder() -> Path:
-    """Return where `uoe bench --tune` writes tables: $UOE_TUNING_DIR or a cache."""
-    default = Path.home() / ".cache" / "uoe_jax" / "tuning"
-    return Path(os.environ.get(FOLDER) or default)
+    """Return where `uoe bench --tune` writes tables: $UOE_TUNING_DIR or a cache.
+
+    A user without a home has one among the temporary files.
+    """
+    if given := os.environ.get(FOLDER):
+        return Path(given)
+    try:
+        home = Path.home()
+    except RuntimeError:  # HOME unset, and a user without an entry
+        home = Path(tempfile.gettempdir()) / f"uoe_jax-{os.getuid()}"
+    return home / ".cache" / "uoe_jax" / "tuning"
 
 
 @functools.cache

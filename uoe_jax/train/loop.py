@@ -29,6 +29,7 @@ from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.train.clock import Clock, Progress, Rate
 from uoe_jax.train.diagnose import diagnose, write_dump
 from uoe_jax.train.feed import train_batch
+from uoe_jax.train.lock import RunLock
 from uoe_jax.train.metrics import MetricsLog
 from uoe_jax.train.peers import Votes, barrier, is_primary
 from uoe_jax.train.progress import Display
@@ -87,8 +88,9 @@ def train(
         run_dir = Path(run_dir)
         # Before the folder is touched: data that can't serve leaves nothing behind.
         data = (make_dataset(config, "train"), make_dataset(config, "valid"))
+        lock = None
         if is_primary():
-            stack.enter_context(
+            lock = stack.enter_context(
                 open_run_dir(
                     run_dir,
                     config,
@@ -101,6 +103,7 @@ def train(
         if optimizer is None:
             optimizer = make_optimizer(config.optim, config.train.steps)
         run = _Run(config, run_dir, data, mesh, optimizer, display, signals)
+        run.lock = lock
         run.restore(resume_step)
         return run.train()
 
@@ -135,6 +138,7 @@ class _Run:
         )
         self.best = Checkpoints(run_dir / BEST)
         self.step, self.fresh = 0, True
+        self.lock: RunLock | None = None
         self.pending: tuple[int, PyTree] | None = None
         flops = flops_per_token(config.model, config.seq_len).training
         self.flops_per_token = flops
@@ -234,6 +238,8 @@ class _Run:
         with prefetch(self.batch, self.step, train.steps) as batches:
             for batch in batches:
                 self.profile(self.step - first)
+                if self.lock is not None:
+                    self.lock.check()
                 self.clock.run()
                 self.state, metrics = self.step_fn(self.state, batch)
                 self.step += 1
@@ -334,6 +340,9 @@ class _Run:
     def save(self, store: Checkpoints) -> None:
         """Start saving; what fails is a warning now and an error only at the end."""
         self.drain()
+        if self.lock is not None:
+            self.lock.look()
+            self.lock.check()
         self.metrics.sync()
         self.clock.update()
         store.save(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import platform
-import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,12 +20,12 @@ from uoe_jax.data.prepare import absolute_paths
 from uoe_jax.data.record import DataRecord, read_record, write_record
 from uoe_jax.errors import ConfigError
 from uoe_jax.files import write_atomically
+from uoe_jax.train.lock import RunLock
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "env.json", "metrics.jsonl"
 CHECKPOINTS, BEST = "checkpoints", "best"
 # In the environment of a run that was made of another one, and hasn't trained yet.
 MADE_FROM = ("decomposed_from", "merged_from")
-_LOCK = ".lock"
 
 # What a resumed run may change: budgets, cadence, where things go. The rest decides
 # which numbers come out.
@@ -69,7 +67,7 @@ def open_run_dir(
     resume: bool = True,
     note: Callable[[str], None] = print,
     data: DataRecord | None = None,
-) -> Iterator[Path]:
+) -> Iterator[RunLock]:
     """Create or reopen a run's folder and hold its lock.
 
     The folder keeps what reading the run needs: its config with absolute paths, and
@@ -82,27 +80,30 @@ def open_run_dir(
     config = dataclasses.replace(config, data=absolute_paths(config.data))
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = RunLock(path, note)
     except OSError as error:
         raise _unwritable(path, error) from None
     try:
         try:
-            _acquire(lock, path, note)
+            lock.acquire()
+            _remove_leftovers(path)
             data = _check_config(path, config, resume, data)
             write_atomically(path / CONFIG, to_json(config))
             if data is not None:
                 write_record(path, data)
         except OSError as error:
             raise _unwritable(path, error) from None
-        yield path
-        os.ftruncate(lock, 0)
-    except BaseException as error:
-        # Whoever refuses to start leaves the owner's name in place.
-        if not isinstance(error, _Locked):
-            os.ftruncate(lock, 0)
-        raise
+        yield lock
     finally:
-        os.close(lock)
+        lock.release()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete what a kill in the middle of writing a file left behind."""
+    for name in (CONFIG, ENVIRONMENT, METRICS):
+        for file in path.glob(f".{name}.*"):
+            if file.suffix[1:].isdigit():
+                file.unlink(missing_ok=True)
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:
@@ -110,45 +111,6 @@ def _unwritable(path: Path, error: OSError) -> ConfigError:
         f"run folder {path} can't be written ({error.strerror}); "
         "choose another --run-dir"
     )
-
-
-class _Locked(ConfigError):
-    """Another process holds the lock."""
-
-
-def _acquire(lock: int, path: Path, note: Callable[[str], None]) -> None:
-    """Take the lock; the kernel frees it when its holder dies, however it dies."""
-    here = socket.gethostname()
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken = False
-    except BlockingIOError:
-        taken = True
-    except OSError:  # a file system without locks
-        taken = False
-    owner = _read_owner(lock)
-    who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
-    if taken:
-        raise _Locked(
-            f"{who} is training in {path}; stop it or choose another --run-dir"
-        )
-    if owner and owner.get("host") != here:
-        raise _Locked(
-            f"{who} was training in {path} and didn't end cleanly; if it is gone, "
-            f"delete {path / _LOCK}"
-        )
-    if owner:
-        note(f"recovered the lock of {who}, which is gone")
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, json.dumps({"pid": os.getpid(), "host": here}).encode(), 0)
-
-
-def _read_owner(lock: int) -> dict[str, Any]:
-    try:
-        owner = json.loads(os.pread(lock, 4096, 0))
-    except ValueError:
-        return {}
-    return owner if isinstance(owner, dict) else {}
 
 
 def _check_config(
