@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError, nearest
@@ -23,6 +23,7 @@ class Context(NamedTuple):
     None when dropout is off. `train` says that capacities hold. `lengths` are given
     when a cache is filled: routers then add what decoding needs to their statistics.
     `parallel` has the collectives of weights and tokens that are spread over devices.
+    `scored` are the tokens that routers' statistics are of; None means all but padding.
     """
 
     positions: Int[Array, "B T"]
@@ -33,6 +34,14 @@ class Context(NamedTuple):
     train: bool = False
     lengths: Int[Array, " B"] | None = None
     parallel: Parallel | None = None
+    scored: Bool[Array, "B T"] | None = None
+
+    @property
+    def counted(self) -> Bool[Array, "B T"] | None:
+        """The tokens that routers' statistics are of; None: all."""
+        if self.scored is not None or self.segments is None:
+            return self.scored
+        return self.segments != 0
 
 
 def _check_call(given: dict[str, Any], name: str, check_input: Any) -> None:
@@ -94,6 +103,7 @@ def make_context(
     collect_choices: bool = False,
     lengths: Int[Array, " B"] | None = None,
     parallel: Parallel | None = None,
+    scored: Bool[Array, "B T"] | None = None,
 ) -> Context:
     """Return the context of `shape` = (B, T) tokens; ConfigError when T is too long."""
     length = shape[1]
@@ -121,6 +131,7 @@ def make_context(
         train,
         lengths,
         parallel,
+        scored,
     )
 
 

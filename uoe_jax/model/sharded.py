@@ -85,12 +85,14 @@ def route(router: Any, x: Float[Array, "B T D"], context: Context) -> Routing:
 
 def whole_context(context: Context, parallel: Parallel) -> Context:
     """Return the context of the whole samples that sequence devices share."""
-    segments = context.segments
-    if segments is not None:
-        segments = parallel.all_tokens(segments, "sequence")
+    whole = lambda a: None if a is None else parallel.all_tokens(a, "sequence")
+    scored = context.scored
+    if scored is not None:  # as numbers: what gathers sums has none of truths
+        scored = parallel.all_tokens(scored.astype(jnp.int32), "sequence") != 0
     return context._replace(
         positions=parallel.all_tokens(context.positions, "sequence"),
-        segments=segments,
+        segments=whole(context.segments),
+        scored=scored,
         parallel=dataclasses.replace(parallel, shares_experts=True),
     )
 
@@ -151,10 +153,11 @@ def dispatch(
     parallel = context.parallel
     assert parallel is not None
     own = x if parallel.scatters else parallel.own_tokens(x)
-    segments = context.segments
+    mine = lambda a: None if a is None else parallel.own_tokens(a)
     inner = context._replace(
         positions=parallel.own_tokens(context.positions),
-        segments=None if segments is None else parallel.own_tokens(segments),
+        segments=mine(context.segments),
+        scored=mine(context.scored),
         axis_name=(*parallel.token_axes, "tensor"),
     )
     routing = mlp.router(own, inner)

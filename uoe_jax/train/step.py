@@ -12,11 +12,12 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.hardware.count import num_tokens
 from uoe_jax.model import Decoder, router_losses, update_router_bias
+from uoe_jax.model.routing.balance import PARTS, router_configs
 from uoe_jax.optim import make_schedule
 from uoe_jax.partition.collectives import Parallel, agreed, count_copies, total
 from uoe_jax.partition.layout import Layout, batch_spec
@@ -68,6 +69,22 @@ def count_tokens(batch: Batch, config: ExperimentConfig) -> Int[Array, ""]:
     return jnp.sum((batch["segments"] != 0).astype(jnp.int32))
 
 
+def scored_tokens(batch: Batch, config: ExperimentConfig) -> Bool[Array, ...] | None:
+    """Return which tokens [..., T] the loss is of, None where no router asks.
+
+    Rows that only fill up a batch and targets that don't count are none of them.
+    """
+    if not any(router_configs(config.model, part) for part in PARTS):
+        return None
+    weights = example_weights(batch) > 0
+    if "mask" in batch:
+        return weights
+    if "segments" in batch:
+        return weights[..., None] & (batch["segments"] != 0)
+    shape = (*weights.shape, num_tokens(config.model))
+    return jnp.broadcast_to(weights[..., None], shape)
+
+
 def hidden_states(
     model: Decoder, batch: Batch, config: ExperimentConfig, **kwargs: Any
 ) -> tuple[Float[Array, "B T D"], PyTree]:
@@ -108,7 +125,7 @@ def batch_loss(
     With a `parallel` the sums are of the tokens whose loss this device takes.
     """
     kwargs: dict[str, Any] = {"key": key, "train": True, "axis_name": axis_name}
-    kwargs["parallel"] = parallel
+    kwargs |= {"parallel": parallel, "scored": scored_tokens(batch, config)}
     weights = example_weights(batch)
     train = config.train
     if config.model.kind == "decoder":

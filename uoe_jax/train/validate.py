@@ -25,6 +25,7 @@ from uoe_jax.train.step import (
     hidden_states,
     loss_tokens,
     router_metrics,
+    scored_tokens,
     sum_over_devices,
 )
 
@@ -40,6 +41,7 @@ def batch_scores(
     """Return (summed nll, summed correctness, router statistics) of one batch."""
     axis_name = None if parallel is None else parallel.token_axes
     options: dict[str, Any] = {"axis_name": axis_name, "parallel": parallel}
+    options["scored"] = scored_tokens(batch, config)
     weights = example_weights(batch)
     kind = config.model.kind
     if kind == "decoder":
@@ -78,6 +80,9 @@ def make_eval_step(
             "correct": correct,
             "weight": jnp.sum(example_weights(batch)),
         }
+        scored = scored_tokens(batch, config)
+        if scored is not None:
+            sums["scored"] = jnp.sum(scored.astype(jnp.float32))
         return {
             **jax.tree.map(sum_over_devices, sums),
             **router_metrics(jax.tree.map(agreed, aux)),
@@ -107,7 +112,8 @@ def run_validation(
     """Return loss (nats), perplexity, bits per byte, accuracy and router statistics.
 
     Every scored token or example counts once, bytes are those of the scored tokens;
-    router statistics are means over batches.
+    router statistics are means over the scored tokens, of the balance loss, which each
+    batch has of its own, over batches by their scored tokens.
     """
     outputs, num_bytes = [], 0.0
     count = min(max_batches or data.num_batches, data.num_batches)
@@ -121,7 +127,9 @@ def run_validation(
     }
     weight = max(total["weight"], 1.0)
     loss = total["nll"] / weight
-    mean = lambda *leaves: np.mean(np.stack(leaves), axis=0).tolist()
+    shares = np.array([float(o.get("scored", 1)) for o in outputs])
+    shares /= max(shares.sum(), 1.0)
+    mean = lambda *leaves: np.tensordot(shares, np.stack(leaves), 1).tolist()
     routing = [{k: o[k] for k in ("balance_loss", "z_loss", "router")} for o in outputs]
     return {
         "loss": loss,

@@ -91,14 +91,14 @@ class DepthRouter(nnx.Module):
 def exceeded_by(
     scores: Float[Array, "B T"], share: float, context: Context
 ) -> Float[Array, ""]:
-    """Return the score that a share of the tokens but padding exceed; 0: one token.
+    """Return the score that a share of the counted tokens exceed; 0: one token.
 
     With an `axis_name` of all that mesh axis' tokens.
     """
     scores = jax.lax.stop_gradient(scores)
     valid = jnp.ones(scores.shape, bool)
-    if context.segments is not None:
-        valid = context.segments != 0
+    if (counted := context.counted) is not None:
+        valid = counted
     own = jnp.where(valid, scores, jnp.inf).reshape(-1)
     if (axes := context.axis_name) is not None:
         # A sum, not a gather: the same on every device also to shard_map's checks.
@@ -140,8 +140,14 @@ def run_around(
         segments = jnp.where(inside.filled, take(context.segments), 0)
     elif not causal:
         segments = inside.filled.astype(jnp.int32)
+    scored = context.scored
+    if scored is not None:
+        scored = inside.filled & take(scored)
     inner = context._replace(
-        positions=take(context.positions), segments=segments, lengths=None
+        positions=take(context.positions),
+        segments=segments,
+        scored=scored,
+        lengths=None,
     )
     rows = gather_rows(x.reshape(-1, width), inside.packing)
     rows = rows.reshape(batch, room, width)

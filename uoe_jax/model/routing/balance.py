@@ -27,7 +27,7 @@ def router_stats(
     context: Context,
     kept: Bool[Array, "B T X"] | None = None,
 ) -> Stats:
-    """Return load, entropy, drop rate and the two losses over all tokens but padding.
+    """Return load, entropy, drop rate and the two losses over the counted tokens.
 
     load [E]: fraction of picks, sums to 1. balance_loss: `E * sum_e load_e * prob_e`,
     1 when balanced (Fedus et al. 2021, Switch Transformer, eq. 4). z_loss: mean squared
@@ -62,12 +62,13 @@ def router_stats(
 
 
 def token_means(values: dict[str, Array], context: Context) -> dict[str, Array]:
-    """Return means over the tokens [B, T, ...] that aren't padding."""
+    """Return means over the tokens [B, T, ...] that the context counts."""
     first = next(iter(values.values()))
-    if context.segments is None:
+    counted = context.counted
+    if counted is None:
         valid = jnp.ones(first.shape[:2], jnp.float32)
     else:
-        valid = (context.segments != 0).astype(jnp.float32)
+        valid = counted.astype(jnp.float32)
 
     def total(value: Array) -> Array:
         weight = valid.reshape(*valid.shape, *[1] * (value.ndim - 2))
