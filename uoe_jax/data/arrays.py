@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import os
+import zipfile
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +42,9 @@ class Ragged:
         """Tokens of all rows."""
         return self.tokens.size
 
+
+MAX_CLASSES = 1 << 20  # every class up to the largest has a name in the manifest
+_LARGEST_ID = np.iinfo(np.int32).max
 
 Pairs = dict[str, tuple[Any, np.ndarray | None]]  # inputs: an array or Ragged
 
@@ -122,38 +128,104 @@ def npz_source(files: tuple[SourceFile, ...], config: DataConfig) -> ArraySource
 
 
 def _read_npz(path: Path) -> Pairs:
+    """Return the arrays by split; those that aren't needed stay unread."""
     try:
-        loaded = np.load(path, allow_pickle=False)
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            named = {"tokens": loaded}
+            pairs = {"train": (loaded, None)}
         else:
             with loaded:
-                named = {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+                pairs = _read_pairs(loaded, path)
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, MemoryError) as error:
         raise DataError(f"{path} can't be read as arrays ({error})") from None
     except Exception as error:  # a damaged archive: zipfile.BadZipFile, zlib.error
         raise DataError(f"{path} is damaged ({error}); restore the file") from None
-    pairs = _find_pairs(named)
-    if "train" not in pairs:
-        shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in named.items())
-        raise DataError(
-            f"{path} holds {shapes or 'nothing'}; name the arrays xtr, ytr, xte, yte, "
-            "or tokens, or train, valid, test"
-        )
     return {
-        split: (_with_channels(x, path), None if y is None else _labels(y, path))
+        split: (
+            _with_channels(x, path),
+            None if y is None else check_labels(y, str(path)),
+        )
         for split, (x, y) in pairs.items()
     }
 
 
-def _find_pairs(named: dict[str, np.ndarray]) -> Pairs:
-    """Return the arrays by split, from the names that are usual."""
-    found: Pairs = {}
+def _read_pairs(loaded: Any, path: Path) -> Pairs:
+    """Return the arrays of an opened .npz that have usual names."""
+    headers = _headers(loaded.zip, path)
+    names = _find_pairs(headers)
+    if "train" not in names:
+        shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in headers.items())
+        raise DataError(
+            f"{path} holds {shapes or 'nothing'}; name the arrays xtr, ytr, xte, yte, "
+            "or tokens, or train, valid, test"
+        )
+    wanted = [name for pair in names.values() for name in pair if name]
+    size, room = sum(headers[name].bytes for name in wanted), _memory()
+    if size > room:
+        raise DataError(
+            f"{path} unpacks to {size / 1e9:,.1f} GB of {', '.join(wanted)}, more than "
+            f"this machine's {room / 1e9:,.1f} GB; give fewer or smaller arrays"
+        )
+    return {
+        split: (loaded[x], None if y is None else loaded[y])
+        for split, (x, y) in names.items()
+    }
+
+
+class _Header(NamedTuple):
+    """What an array in an archive says of itself."""
+
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def _headers(archive: zipfile.ZipFile, path: Path) -> dict[str, _Header]:
+    """Return the header of every array, its data unread.
+
+    Raises DataError for an array whose size isn't what the archive says.
+    """
+    found = {}
+    for info in archive.infolist():
+        if not info.filename.endswith(".npy"):
+            continue
+        name = info.filename.removesuffix(".npy")
+        with archive.open(info) as file:
+            version = np.lib.format.read_magic(file)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }.get(version)
+            if read is None:  # no number has a type that needs a later version
+                continue
+            shape, _, dtype = read(file)
+            size = math.prod(shape) * dtype.itemsize
+            stored = info.file_size - file.tell()
+        if size != stored and not dtype.hasobject:
+            raise DataError(
+                f"{path} array {name} says {list(shape)} {dtype}, {size:,} bytes, but "
+                f"holds {stored:,}; restore the file"
+            )
+        found[name] = _Header(shape, size)
+    return found
+
+
+def _memory() -> int:
+    """Return the bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _find_pairs(
+    named: Collection[str],
+) -> dict[str, tuple[str, str | None]]:
+    """Return the names of (inputs, labels) by split, of those that are usual."""
+    found: dict[str, tuple[str, str | None]] = {}
     for split, names in _PAIRS.items():
         alone = ((split, f"{split}_labels"),) + (_ALONE if split == "train" else ())
         for x, y in names + alone:
             if x in named and split not in found:
-                found[split] = (named[x], named.get(y))
+                found[split] = (x, y if y in named else None)
     return found
 
 
@@ -164,13 +236,19 @@ def _with_channels(array: np.ndarray, path: Path) -> np.ndarray:
     if array.ndim in (1, 2) and array.dtype.kind in "iu" and array.size:
         if array.min() < 0:
             raise DataError(f"{path} has token id {array.min()}; ids start at 0")
+        if array.max() > _LARGEST_ID:
+            raise DataError(
+                f"{path} has token id {array.max()}; ids go up to {_LARGEST_ID:,}"
+            )
         return array
     if array.ndim == 4 and array.dtype.kind in "iufb":
         if array.dtype == np.uint8:
             return array
-        if not np.isfinite(array).all():
+        with np.errstate(over="ignore"):
+            pixels = array.astype(np.float32)
+        if not np.isfinite(pixels).all():
             raise DataError(f"{path} has pixels that aren't finite; mend the array")
-        return array.astype(np.float32)
+        return pixels
     if not array.size:
         return array
     raise DataError(
@@ -179,13 +257,23 @@ def _with_channels(array: np.ndarray, path: Path) -> np.ndarray:
     )
 
 
-def _labels(labels: np.ndarray, path: Path) -> np.ndarray:
-    """Return class numbers [N]."""
+def check_labels(labels: np.ndarray, where: str) -> np.ndarray:
+    """Return class numbers [N] as int32; raise DataError if they aren't any."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels < 0).any():
         raise DataError(
-            f"{path} has labels {labels.dtype} {list(labels.shape)}; they must be "
+            f"{where} has labels {labels.dtype} {list(labels.shape)}; they must be "
             "class numbers [N] from 0"
         )
+    check_class(int(labels.max(initial=0)), where)
     return labels.astype(np.int32)
+
+
+def check_class(label: int, where: str) -> None:
+    """Raise DataError for a class number that makes too long a list of classes."""
+    if label >= MAX_CLASSES:
+        raise DataError(
+            f"{where} has label {label}; classes go up to {MAX_CLASSES - 1:,}, so "
+            "number the classes from 0"
+        )

@@ -90,14 +90,27 @@ class Dataset:
         """Return the bytes of every token id; None for data that isn't text.
 
         Exact for bytes and byte-level BPE. Tokenizers that change the text (other
-        normalisations) have no such table: every token gets the split's average.
+        normalisations) have no such table: every token gets the split's average. What
+        a tokenizer doesn't know is left out: the unknown token stands for no bytes.
         """
-        average = self.bytes_per_token
-        if self.tokenizer is None or average is None:
+        counts = self.info["splits"][self.split]
+        if self.tokenizer is None or self.bytes_per_token is None:
             return None
-        if self.info["splits"][self.split]["exact_bytes"]:
+        if counts["exact_bytes"]:
             return self.tokenizer.token_bytes
-        return np.full(self.tokenizer.vocab_size, average)
+        kept = counts["bytes"] - counts.get("lost_bytes", 0)
+        known = counts["tokens"] - counts.get("unknown_tokens", 0)
+        table = np.full(self.tokenizer.vocab_size, kept / max(known, 1))
+        unknown = getattr(self.tokenizer, "unknown", None)
+        if unknown is not None:
+            table[unknown] = 0.0
+        return table
+
+    @property
+    def lost_share(self) -> float:
+        """Return the share of the split's bytes that the tokenizer doesn't know."""
+        counts = self.info["splits"][self.split]
+        return counts.get("lost_bytes", 0) / max(counts.get("bytes") or 0, 1)
 
     def count_bytes(self, batch: Batch) -> float | None:
         """Return the bytes of text that a batch's targets stand for, by its mask.

@@ -17,7 +17,10 @@ from typing import IO, NamedTuple, cast
 
 from uoe_jax.errors import DataError, nearest
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".lzma": lzma.open}
+# First bytes of packed files, which may have lost their ending.
+_PACKED = ((b"\x1f\x8b\x08", ".gz"), (b"\xfd7zXZ\x00", ".xz"), (b"BZh", ".bz2"))
+_BZ2_BLOCK = b"1AY&SY"
 _SPLIT_WORD = re.compile(r"(?:^|[._-])(train|valid|validation|val|dev|test)(?:[._-]|$)")
 _LISTED = 20  # file names shown in a "known:" list
 
@@ -35,6 +38,8 @@ def expand(path: str) -> list[SourceFile]:
     Hidden files and `__pycache__` are left out; the order is by name. Raises DataError
     if there is nothing.
     """
+    if not path.strip():
+        raise DataError("data.path is empty; name a file, a folder or a pattern")
     given = Path(path).expanduser()
     if given.is_dir():
         found = [
@@ -77,25 +82,44 @@ def _is_hidden(relative: Path) -> bool:
 
 def is_packed(path: Path) -> bool:
     """Return whether a file is read through a decompressor."""
-    return path.suffix in _OPENERS
+    return _packing(path) is not None
+
+
+def _packing(path: Path) -> str | None:
+    """Return how a file is packed, by its ending or its first bytes."""
+    suffix = path.suffix.lower()
+    if suffix in _OPENERS:
+        return suffix
+    if suffix == ".tgz":
+        return ".gz"
+    try:
+        with open(path, "rb") as file:
+            head = file.read(10)
+    except OSError:
+        return None
+    for magic, packing in _PACKED:
+        # "BZh" is a word; the archive goes on with its block size and pi.
+        if head.startswith(magic) and (packing != ".bz2" or head[4:] == _BZ2_BLOCK):
+            return packing
+    return None
 
 
 def content_suffix(path: Path) -> str:
-    """Return the suffix that names the content: `.txt` of `a.txt.xz`."""
-    if is_packed(path):
+    """Return the suffix that names the content: `.txt` of `a.TXT.xz`."""
+    if path.suffix.lower() in _OPENERS:
         path = path.with_suffix("")
-    return path.suffix
+    return path.suffix.lower()
 
 
 @contextmanager
 def open_content(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading bytes, decompressed by its suffix.
+    """Open a file for reading bytes, decompressed where it is packed.
 
     Raises DataError where the file can't be read or its archive is broken.
     """
-    opener = _OPENERS.get(path.suffix, open)
+    packing = _packing(path)
     try:
-        with opener(path, "rb") as file:
+        with (_OPENERS[packing] if packing else open)(path, "rb") as file:
             yield cast(IO[bytes], file)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = str(error) or type(error).__name__
@@ -109,7 +133,7 @@ def named_splits(files: list[SourceFile]) -> dict[str, str]:
     """
     splits = {}
     for file in files:
-        found = _SPLIT_WORD.search(file.path.name)
+        found = _SPLIT_WORD.search(file.path.name.lower())
         if not found:
             return {}
         word = found[1]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection, Iterator
 
 from uoe_jax.config import DataConfig
+from uoe_jax.data.encoding import check_encoding
 from uoe_jax.errors import ConfigError
 
 # How rows are drawn, where arrays lie: options of every source.
@@ -40,6 +41,15 @@ def used_options(data: DataConfig, source: str, kind: str) -> set[str]:
     if data.tokenizer != "bpe" or "tokenizer" not in used:
         used -= {"bpe_vocab_size"}
     return used
+
+
+def check_written(data: DataConfig) -> None:
+    """Raise ConfigError for names that are empty and an encoding that isn't one."""
+    for name in ("path", "data_dir", "cache_dir", "tokenizer", "text_key", "encoding"):
+        value = getattr(data, name)
+        if value is not None and not value.strip():
+            raise ConfigError(f"data.{name} is empty; give it a value or leave it out")
+    check_encoding(data.encoding)
 
 
 def check_used(

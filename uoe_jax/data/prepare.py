@@ -39,7 +39,9 @@ from uoe_jax.data.write_arrays import write_arrays
 from uoe_jax.data.write_text import write_text
 from uoe_jax.errors import DataError
 
-FORMAT = 1  # of the prepared folder; another format is prepared again
+# Of the prepared folder; another format is prepared again. Format 1 took some files
+# (UTF-16, archives, JSON under other endings) for bytes.
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,18 @@ class Prepared:
         return self.manifest["kind"]
 
     def array(self, split: str, name: str) -> np.ndarray:
-        """Return an array such as `train` `tokens`, memory-mapped."""
-        return load_array(self.folder / f"{split}_{name}.npy")
+        """Return an array such as `train` `tokens`, memory-mapped.
+
+        Raises DataError if its file isn't what the manifest says: reading a map beyond
+        the end of a file kills the process.
+        """
+        file = f"{split}_{name}.npy"
+        entry = {"outputs": {file: self.manifest["outputs"][file]}}
+        if damage := find_damage(self.folder, entry):
+            raise DataError(
+                f"{self.folder}: {damage}; run the command again to prepare it anew"
+            )
+        return load_array(self.folder / file)
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer the arrays were made with."""
@@ -139,8 +151,13 @@ def _settings(data: DataConfig, kind: str) -> dict[str, Any]:
     if is_file_tokenizer(tokenizer) and tokenizer_file(tokenizer).is_file():
         tokenizer = "sha256:" + sha256_file(tokenizer_file(tokenizer))
     # Only where there is one, so that other folders keep their names.
-    task = {"task": task_options(data)} if data.source in TASKS else {}
-    return task | {
+    more: dict[str, Any] = {}
+    if data.source in TASKS:
+        more["task"] = task_options(data)
+    for name in ("encoding", "bad_records"):
+        if getattr(data, name) != getattr(DataConfig(), name):
+            more[name] = getattr(data, name)
+    return more | {
         "use": {"decoder": "text", "encoder": "rows", "vision": "images"}[kind],
         "tokenizer": tokenizer,
         "bpe_vocab_size": data.bpe_vocab_size if tokenizer == "bpe" else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,12 @@ def note(message: str) -> None:
     """Write one line to standard error."""
     with suppress(OSError):  # whoever reads has left: the work goes on
         print(escape_line(message), file=sys.stderr, flush=True)
+
+
+@functools.cache
+def note_once(message: str) -> None:
+    """Write one line to standard error, the first time that it is to be said."""
+    note(message)
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from uoe_jax.config import DataConfig
 from uoe_jax.data.arrays import ArraySource, digits_source, npz_source
-from uoe_jax.data.files import SourceFile, content_suffix, expand
-from uoe_jax.data.options import check_used
+from uoe_jax.data.files import SourceFile, expand
+from uoe_jax.data.formats import choose_files, look
+from uoe_jax.data.options import check_used, check_written
+from uoe_jax.data.records import JsonSource, ParquetSource
 from uoe_jax.data.tasks.source import TASKS, task_source
 from uoe_jax.data.text import (
     MANY_FILES,
     FileSource,
-    JsonlSource,
     RangeSource,
     TextSource,
     stdlib_files,
@@ -20,15 +21,12 @@ from uoe_jax.errors import DataError
 
 Source = TextSource | ArraySource
 
-_JSONL = {".jsonl", ".ndjson"}
-_ARRAYS = {".npz", ".npy"}
-
 
 def make_source(config: DataConfig, kind: str) -> Source:
     """Return where a model of this kind gets its data; raise DataError if nowhere.
 
     "auto" takes the built-in data of the kind without a path, else goes by the path:
-    "tfds:NAME", .jsonl, .npz, anything else as text.
+    "tfds:NAME", JSON (lines or an array), Parquet, .npz, other texts.
     """
     source = resolve(config, kind)
     check_used(config, source, kind)
@@ -43,36 +41,45 @@ def make_source(config: DataConfig, kind: str) -> Source:
     elif source == "tfds":
         made = tfds_source(config, kind)
     else:
-        files = tuple(expand(config.path))
-        if source == "npz":
-            made = npz_source(files, config)
-        elif source == "jsonl":
-            made = JsonlSource(_label(files, config), files, config, kind == "encoder")
-        else:
-            cls = FileSource if len(files) >= MANY_FILES else RangeSource
-            made = cls(_label(files, config), files, config)
+        made = _file_source(source, config, kind == "encoder")
     _check_kind(made, kind)
     return made
 
 
+def _file_source(source: str, config: DataConfig, labelled: bool) -> Source:
+    """Return the source of files of one kind."""
+    files, path = tuple(expand(config.path or "")), str(config.path)
+    if config.source == "auto":
+        files = choose_files(files, path)[1]
+    elif source != "text" and len(files) > 1:
+        files = tuple(f for f in files if kind_of(f) == source) or files
+    label = files[0].name if len(files) == 1 else path
+    if source == "npz":
+        return npz_source(files, config)
+    if source == "jsonl":
+        return JsonSource(label, files, config, labelled)
+    if source == "parquet":
+        return ParquetSource(label, files, config, labelled)
+    cls = FileSource if len(files) >= MANY_FILES else RangeSource
+    return cls(label, files, config)
+
+
+def kind_of(file: SourceFile) -> str:
+    """Return the source that reads a file."""
+    kind = look(file.path).kind
+    return "jsonl" if kind == "json" else kind
+
+
 def resolve(config: DataConfig, kind: str) -> str:
     """Return the source that "auto" stands for, or the one that is named."""
+    check_written(config)
     if config.source != "auto":
         return config.source
     if config.path is None:
         return "digits" if kind == "vision" else "stdlib"
     if config.path.startswith("tfds:"):
         return "tfds"
-    suffixes = {content_suffix(f.path) for f in expand(config.path)}
-    if suffixes <= _JSONL:
-        return "jsonl"
-    if suffixes <= _ARRAYS:
-        return "npz"
-    return "text"
-
-
-def _label(files: tuple[SourceFile, ...], config: DataConfig) -> str:
-    return files[0].name if len(files) == 1 else str(config.path)
+    return choose_files(tuple(expand(config.path)), config.path)[0]
 
 
 def _check_kind(source: Source, kind: str) -> None:

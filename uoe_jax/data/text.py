@@ -1,10 +1,10 @@
-"""Text documents from the standard library, local files and JSON lines."""
+"""Text documents from the standard library and from local text files."""
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from uoe_jax.config import DataConfig
+from uoe_jax.data.encoding import find_encoding, open_text
 from uoe_jax.data.files import SourceFile, is_packed, named_splits, open_content
 from uoe_jax.data.split import SPLITS, find_articles, find_cut, range_cuts
-from uoe_jax.errors import DataError, nearest
+from uoe_jax.errors import DataError
 
 # From so many files on, each is one document and splits are made of whole files.
 MANY_FILES = 20
@@ -57,6 +58,10 @@ class TextSource:
         """Yield every document."""
         raise NotImplementedError
 
+    def num_skipped(self) -> int:
+        """Return how many records without a text the last pass left out."""
+        return 0
+
 
 def stdlib_files() -> tuple[SourceFile, ...]:
     """Return the running Python's standard library: its .py files without tests."""
@@ -83,11 +88,16 @@ class FileSource(TextSource):
 
     def _files(self) -> Iterator[Document]:
         splits = {} if self.name == "stdlib" else named_splits(list(self.files))
+        left = self.config.max_bytes
+        strict = self.config.bad_utf8 == "error"
         for file in self.files:
-            with open_content(file.path) as opened:
-                data = opened.read()
+            with open_text(file.path, self.config.encoding, strict=strict) as opened:
+                # No more than is wanted, and what tells that it was cut.
+                data = opened.read() if left is None else opened.read(left + 1)
+            if left is not None:
+                left = max(left - len(data), 0)
             if data:
-                split = _unless_train(splits.get(file.name))
+                split = unless_train(splits.get(file.name))
                 yield Document(file.name, data, split=split, key=file.name)
 
 
@@ -101,8 +111,17 @@ class RangeSource(TextSource):
 
     @cached_property
     def _texts(self) -> dict[str, mmap.mmap | bytes]:
-        """Return every file's content, decompressed once."""
-        return {f.name: _map_content(f.path) for f in self.files}
+        """Return every file's content as UTF-8, decompressed once.
+
+        Of all files together no more than `max_bytes`, and a byte that tells of a cut.
+        """
+        left, texts = self.config.max_bytes, {}
+        for file in self.files:
+            limit = None if left is None else left + 1
+            texts[file.name] = _map_content(file.path, self.config, limit)
+            if left is not None:
+                left = max(left - len(texts[file.name]), 0)
+        return texts
 
     def documents(self) -> Iterator[Document]:
         """Yield the articles of every file, broken where two splits meet."""
@@ -151,69 +170,7 @@ def _articles(
         yield Document(name, view[begin:end], begin, split, ends=end == size)
 
 
-class JsonlSource(TextSource):
-    """One JSON object a line; splits by a hash of the text, so repeats stay together.
-
-    Labels (for encoders) are the field `label`, a number or a name.
-    """
-
-    decodes = True
-
-    def documents(self) -> Iterator[Document]:
-        """Yield the text of every line; blank lines are passed over."""
-        return limit_bytes(self._lines(), self.config.max_bytes)
-
-    def _lines(self) -> Iterator[Document]:
-        splits = named_splits(list(self.files))
-        for file in self.files:
-            split = _unless_train(splits.get(file.name))
-            with open_content(file.path) as lines:
-                offset = 0
-                for number, line in enumerate(lines, 1):
-                    where = f"{file.name} line {number}"
-                    if line.strip():
-                        document = self._document(where, line, offset, split)
-                        if document is not None:
-                            yield document
-                    offset += len(line)
-
-    def _document(
-        self, where: str, line: bytes, offset: int, split: str | None
-    ) -> Document | None:
-        key = self.config.text_key
-        errors = "replace" if self.config.bad_utf8 == "replace" else "strict"
-        try:
-            record = json.loads(line.decode("utf-8", errors))
-        except UnicodeDecodeError as error:
-            # Left as it is: the policy for bad UTF-8 finds it and acts on it.
-            return Document(where, line[error.start :], offset + error.start, split)
-        except ValueError as error:
-            raise DataError(f"{where} is not JSON ({error}); mend the line") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{where} holds {type(record).__name__}, not an object")
-        if key not in record:
-            raise DataError(
-                f"{where} has no field {key!r}; {nearest(key, record)} (data.text_key)"
-            )
-        text = record[key]
-        if not isinstance(text, str):
-            raise DataError(
-                f"{where} field {key!r} holds {type(text).__name__}; it must be text"
-            )
-        label = record.get("label")
-        is_class = isinstance(label, str) or (isinstance(label, int) and label >= 0)
-        if self.labelled and not is_class:
-            raise DataError(
-                f"{where} has label {label!r}; an encoder needs a class number from 0 "
-                "or a name"
-            )
-        # A lone surrogate ("\ud800") has no UTF-8; surrogatepass keeps it for the
-        # policy to find.
-        data = text.encode("utf-8", "surrogatepass")
-        return Document(where, data, split=split, label=label) if data else None
-
-
-def _unless_train(split: str | None) -> str | None:
+def unless_train(split: str | None) -> str | None:
     """Return None for "train", which gives to the splits the source doesn't name."""
     return None if split == "train" else split
 
@@ -247,17 +204,29 @@ def _character_length(first: int) -> int:
     return 1 if first < 0xC0 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
 
 
-def _map_content(path: Path) -> mmap.mmap | bytes:
-    """Return a file's (decompressed) bytes, mapped so that they needn't fit memory."""
-    with open_content(path) as file:
-        if path.stat().st_size == 0:
-            return b""
-        if not is_packed(path):
+def _map_content(
+    path: Path, config: DataConfig, limit: int | None
+) -> mmap.mmap | bytes:
+    """Return a file's text as UTF-8 bytes, mapped so that they needn't fit memory.
+
+    Of a file that has to be unpacked or decoded, only the first `limit` bytes.
+    """
+    if path.stat().st_size == 0:
+        return b""
+    plain = find_encoding(path, config.encoding) == ("utf-8", 0)
+    if plain and not is_packed(path):
+        with open_content(path) as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        with tempfile.TemporaryFile() as spool:
-            while chunk := file.read(1 << 20):
-                spool.write(chunk)
-            if spool.tell() == 0:
-                return b""
-            spool.flush()
-            return mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ)
+    strict = config.bad_utf8 == "error"
+    with (
+        open_text(path, config.encoding, strict=strict) as file,
+        tempfile.TemporaryFile() as spool,
+    ):
+        left = sys.maxsize if limit is None else limit
+        while chunk := file.read(min(1 << 20, left)):
+            spool.write(chunk)
+            left -= len(chunk)
+        if spool.tell() == 0:
+            return b""
+        spool.flush()
+        return mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from uoe_jax.config import DataConfig
-from uoe_jax.data.arrays import ArraySource, Pairs
+from uoe_jax.data.arrays import ArraySource, Pairs, check_labels
 from uoe_jax.data.files import SourceFile
 from uoe_jax.data.text import Document, TextSource, limit_bytes
 from uoe_jax.errors import DataError, nearest
@@ -189,6 +189,6 @@ def _load_images(builder: Any, splits: dict[str, str], image: str, label: str) -
             raise DataError(
                 f"{where} has images of {len(shapes)} sizes; they must be of one size"
             )
-        labels = np.array([r[label] for r in rows], np.int32)
+        labels = check_labels(np.array([int(r[label]) for r in rows]), where)
         result[split] = (np.stack([r[image] for r in rows]), labels)
     return result

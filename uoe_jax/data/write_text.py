@@ -2,55 +2,52 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
 from uoe_jax.config import DataConfig
-from uoe_jax.data.progress import progress
-from uoe_jax.data.split import SPLITS, assign_splits, hash_fraction
-from uoe_jax.data.store import ArrayWriter, token_dtype
-from uoe_jax.data.text import Document, TextSource
-from uoe_jax.data.tokenize import (
-    ByteTokenizer,
-    SubwordTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    train_bpe,
+from uoe_jax.data.bpe import train_bpe
+from uoe_jax.data.plan import (
+    Documents,
+    Plan,
+    clean_documents,
+    cut_into_splits,
+    plan_documents,
+    too_few,
 )
-from uoe_jax.errors import DataError
+from uoe_jax.data.progress import note, progress
+from uoe_jax.data.split import SPLITS
+from uoe_jax.data.store import ArrayWriter, token_dtype
+from uoe_jax.data.subword import SubwordTokenizer
+from uoe_jax.data.text import Document, TextSource
+from uoe_jax.data.tokenize import ByteTokenizer, Tokenizer, load_tokenizer
 
 _GROUP_BYTES = 4 << 20  # text tokenized at once
-
-Documents = Callable[[], Iterator[Document]]
-
-
-@dataclass
-class _Plan:
-    """What the first pass over the documents found."""
-
-    splits: Int[np.ndarray, " D"]  # index into SPLITS
-    num_bytes: Int[np.ndarray, " D"]
-    classes: dict[int | str | None, int]  # label -> class number
-    bad_utf8: dict[str, int]  # documents left out or repaired
+_MEASURED_BYTES = 4 << 20  # of a split, in which bytes that get lost are counted
+_WORTH_A_WARNING = 0.001  # share of them
 
 
 def write_text(source: TextSource, config: DataConfig, folder: Path) -> dict[str, Any]:
     """Tokenize a text source into `folder`; return its part of the manifest."""
     decodes = source.decodes or config.tokenizer != "byte"
     counts = {"skipped": 0, "replaced": 0}
-    documents = lambda: clean_documents(
-        source.documents(), config.bad_utf8 if decodes else None, counts
-    )
-    plan = _plan_documents(source, documents(), config, counts.copy)
+    # Bytes needn't be decoded, but do what is asked for.
+    policy = config.bad_utf8 if decodes or config.bad_utf8 != "error" else None
+    documents = lambda: clean_documents(source.documents(), policy, counts)
+    plan = plan_documents(source, documents(), config, counts.copy)
+    if not source.labelled and too_few(plan, config):
+        documents = cut_into_splits(documents, plan, config)
+        plan = plan_documents(source, documents(), config, lambda: plan.bad_utf8)
+    skipped = source.num_skipped()
+    if skipped:
+        note(f"{source.name}: {skipped:,} records without a text were left out")
     tokenizer = _make_tokenizer(documents, plan, config, folder)
     splits = _write_splits(source, documents, plan, tokenizer, folder)
-    return {
+    _warn_of_lost(source.name, tokenizer, splits)
+    manifest = {
         "kind": "rows" if source.labelled else "text",
         "tokenizer": {
             "name": tokenizer.name,
@@ -61,89 +58,12 @@ def write_text(source: TextSource, config: DataConfig, folder: Path) -> dict[str
         "bad_utf8": plan.bad_utf8,
         "splits": splits,
     }
-
-
-def clean_documents(
-    documents: Iterator[Document], policy: str | None, counts: dict[str, int]
-) -> Iterator[Document]:
-    """Yield documents that are UTF-8; a policy of None looks at nothing.
-
-    Args:
-      documents: as read.
-      policy: "error" raises DataError with file and byte, "replace" puts U+FFFD for
-        what can't be read, "skip" leaves the whole document out.
-      counts: "skipped" and "replaced" documents are added to it.
-    """
-    for document in documents:
-        try:
-            if policy is not None:
-                str(document.data, "utf-8")
-        except UnicodeDecodeError as error:
-            if policy == "error":
-                place = document.offset + error.start
-                raise DataError(
-                    f"{document.name} byte {place} is not UTF-8 "
-                    f"({document.data[error.start]:#04x}); set data.bad_utf8 to "
-                    "replace or skip"
-                ) from None
-            counts["skipped" if policy == "skip" else "replaced"] += 1
-            if policy == "skip":
-                continue
-            text = str(document.data, "utf-8", "replace")
-            document = document._replace(data=text.encode())
-        yield document
-
-
-def _plan_documents(
-    source: TextSource,
-    documents: Iterator[Document],
-    config: DataConfig,
-    count: Callable[[], dict[str, int]],
-) -> _Plan:
-    """Read every document once and decide its split; equal contents stay together."""
-    given, fractions, sizes, labels = [], [], [], set()
-    seen: dict[bytes, float] = {}
-    for document in documents:
-        fraction = 0.0
-        if document.split is None:
-            if document.key is None:
-                fraction = hash_fraction(document.data)
-            else:
-                digest = hashlib.sha256(document.data).digest()
-                own = hash_fraction(document.key.encode())
-                fraction = seen.setdefault(digest, own)
-        given.append(-1 if document.split is None else SPLITS.index(document.split))
-        fractions.append(fraction)
-        sizes.append(len(document.data))
-        labels.add(document.label)
-    counts = count()
-    if not sizes:
-        skipped = counts["skipped"]
-        why = f"all {skipped} documents have bad UTF-8" if skipped else "it is empty"
-        raise DataError(f"{source.name} has no text ({why}); give it some")
-    splits = assign_splits(
-        np.array(given),
-        np.array(fractions),
-        config.valid_fraction,
-        config.test_fraction,
-    )
-    classes = _number_classes(labels, source.name) if source.labelled else {}
-    return _Plan(splits, np.array(sizes), classes, counts)
-
-
-def _number_classes(
-    labels: set[int | str | None], name: str
-) -> dict[int | str | None, int]:
-    """Return each label's class: numbers stay, names are numbered by alphabet."""
-    if len({isinstance(label, str) for label in labels}) > 1:
-        raise DataError(f"{name} has numbers and names as labels; use one kind")
-    if any(isinstance(label, str) for label in labels):
-        return {label: number for number, label in enumerate(sorted(map(str, labels)))}
-    return {number: number for number in range(max(map(int, labels)) + 1)}  # type: ignore[arg-type]
+    # Only where there are some, so that other data keeps its hash.
+    return manifest | ({"bad_records": skipped} if skipped else {})
 
 
 def _make_tokenizer(
-    documents: Documents, plan: _Plan, config: DataConfig, folder: Path
+    documents: Documents, plan: Plan, config: DataConfig, folder: Path
 ) -> Tokenizer:
     """Return the tokenizer; one that isn't bytes is saved with the arrays."""
     if config.tokenizer == "byte":
@@ -180,14 +100,18 @@ class _SplitWriter:
         self.labels = None
         if labelled:
             self.labels = ArrayWriter(path("labels"), np.dtype(np.int32))
-        self.num_bytes = self.counted = 0
+        self.text_bytes = self.num_bytes = self.counted = 0  # num_bytes: with ends
+        self.measured = self.lost = self.unknown = 0
+        self._tokenizer = tokenizer
         self._end, self._table = tokenizer.end_of_document, tokenizer.token_bytes
 
     def add(self, document: Document, ids: np.ndarray, label: int) -> None:
         """Append a document's ids."""
+        self._measure_lost(document, ids)
         if document.ends and self.labels is None:
             ids = np.append(ids, ids.dtype.type(self._end or 0))
             self.num_bytes += 1
+        self.text_bytes += len(document.data)
         self.num_bytes += len(document.data)
         if self._table is not None:
             self.counted += int(self._table[ids].sum())
@@ -200,12 +124,33 @@ class _SplitWriter:
         if self.labels is not None:
             self.labels.append(np.array([label], np.int32))
 
+    def _measure_lost(self, document: Document, ids: np.ndarray) -> None:
+        """Count what the tokenizer doesn't know, in the first documents."""
+        tokenizer = self._tokenizer
+        if not isinstance(tokenizer, SubwordTokenizer):
+            return
+        if tokenizer.unknown is not None:
+            self.unknown += int(np.count_nonzero(ids == tokenizer.unknown))
+        size = len(document.data)
+        if self.measured < _MEASURED_BYTES:
+            self.measured += size
+            if self._table is None or int(self._table[ids].sum()) < size:
+                self.lost += tokenizer.count_lost(document.data)
+
     def close(self) -> dict[str, Any]:
         """Finish the files and return the split's part of the manifest."""
         for writer in (self.tokens, self.starts, self.labels):
             if writer is not None:
                 writer.close()
-        return {
+        # Only where bytes are lost, so that other data keeps its hash.
+        lost = {}
+        if self.lost:
+            share = self.lost / self.measured
+            lost = {
+                "lost_bytes": round(share * self.text_bytes),
+                "unknown_tokens": self.unknown,
+            }
+        return lost | {
             "documents": self.starts.length - 1,
             "bytes": self.num_bytes,
             "tokens": self.tokens.length,
@@ -214,10 +159,21 @@ class _SplitWriter:
         }
 
 
+def _warn_of_lost(name: str, tokenizer: Tokenizer, splits: dict[str, Any]) -> None:
+    """Say what share of the text the tokenizer doesn't know."""
+    lost = sum(split.get("lost_bytes", 0) for split in splits.values())
+    total = sum(split["bytes"] for split in splits.values())
+    if lost > _WORTH_A_WARNING * total:
+        note(
+            f"warning: tokenizer {tokenizer.name} doesn't know {lost / total:.1%} of "
+            f"{name}; bits per byte are over the rest of its bytes"
+        )
+
+
 def _write_splits(
     source: TextSource,
     documents: Documents,
-    plan: _Plan,
+    plan: Plan,
     tokenizer: Tokenizer,
     folder: Path,
 ) -> dict[str, Any]:

@@ -1,0 +1,185 @@
+"""The first pass over text documents: what is kept, and which split each goes to."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from uoe_jax.config import DataConfig
+from uoe_jax.data.split import (
+    SPLITS,
+    assign_splits,
+    find_articles,
+    find_cut,
+    hash_fraction,
+    range_cuts,
+)
+from uoe_jax.data.text import Document, TextSource
+from uoe_jax.errors import DataError
+
+_SURROGATE = re.compile(b"\xed[\xa0-\xbf][\x80-\xbf]")  # half a pair, encoded alone
+
+Documents = Callable[[], Iterator[Document]]
+
+
+@dataclass
+class Plan:
+    """What the first pass over the documents found."""
+
+    splits: Int[np.ndarray, " D"]  # index into SPLITS
+    given: Int[np.ndarray, " D"]  # the same where the source names it, -1 elsewhere
+    fractions: Float[np.ndarray, " D"]  # what the others are divided by
+    num_bytes: Int[np.ndarray, " D"]
+    classes: dict[int | str | None, int]  # label -> class number
+    bad_utf8: dict[str, int]  # documents left out or repaired
+
+
+def clean_documents(
+    documents: Iterator[Document], policy: str | None, counts: dict[str, int]
+) -> Iterator[Document]:
+    """Yield documents that are UTF-8; a policy of None looks at nothing.
+
+    Args:
+      documents: as read.
+      policy: "error" raises DataError with file and byte, "replace" puts U+FFFD for
+        what can't be read, "skip" leaves the whole document out.
+      counts: "skipped" and "replaced" documents are added to it.
+    """
+    for document in documents:
+        try:
+            if policy is not None:
+                str(document.data, "utf-8")
+        except UnicodeDecodeError as error:
+            if policy == "error":
+                raise DataError(_describe_bad(document, error.start)) from None
+            counts["skipped" if policy == "skip" else "replaced"] += 1
+            if policy == "skip":
+                continue
+            document = document._replace(data=_replace_bad(document.data))
+        yield document
+
+
+def _describe_bad(document: Document, start: int) -> str:
+    """Return what is wrong with a document at its first byte that isn't UTF-8."""
+    found = _SURROGATE.match(bytes(document.data[start : start + 3]))
+    half = ""
+    if found:
+        code = ord(str(found[0], "utf-8", "surrogatepass"))
+        half = f", half a surrogate pair (\\u{code:04x})"
+    return (
+        f"{document.name} byte {document.offset + start} is not UTF-8 "
+        f"({document.data[start]:#04x}){half}; set data.bad_utf8 to replace or skip"
+    )
+
+
+def _replace_bad(data: bytes | memoryview) -> bytes:
+    """Return a text with U+FFFD for what isn't UTF-8, one for half a surrogate pair."""
+    whole = _SURROGATE.sub("\ufffd".encode(), bytes(data))
+    return str(whole, "utf-8", "replace").encode()
+
+
+def plan_documents(
+    source: TextSource,
+    documents: Iterator[Document],
+    config: DataConfig,
+    count: Callable[[], dict[str, int]],
+) -> Plan:
+    """Read every document once and decide its split; equal contents stay together."""
+    given, fractions, sizes, labels = [], [], [], set()
+    seen: dict[bytes, float] = {}
+    for document in documents:
+        fraction = 0.0
+        if document.split is None:
+            if document.key is None:
+                fraction = hash_fraction(document.data)
+            else:
+                digest = hashlib.sha256(document.data).digest()
+                own = hash_fraction(document.key.encode())
+                fraction = seen.setdefault(digest, own)
+        given.append(-1 if document.split is None else SPLITS.index(document.split))
+        fractions.append(fraction)
+        sizes.append(len(document.data))
+        labels.add(document.label)
+    counts = count()
+    if not sizes:
+        why = "it is empty"
+        if counts["skipped"]:
+            why = f"all {counts['skipped']} documents have bad UTF-8"
+        elif source.num_skipped():
+            why = f"all {source.num_skipped()} records are without one"
+        raise DataError(f"{source.name} has no text ({why}); give it some")
+    splits = assign_splits(
+        np.array(given),
+        np.array(fractions),
+        config.valid_fraction,
+        config.test_fraction,
+    )
+    classes = _number_classes(labels, source.name) if source.labelled else {}
+    return Plan(
+        splits, np.array(given), np.array(fractions), np.array(sizes), classes, counts
+    )
+
+
+def too_few(plan: Plan, config: DataConfig) -> bool:
+    """Whether there are so few documents that a split would get none of them."""
+    free = plan.given < 0
+    distinct = len(np.unique(plan.fractions[free]))
+    # Repeats of one text can't be told apart by cutting them.
+    return 0 < distinct == int(free.sum()) <= len(_wanted(plan, config))
+
+
+def _wanted(plan: Plan, config: DataConfig) -> dict[str, float]:
+    """Return the share of each split that has to be taken from train."""
+    shares = {"valid": config.valid_fraction, "test": config.test_fraction}
+    named = {SPLITS[i] for i in plan.given[plan.given >= 0].tolist()}
+    return {s: f for s, f in shares.items() if f > 0 and s not in named}
+
+
+def cut_into_splits(documents: Documents, plan: Plan, config: DataConfig) -> Documents:
+    """Return documents laid end to end and cut into ranges, one a split.
+
+    The cuts fall between articles or lines, as of one text file.
+    """
+    shares, free = _wanted(plan, config), plan.given < 0
+    cuts = range_cuts(
+        plan.num_bytes[free].tolist(), shares.get("valid", 0), shares.get("test", 0)
+    )
+
+    def pieces() -> Iterator[Document]:
+        start = 0
+        for document, is_free in zip(documents(), free.tolist(), strict=True):
+            if not is_free:
+                yield document
+                continue
+            data = bytes(document.data)
+            articles = find_articles(data)
+            valid, test = (find_cut(data, articles, cut - start) for cut in cuts)
+            for split, first, last in zip(
+                SPLITS, (0, valid, test), (valid, test, len(data)), strict=True
+            ):
+                if first < last:
+                    yield document._replace(
+                        data=data[first:last],
+                        offset=document.offset + first,
+                        split=split,
+                        ends=document.ends and last == len(data),
+                    )
+            start += len(data)
+
+    return pieces
+
+
+def _number_classes(
+    labels: set[int | str | None], name: str
+) -> dict[int | str | None, int]:
+    """Return each label's class: numbers stay, names are numbered by alphabet."""
+    if len({isinstance(label, str) for label in labels}) > 1:
+        raise DataError(f"{name} has numbers and names as labels; use one kind")
+    if any(isinstance(label, str) for label in labels):
+        return {label: number for number, label in enumerate(sorted(map(str, labels)))}
+    return {number: number for number in range(max(map(int, labels)) + 1)}  # type: ignore[arg-type]

@@ -1,0 +1,240 @@
+"""Text documents from records: JSON lines, a JSON array, Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from uoe_jax.data.arrays import MAX_CLASSES
+from uoe_jax.data.encoding import open_text
+from uoe_jax.data.files import SourceFile, named_splits
+from uoe_jax.data.text import Document, TextSource, limit_bytes, unless_train
+from uoe_jax.errors import DataError, nearest
+
+_AT_ONCE = 256 << 20  # longest line, or file that is one array
+_TOO_LONG = (
+    f"longer than {_AT_ONCE >> 20} MiB, which are read at once; write shorter records, "
+    "one a line (jq -c '.[]')"
+)
+_ROWS = 1024  # of Parquet, read at once
+
+
+class _BadRecordError(DataError):
+    """A record without a text, which may be skipped."""
+
+
+@dataclass(frozen=True)
+class RecordSource(TextSource):
+    """A text a record; splits by a hash of the text, so repeats stay together.
+
+    Labels (for encoders) are the field `label`, a number or a name. Records without a
+    text are refused, or with `data.bad_records` skip left out and counted.
+    """
+
+    decodes: ClassVar[bool] = True
+    skipped: dict[str, int] = field(default_factory=lambda: {"records": 0})
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the text of every record that isn't empty."""
+        self.skipped["records"] = 0
+        return limit_bytes(self._all(), self.config.max_bytes)
+
+    def num_skipped(self) -> int:
+        """Return the records that were left out."""
+        return self.skipped["records"]
+
+    def records(self, file: SourceFile) -> Iterator[tuple[str, int, Any]]:
+        """Yield (place, offset, record) of a file.
+
+        A record is what was parsed; bytes that aren't UTF-8; or an error.
+        """
+        raise NotImplementedError
+
+    def _all(self) -> Iterator[Document]:
+        splits = named_splits(list(self.files))
+        for file in self.files:
+            split = unless_train(splits.get(file.name))
+            for where, offset, record in self.records(file):
+                try:
+                    document = self._document(where, offset, record, split)
+                except _BadRecordError as error:
+                    if self.config.bad_records == "error":
+                        raise DataError(
+                            f"{error}; --data.bad-records skip leaves such records out"
+                        ) from None
+                    self.skipped["records"] += 1
+                    continue
+                if document is not None:
+                    yield document
+
+    def _document(
+        self, where: str, offset: int, record: Any, split: str | None
+    ) -> Document | None:
+        if isinstance(record, _BadRecordError):
+            raise record
+        if isinstance(record, bytes):
+            # Left as it is: the policy for bad UTF-8 finds it and acts on it.
+            return Document(where, record, offset, split)
+        text = find_text(record, self.config.text_key, where)
+        labelled = self.labelled and isinstance(record, dict)
+        label = record.get("label") if labelled else None
+        is_class = isinstance(label, str) or (
+            isinstance(label, int) and 0 <= label < MAX_CLASSES
+        )
+        if self.labelled and not is_class:
+            raise _BadRecordError(
+                f"{where} has label {label!r}; an encoder needs a name or a class "
+                f"number from 0 to {MAX_CLASSES - 1:,}"
+            )
+        # A lone surrogate ("\ud800") has no UTF-8; surrogatepass keeps it for the
+        # policy to find.
+        data = text.encode("utf-8", "surrogatepass")
+        return Document(where, data, split=split, label=label) if data else None
+
+
+def find_text(record: Any, key: str, where: str) -> str:
+    """Return a record's field; `a.b` is field b of field a, `a.0` the first of a list.
+
+    Raises DataError where it is missing or isn't text.
+    """
+    value, path = record, []
+    if not isinstance(record, dict):
+        if isinstance(record, str):
+            return record
+        raise _BadRecordError(f"{where} holds {_name(record)}, not an object")
+    names = [key] if key in record else key.split(".")
+    for name in names:
+        known = (
+            [str(i) for i in range(len(value))] if isinstance(value, list) else value
+        )
+        if not isinstance(value, (dict, list)) or name not in known:
+            inside = f" in field {'.'.join(path)!r}" if path else ""
+            hint = nearest(name, known) if isinstance(value, dict) and known else ""
+            raise _BadRecordError(
+                f"{where} has no field {name!r}{inside}"
+                + (f"; {hint}" if hint else "")
+                + " (data.text_key)"
+            )
+        value = value[int(name)] if isinstance(value, list) else value[name]
+        path.append(name)
+    if not isinstance(value, str):
+        raise _BadRecordError(
+            f"{where} field {key!r} holds {_name(value)}; it must be text"
+        )
+    return value
+
+
+def _name(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+class JsonSource(RecordSource):
+    """JSON: an object a line, or a file that is one array of objects or texts."""
+
+    def records(self, file: SourceFile) -> Iterator[tuple[str, int, Any]]:
+        """Yield what every line or element holds; blank lines are passed over."""
+        config = self.config
+        with open_text(
+            file.path, config.encoding, strict=config.bad_utf8 == "error"
+        ) as opened:
+            number, offset, begun = 0, 0, False
+            while line := opened.readline(_AT_ONCE):
+                number += 1
+                if line.strip():
+                    if not begun and _goes_on(line):
+                        yield from self._array(file.name, line, opened)
+                        return
+                    begun = True
+                    if len(line) == _AT_ONCE:
+                        raise DataError(f"{file.name} line {number} is {_TOO_LONG}")
+                    yield from self._line(f"{file.name} line {number}", offset, line)
+                offset += len(line)
+
+    def _line(
+        self, where: str, offset: int, line: bytes
+    ) -> Iterator[tuple[str, int, Any]]:
+        errors = "replace" if self.config.bad_utf8 == "replace" else "strict"
+        try:
+            yield where, offset, json.loads(line.decode("utf-8", errors))
+        except UnicodeDecodeError as error:
+            yield where, offset + error.start, line[error.start :]
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deep" if isinstance(error, RecursionError) else error
+            yield (
+                where,
+                offset,
+                _BadRecordError(f"{where} is not JSON ({reason}); mend the line"),
+            )
+
+    def _array(
+        self, name: str, first: bytes, opened: Any
+    ) -> Iterator[tuple[str, int, Any]]:
+        """Yield the records of a file that is one JSON value over several lines."""
+        text = first + opened.read(_AT_ONCE)
+        if len(text) > _AT_ONCE:
+            raise DataError(f"{name} holds one JSON value that is {_TOO_LONG}")
+        errors = "replace" if self.config.bad_utf8 == "replace" else "strict"
+        try:
+            content = json.loads(text.decode("utf-8", errors))
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deep" if isinstance(error, RecursionError) else error
+            raise DataError(f"{name} is not JSON ({reason}); mend the file") from None
+        if isinstance(content, dict):
+            # {"data": [{...}]}, as some exports are.
+            lists = [v for v in content.values() if isinstance(v, list)]
+            has_text = self.config.text_key.split(".")[0] in content
+            content = lists[0] if len(lists) == 1 and not has_text else [content]
+        if not isinstance(content, list):
+            raise DataError(f"{name} holds {_name(content)}, not objects")
+        for number, record in enumerate(content, 1):
+            yield f"{name} record {number}", 0, record
+
+
+def _goes_on(line: bytes) -> bool:
+    """Whether a file's first line opens a value that goes on below, or an array."""
+    bare = line.strip()
+    if bare.startswith(b"["):
+        return True
+    return bare == b"{" or (bare.startswith(b"{") and bare.endswith(b","))
+
+
+class ParquetSource(RecordSource):
+    """A text a row of Parquet files; needs pyarrow."""
+
+    def records(self, file: SourceFile) -> Iterator[tuple[str, int, Any]]:
+        """Yield every row, of the columns that are needed."""
+        try:
+            import pyarrow
+            import pyarrow.parquet as parquet
+        except ImportError as error:
+            raise DataError(
+                f"{file.name} is Parquet, which needs pyarrow ({error}); "
+                "pip install pyarrow"
+            ) from None
+        number = 0
+        try:
+            with parquet.ParquetFile(file.path) as opened:
+                for batch in opened.iter_batches(_ROWS, columns=self._columns(opened)):
+                    for record in batch.to_pylist():
+                        number += 1
+                        yield f"{file.name} row {number}", 0, record
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"{file.path} can't be read as Parquet ({reason}); restore the file"
+            ) from None
+
+    def _columns(self, opened: Any) -> list[str]:
+        """Return the columns of text and label; DataError if there is no text."""
+        known = list(opened.schema_arrow.names)
+        key = self.config.text_key
+        column = key if key in known else key.split(".")[0]
+        if column not in known:
+            raise DataError(
+                f"{self.name} has no column {column!r}; {nearest(column, known)} "
+                "(data.text_key)"
+            )
+        label = ["label"] if self.labelled and "label" in known else []
+        return [column, *label]
