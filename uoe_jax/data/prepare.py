@@ -106,7 +106,8 @@ def prepare(config: ExperimentConfig, *, thorough: bool = False) -> Prepared:
         replace = True
     elif folder.exists():
         replace = True
-        note(f"preparing {source.name} again: its manifest is damaged or old")
+        if manifest is None:
+            note(f"preparing {source.name} again: its manifest is damaged")
     with build_folder(folder, replace=replace) as building:
         manifest = _build(source, config, settings, building)
     return Prepared(folder, manifest)
