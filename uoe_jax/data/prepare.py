@@ -107,7 +107,7 @@ def prepare(config: ExperimentConfig, *, thorough: bool = False) -> Prepared:
     elif folder.exists():
         replace = True
         if manifest is None:
-            note(f"preparing {source.name} again: its manifest is damaged")
+            note(f"preparing {source.name} again: its manifest is damaged or old")
     with build_folder(folder, replace=replace) as building:
         manifest = _build(source, config, settings, building)
     return Prepared(folder, manifest)
