@@ -65,13 +65,29 @@ class Dataset:
                 f"{self.num_batches - 1}"
             )
         rows = size // process_count
-        first = step * size + process_index * rows
-        positions = np.arange(first, first + rows, dtype=np.int64)
+        return self.examples(self._choose(step * size + process_index * rows, rows))
+
+    def _choose(self, first: int, count: int) -> Int[np.ndarray, " B"]:
+        """Return the examples at some positions of the split's endless or one pass."""
+        positions = np.arange(first, first + count, dtype=np.int64)
         if self.split == "train":
-            chosen = train_order(positions, self.num_examples, self.config.data.seed)
-        else:
-            chosen = eval_order(positions, self.num_examples)
-        return self.examples(chosen)
+            return train_order(positions, self.num_examples, self.config.data.seed)
+        return eval_order(positions, self.num_examples)
+
+    def lengths(self, step: int) -> Int[np.ndarray, " S"] | None:
+        """Return the tokens of every sequence in batch `step`; None if rows are full.
+
+        Sequences don't see each other: documents packed in a row, texts with padding.
+        """
+        size = self.config.data.batch_size
+        chosen = self._choose(step * size, size)
+        return self._lengths_of(chosen[chosen >= 0])
+
+    def _lengths_of(
+        self, chosen: Int[np.ndarray, " B"]
+    ) -> Int[np.ndarray, " S"] | None:
+        del chosen
+        return None
 
     def examples(self, chosen: Int[np.ndarray, " B"]) -> Batch:
         """Return the batch of the examples with these numbers; -1 is padding."""
@@ -156,6 +172,11 @@ class TokenDataset(Dataset):
         """Return tokens, targets, positions, segments and mask, [B, T] each."""
         return fill_rows(self._tokens, self._rows, chosen, self.config.seq_len)
 
+    def _lengths_of(
+        self, chosen: Int[np.ndarray, " B"]
+    ) -> Int[np.ndarray, " S"] | None:
+        return self._rows.lengths_of(chosen)
+
 
 class RowDataset(Dataset):
     """Labelled texts for an encoder, cut at T tokens or padded to T.
@@ -185,6 +206,12 @@ class RowDataset(Dataset):
                 segments[row, :length] = 1
         labels = _choose_labels(self._labels, chosen)
         return {"tokens": tokens, "segments": segments, "labels": labels}
+
+    def _lengths_of(
+        self, chosen: Int[np.ndarray, " B"]
+    ) -> Int[np.ndarray, " S"] | None:
+        lengths = self._starts[chosen + 1] - self._starts[chosen]
+        return np.minimum(lengths, self.config.seq_len)
 
 
 class ImageDataset(Dataset):

@@ -23,6 +23,12 @@ class Rows(NamedTuple):
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def lengths_of(self, rows: Int[np.ndarray, " B"]) -> Int[np.ndarray, " S"]:
+        """Return the lengths of all pieces of some rows."""
+        spans = zip(self.offsets[rows], self.offsets[rows + 1], strict=True)
+        pieces = [np.arange(first, last) for first, last in spans]
+        return self.lengths[np.concatenate([np.zeros(0, np.int64), *pieces])]
+
 
 def count_windows(num_tokens: int, seq_len: int, *, partial: bool) -> int:
     """Return how many windows of `seq_len` inputs (and one target more) there are.

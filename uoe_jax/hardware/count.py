@@ -9,8 +9,10 @@ model-FLOPs utilisation (MFU).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from uoe_jax.config import ModelConfig
@@ -183,6 +185,27 @@ def flops_per_token(model: ModelConfig, seq_len: int | None = None) -> FlopCount
     return FlopCount(
         parts={name: n for name, n in parts.items() if n or name != "routers"}
     )
+
+
+def flop_share(model: ModelConfig, seq_len: int, lengths: Sequence[int]) -> float:
+    """Return the FLOPs of sequences of these lengths, over those of whole rows.
+
+    Of as many tokens in rows of `seq_len`: documents packed in a row don't see each
+    other, so their attention costs less.
+    """
+    counts = Counter(int(length) for length in lengths if length > 0)
+    if not counts:
+        return 1.0
+    tokens = sum(length * count for length, count in counts.items())
+    spent = sum(
+        length * count * _forward(model, length) for length, count in counts.items()
+    )
+    return spent / (tokens * _forward(model, seq_len))
+
+
+@functools.lru_cache(1 << 16)
+def _forward(model: ModelConfig, length: int) -> float:
+    return flops_per_token(model, length).forward
 
 
 def cache_bytes(

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from uoe_jax.data import Dataset
+from uoe_jax.hardware import count
 from uoe_jax.partition.layout import batch_spec
 from uoe_jax.train.step import put_batch
 
@@ -34,6 +35,14 @@ def train_batch(
                 process_count=accumulate * shards,
             )
     return _assemble(parts, mesh, accumulate, shards)
+
+
+def flop_share(data: Dataset, step: int) -> float:
+    """Return the share of whole rows' FLOPs a token that batch `step` costs."""
+    config, lengths = data.config, data.lengths(step)
+    if lengths is None:
+        return 1.0
+    return count.flop_share(config.model, config.seq_len, lengths.tolist())
 
 
 def whole_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -28,7 +28,7 @@ from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.train.clock import Clock, Progress, Rate
 from uoe_jax.train.diagnose import diagnose, write_dump
-from uoe_jax.train.feed import train_batch
+from uoe_jax.train.feed import flop_share, train_batch
 from uoe_jax.train.lock import RunLock
 from uoe_jax.train.metrics import MetricsLog
 from uoe_jax.train.peers import Votes, barrier, is_primary
@@ -283,12 +283,13 @@ class _Run:
         progress = self.progress
         tokens, bad = int(values.pop("tokens")), int(values.pop("bad_steps"))
         progress.tokens += tokens
-        progress.flops += tokens * self.flops_per_token
+        flops_per_token = self.flops_per_token * flop_share(self.data, step - 1)
+        progress.flops += tokens * flops_per_token
         progress.skipped += bad > 0
         if not bad:
             progress.train_loss = values["loss"]
         rate = self.rate.add(progress.seconds, progress.tokens)
-        speed = rate * self.flops_per_token if rate else None
+        speed = rate * flops_per_token if rate else None
         line = {
             "kind": "train",
             "step": step,
