@@ -4,8 +4,6 @@ from uoe_jax.adapt.adapters import (
     Adapters,
     count_adapter_params,
     init_adapters,
-    named_params,
-    replace_params,
 )
 from uoe_jax.adapt.apply import adapted_params, apply_adapted, leaf_delta
 from uoe_jax.adapt.bank import (
@@ -17,7 +15,8 @@ from uoe_jax.adapt.bank import (
     stack_adapters,
 )
 from uoe_jax.adapt.config import AdapterConfig
-from uoe_jax.adapt.plan import LeafPlan, WeightAxes
+from uoe_jax.adapt.plan import LeafPlan
+from uoe_jax.weights import WeightAxes
 
 __all__ = [
     "AdapterConfig",
@@ -31,9 +30,7 @@ __all__ = [
     "init_adapters",
     "leaf_delta",
     "mix_adapters",
-    "named_params",
     "pad_ranks",
-    "replace_params",
     "select_adapter",
     "set_adapter",
     "stack_adapters",

@@ -13,8 +13,15 @@ from jaxtyping import Array, PyTree
 
 from uoe_jax.adapt.config import AdapterConfig
 from uoe_jax.adapt.init import init_leaf
-from uoe_jax.adapt.plan import LeafPlan, WeightAxes, leaf_scale, make_plans, warn_of
-from uoe_jax.tree import leaf_name
+from uoe_jax.adapt.plan import (
+    LeafPlan,
+    leaf_scale,
+    make_plans,
+    warn_of,
+    warn_of_tied,
+)
+from uoe_jax.tree import named_leaves
+from uoe_jax.weights import WeightAxes
 
 Weights = dict[str, dict[str, Array]]
 
@@ -45,19 +52,6 @@ class Adapters:
         return dataclasses.replace(self, weights=weights)
 
 
-def named_params(params: PyTree) -> dict[str, Any]:
-    """Return a parameter tree's leaves by dotted name."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {leaf_name(path): leaf for path, leaf in leaves}
-
-
-def replace_params(params: PyTree, new: Mapping[str, Any]) -> PyTree:
-    """Return a parameter tree with the named leaves replaced."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: new.get(leaf_name(path), leaf), params
-    )
-
-
 def init_adapters(
     params: PyTree,
     config: AdapterConfig,
@@ -71,9 +65,10 @@ def init_adapters(
     Its delta is exactly zero. Warns of ranks that a weight can't have and of adapters
     as large as what they adapt. Raises ConfigError as `make_plans` does.
     """
-    leaves = named_params(params)
+    leaves = named_leaves(params)
     plans = make_plans({n: leaf.shape for n, leaf in leaves.items()}, config, axes)
     warn_of(plans)
+    warn_of_tied(plans, leaves)
     weights: Weights = {}
     for number, plan in enumerate(plans):
         leaf_key = jax.random.fold_in(key, number)

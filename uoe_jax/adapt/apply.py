@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from uoe_jax.adapt import network
-from uoe_jax.adapt.adapters import Adapters, named_params
+from uoe_jax.adapt.adapters import Adapters
 from uoe_jax.adapt.config import Path
 from uoe_jax.adapt.init import column_norms
 from uoe_jax.adapt.interpret import call_adapted
@@ -19,6 +19,8 @@ from uoe_jax.adapt.network import Lazy, Term
 from uoe_jax.adapt.plan import LeafPlan
 from uoe_jax.adapt.products import Mode
 from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.ops._dispatch import vary_together
+from uoe_jax.tree import named_leaves
 
 BANK = "K"  # letter of several adapters summed; no axis has it
 
@@ -43,7 +45,7 @@ def apply_adapted(
     """
     if isinstance(adapters, Adapters):
         adapters = (adapters,)
-    leaves = named_params(params)
+    leaves = named_leaves(params)
     numbers = {name: number for number, name in enumerate(leaves)}
     lazies: dict[int, Lazy] = {}
     for adapter in adapters:
@@ -52,6 +54,7 @@ def apply_adapted(
             number = numbers[plan.name]
             weight = lazies.get(number, Lazy(leaves[plan.name], ()))
             lazies[number] = attach(weight, adapter, plan)
+    lazies = {number: vary_alike(weight) for number, weight in lazies.items()}
     return call_adapted(fn, params, lazies, args, Mode(path, training, key))
 
 
@@ -77,6 +80,17 @@ def check_leaf(plan: LeafPlan, leaves: dict[str, Any]) -> None:
             f"adapter of {plan.name} is for shape {list(plan.shape)}, the model has "
             f"{list(shape)}; use the model it was trained on"
         )
+
+
+def vary_alike(weight: Lazy) -> Lazy:
+    """Return an adapted weight whose arrays vary over the same mesh axes.
+
+    Inside `jax.shard_map` trained factors are each device's own while the frozen weight
+    and a subtracted start are one for all. The function is traced with the weight's
+    type, so that has to be the sum's.
+    """
+    leaves, tree = jax.tree.flatten(weight)
+    return jax.tree.unflatten(tree, vary_together(*leaves))
 
 
 def attach(weight: Lazy, adapter: Adapters, plan: LeafPlan) -> Lazy:

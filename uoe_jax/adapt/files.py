@@ -8,11 +8,12 @@ PEFT's own keys and orientations ([r, in] and [out, r]), Tucker adds `tucker_cor
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
+import hashlib
 import itertools
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
-from safetensors import SafetensorError
-from safetensors.flax import load_file
 from safetensors.numpy import save
 
-from uoe_jax.adapt.adapters import Adapters, Weights, named_params
+from uoe_jax.adapt.adapters import Adapters, Weights
 from uoe_jax.adapt.apply import check_leaf
-from uoe_jax.adapt.config import AdapterConfig, adapter_from_dict
-from uoe_jax.adapt.plan import EXPERT, LAYER, LeafPlan, WeightAxes, make_plans
+from uoe_jax.adapt.config import AdapterConfig, adapter_from_dict, rank_for
+from uoe_jax.adapt.folder import CONFIG, WEIGHTS, read_config, read_tensors
+from uoe_jax.adapt.plan import (
+    PACKAGE,
+    LeafPlan,
+    make_plans,
+)
 from uoe_jax.errors import DataError
 from uoe_jax.files import write_atomically
+from uoe_jax.tree import named_leaves
+from uoe_jax.weights import EXPERT, LAYER, WeightAxes
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ANCHOR = "anchor_"
 _SUFFIX = {
@@ -45,10 +50,16 @@ _SUFFIX = {
 
 
 def save_adapters(
-    folder: Path, adapters: Adapters, config: AdapterConfig, *, base: str = ""
+    folder: Path,
+    adapters: Adapters,
+    config: AdapterConfig,
+    *,
+    base: str = "",
+    digest: str = "",
 ) -> None:
     """Write one adapter; `base` names the model it belongs to.
 
+    `digest` is the `digest_params` of that model: loading on another one then warns.
     Raises DataError for a bank: save its adapters one by one.
     """
     if any(plan.bank for plan in adapters.plans):
@@ -61,7 +72,10 @@ def save_adapters(
                 for key, index in _keys(plan, part, mark):
                     value = _to_file(plan, part, np.asarray(array)[index])
                     tensors[key] = np.ascontiguousarray(value)
-    described = json.dumps(_describe(adapters, config, base), indent=2) + "\n"
+    about = _describe(adapters, config, base)
+    if digest:
+        about["uoe_jax"]["base_digest"] = digest
+    described = json.dumps(about, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     # The arrays last: a folder that has them is whole.
     write_atomically(folder / CONFIG, described)
@@ -117,16 +131,33 @@ def _describe(adapters: Adapters, config: AdapterConfig, base: str) -> dict[str,
             "config": dataclasses.asdict(config),
             "scales": scales,
             "weights": {
-                p.name: {"shape": list(p.shape), **dataclasses.asdict(p.axes)}
+                p.name: {
+                    "shape": list(p.shape),
+                    "ranks": list(p.ranks),
+                    "dora": p.dora,
+                    "dropout": p.dropout,
+                    **dataclasses.asdict(p.axes),
+                }
                 for p in adapters.plans
             },
         },
     }
 
 
+def digest_params(params: PyTree) -> str:
+    """Return 16 hex digits that identify a model's parameters, names included."""
+    state = hashlib.blake2b(digest_size=8)
+    for name, leaf in sorted(named_leaves(params).items()):
+        array = np.asarray(leaf)
+        state.update(f"{name} {array.dtype} {array.shape}".encode())
+        state.update(np.ascontiguousarray(array).data.cast("B"))
+    return state.hexdigest()
+
+
 def load_adapters(folder: Path, params: PyTree) -> tuple[Adapters, AdapterConfig]:
     """Return an adapter that `save_adapters` wrote, for the model of `params`.
 
+    Warns if it was trained on other parameters of the same shapes.
     Raises DataError for files that are missing, foreign or damaged, ConfigError for an
     adapter of another model.
     """
@@ -139,23 +170,16 @@ def load_adapters(folder: Path, params: PyTree) -> tuple[Adapters, AdapterConfig
         )
     try:
         config = adapter_from_dict(own["config"])
-        axes = {
-            name: WeightAxes(**{k: v for k, v in one.items() if k != "shape"})
-            for name, one in own["weights"].items()
-        }
-        shapes = {name: one["shape"] for name, one in own["weights"].items()}
-        scales = {name: jnp.float32(own["scales"][name]) for name in axes}
+        plans = tuple(_read_plan(n, o, config) for n, o in own["weights"].items())
+        scales = {plan.name: _read_scale(own["scales"][plan.name]) for plan in plans}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{folder / CONFIG} has a damaged 'uoe_jax' part ({error}); restore it"
         ) from None
-    exact = dataclasses.replace(
-        config, targets=tuple(axes), rank_pattern=_patterns(config, axes)
-    )
-    plans = make_plans(shapes, exact, axes)
-    leaves = named_params(params)
+    leaves = named_leaves(params)
     for plan in plans:
         check_leaf(plan, leaves)
+    _warn_of_base(folder, own.get("base_digest"), params)
     tensors = read_tensors(folder / WEIGHTS)
     weights = {plan.name: _read_parts(plan, tensors, "", folder) for plan in plans}
     anchor: Weights = {}
@@ -170,57 +194,53 @@ def load_adapters(folder: Path, params: PyTree) -> tuple[Adapters, AdapterConfig
     return adapters, config
 
 
-def _patterns(config: AdapterConfig, names: Mapping[str, Any]) -> dict[str, int]:
-    """Return the rank patterns that match a saved weight; others have no use there."""
-    return {
-        pattern: rank
-        for pattern, rank in config.rank_pattern.items()
-        if fnmatch.filter(names, pattern)
-    }
+def _read_plan(name: str, raw: Mapping[str, Any], config: AdapterConfig) -> LeafPlan:
+    """Return the plan of one saved weight, with the ranks that its arrays have.
 
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return adapter_config.json; DataError if there is none or it is malformed."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise DataError(
-            f"{folder} has no {CONFIG}; give a folder that holds an adapter"
-        )
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); restore it") from None
-    if not isinstance(raw, dict):
-        raise DataError(f"{path} is {type(raw).__name__}; expected an object")
-    return raw
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Return a safetensors file's arrays by key.
-
-    Raises DataError for a missing or damaged file, and for any other format: pickles
-    run code when they are loaded, so they never are.
+    A foreign adapter's ranks may exceed what the weight could use, and some of its
+    weights may have magnitudes where others have none.
     """
-    if path.suffix != ".safetensors":
-        raise DataError(
-            f"{path} is not a .safetensors file; pickled formats aren't read: convert "
-            "it with the tool that wrote it"
+    apart = ("shape", "ranks", "dora", "dropout")
+    axes = WeightAxes(**{k: v for k, v in raw.items() if k not in apart})
+    dora = bool(raw.get("dora", config.use_dora and axes.ins))
+    one = dataclasses.replace(
+        config,
+        targets=(name,),
+        rank_pattern={name: max(rank_for(config, name), 1)},
+        use_dora=dora,
+        dropout=0.0 if dora else config.dropout,
+    )
+    plan = make_plans({name: raw["shape"]}, one, {name: axes})[0]
+    ranks = tuple(raw.get("ranks", plan.ranks))
+    if len(ranks) != len(plan.ranks) or not all(
+        isinstance(rank, int) and rank > 0 for rank in ranks
+    ):
+        raise ValueError(f"ranks of {name} are {list(ranks)}")
+    dropout = float(raw.get("dropout", plan.dropout))
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout of {name} is {dropout}")
+    return dataclasses.replace(plan, ranks=ranks, dropout=dropout)
+
+
+def _read_scale(value: Any) -> Array:
+    if not math.isfinite(value):
+        raise ValueError(f"a scale is {value}")
+    return jnp.float32(value)
+
+
+def _warn_of_base(folder: Path, digest: str | None, params: PyTree) -> None:
+    """Warn if an adapter was trained on other parameters of the same shapes."""
+    if digest and digest != (have := digest_params(params)):
+        warnings.warn(
+            f"{folder} was trained on other weights than these (digest {digest}, here "
+            f"{have}); use the run it was trained on, or train it on",
+            skip_file_prefixes=(PACKAGE,),
         )
-    if not path.is_file():
-        pickled = [p.name for p in path.parent.glob("adapter_model.*") if p != path]
-        hint = f" ({pickled[0]} is pickled: convert it)" if pickled else ""
-        raise DataError(f"{path} doesn't exist{hint}")
-    try:
-        # The flax reader knows bfloat16; host arrays, so that nothing is compiled.
-        return {k: np.asarray(v) for k, v in load_file(path).items()}
-    except (SafetensorError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} can't be read: {reason}") from None
 
 
 def _suffix(plan: LeafPlan, part: str, mark: str = "") -> str:
     name = _SUFFIX.get(part, f"tucker_{part}")
-    if plan.axes.ins == "v" and part in ("a", "b"):
+    if plan.axes.ins in ("v", "t") and part in ("a", "b"):
         name = {"a": "lora_embedding_A", "b": "lora_embedding_B"}[part]
     return mark + name
 

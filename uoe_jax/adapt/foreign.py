@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from uoe_jax.adapt.files import CONFIG, PREFIX, WEIGHTS, read_config, read_tensors
+from uoe_jax.adapt.files import PREFIX
+from uoe_jax.adapt.folder import CONFIG, WEIGHTS, read_config, read_tensors
+from uoe_jax.adapt.patterns import first_matches
 from uoe_jax.errors import DataError
 
 # Settings of PEFT's LoRA that change what the arrays mean, and their plain values.
@@ -28,6 +30,16 @@ _PLAIN = {
     "lora_bias": (False,),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False,),
+}
+# Starts that leave the base as it is: the files alone say what was trained.
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Starts after which PEFT trains a changed base, which lies in no file.
+_RESIDUAL_INITS = {
+    "pissa": "subtracts the leading part from the base (PiSSA)",
+    "olora": "subtracts a QR factor from the base (OLoRA)",
+    "corda": "subtracts a part from the base (CorDA)",
+    "loftq": "quantises the base (LoftQ)",
+    "lora_ga": "subtracts a part from the base (LoRA-GA)",
 }
 _OTHER_LYCORIS = {
     "hada_": "LoHa",
@@ -67,8 +79,8 @@ def read_peft(folder: Path) -> dict[str, Module]:
     """Return a PEFT LoRA adapter's modules by name.
 
     rank_pattern, alpha_pattern, rsLoRA, DoRA, embeddings and convolutions are read.
-    Raises DataError for other tuners, for settings that aren't LoRA's plain form, and
-    for anything but safetensors.
+    Raises DataError for other tuners, for settings that aren't LoRA's plain form, for
+    starts that changed the base, and for anything but safetensors.
     """
     config = read_config(folder)
     kind = config.get("peft_type")
@@ -78,6 +90,7 @@ def read_peft(folder: Path) -> dict[str, Module]:
         value = config.get(name, plain[0])
         if value not in plain:
             raise DataError(f"{folder}: {name} is {value!r}; only {plain[0]!r} is read")
+    _check_init(config.get("init_lora_weights", True), folder)
     groups: dict[str, dict[str, np.ndarray]] = {}
     for key, array in read_tensors(folder / WEIGHTS).items():
         found = re.fullmatch(
@@ -92,11 +105,44 @@ def read_peft(folder: Path) -> dict[str, Module]:
         raise DataError(
             f"{folder / WEIGHTS} holds no arrays; there is nothing to adapt"
         )
-    return {name: _peft_module(name, g, config, folder) for name, g in groups.items()}
+    alphas = _pattern_values(config, "alpha_pattern", list(groups), folder)
+    ranks = _pattern_values(config, "rank_pattern", list(groups), folder)
+    return {
+        name: _peft_module(
+            name,
+            group,
+            config,
+            folder,
+            alpha=alphas.get(name, config.get("lora_alpha", 8)),
+            stated=ranks.get(name, config.get("r")),
+        )
+        for name, group in groups.items()
+    }
+
+
+def _check_init(init: Any, folder: Path) -> None:
+    """Raise DataError for a start after which PEFT trains another base than ours."""
+    if init in _PLAIN_INITS:
+        return
+    kind = init.partition("_niter_")[0] if isinstance(init, str) else ""
+    if kind in _RESIDUAL_INITS:
+        raise DataError(
+            f"{folder}: init_lora_weights is {init!r}, which {_RESIDUAL_INITS[kind]}: "
+            "its files alone don't say what was trained; save it as plain LoRA with "
+            "PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+    known = ", ".join(str(value) for value in _PLAIN_INITS[:2] + _PLAIN_INITS[3:])
+    raise DataError(f"{folder}: init_lora_weights is {init!r}; {known} are read")
 
 
 def _peft_module(
-    name: str, group: dict[str, np.ndarray], config: dict[str, Any], folder: Path
+    name: str,
+    group: dict[str, np.ndarray],
+    config: dict[str, Any],
+    folder: Path,
+    *,
+    alpha: Any,
+    stated: Any,
 ) -> Module:
     embedding = "lora_embedding_A" in group
     pair = (
@@ -112,19 +158,21 @@ def _peft_module(
             f"{folder / WEIGHTS}: {name} has ranks {rank} and {up.shape[1]}; "
             "they must be equal"
         )
-    alpha = _pattern_value(
-        config.get("alpha_pattern"), name, config.get("lora_alpha", 8)
-    )
-    stated = _pattern_value(config.get("rank_pattern"), name, config.get("r", rank))
-    if stated != rank:
+    if stated not in (rank, None):
         raise DataError(
             f"{folder}: {name} has rank {rank}, its config says {stated}; "
             "the files don't belong together"
         )
-    if not isinstance(alpha, int | float):
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise DataError(f"{folder}: alpha of {name} is {alpha!r}; it must be a number")
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     magnitude = group.get("lora_magnitude_vector")
+    if (magnitude is not None) != bool(config.get("use_dora")):
+        fault = "without a lora_magnitude_vector" if magnitude is None else "with one"
+        raise DataError(
+            f"{folder}: use_dora is {config.get('use_dora')!r} and {name} is {fault}; "
+            "the files are incomplete or don't belong together: save the adapter again"
+        )
     if magnitude is not None:
         magnitude = magnitude.reshape(-1)
     return Module(down, up.reshape(up.shape[:2]), None, scale, magnitude)
@@ -140,15 +188,18 @@ def _check_matrices(where: str, *parts: tuple[str, np.ndarray]) -> None:
             )
 
 
-def _pattern_value(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """Return the value of PEFT's first pattern that ends a module's name."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", name):
-                return value
-        except re.error as error:
-            raise DataError(f"pattern {pattern!r} of {CONFIG}: {error}") from None
-    return default
+def _pattern_values(
+    config: dict[str, Any], field: str, names: list[str], folder: Path
+) -> dict[str, Any]:
+    """Return the value of PEFT's first pattern that ends a module's name, by name."""
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise DataError(f"{folder / CONFIG}: {field} is {patterns!r}; give an object")
+    try:
+        found = first_matches(list(patterns), names)
+    except ValueError as error:
+        raise DataError(f"{folder / CONFIG}: {field} has {error}") from None
+    return {name: patterns[pattern] for name, pattern in found.items()}
 
 
 def read_lycoris(path: Path) -> dict[str, Module]:

@@ -46,6 +46,9 @@ def call_adapted(
 ) -> Any:
     """Return `fn(params, *args)` with some leaves of params, by number, adapted."""
     leaves, tree = jax.tree.flatten((params, *args))
+    # Traced with the types that the adapted weights have: a cast to "varying", say,
+    # is written down only where the weight isn't that already.
+    leaves = [lazies[i].value if i in lazies else a for i, a in enumerate(leaves)]
     closed, shape = jax.make_jaxpr(
         lambda *flat: fn(*jax.tree.unflatten(tree, flat)), return_shape=True
     )(*leaves)

@@ -9,9 +9,10 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from uoe_jax.adapt.adapters import Adapters, named_params
+from uoe_jax.adapt.adapters import Adapters
 from uoe_jax.adapt.plan import LeafPlan
 from uoe_jax.errors import ConfigError
+from uoe_jax.tree import named_leaves
 
 Specs = dict[str, dict[str, PartitionSpec]]
 
@@ -59,7 +60,7 @@ def place_adapters(adapters: Adapters, params: PyTree) -> Adapters:
             for part, array in parts.items()
         }
 
-    leaves = named_params(params)
+    leaves = named_leaves(params)
     trees = (adapters.weights, adapters.anchor)
     weights, anchor = ({n: place(n, parts) for n, parts in t.items()} for t in trees)
     return dataclasses.replace(adapters, weights=weights, anchor=anchor)

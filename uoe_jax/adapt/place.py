@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from uoe_jax.adapt.adapters import Adapters, named_params
+from uoe_jax.adapt.adapters import Adapters
 from uoe_jax.adapt.config import AdapterConfig
 from uoe_jax.adapt.foreign import Module
 from uoe_jax.adapt.init import init_leaf
-from uoe_jax.adapt.plan import LeafPlan, WeightAxes, make_plans
+from uoe_jax.adapt.plan import LeafPlan, make_plans, warn_of_tied
 from uoe_jax.errors import DataError, nearest
+from uoe_jax.tree import named_leaves
+from uoe_jax.weights import WeightAxes
 
 
 class Place(NamedTuple):
@@ -67,7 +69,7 @@ def place_modules(
     Raises DataError for a module that has no place or doesn't fit, or for modules of
     several forms on one parameter.
     """
-    leaves = named_params(params)
+    leaves = named_leaves(params)
     placed: dict[str, dict[tuple[int, ...], Module]] = {}
     for name, module in modules.items():
         place = names(name) if callable(names) else names.get(name)
@@ -84,6 +86,7 @@ def place_modules(
         plan = _foreign_plan(name, leaves[name], group, axes)
         plans.append(plan)
         weights[name] = _foreign_parts(plan, leaves[name], group)
+    warn_of_tied(plans, leaves)
     scales = {plan.name: jnp.float32(1.0) for plan in plans}
     return Adapters(weights=weights, scales=scales, anchor={}, plans=tuple(plans))
 
@@ -170,6 +173,12 @@ def _torch_parts(plan: LeafPlan, module: Module) -> dict[str, np.ndarray]:
         for part in factors[2 : 2 + space]:
             found[part] = np.eye(*shapes[part], dtype=np.float32)
     if module.magnitude is not None:
+        wanted = math.prod(shapes["magnitude"])
+        if module.magnitude.size != wanted:
+            raise DataError(
+                f"a module for {plan.name} has {module.magnitude.size} magnitudes; the "
+                f"weight has {wanted} outputs"
+            )
         found["magnitude"] = module.magnitude.reshape(shapes["magnitude"])
     return found
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
-import string
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,67 +14,12 @@ from uoe_jax.adapt.config import AdapterConfig, check_adapter, rank_for, scale_f
 from uoe_jax.adapt.equation import Roles, lora_network, tucker_network
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.linalg.tucker import clamp_ranks
+from uoe_jax.weights import EXPERT, LAYER, WeightAxes, find_weight
 
 RANK_LETTERS = "ABCDEFGH"
 PACKAGE = f"{Path(__file__).parents[1]}/"  # whose frames a warning doesn't point to
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightAxes:
-    """One letter an axis, in order, and what the axes do.
-
-    Letters in none of `ins`, `outs` and `kernel` are batch axes: each index of them has
-    an adapter of its own. `heads` are the axes that Tucker may take one by one. Letters
-    are lower case: ranks and banks have the others. Raises ConfigError for a letter
-    that is none, occurs twice, or isn't an axis.
-    """
-
-    axes: str
-    ins: str
-    outs: str
-    kernel: str = ""
-    heads: str = ""
-
-    def __post_init__(self):
-        if set(self.axes) - set(string.ascii_lowercase) or _repeats(self.axes):
-            raise ConfigError(
-                f"axes are {self.axes!r}; give each axis a lower-case letter of its own"
-            )
-        used = self.ins + self.outs + self.kernel
-        if _repeats(used) or set(used + self.heads) - set(self.axes):
-            raise ConfigError(
-                f"ins {self.ins!r}, outs {self.outs!r}, kernel {self.kernel!r} and "
-                f"heads {self.heads!r} of axes {self.axes!r}: name axes only, none of "
-                "them in two of the first three"
-            )
-
-    @property
-    def batch(self) -> str:
-        """Letters of the batch axes."""
-        used = self.ins + self.outs + self.kernel
-        return "".join(a for a in self.axes if a not in used)
-
-
-def _repeats(word: str) -> bool:
-    return len(set(word)) < len(word)
-
-
-# This library's weights; a leading layer axis is added inside the stacks of blocks.
-LAYER = "l"
 STACKS = "*blocks.*"
-MODEL_AXES: dict[str, WeightAxes] = {
-    "*.attention.wq": WeightAxes(axes="edjgh", ins="d", outs="jgh", heads="jgh"),
-    "*.attention.w[kv]": WeightAxes(axes="edjh", ins="d", outs="jh", heads="jh"),
-    "*.attention.wo": WeightAxes(axes="ejghd", ins="jgh", outs="d", heads="jgh"),
-    "*.mlp.w_up": WeightAxes(axes="edf", ins="d", outs="f"),
-    "*.mlp.w_gate": WeightAxes(axes="edf", ins="d", outs="f"),
-    "*.mlp.w_down": WeightAxes(axes="efd", ins="f", outs="d"),
-    "*.router.weight": WeightAxes(axes="dx", ins="d", outs="x"),
-    "*embedding": WeightAxes(axes="vd", ins="v", outs="d"),
-    "head.weight": WeightAxes(axes="dv", ins="d", outs="v"),
-    "embed.weight": WeightAxes(axes="pd", ins="p", outs="d"),
-}
-EXPERT = "e"
+EMBEDDING, HEAD = "embed.embedding", "head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,29 +56,21 @@ class LeafPlan:
 
 
 def axes_of(
-    name: str, shape: Sequence[int], known: Mapping[str, WeightAxes]
+    name: str, shape: Sequence[int], given: Mapping[str, WeightAxes]
 ) -> WeightAxes:
-    """Return a parameter's axes: from `known`, else a vector, a matrix or an image's.
+    """Return a parameter's axes: given ones, this library's, or those of its shape.
 
-    Two axes are [in, out], three to five a convolution kernel [..., in, out] (HWIO).
+    One axis is a vector, two are [in, out], three to five a convolution kernel
+    [..., in, out] (HWIO). Raises ConfigError for another number of axes.
     """
-    for pattern, axes in known.items():
+    for pattern, axes in given.items():
         if fnmatch.fnmatchcase(name, pattern):
-            missing = len(shape) - len(axes.axes)
-            if missing == 1 and fnmatch.fnmatchcase(name, STACKS):
-                axes = WeightAxes(
-                    axes=LAYER + axes.axes,
-                    ins=axes.ins,
-                    outs=axes.outs,
-                    kernel=axes.kernel,
-                    heads=axes.heads,
-                )
-            elif missing:
-                raise ConfigError(
-                    f"{name} has shape {list(shape)} but its axes are {axes.axes!r}; "
-                    "state one letter for each axis"
-                )
-            return axes
+            return _fitting(name, shape, axes)
+    if (known := find_weight(name)) is not None:
+        axes = WeightAxes(
+            axes=known.axes, ins=known.ins, outs=known.outs, heads=known.heads
+        )
+        return _fitting(name, shape, axes)
     stacked = fnmatch.fnmatchcase(name, STACKS)
     inner = len(shape) - stacked
     lead = LAYER if stacked else ""
@@ -149,6 +86,19 @@ def axes_of(
     )
 
 
+def _fitting(name: str, shape: Sequence[int], axes: WeightAxes) -> WeightAxes:
+    """Return given axes, with the layers' before them inside a stack of blocks."""
+    missing = len(shape) - len(axes.axes)
+    if missing == 1 and fnmatch.fnmatchcase(name, STACKS):
+        return dataclasses.replace(axes, axes=LAYER + axes.axes)
+    if missing:
+        raise ConfigError(
+            f"{name} has shape {list(shape)} but its axes are {axes.axes!r}; "
+            "state one letter for each axis"
+        )
+    return axes
+
+
 def make_plans(
     shapes: Mapping[str, Sequence[int]],
     config: AdapterConfig,
@@ -160,8 +110,6 @@ def make_plans(
     for a pattern that matches nothing.
     """
     check_adapter(config)
-    given = dict(axes or {})
-    known = {**given, **MODEL_AXES, **given}  # the order of the first, its values too
     for pattern in config.targets:
         if not fnmatch.filter(shapes, pattern):
             raise ConfigError(
@@ -178,7 +126,7 @@ def make_plans(
     plans: list[LeafPlan] = []
     for name in chosen:
         if rank := rank_for(config, name):
-            place = axes_of(name, shapes[name], known)
+            place = axes_of(name, shapes[name], axes or {})
             plans.append(_plan_leaf(name, tuple(shapes[name]), place, rank, config))
     if not plans:
         raise ConfigError("every matching weight has rank 0; give one of them a rank")
@@ -206,6 +154,18 @@ def warn_of(plans: Sequence[LeafPlan]) -> None:
         warnings.warn(
             f"adapters have {size:,} parameters, the weights they adapt {base:,}; "
             "lower the rank",
+            skip_file_prefixes=(PACKAGE,),
+        )
+
+
+def warn_of_tied(plans: Sequence[LeafPlan], names: Iterable[str]) -> None:
+    """Warn of an embedding that is the output layer too, so that both change."""
+    adapted = {plan.name for plan in plans}
+    if EMBEDDING in adapted and HEAD not in set(names):
+        warnings.warn(
+            f"{EMBEDDING} is the output layer too (tied): the adapter changes the "
+            "lookup and the logits, where PEFT's changes the lookup alone; leave it "
+            "out of the targets or train with model.tie_embeddings off",
             skip_file_prefixes=(PACKAGE,),
         )
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from uoe_jax.adapt.adapters import Adapters, Weights, named_params, replace_params
+from uoe_jax.adapt.adapters import Adapters, Weights
 from uoe_jax.adapt.apply import apply_adapted
 from uoe_jax.adapt.config import Path
 from uoe_jax.config import ExperimentConfig
@@ -23,6 +23,7 @@ from uoe_jax.optim import make_schedule
 from uoe_jax.partition.mesh import DATA_AXIS
 from uoe_jax.train.state import TrainState
 from uoe_jax.train.step import batch_loss, count_tokens, example_weights
+from uoe_jax.tree import named_leaves, replace_leaves
 
 Metrics = dict[str, Any]
 
@@ -39,10 +40,10 @@ def freeze_params(params: PyTree, config: ExperimentConfig) -> PyTree:
     dtype = jnp.dtype(config.model.compute_dtype)
     cast = {
         name: leaf.astype(dtype)
-        for name, leaf in named_params(params).items()
+        for name, leaf in named_leaves(params).items()
         if name.rpartition(".")[2] in _CAST or name == "head.weight"
     }
-    return replace_params(params, cast)
+    return replace_leaves(params, cast)
 
 
 def init_adapt_state(

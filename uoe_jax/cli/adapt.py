@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json as json_text
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from uoe_jax.cli.notes import plain_warnings
-from uoe_jax.cli.parse import parse
+from uoe_jax.cli.parse import given_names, parse
 from uoe_jax.cli.paths import RUNS, find_run
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
@@ -81,13 +80,14 @@ class AdaptOptions:
 # What an adapter that is loaded brings with it.
 SHAPE = ("method", "rank", "targets", "rank_pattern", "alpha", "init", "split_heads",
          "share_experts", "rslora", "dora", "dropout")  # fmt: skip
+TRAINING = ("learning_rate", "seed")  # what only training asks for
 
 
 def adapt(args: list[str]) -> int:
     """Train an adapter of a run; print its parameters, memory, speed and gain."""
     options = parse(AdaptOptions, args, "adapt")
     folder = find_run(options.run)
-    check_load(options)
+    check_load(options, given_names(args))
     name = f"{read_config(folder).name}-{options.method}{options.rank}"
     out = options.out or RUNS / name
 
@@ -135,23 +135,34 @@ def adapt(args: list[str]) -> int:
     return 0
 
 
-def check_load(options: AdaptOptions) -> None:
-    """Raise ConfigError for --load with options that the loaded adapter settles."""
+def check_load(options: AdaptOptions, given: set[str]) -> None:
+    """Raise ConfigError for given options that have nothing to decide.
+
+    A loaded adapter settles its own shape; without steps nothing is trained.
+    """
     if options.load is None:
         return
-    usual = {field.name: field.default for field in dataclasses.fields(AdaptOptions)}
-    asked = [name for name in SHAPE if getattr(options, name) != usual[name]]
-    if asked:
-        option = asked[0].replace("_", "-")
-        raise ConfigError(
-            f"--{option} is {getattr(options, asked[0])!r} with --load; a loaded "
-            "adapter keeps its own: leave one of them out"
-        )
+    for name in SHAPE:
+        if name in given:
+            raise ConfigError(
+                f"{_shown(name, options)} with --load; a loaded adapter keeps its own: "
+                "leave one of them out"
+            )
+    for name in TRAINING if options.steps == 0 else ():
+        if name in given:
+            raise ConfigError(
+                f"{_shown(name, options)} with --steps 0; nothing is trained: leave it "
+                "out or take steps"
+            )
     if options.out is None:
         raise ConfigError(
             f"--load {options.load} without --out; say which new folder the result "
             "goes to"
         )
+
+
+def _shown(name: str, options: AdaptOptions) -> str:
+    return f"--{name.replace('_', '-')} is {getattr(options, name)!r}"
 
 
 def _patterns(words: tuple[str, ...]) -> dict[str, int]:
