@@ -15,8 +15,9 @@ from uoe_jax.config import MeshConfig, ModelConfig
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh, replicated
 from uoe_jax.train.diagnose import diagnose, hash_batch
-from uoe_jax.train.state import init_state
+from uoe_jax.train.state import init_state, layout_of
 from uoe_jax.train.step import make_step, put_batch
+from uoe_jax.train.subject import Subject
 from uoe_jax.tree import named_leaves
 
 # Its update is minus the gradient, so that parameters show the gradient.
@@ -171,7 +172,14 @@ def test_the_diagnosis_names_the_router_and_its_layer():
     router["weight"] = router["weight"].replace(
         jax.device_put(weight, replicated(mesh))
     )
-    dump = diagnose(config, graphdef, mesh, state, batch, 2)
+    subject = Subject(
+        graphdef=graphdef,
+        state=state,
+        layout=layout_of(config, mesh),
+        optimizer=optimizer_of(config),
+        flops_per_token=1.0,
+    )
+    dump = diagnose(config, subject, batch, 2)
     name = "trunk.blocks.0.mlp.router.weight[1]"
     assert dump["nonfinite_parameters"] == [name]
     assert "mlp.router.z_loss[1]" in dump["nonfinite_router"]

@@ -19,7 +19,7 @@ from uoe_jax.partition.specs import (
     default_rules,
     param_specs,
     spec_axes,
-    state_spec,
+    state_owner,
 )
 from uoe_jax.tree import leaf_name
 from uoe_jax.weights import BLOCKS
@@ -35,6 +35,7 @@ class Layout:
     specs: Mapping[str, PartitionSpec]
     shapes: Shapes
     parallel: Parallel
+    experts: Mapping[str, int]  # the axis of experts that tensor devices share
 
     def spec_tree(self, tree: PyTree) -> PyTree:
         """Return the spec of every leaf of parameters, or of a whole train state."""
@@ -98,22 +99,28 @@ class Layout:
             return tree
 
         def move(path: Any, leaf: Any) -> Any:
-            spec = self._spec(path, leaf)
-            if len(spec) < 2 or spec[1] != "tensor":  # [layers, experts, ...]
+            axis = self.experts.get(self._owner(path, leaf) or "")
+            if axis is None:
                 return leaf
             order = stored_order(
-                leaf.shape[1], self.parallel.size("tensor"), self.parallel.layout
+                leaf.shape[axis], self.parallel.size("tensor"), self.parallel.layout
             )
-            return leaf[:, np.argsort(order) if inverse else np.array(order)]
+            index = np.argsort(order) if inverse else np.array(order)
+            return leaf[(slice(None),) * axis + (index,)]
 
         return jax.tree_util.tree_map_with_path(move, tree)
 
     def _spec(self, path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        owner = self._owner(path, leaf)
+        return PartitionSpec() if owner is None else self.specs[owner]
+
+    def _owner(self, path: tuple[Any, ...], leaf: Any) -> str | None:
+        """Return the parameter that an array is, or is about."""
         name = leaf_name(path)
         if name in self.specs:
-            return self.specs[name]
+            return name
         # Inside shard_map shapes are local; there only parameters are asked for.
-        return state_spec(name, tuple(leaf.shape), self.specs, self.shapes)
+        return state_owner(name, tuple(leaf.shape), self.shapes)
 
 
 def batch_spec(mesh: Mesh, rank: int) -> PartitionSpec:
@@ -156,4 +163,9 @@ def make_layout(
         gather_outer=outer,
         compute_dtype=config.model.compute_dtype,
     )
-    return Layout(mesh=mesh, specs=specs, shapes=shapes, parallel=parallel)
+    experts = {  # [layers, experts, ...]
+        name: 1 for name, spec in specs.items() if len(spec) > 1 and spec[1] == "tensor"
+    }
+    return Layout(
+        mesh=mesh, specs=specs, shapes=shapes, parallel=parallel, experts=experts
+    )

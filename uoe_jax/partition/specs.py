@@ -85,22 +85,19 @@ def _spec(
     return PartitionSpec(*[a if sizes.get(a, 1) > 1 else None for a in axes])
 
 
-def state_spec(
-    name: str,
-    shape: tuple[int, ...],
-    specs: Mapping[str, PartitionSpec],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> PartitionSpec:
-    """Return the spec of an optimizer's array: that of the parameter it is about.
+def state_owner(
+    name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """Return the parameter that an optimizer's array is about; None: it is of none.
 
-    Its name ends in the parameter's and its shape is the same; others stay whole.
+    Its name ends in the parameter's and its shape is the same.
     """
     parts = name.split(".")
     for start in range(len(parts)):
         owner = ".".join(parts[start:])
-        if owner in specs and shapes[owner] == shape:
-            return specs[owner]
-    return PartitionSpec()
+        if shapes.get(owner) == shape:
+            return owner
+    return None
 
 
 def spec_axes(spec: PartitionSpec) -> tuple[str, ...]:

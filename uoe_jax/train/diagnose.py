@@ -12,13 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.files import write_atomically
-from uoe_jax.train.state import TrainState, layout_of
+from uoe_jax.train.state import TrainState
 from uoe_jax.train.step import Batch, make_gradients, put_batch
+from uoe_jax.train.subject import Subject
 from uoe_jax.tree import named_leaves
 
 _LAYERS = ".blocks."  # parameters below it have a leading layer axis
@@ -34,26 +33,27 @@ def hash_batch(batch: Mapping[str, np.ndarray]) -> str:
 
 def diagnose(
     config: ExperimentConfig,
-    graphdef: nnx.GraphDef,
-    mesh: Mesh,
-    state: TrainState,
+    subject: Subject,
     batch: Mapping[str, np.ndarray],
     step: int,
 ) -> dict[str, Any]:
     """Repeat the gradient of step number `step` and return what in it isn't finite.
 
-    `state` must be the one the step failed to change. Gradient norms are listed per
+    Its state must be the one the step failed to change. Gradient norms are listed per
     parameter, and per layer where layers are stacked.
     """
+    compute = make_gradients(
+        config, subject.graphdef, subject.layout, subject.objective
+    )
 
-    compute = make_gradients(config, graphdef, layout_of(config, mesh))
-
-    def run(state: TrainState, batch: Batch) -> Any:
-        grads, sums, aux = compute(state, batch, jnp.int32(step - 1))
+    def run(state: TrainState, batch: Batch, frozen: Any) -> Any:
+        grads, sums, aux = compute(state, batch, jnp.int32(step - 1), frozen)
         return named_norms(grads), sums, aux, named_norms(state.params)
 
-    placed = put_batch(batch, mesh, config.train.accumulate)
-    norms, sums, aux, params = jax.device_get(jax.jit(run)(state, placed))
+    placed = put_batch(batch, subject.layout.mesh, config.train.accumulate)
+    norms, sums, aux, params = jax.device_get(
+        jax.jit(run)(subject.state, placed, subject.frozen)
+    )
     return {
         "step": step,
         "data_seed": config.data.seed,

@@ -22,7 +22,6 @@ from uoe_jax.data import Dataset, make_dataset, prefetch
 from uoe_jax.data.record import record_of
 from uoe_jax.errors import NonFiniteError
 from uoe_jax.files import check_local
-from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.hardware.devices import peak_flops
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
@@ -47,8 +46,8 @@ from uoe_jax.train.run_dir import (
     write_environment,
 )
 from uoe_jax.train.signals import StopRun, StopSignals
-from uoe_jax.train.state import init_state, layout_of
 from uoe_jax.train.step import make_step
+from uoe_jax.train.subject import MakeSubject, Subject, whole_model
 from uoe_jax.train.validate import make_eval_step, run_validation
 from uoe_jax.train.watch import watch_peers
 from uoe_jax.tree import fill_leaves, named_leaves
@@ -66,12 +65,14 @@ def train(
     quiet: bool = False,
     resume_step: int | None = None,
     optimizer: optax.GradientTransformationExtraArgs | None = None,
+    make_subject: MakeSubject = whole_model,
 ) -> dict[str, Any]:
     """Train into `run_dir` until a budget ends and return a summary.
 
     Called again with the same config it continues from the newest checkpoint, or from
     `resume_step`, bit for bit as if it had never stopped. `optimizer` replaces the
-    config's; its `update` gets the step as `step=`.
+    config's; its `update` gets the step as `step=`. `make_subject` says what is
+    trained, if not a whole model.
 
     Raises ConfigError, DataError or CheckpointError before anything compiles,
     NonFiniteError after `max_bad_steps` bad steps in a row, StopRun after a signal.
@@ -102,7 +103,8 @@ def train(
         signals = stack.enter_context(StopSignals())
         if optimizer is None:
             optimizer = make_optimizer(config.optim, config.train.steps)
-        run = _Run(config, run_dir, data, mesh, optimizer, display, signals)
+        subject = make_subject(config, optimizer, mesh)
+        run = _Run(config, run_dir, data, mesh, subject, display, signals)
         run.lock = lock
         run.restore(resume_step)
         return run.train()
@@ -117,7 +119,7 @@ class _Run:
         run_dir: Path,
         data: tuple[Dataset, Dataset],
         mesh: jax.sharding.Mesh,
-        optimizer: optax.GradientTransformationExtraArgs,
+        subject: Subject,
         display: Display,
         signals: StopSignals,
     ):
@@ -126,10 +128,12 @@ class _Run:
         self.progress = Progress()
         self.clock = Clock(self.progress)
         self.data, self.valid = data
-        self.graphdef, self.state = init_state(config, optimizer, mesh)
-        self.step_fn: Any = make_step(config, self.graphdef, optimizer, mesh)
-        self.eval_fn = make_eval_step(config, self.graphdef, mesh)
-        self.layout = layout_of(config, mesh)
+        self.subject, self.state = subject, subject.state
+        about = (mesh, subject.layout, subject.objective)
+        graphdef, optimizer = subject.graphdef, subject.optimizer
+        self.step_fn: Any = make_step(config, graphdef, optimizer, *about)
+        self.eval_fn = make_eval_step(config, graphdef, *about)
+        self.layout = subject.layout
         self.votes = Votes(mesh)
         self.checkpoints = Checkpoints(
             run_dir / CHECKPOINTS,
@@ -140,12 +144,12 @@ class _Run:
         self.step, self.fresh = 0, True
         self.lock: RunLock | None = None
         self.pending: tuple[int, PyTree] | None = None
-        flops = flops_per_token(config.model, config.seq_len).training
-        self.flops_per_token = flops
+        self.flops_per_token = subject.flops_per_token
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self.peak = peak * mesh.size if peak else None
         self.rate = Rate(config.train.log_every)
         self.tracing = False
+        self.compiled: dict[str, Any] = {}
 
     def restore(self, step: int | None) -> None:
         """Continue from a checkpoint if there is one."""
@@ -184,6 +188,8 @@ class _Run:
             if self.step > 0 and self.votes.settle(self.out_of_time()):
                 self.display.note(f"step {self.step}: max_seconds is used up")
             elif self.step < self.config.train.steps:
+                if self.step == 0 and self.subject.validate_start:
+                    self.validate()
                 self.prepare()
                 self.display.start(self.step, self.config.train.steps)
                 self.loop()
@@ -219,14 +225,22 @@ class _Run:
         if is_primary():
             self.metrics.add_sinks(self.config, self.run_dir, self.display.warn)
             about = {"mesh": dict(self.mesh.shape), "data": self.data.manifest}
-            about["processes"] = jax.process_count()
+            about |= {"processes": jax.process_count(), **self.subject.about}
             write_environment(self.run_dir, about)
 
     def compile(self) -> None:
         """Compile the step ahead, so that its time isn't counted as training."""
         start = time.perf_counter()
-        self.step_fn = self.step_fn.lower(self.state, self.batch(self.step)).compile()
-        self.display.note(f"compiled in {time.perf_counter() - start:.1f} s")
+        batch = self.batch(self.step)
+        lowered = self.step_fn.lower(self.state, batch, self.subject.frozen)
+        self.step_fn = lowered.compile()
+        seconds = time.perf_counter() - start
+        memory = self.step_fn.memory_analysis()
+        self.compiled = {
+            "compile_seconds": seconds,
+            "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
+        }
+        self.display.note(f"compiled in {seconds:.1f} s")
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """Return a training batch on the devices."""
@@ -241,7 +255,9 @@ class _Run:
                 if self.lock is not None:
                     self.lock.check()
                 self.clock.run()
-                self.state, metrics = self.step_fn(self.state, batch)
+                self.state, metrics = self.step_fn(
+                    self.state, batch, self.subject.frozen
+                )
                 self.step += 1
                 previous, self.pending = self.pending, (self.step, metrics)
                 self.read(previous)
@@ -318,6 +334,7 @@ class _Run:
             self.valid,
             self.mesh,
             self.config.train.eval_batches,
+            self.subject.frozen,
         )
         progress = self.progress
         routing = values.pop("router")
@@ -376,9 +393,7 @@ class _Run:
         """Write what wasn't finite and raise NonFiniteError."""
         dump = diagnose(
             self.config,
-            self.graphdef,
-            self.mesh,
-            self.state,
+            dataclasses.replace(self.subject, state=self.state),
             self.data.batch(step - 1),
             step,
         )
@@ -415,6 +430,7 @@ class _Run:
             "run_dir": str(self.run_dir),
             "step": self.step,
             **self.progress.as_json(),
+            **self.compiled,
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.hardware.count import num_tokens
-from uoe_jax.model import Decoder, router_losses, update_router_bias
+from uoe_jax.model import Decoder, router_losses
 from uoe_jax.model.routing.balance import PARTS, router_configs
 from uoe_jax.optim import make_schedule
 from uoe_jax.partition.collectives import Parallel, agreed, count_copies, total
@@ -29,6 +29,7 @@ from uoe_jax.train.loss import (
     output_layer,
 )
 from uoe_jax.train.state import TrainState, layout_of
+from uoe_jax.train.subject import WHOLE_MODEL, Objective
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Any]
@@ -150,14 +151,22 @@ def batch_loss(
     return sums, aux
 
 
+class Held(NamedTuple):
+    """What a device holds in a step: its shards of the trained and frozen arrays."""
+
+    weights: PyTree
+    buffers: PyTree
+    frozen: PyTree
+
+
 def gradients(
     graphdef: nnx.GraphDef,
-    params: PyTree,
-    buffers: PyTree,
+    held: Held,
     batch: Batch,
     key: jax.Array,
     config: ExperimentConfig,
     layout: Layout,
+    objective: Objective = WHOLE_MODEL,
 ) -> tuple[PyTree, Metrics, PyTree]:
     """Return (gradients, sums, router statistics) of a global batch, in a shard_map.
 
@@ -166,27 +175,33 @@ def gradients(
     """
     parallel = layout.parallel
     # Gradients of varying copies stay local until the one sum at the end.
-    local = layout.vary(params)
+    local = layout.vary(held.weights)
     count = jnp.maximum(sum_over_devices(jnp.sum(example_weights(batch))), 1.0)
     parts = example_weights(batch).shape[0]
 
-    def objective(local: PyTree, part: Batch, index: Array) -> tuple[Array, Any]:
-        model = nnx.merge(graphdef, parallel.gather_params(local), buffers)
-        sums, aux = batch_loss(
-            model,
-            part,
-            config,
-            key=jax.random.fold_in(key, index),
-            axis_name=parallel.token_axes,
-            parallel=parallel,
-        )
+    def value_of(local: PyTree, part: Batch, index: Array) -> tuple[Array, Any]:
+        make_key = lambda: jax.random.fold_in(key, index)
+
+        def loss(params: PyTree, buffers: PyTree, part: Batch) -> Any:
+            model = nnx.merge(graphdef, parallel.gather_params(params), buffers)
+            return batch_loss(
+                model,
+                part,
+                config,
+                key=make_key(),
+                axis_name=parallel.token_axes,
+                parallel=parallel,
+            )
+
+        state = (local, held.buffers)
+        sums, aux = objective.call(loss, state, held.frozen, part, make_key=make_key)
         value = sums.objective / count
         # Every device adds its part of what they all know.
         share = 1.0 / (parts * count_copies(value, parallel.sizes))
         value += share * router_losses(aux, config.model)
         return value, (sums.nll, count_tokens(part, config), aux)
 
-    compute = jax.value_and_grad(objective, has_aux=True)
+    compute = jax.value_and_grad(value_of, has_aux=True)
     (value, nll, tokens, aux), grads = _over_microbatches(compute, local, batch)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     grads = layout.sum_gradients(grads)
@@ -251,26 +266,38 @@ def router_metrics(aux: Mapping[str, Any]) -> Metrics:
 
 
 def make_gradients(
-    config: ExperimentConfig, graphdef: nnx.GraphDef, layout: Layout
-) -> Callable[[TrainState, Batch, Array], tuple[PyTree, Metrics, PyTree]]:
-    """Return (state, batch, step) -> (gradients, sums, router statistics).
+    config: ExperimentConfig,
+    graphdef: nnx.GraphDef,
+    layout: Layout,
+    objective: Objective = WHOLE_MODEL,
+) -> Callable[..., tuple[PyTree, Metrics, PyTree]]:
+    """Return (state, batch, step, frozen=None) -> (gradients, sums, router statistics).
 
-    Gradients are laid out as the parameters, the rest is the same on every device.
+    Gradients are laid out as the weights, the rest is the same on every device.
     """
 
-    def run(state: TrainState, batch: Batch, step: Array) -> Any:
-        def body(params: PyTree, buffers: PyTree, step: Array, batch: Batch) -> Any:
-            key = step_key(config, step)
-            return gradients(graphdef, params, buffers, batch, key, config, layout)
+    def run(state: TrainState, batch: Batch, step: Array, frozen: PyTree = None) -> Any:
+        def body(
+            weights: PyTree, buffers: PyTree, frozen: PyTree, step: Array, batch: Batch
+        ) -> Any:
+            key, held = step_key(config, step), Held(weights, buffers, frozen)
+            return gradients(graphdef, held, batch, key, config, layout, objective)
 
         whole, specs = PartitionSpec(), layout.spec_tree(state.params)
+        buffers = layout.spec_tree(state.buffers)
         sharded = jax.shard_map(
             body,
             mesh=layout.mesh,
-            in_specs=(specs, whole, whole, layout.batch_specs(batch)),
+            in_specs=(
+                specs,
+                buffers,
+                objective.frozen_specs,
+                whole,
+                layout.batch_specs(batch),
+            ),
             out_specs=(specs, whole, whole),
         )
-        return sharded(state.params, state.buffers, step, dict(batch))
+        return sharded(state.params, state.buffers, frozen, step, dict(batch))
 
     return run
 
@@ -280,17 +307,25 @@ def make_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Return the jitted step (state, batch) -> (state, metrics); the state is donated.
+    layout: Layout | None = None,
+    objective: Objective = WHOLE_MODEL,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Return the jitted step (state, batch, frozen=None) -> (state, metrics).
+
+    The state is donated. What is trained, and how the loss depends on it, is said by
+    `layout` (of the state; None: of the whole model) and `objective`.
 
     A step whose loss or gradient isn't finite leaves parameters, optimizer and biases
     as they were; after `max_bad_steps` of them in a row nothing changes any more.
     """
     schedule = make_schedule(config.optim, config.train.steps)
-    compute = make_gradients(config, graphdef, layout_of(config, mesh))
+    layout = layout or layout_of(config, mesh)
+    compute = make_gradients(config, graphdef, layout, objective)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, sums, aux = compute(state, batch, state.step)
+    def step(
+        state: TrainState, batch: Batch, frozen: PyTree = None
+    ) -> tuple[TrainState, Metrics]:
+        grads, sums, aux = compute(state, batch, state.step, frozen)
         if not config.model.scan_layers:
             # Stacks of gradients are put together once: XLA would do it again inside
             # the norm, where it took a quarter of a step on an H100.
@@ -304,7 +339,7 @@ def make_step(
         changed = {
             "params": optax.apply_updates(state.params, updates),
             "opt_state": opt_state,
-            "buffers": update_router_bias(state.buffers, aux, config.model),
+            "buffers": objective.update_buffers(state.buffers, aux, config.model),
         }
         chosen = {
             name: jax.tree.map(

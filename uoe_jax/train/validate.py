@@ -16,6 +16,7 @@ from jaxtyping import Array, PyTree
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import Dataset, prefetch
 from uoe_jax.partition.collectives import Parallel, agreed
+from uoe_jax.partition.layout import Layout
 from uoe_jax.train.feed import whole_batch
 from uoe_jax.train.loss import class_losses, output_layer, token_scores
 from uoe_jax.train.state import layout_of
@@ -28,8 +29,9 @@ from uoe_jax.train.step import (
     scored_tokens,
     sum_over_devices,
 )
+from uoe_jax.train.subject import WHOLE_MODEL, Objective
 
-EvalStep = Callable[[PyTree, PyTree, Batch], dict[str, Any]]
+EvalStep = Callable[..., dict[str, Any]]
 
 
 def batch_scores(
@@ -65,16 +67,27 @@ def batch_scores(
 
 
 def make_eval_step(
-    config: ExperimentConfig, graphdef: nnx.GraphDef, mesh: Mesh
+    config: ExperimentConfig,
+    graphdef: nnx.GraphDef,
+    mesh: Mesh,
+    layout: Layout | None = None,
+    objective: Objective = WHOLE_MODEL,
 ) -> EvalStep:
-    """Return the jitted (params, buffers, batch) -> sums over one global batch."""
-    layout = layout_of(config, mesh)
+    """Return the jitted (weights, buffers, batch, frozen=None) -> sums over one global
+    batch; `layout` is of the weights, None: of the whole model."""
+    layout = layout or layout_of(config, mesh)
     parallel = layout.parallel
 
-    def body(params: PyTree, buffers: PyTree, batch: Batch) -> dict[str, Any]:
+    def body(
+        weights: PyTree, buffers: PyTree, frozen: PyTree, batch: Batch
+    ) -> dict[str, Any]:
         batch = jax.tree.map(lambda a: a[0], dict(batch))
-        model = nnx.merge(graphdef, parallel.gather_params(params), buffers)
-        nll, correct, aux = batch_scores(model, batch, config, parallel)
+
+        def scores(params: PyTree, buffers: PyTree, batch: Batch) -> Any:
+            model = nnx.merge(graphdef, parallel.gather_params(params), buffers)
+            return batch_scores(model, batch, config, parallel)
+
+        nll, correct, aux = objective.call(scores, (weights, buffers), frozen, batch)
         sums = {
             "nll": nll,
             "correct": correct,
@@ -88,15 +101,17 @@ def make_eval_step(
             **router_metrics(jax.tree.map(agreed, aux)),
         }
 
-    def run(params: PyTree, buffers: PyTree, batch: Batch) -> dict[str, Any]:
-        whole, specs = PartitionSpec(), layout.spec_tree(params)
+    def run(
+        weights: PyTree, buffers: PyTree, batch: Batch, frozen: PyTree = None
+    ) -> dict[str, Any]:
+        specs = [layout.spec_tree(tree) for tree in (weights, buffers)]
         sharded = jax.shard_map(
             body,
             mesh=mesh,
-            in_specs=(specs, whole, layout.batch_specs(batch)),
-            out_specs=whole,
+            in_specs=(*specs, objective.frozen_specs, layout.batch_specs(batch)),
+            out_specs=PartitionSpec(),
         )
-        return sharded(params, buffers, dict(batch))
+        return sharded(weights, buffers, frozen, dict(batch))
 
     return jax.jit(run)
 
@@ -108,6 +123,7 @@ def run_validation(
     data: Dataset,
     mesh: Mesh,
     max_batches: int | None = None,
+    frozen: PyTree = None,
 ) -> dict[str, Any]:
     """Return loss (nats), perplexity, bits per byte, accuracy and router statistics.
 
@@ -118,7 +134,7 @@ def run_validation(
     outputs, num_bytes = [], 0.0
     count = min(max_batches or data.num_batches, data.num_batches)
     for batch in prefetch(data.batch, 0, count):
-        outputs.append(step(params, buffers, whole_batch(batch, mesh)))
+        outputs.append(step(params, buffers, whole_batch(batch, mesh), frozen))
         num_bytes += data.count_bytes(batch) or 0.0
     outputs = jax.device_get(outputs)
     total = {
