@@ -29,6 +29,8 @@ from uoe_jax.train.validate import make_eval_step, run_validation
 from uoe_jax.tree import fill_leaves, named_leaves
 from uoe_jax.validation import read_config
 
+ADAPTATION = "adaptation.json"  # in the folder of an adapter's run: what it is of
+
 
 class LoadedRun(NamedTuple):
     """A run's config, its model with the parameters of a checkpoint, and the step."""
@@ -56,6 +58,11 @@ def load_run(
         raise CheckpointError(
             f"{run_dir} isn't a run: it has no {CONFIG}; give a folder that "
             "`uoe train` wrote"
+        )
+    if (run_dir / ADAPTATION).is_file():
+        raise CheckpointError(
+            f"{run_dir} is the run of an adapter, not of a whole model; give its "
+            f"{run_dir / 'merged'}, which `uoe adapt --merge` writes"
         )
     config = read_config(run_dir)
     graphdef, make = split_model(config.model, config.train.seed)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
 from uoe_jax.adapt import network
@@ -15,11 +16,10 @@ from uoe_jax.adapt.adapters import Adapters
 from uoe_jax.adapt.config import Path
 from uoe_jax.adapt.init import column_norms
 from uoe_jax.adapt.interpret import call_adapted
-from uoe_jax.adapt.network import Lazy, Term
+from uoe_jax.adapt.network import Lazy, Term, vary_alike
 from uoe_jax.adapt.plan import LeafPlan
 from uoe_jax.adapt.products import Mode
 from uoe_jax.errors import ConfigError, nearest
-from uoe_jax.ops._dispatch import vary_together
 from uoe_jax.tree import named_leaves
 
 BANK = "K"  # letter of several adapters summed; no axis has it
@@ -33,13 +33,16 @@ def apply_adapted(
     path: Path = "auto",
     training: bool = False,
     key: jax.Array | None = None,
+    specs: Mapping[str, PartitionSpec] | None = None,
 ) -> Any:
     """Return `fn(params, *args)` as if every adapted weight were weight + deltas.
 
     Several adapters add up. `path`: delta (a second product with the whole delta),
     fused (one product with the sum), factored (small products), or auto: the cheapest
     at each product. `key` switches on input dropout. Traceable: jit, grad and vmap work
-    over adapters and args, and arrays of the same shapes never recompile.
+    over adapters and args, and arrays of the same shapes never recompile. Inside
+    `jax.shard_map` all arrays are a device's own shards, factors split as their weights
+    are; `specs` says how by weight.
 
     Raises ConfigError for an adapter of a weight that isn't there or has another shape.
     """
@@ -50,10 +53,12 @@ def apply_adapted(
     lazies: dict[int, Lazy] = {}
     for adapter in adapters:
         for plan in adapter.plans:
-            check_leaf(plan, leaves)
+            if specs is None:  # shards are smaller than what was planned
+                check_leaf(plan, leaves)
             number = numbers[plan.name]
             weight = lazies.get(number, Lazy(leaves[plan.name], ()))
-            lazies[number] = attach(weight, adapter, plan)
+            split = () if specs is None else split_axes(plan, specs[plan.name])
+            lazies[number] = attach(weight, adapter, plan, split)
     lazies = {number: vary_alike(weight) for number, weight in lazies.items()}
     return call_adapted(fn, params, lazies, args, Mode(path, training, key))
 
@@ -82,22 +87,20 @@ def check_leaf(plan: LeafPlan, leaves: dict[str, Any]) -> None:
         )
 
 
-def vary_alike(weight: Lazy) -> Lazy:
-    """Return an adapted weight whose arrays vary over the same mesh axes.
-
-    Inside `jax.shard_map` trained factors are each device's own while the frozen weight
-    and a subtracted start are one for all. The function is traced with the weight's
-    type, so that has to be the sum's.
-    """
-    leaves, tree = jax.tree.flatten(weight)
-    return jax.tree.unflatten(tree, vary_together(*leaves))
+def split_axes(plan: LeafPlan, spec: PartitionSpec) -> tuple[str, ...]:
+    """Return the mesh axes that share the numbers of which a magnitude is the norm."""
+    kept = plan.axes.batch + plan.axes.outs
+    pairs = zip(plan.axes.axes, spec, strict=False)
+    return tuple(axis for letter, axis in pairs if axis and letter not in kept)
 
 
-def attach(weight: Lazy, adapter: Adapters, plan: LeafPlan) -> Lazy:
+def attach(
+    weight: Lazy, adapter: Adapters, plan: LeafPlan, split: tuple[str, ...] = ()
+) -> Lazy:
     """Return an adapted weight with one more adapter.
 
     A vector's delta is added at once; so is a DoRA delta, whose norms need the whole
-    weight.
+    weight, also where mesh axes `split` it.
     """
     parts, scale = adapter.weights[plan.name], adapter.scales[plan.name]
     terms = [make_term(plan, parts, scale)]
@@ -110,7 +113,7 @@ def attach(weight: Lazy, adapter: Adapters, plan: LeafPlan) -> Lazy:
             )
         dtype = jnp.promote_types(weight.value.dtype, jnp.float32)
         wide = Lazy(weight.value.astype(dtype), (*weight.terms, *terms))
-        value = rescale(plan, network.fuse(wide), parts["magnitude"])
+        value = rescale(plan, network.fuse(wide), parts["magnitude"], split)
         return Lazy(value.astype(weight.value.dtype), ())
     if plan.method == "vector":
         value = network.fuse(Lazy(weight.value, tuple(terms)))
@@ -149,12 +152,14 @@ def leaf_delta(adapter: Adapters, plan: LeafPlan) -> Array:
     return change
 
 
-def rescale(plan: LeafPlan, value: Array, magnitude: Array) -> Array:
+def rescale(
+    plan: LeafPlan, value: Array, magnitude: Array, split: tuple[str, ...] = ()
+) -> Array:
     """Return a weight with each output's norm set (DoRA, equation 5).
 
     The norm is a constant of the backward pass, as in its section 4.3.
     """
-    norms = jax.lax.stop_gradient(column_norms(plan, value))
+    norms = jax.lax.stop_gradient(column_norms(plan, value, split))
     ratio = magnitude / jnp.maximum(norms, jnp.finfo(value.dtype).tiny)
     kept, axes = plan.axes.batch + plan.axes.outs, plan.axes.axes
     ratio = ratio.transpose([kept.index(a) for a in axes if a in kept])

@@ -44,12 +44,16 @@ def init_leaf(
     return parts
 
 
-def column_norms(plan: LeafPlan, weight: Array) -> Array:
-    """Return the norm of each output's weights [batch, outs] (DoRA, section 4.1)."""
+def column_norms(plan: LeafPlan, weight: Array, split: tuple[str, ...] = ()) -> Array:
+    """Return the norm of each output's weights [batch, outs] (DoRA, section 4.1).
+
+    Inside `jax.shard_map` each device's are summed over the mesh axes `split`.
+    """
     labels = plan.axes.axes
     kept = plan.axes.batch + plan.axes.outs
     axes = tuple(i for i, a in enumerate(labels) if a not in kept)
-    norms = jnp.sqrt(jnp.sum(jnp.square(weight), axis=axes))
+    squares = jnp.sum(jnp.square(weight), axis=axes)
+    norms = jnp.sqrt(jax.lax.psum(squares, split) if split else squares)
     left = [a for a in labels if a in kept]
     return jnp.transpose(norms, [left.index(a) for a in kept])
 

@@ -188,6 +188,33 @@ def _concatenate(eqn: Any, values: list[Any], mode: Mode) -> list[Any]:
     return [Lazy(_bind(eqn, plain)[0], tuple(terms))]
 
 
+def _vary(eqn: Any, values: list[Any], mode: Mode) -> list[Any]:
+    """A weight typed as varying over more mesh axes: so are its factors."""
+    (weight,) = _follow(_same)(eqn, values, mode)
+    return [network.vary_alike(weight)]
+
+
+def _all_gather(eqn: Any, values: list[Any], mode: Mode) -> list[Any]:
+    """A weight gathered from its shards: so are the factors that have the axis."""
+    params = eqn.params
+    if not params["tiled"]:
+        raise Unsupported
+
+    def gather(array: Array, place: int) -> Array:
+        return jax.lax.all_gather(
+            array,
+            params["axis_name"],
+            axis_index_groups=params["axis_index_groups"],
+            axis=place,
+            tiled=True,
+        )
+
+    change = lambda eqn, term: network.map_axis(
+        term, params["all_gather_dimension"], gather
+    )
+    return _follow(change)(eqn, values, mode)
+
+
 def _dot(eqn: Any, values: list[Any], mode: Mode) -> list[Any]:
     lhs, rhs = values
     if isinstance(lhs, Lazy) and isinstance(rhs, Lazy):
@@ -352,8 +379,10 @@ _RULES: dict[str, Callable[[Any, list[Any], Mode], list[Any]]] = {
     "split": _split,
     "copy": _follow(_same),
     "copy_p": _follow(_same),
-    "pvary": _follow(_same),
-    "pcast": _follow(_same),
+    "pvary": _vary,
+    "pcast": _vary,
+    "name": _follow(_same),
+    "all_gather": _all_gather,
     "convert_element_type": _cast,
     "dynamic_slice": _dynamic_slice,
     "concatenate": _concatenate,

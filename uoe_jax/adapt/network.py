@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from uoe_jax.adapt.equation import plan_contraction
+from uoe_jax.ops._dispatch import vary_together
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -111,6 +112,17 @@ def fuse(weight: Lazy) -> Array:
     # Deltas first: a start that is subtracted again then cancels exactly.
     change = sum_parts([delta(term, dtype) for term in weight.terms])
     return (weight.value.astype(dtype) + change).astype(weight.value.dtype)
+
+
+def vary_alike(weight: Lazy) -> Lazy:
+    """Return an adapted weight whose arrays vary over the same mesh axes.
+
+    Inside `jax.shard_map` trained factors are each device's own while the frozen weight
+    and a subtracted start are one for all. The function is traced with the weight's
+    type, so that has to be the sum's.
+    """
+    leaves, tree = jax.tree.flatten(weight)
+    return jax.tree.unflatten(tree, vary_together(*leaves))
 
 
 def sum_parts(parts: Sequence[Array]) -> Array:

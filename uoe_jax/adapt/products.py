@@ -35,6 +35,7 @@ from uoe_jax.ops.grouped_matmul.api import (
     project_scatter,
 )
 from uoe_jax.ops.packing import Packing, combine_rows, gather_rows
+from uoe_jax.partition.collectives import varying_axes
 
 Bind = Callable[..., Array]
 
@@ -65,6 +66,8 @@ def drop(x: Array, term: Term, mode: Mode) -> Array:
         return x
     key = mode.next_key()
     assert key is not None
+    if axes := varying_axes(x):  # devices hold other inputs: no two have one mask
+        key = jax.random.fold_in(key, jax.lax.axis_index(axes))
     keep = jax.random.bernoulli(key, 1.0 - term.dropout, x.shape)
     return jnp.where(keep, x / (1.0 - term.dropout), jnp.zeros_like(x))
 

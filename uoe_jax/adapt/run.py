@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import math
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,45 +20,78 @@ from jaxtyping import PyTree
 from uoe_jax.adapt.adapters import Adapters, count_adapter_params, init_adapters
 from uoe_jax.adapt.config import AdapterConfig, check_adapter
 from uoe_jax.adapt.config import Path as Forward
-from uoe_jax.adapt.files import WEIGHTS, load_adapters, read_config, save_adapters
+from uoe_jax.adapt.files import digest_params, load_adapters, save_adapters
+from uoe_jax.adapt.folder import WEIGHTS, read_config
 from uoe_jax.adapt.foreign import read_peft
-from uoe_jax.adapt.merge import merge
 from uoe_jax.adapt.place import llama_names, place_modules
+from uoe_jax.adapt.plan import EMBEDDING, PACKAGE
 from uoe_jax.adapt.plot import plot_adaptation
-from uoe_jax.adapt.session import Note, Session
-from uoe_jax.checkpoint import Checkpoints, snapshot
-from uoe_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig
-from uoe_jax.data import Prepared
-from uoe_jax.data.record import record_of, with_run_tokenizer
+from uoe_jax.adapt.store import (
+    MERGED,
+    check_out,
+    read_trained,
+    write_merged,
+    write_request,
+)
+from uoe_jax.adapt.subject import adapter_subject
+from uoe_jax.checkpoint import Checkpoints
+from uoe_jax.config import DataConfig, ExperimentConfig, LayoutConfig, MeshConfig
+from uoe_jax.data import Dataset
+from uoe_jax.data.record import with_run_tokenizer
 from uoe_jax.errors import ConfigError
 from uoe_jax.evaluate import LoadedRun, load_run, run_dataset
 from uoe_jax.files import write_atomically
-from uoe_jax.optim import make_optimizer
-from uoe_jax.partition.mesh import make_mesh
 from uoe_jax.train.clock import Progress
-from uoe_jax.train.run_dir import CHECKPOINTS, open_run_dir, write_environment
-from uoe_jax.train.state import TrainState
+from uoe_jax.train.loop import train
+from uoe_jax.train.metrics import read_metrics
+from uoe_jax.train.run_dir import BEST, CHECKPOINTS, METRICS
+from uoe_jax.train.subject import Subject
 from uoe_jax.validation import validate
 
-REPORT, CURVE, MERGED = "adapt.json", "adapt.png", "merged"
+REPORT, CURVE = "adapt.json", "adapt.png"
+KEPT_WARNING = 0.9  # of the deltas; merges that keep less are warned of
+SCORES = ("loss", "bits_per_byte", "accuracy")
 
-Which = Literal["last", "best"]
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptRequest:
+    """What a run is adapted to, and how."""
+
+    adapter: AdapterConfig | None = None  # None: the loaded adapter's
+    load: Path | None = None  # start from this adapter, ours or PEFT's LoRA of a Llama
+    # File, folder, glob, tfds:NAME or a built-in source; None: as the run's.
+    data: str | None = None
+    steps: int = 300  # 0: only measure and merge what was loaded
+    learning_rate: float = 3e-3
+    batch_size: int | None = None  # None: the run's
+    which: Literal["last", "best"] = "last"  # checkpoint of the run
+    path: Forward = "auto"
+    seed: int = 0  # of the factors and the order of the data
+    eval_batches: int = 8
+    mesh: MeshConfig | None = None  # None: as many devices as divide a pass
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    merge: bool = False  # also write a run with the deltas in its weights
 
 
-def adapted_experiment(
-    run: LoadedRun,
-    *,
-    data: str | None,
-    steps: int,
-    learning_rate: float,
-    batch_size: int | None,
-    seed: int,
-) -> ExperimentConfig:
+def check_request(request: AdaptRequest) -> None:
+    """Raise ConfigError for a request that can't be carried out."""
+    steps, load = request.steps, request.load
+    if (request.adapter is None) == (load is None):
+        raise ConfigError(
+            "a loaded adapter keeps its own config: give either a config or a folder"
+        )
+    if request.adapter is not None:
+        check_adapter(request.adapter)
+    if steps < 0 or (steps == 0 and load is None):
+        raise ConfigError(f"steps is {steps}; 0 is for merging an adapter from --load")
+
+
+def adapted_experiment(run: LoadedRun, request: AdaptRequest) -> ExperimentConfig:
     """Return a run's experiment on other data: its model and tokenizer, a new budget.
 
-    `data` is a file, folder, glob, tfds:NAME or a built-in source; None: as the run's.
+    Raises ConfigError for a value that can't be.
     """
-    config = run.config
+    config, data = run.config, request.data
     changes: dict[str, Any] = {}
     if data is not None:
         built_in = data in ("stdlib", "digits")
@@ -63,81 +100,69 @@ def adapted_experiment(
             "path": None if built_in else data,
             "max_bytes": None,
         }
-    if batch_size is not None:
-        changes["batch_size"] = batch_size
+    if request.batch_size is not None:
+        changes["batch_size"] = request.batch_size
     new_data: DataConfig = dataclasses.replace(config.data, **changes)
     if data is not None:
         # The vocabulary the model was trained with, not one of the new text.
         new_data = with_run_tokenizer(config, new_data, run.folder)
     optim = dataclasses.replace(
         config.optim,
-        learning_rate=learning_rate,
-        warmup_steps=min(config.optim.warmup_steps, max(steps // 10, 1)),
+        learning_rate=request.learning_rate,
+        warmup_steps=min(config.optim.warmup_steps, max(request.steps // 10, 1)),
         weight_decay=0.0,
     )
-    train = dataclasses.replace(config.train, steps=max(steps, 1), seed=seed)
+    budget = dataclasses.replace(
+        config.train,
+        steps=request.steps,
+        seed=request.seed,
+        eval_batches=request.eval_batches,
+        max_seconds=None,  # that was for the whole model
+        profile=False,
+    )
     config = dataclasses.replace(
-        config, data=new_data, optim=optim, train=train, mesh=MeshConfig()
+        config,
+        data=new_data,
+        optim=optim,
+        train=budget,
+        layout=request.layout,
+        mesh=request.mesh or MeshConfig(),
     )
     validate(config)
-    # The run's own mesh was for other devices: as many of these as divide a pass.
-    rows = config.data.batch_size // config.train.accumulate
-    data_axis = math.gcd(rows, jax.device_count())
-    return dataclasses.replace(config, mesh=MeshConfig(data=data_axis))
+    if request.mesh is None:
+        # The run's own mesh was for other devices: as many of these as divide a pass.
+        rows = config.data.batch_size // config.train.accumulate
+        mesh = MeshConfig(data=math.gcd(rows, jax.device_count()))
+        config = dataclasses.replace(config, mesh=mesh)
+    return config
 
 
 def adapt_run(
-    folder: Path,
-    out: Path,
-    adapter: AdapterConfig,
-    *,
-    data: str | None = None,
-    steps: int = 300,
-    learning_rate: float = 3e-3,
-    batch_size: int | None = None,
-    load: Path | None = None,
-    merged: bool = False,
-    which: Which = "last",
-    path: Forward = "auto",
-    seed: int = 0,
-    eval_batches: int = 8,
-    note: Note = print,
+    folder: Path, out: Path, request: AdaptRequest, *, quiet: bool = False
 ) -> dict[str, Any]:
     """Train an adapter of a run into `out` and return the report.
 
-    `load` starts from an adapter that was saved here, or PEFT's LoRA of a Llama; with
-    `steps` 0 nothing is trained. `merged` also writes a run with the deltas in its
-    weights into OUT/merged; the run itself is never touched.
+    `out` is a run's folder: the same request goes on where an earlier one stopped, bit
+    for bit. The run in `folder` is never touched.
 
     Raises ConfigError, DataError or CheckpointError before anything compiles,
-    NonFiniteError when training diverges; then nothing is written.
+    NonFiniteError when training diverges, StopRun after a signal.
     """
-    check_adapter(adapter)
-    if steps < 0 or (steps == 0 and load is None):
-        raise ConfigError(f"steps is {steps}; 0 is for merging an adapter from --load")
-    _check_out(out)
-    run = load_run(folder, which=which)
-    config = adapted_experiment(
-        run,
-        data=data,
-        steps=steps,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    check_request(request)
+    folder, out = Path(folder), Path(out)
+    run = load_run(folder, which=request.which)
+    config = adapted_experiment(run, request)
     graphdef, params, buffers = nnx.split(run.model, nnx.Param, ...)
-    adapters, adapter = _start(load, params, adapter, seed)
-    sets = (
-        run_dataset(folder, run.config, "train", config.data),
-        run_dataset(folder, run.config, "valid", config.data),
-    )
-    mesh = make_mesh(config.mesh)
-    if mesh.size < jax.device_count():
-        note(
+    adapters, adapter = _start(request, params)
+    digest = digest_params(params)
+    asked = _describe(request, adapter, digest)
+    check_out(out, asked)
+    sets = [run_dataset(folder, run.config, s, config.data) for s in ("train", "valid")]
+    if not quiet and request.mesh is None and config.mesh.data < jax.device_count():
+        print(
             f"a pass of {config.data.batch_size // config.train.accumulate} rows goes "
-            f"over {mesh.size} of {jax.device_count()} devices"
+            f"over {config.mesh.data} of {jax.device_count()} devices"
         )
-    session = Session(config, graphdef, params, buffers, mesh, sets, eval_batches)
     report: dict[str, Any] = {
         "run": str(folder),
         "step": run.step,
@@ -148,42 +173,49 @@ def adapt_run(
             "base": sum(leaf.size for leaf in jax.tree.leaves(params)),
             "adapter": count_adapter_params(adapters),
         },
-        "before": session.score(adapters),
     }
-    if steps:
-        adapters, training = session.train(adapters, path, note)
-        report |= {**training, "after": session.score(adapters)}
-    save_adapters(out, adapters, adapter, base=str(folder))
+    sizes: dict[str, Any] = {}
+
+    def make_subject(config: ExperimentConfig, optimizer: Any, mesh: Any) -> Subject:
+        write_request(out, asked)  # now that the folder is this process's
+        base = (graphdef, params, buffers)
+        make = functools.partial(adapter_subject, path=request.path)
+        subject = make(adapters, base, config, optimizer, mesh)
+        sizes["frozen_base"] = _bytes(subject.frozen)
+        sizes["adapter"] = _bytes(subject.state.params)
+        sizes["optimizer"] = _bytes(subject.state.opt_state)
+        about = {"adapter_of": str(folder)}
+        return dataclasses.replace(subject, about=about)
+
+    try:
+        summary = train(config, out, quiet=quiet, make_subject=make_subject)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--run-dir", "--out")) from None
+    report |= _measured(out, summary, sizes)
+    trained = read_trained(out, adapters)
+    if request.merge:
+        base = (params, buffers, run.step)
+        report |= _merge(run, out, config, base, trained, request, sets[0])
+    save_adapters(out, trained, adapter, base=str(folder), digest=digest)
     report["file_bytes"] = (out / WEIGHTS).stat().st_size
-    if merged:
-        report["merged"] = _write_merged(
-            run, config, (params, adapters, buffers), out, sets[0].prepared
-        )
-    write_atomically(out / REPORT, json.dumps(report, indent=2) + "\n")
-    if steps:
+    write_atomically(out / REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    if request.steps:
         plot_adaptation(report, out / CURVE)
     return report
 
 
-def _check_out(out: Path) -> None:
-    """Raise ConfigError for a folder whose content would be mixed or lost."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; choose a folder with --out")
-    for name, kind in ((WEIGHTS, "an adapter"), (MERGED, "a merged run")):
-        if (out / name).exists():
-            raise ConfigError(f"{out} holds {kind} already; choose another --out")
-
-
-def _start(
-    load: Path | None, params: PyTree, adapter: AdapterConfig, seed: int
-) -> tuple[Adapters, AdapterConfig]:
+def _start(request: AdaptRequest, params: PyTree) -> tuple[Adapters, AdapterConfig]:
     """Return a fresh adapter, or the one in a folder with its own config."""
+    load, adapter = request.load, request.adapter
     if load is None:
-        return init_adapters(params, adapter, jax.random.key(seed)), adapter
+        assert adapter is not None
+        key = jax.random.key(request.seed)
+        return init_adapters(params, adapter, key), adapter
     raw = read_config(load)
     if "uoe_jax" in raw:
         return load_adapters(load, params)
     adapters = place_modules(read_peft(load), params, llama_names)
+    adapters = _with_dropout(adapters, raw.get("lora_dropout") or 0.0)
     ranks = [plan.ranks[0] for plan in adapters.plans]
     names = tuple(plan.name for plan in adapters.plans)
     config = AdapterConfig(
@@ -193,53 +225,105 @@ def _start(
         alpha=float(max(ranks)),
         targets=names,
         use_dora=any(plan.dora for plan in adapters.plans),
+        dropout=max(plan.dropout for plan in adapters.plans),
     )
+    check_adapter(config)
     return adapters, config
 
 
-def _write_merged(
-    run: LoadedRun,
-    config: ExperimentConfig,
-    state: tuple[PyTree, Adapters, PyTree],
-    out: Path,
-    prepared: Prepared,
-) -> str:
-    """Write a run whose weights have the deltas in them, added in float32."""
-    params, adapters, buffers = state
-    merged = jax.jit(lambda p, a: merge(p, a).params)(params, adapters)
-    model: ModelConfig = run.config.model
-    name = f"{run.config.name}-merged"
-    config = dataclasses.replace(config, name=name, model=model, mesh=MeshConfig())
-    folder = out / MERGED
-    write_run(folder, config, merged, buffers, run.step, prepared, merged_from=str(out))
-    return str(folder)
+def _with_dropout(adapters: Adapters, rate: float) -> Adapters:
+    """Return a foreign adapter with its input dropout, where one is taken here.
 
-
-def write_run(
-    folder: Path,
-    config: ExperimentConfig,
-    params: PyTree,
-    buffers: PyTree,
-    step: int,
-    prepared: Prepared | None = None,
-    **about: Any,
-) -> None:
-    """Write a run of one checkpoint with a fresh optimizer; `about` goes into env.json.
-
-    Raises what `open_run_dir` does for a folder that is in use.
+    Lookups of an embedding take none, as in PEFT; neither do DoRA's fused weights.
     """
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    state = TrainState(
-        step=jnp.int32(step),
-        params=params,
-        opt_state=optimizer.init(params),
-        buffers=buffers,
-        bad_steps=jnp.int32(0),
+    if not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise ConfigError(f"lora_dropout is {rate!r}; it must be in [0, 1)")
+    takes = lambda plan: not plan.dora and plan.name != EMBEDDING
+    plans = tuple(
+        dataclasses.replace(plan, dropout=float(rate)) if takes(plan) else plan
+        for plan in adapters.plans
     )
-    data = None if prepared is None else record_of(prepared)
-    with open_run_dir(folder, config, data=data):
-        write_environment(folder, about)
-        checkpoints = Checkpoints(folder / CHECKPOINTS)
-        described = dataclasses.asdict(config)
-        checkpoints.save(step, snapshot(state), described, Progress().as_json())
-        checkpoints.close()
+    return dataclasses.replace(adapters, plans=plans)
+
+
+def _describe(
+    request: AdaptRequest, adapter: AdapterConfig, digest: str
+) -> dict[str, Any]:
+    """Return what settles every bit of an adapter beyond its experiment's config."""
+    loaded = None
+    if request.load is not None:
+        content = (request.load / WEIGHTS).read_bytes()
+        loaded = hashlib.blake2b(content, digest_size=8).hexdigest()
+    return {
+        **dataclasses.asdict(adapter),
+        "path": request.path,
+        "steps": request.steps,
+        "base": digest,
+        "loaded": loaded,
+    }
+
+
+def _measured(
+    out: Path, summary: dict[str, Any], sizes: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the report's numbers: before and after, and what the training took."""
+    lines = list(read_metrics(out / METRICS))
+    scores = lambda line: {key: line[key] for key in SCORES}
+    evaluated = {line["step"]: line for line in lines if line["kind"] == "eval"}
+    found: dict[str, Any] = {"before": scores(evaluated[0])}
+    steps = summary["step"]
+    if not steps:
+        return found
+    seconds, memory = summary["seconds"], summary.get("temporary_bytes")
+    return found | {
+        "after": scores(evaluated[steps]),
+        "steps": steps,
+        "losses": [line["loss"] for line in lines if line["kind"] == "train"],
+        "seconds": seconds,
+        "compile_seconds": summary.get("compile_seconds"),
+        "tokens_per_second": summary["tokens"] / seconds,
+        "memory_bytes": {**sizes, "temporary": memory},
+        "skipped_steps": summary["skipped"],
+    }
+
+
+def _merge(
+    run: LoadedRun,
+    out: Path,
+    config: ExperimentConfig,
+    base: tuple[PyTree, PyTree, int],
+    trained: Adapters,
+    request: AdaptRequest,
+    data: Dataset,
+) -> dict[str, Any]:
+    """Write the merged run; warn where its weights round much of the deltas away."""
+    store = Checkpoints(run.folder / (BEST if request.which == "best" else CHECKPOINTS))
+    template = {"step": jax.ShapeDtypeStruct((), jnp.int32)}
+    before = Progress(**store.restore(template, step=run.step)[2])
+    config = dataclasses.replace(
+        config, name=f"{run.config.name}-merged", mesh=MeshConfig()
+    )
+    kept = write_merged(
+        out / MERGED,
+        config,
+        base,
+        trained,
+        prepared=data.prepared,
+        # What the source spent on the model; the adapter's own is in its report.
+        spent=Progress(
+            seconds=before.seconds, tokens=before.tokens, flops=before.flops
+        ),
+        about={"merged_from": str(out)},
+    )
+    for dtype, share in kept.items():
+        if share < KEPT_WARNING:
+            warnings.warn(
+                f"{share:.0%} of the deltas survives the merge into {dtype} weights; "
+                "the rest is below their last bit: keep the adapter apart",
+                skip_file_prefixes=(PACKAGE,),
+            )
+    return {"merged": str(out / MERGED), "merged_kept": kept}
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))

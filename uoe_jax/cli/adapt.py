@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 from uoe_jax.cli.notes import plain_warnings
 from uoe_jax.cli.parse import given_names, parse
 from uoe_jax.cli.paths import RUNS, find_run
+from uoe_jax.config import LayoutConfig, MeshConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
 from uoe_jax.fields import Seed
@@ -68,6 +69,11 @@ class AdaptOptions:
 
     checkpoint: Literal["last", "best"] = "last"  # of the run
 
+    # Devices by axis; as many as divide a pass over data if nothing is given.
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+
     out: Path | None = None  # new folder; runs/<name>-<method><rank> if not given
 
     seed: Seed = 0  # of the factors and the order of the data
@@ -87,17 +93,45 @@ def adapt(args: list[str]) -> int:
     """Train an adapter of a run; print its parameters, memory, speed and gain."""
     options = parse(AdaptOptions, args, "adapt")
     folder = find_run(options.run)
-    check_load(options, given_names(args))
+    given = given_names(args)
+    check_load(options, given)
     name = f"{read_config(folder).name}-{options.method}{options.rank}"
     out = options.out or RUNS / name
 
     from uoe_jax.cli.device import prepare
 
     prepare()
-    from uoe_jax.adapt.config import AdapterConfig
-    from uoe_jax.adapt.run import adapt_run
+    from uoe_jax.adapt.run import AdaptRequest, adapt_run
 
-    adapter = AdapterConfig(
+    request = AdaptRequest(
+        adapter=None if options.load else _adapter(options),
+        load=options.load,
+        data=options.data,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        which=options.checkpoint,
+        path=options.path,
+        seed=options.seed,
+        mesh=options.mesh if any(n.startswith("mesh.") for n in given) else None,
+        layout=options.layout,
+        merge=options.merge,
+    )
+    with plain_warnings():
+        quiet = options.quiet or options.json
+        report = adapt_run(folder, out, request, quiet=quiet)
+    if options.json:
+        print(json_text.dumps(report, indent=2))
+    else:
+        print(escape(describe(report)))
+        print(f"adapter: {out}")
+    return 0
+
+
+def _adapter(options: AdaptOptions) -> Any:
+    from uoe_jax.adapt.config import AdapterConfig
+
+    return AdapterConfig(
         method=options.method,
         rank=options.rank,
         targets=options.targets,
@@ -110,29 +144,6 @@ def adapt(args: list[str]) -> int:
         use_dora=options.dora,
         dropout=options.dropout,
     )
-    silent = options.quiet or options.json
-    with plain_warnings():
-        report = adapt_run(
-            folder,
-            out,
-            adapter,
-            data=options.data,
-            steps=options.steps,
-            learning_rate=options.learning_rate,
-            batch_size=options.batch_size,
-            load=options.load,
-            merged=options.merge,
-            which=options.checkpoint,
-            path=options.path,
-            seed=options.seed,
-            note=(lambda text: None) if silent else print,
-        )
-    if options.json:
-        print(json_text.dumps(report, indent=2))
-    else:
-        print(escape(describe(report)))
-        print(f"adapter: {out}")
-    return 0
 
 
 def check_load(options: AdaptOptions, given: set[str]) -> None:
@@ -196,8 +207,7 @@ def describe(report: dict[str, Any]) -> str:
             ("frozen base", f"{si(memory['frozen_base'])}B"),
             ("adapter and optimizer", f"{si(trained)}B"),
             ("speed", f"{si(report['tokens_per_second'])} tokens/s"),
-            ("time", f"{report['seconds']:.1f} s, compiled in "
-                     f"{report['compile_seconds']:.1f} s"),
+            ("time", _took(report)),
         ]  # fmt: skip
         if report["skipped_steps"]:
             rows.append(("steps skipped, not finite", str(report["skipped_steps"])))
@@ -212,7 +222,14 @@ def describe(report: dict[str, Any]) -> str:
     text += "\n\n" + format_table(header, scores)
     if "merged" in report:
         text += f"\n\nmerged run: {report['merged']}"
+        for dtype, share in report["merged_kept"].items():
+            text += f"\n{share:.1%} of the deltas survives in {dtype} weights"
     return text
+
+
+def _took(report: dict[str, Any]) -> str:
+    text, compiling = f"{report['seconds']:.1f} s", report["compile_seconds"]
+    return text if compiling is None else f"{text}, compiled in {compiling:.1f} s"
 
 
 def _number(value: float | None) -> str:
