@@ -32,7 +32,7 @@ from uoe_jax.adapt import (
     init_adapters,
     select_adapter,
 )
-from uoe_jax.adapt.step import freeze_params, init_adapt_state, make_adapt_step
+from uoe_jax.adapt.subject import adapter_subject, freeze_params
 from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.model import make_model
 from uoe_jax.optim import make_optimizer
@@ -193,16 +193,16 @@ class Bench:
         config, mesh = self.config, self.mesh()
         optimizer = make_optimizer(config.optim, config.train.steps)
         adapters = self.adapters(method, rank)
-        state = init_adapt_state(adapters, optimizer)
-        batch = random_batch(config)
-        step = make_adapt_step(
-            config, self.graphdef, adapters, optimizer, mesh, path=path
-        )
-        step = step.lower(state, self.frozen, self.buffers, batch).compile()
-        box = [state]
+        base = (self.graphdef, self.params, self.buffers)
+        subject = adapter_subject(adapters, base, config, optimizer, mesh, path=path)
+        about = (mesh, subject.layout, subject.objective)
+        batch, frozen = random_batch(config), subject.frozen
+        step = make_step(config, self.graphdef, optimizer, *about)
+        step = step.lower(subject.state, batch, frozen).compile()
+        box = [subject.state]
 
         def call() -> Any:
-            box[0], metrics = step(box[0], self.frozen, self.buffers, batch)
+            box[0], metrics = step(box[0], batch, frozen)
             return metrics["loss"]
 
         times = median_seconds(call, self.args.rounds, self.args.calls)

@@ -32,7 +32,7 @@ from uoe_jax.adapt import (
     count_adapter_params,
     init_adapters,
 )
-from uoe_jax.adapt.step import freeze_params
+from uoe_jax.adapt.subject import freeze_params
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import make_dataset
 from uoe_jax.model import make_model

@@ -22,10 +22,11 @@ from uoe_jax.adapt import (
     stack_adapters,
 )
 from uoe_jax.adapt.plan import make_plans
-from uoe_jax.adapt.step import freeze_params, init_adapt_state, make_adapt_step
+from uoe_jax.adapt.subject import adapter_subject, freeze_params
 from uoe_jax.config import ExperimentConfig, MeshConfig, ModelConfig, TrainConfig
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh
+from uoe_jax.train.step import make_step, put_batch
 
 
 def draw(*shape, seed=0):
@@ -164,22 +165,26 @@ def test_f10_the_base_has_no_gradient_and_no_optimizer_state():
     adapter = AdapterConfig(rank=2, targets=("*.w?", "*.mlp.w_*"))
     fresh = init_adapters(params, adapter, jax.random.key(0))
     optimizer = make_optimizer(config.optim, 4)
-    state = init_adapt_state(fresh, optimizer)
+    mesh = make_mesh(MeshConfig(data=2), batch_size=8)
+    base = (graphdef, params, buffers)
+    subject = adapter_subject(fresh, base, config, optimizer, mesh)
+    state = subject.state
     trained = count_adapter_params(fresh)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     # Adam's two moments of the factors, nothing else.
     assert sum(leaf.size for leaf in moments) == 2 * trained
-    mesh = make_mesh(MeshConfig(data=2), batch_size=8)
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 31, (1, 8, 8)), jnp.int32)
     batch = {"tokens": tokens, "targets": jnp.roll(tokens, -1, 2)}
     batch |= {"mask": jnp.ones((1, 8, 8)), "segments": jnp.ones((1, 8, 8), jnp.int32)}
     batch["positions"] = jnp.tile(jnp.arange(8, dtype=jnp.int32), (1, 8, 1))
     before = jax.tree.map(np.asarray, params)
-    step = make_adapt_step(config, graphdef, fresh, optimizer, mesh)
+    about = (mesh, subject.layout, subject.objective)
+    step = make_step(config, graphdef, optimizer, *about)
+    batch = put_batch({k: np.asarray(v)[0] for k, v in batch.items()}, mesh)
     losses, norms = [], []
     for _ in range(3):
-        state, metrics = step(state, params, buffers, batch)
+        state, metrics = step(state, batch, subject.frozen)
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
     assert losses[2] < losses[0]
@@ -189,7 +194,8 @@ def test_f10_the_base_has_no_gradient_and_no_optimizer_state():
     def whole_batch(weights):
         merged = adapted_params(params, fresh.with_weights(weights))
         logits = nnx.merge(graphdef, merged, buffers)(tokens[0])[0]
-        chosen = jnp.take_along_axis(logits, batch["targets"][0][..., None], 2)[..., 0]
+        targets = jnp.roll(tokens, -1, 2)[0]
+        chosen = jnp.take_along_axis(logits, targets[..., None], 2)[..., 0]
         return jnp.mean(jax.nn.logsumexp(logits, axis=2) - chosen)
 
     # Two devices with half the batch each, by factors: one model with merged weights.

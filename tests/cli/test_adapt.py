@@ -1,26 +1,30 @@
 """`uoe adapt`: trained, saved, loaded again, merged; mistakes in one line."""
 
 import json
-import math
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import assert_close
 from flax import nnx
 
 from uoe_jax.adapt import AdapterConfig, adapted_params
-from uoe_jax.adapt.files import load_adapters
+from uoe_jax.adapt.files import digest_params, load_adapters
 from uoe_jax.adapt.merge import merge
 from uoe_jax.adapt.plan import make_plans, warn_of
-from uoe_jax.adapt.run import write_run
-from uoe_jax.adapt.session import StepLog
+from uoe_jax.adapt.store import write_run
+from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.cli import main
+from uoe_jax.cli.adapt import AdaptOptions
 from uoe_jax.cli.notes import plain_warnings
-from uoe_jax.config import ExperimentConfig, OptimConfig, TrainConfig
-from uoe_jax.errors import NonFiniteError
+from uoe_jax.cli.parse import given_names, option_names
 from uoe_jax.evaluate import load_run
 from uoe_jax.model import make_model
+from uoe_jax.train.clock import Progress
+from uoe_jax.train.metrics import read_metrics
+from uoe_jax.tree import replace_leaves
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +40,30 @@ def union_run(tiny_config, tmp_path_factory):
     config, folder = tiny_config(), tmp_path_factory.mktemp("runs") / "fresh"
     model = make_model(config.model, jax.random.key(0))
     _, params, buffers = nnx.split(model, nnx.Param, ...)
-    write_run(folder, config, params, buffers, 0)
+    spent = Progress(seconds=5.0, tokens=700, flops=9e9)
+    write_run(folder, config, (params, buffers, 0), spent=spent)
+    shutil.copytree(folder / "checkpoints", folder / "best")
     return folder
+
+
+USED = set()  # options that some command here was run with
+
+
+def adapt(*args):
+    """Run the command; what it returns, exit status first."""
+    words = list(map(str, args))
+    USED.update(given_names(words))
+    return main(["adapt", *words])
 
 
 @pytest.fixture(scope="module")
 def adapted(union_run, other_text, tmp_path_factory):
     """An adapter of the union, with its merged run; nine rows fit one device."""
     out = tmp_path_factory.mktemp("adapters") / "lora"
-    args = ["adapt", str(union_run), "--method", "lora", "--rank", "2", "--steps", "6",
-            "--data", str(other_text), "--learning-rate", "0.03", "--merge",
-            "--batch-size", "9", "--out", str(out), "--quiet"]  # fmt: skip
-    assert main(args) == 0
+    args = [union_run, "--method", "lora", "--rank", "2", "--steps", "6",
+            "--data", other_text, "--learning-rate", "0.03", "--merge",
+            "--batch-size", "9", "--out", out, "--quiet"]  # fmt: skip
+    assert adapt(*args) == 0
     return out
 
 
@@ -77,11 +93,14 @@ def test_an_adapter_is_trained_reported_and_merged(adapted, union_run, capsys):
 
 def test_a_saved_adapter_merges_untrained(adapted, union_run, tmp_path, capsys):
     out = tmp_path / "again"
-    args = ["adapt", str(union_run), "--load", str(adapted), "--steps", "0", "--merge",
-            "--batch-size", "9", "--out", str(out), "--json"]  # fmt: skip
-    assert main(args) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert "after" not in report
+    args = [union_run, "--load", adapted, "--steps", "0", "--merge",
+            "--batch-size", "9", "--out", out, "--json"]  # fmt: skip
+    assert adapt(*args) == 0
+    said = capsys.readouterr()
+    report = json.loads(said.out)
+    assert "after" not in report and "other weights" not in said.err
+    first = json.loads((adapted / "adapt.json").read_text())
+    assert_close(report["before"]["loss"], first["after"]["loss"], 1e-6)
     first, second = (
         jax.tree.leaves(nnx.split(load_run(f / "merged").model, nnx.Param, ...)[1])
         for f in (adapted, out)
@@ -100,6 +119,10 @@ def test_a_saved_adapter_merges_untrained(adapted, union_run, tmp_path, capsys):
         (["--data", "nowhere.txt", "--rank", "2"], "nowhere.txt"),
         (["--rank-pattern", "*.wq"], "PATTERN=RANK"),
         (["--load", "nowhere"], "nowhere"),
+        (["--load", "nowhere", "--rank", "8"], "--rank is 8 with --load"),
+        (["--load", "nowhere", "--no-dora"], "--dora is False with --load"),
+        (["--load", "no", "--steps", "0", "--seed", "0"], "--seed is 0 with --steps 0"),
+        (["--rank", "2", "--mesh.tensor", "3"], "mesh.tensor 3 doesn't divide"),
         (["--load", "nowhere", "--dora"], "--dora is True with --load"),
         (["--method", "loha"], "choose from 'tucker', 'lora'"),
         (["--alpha", "0"], "alpha is 0"),
@@ -142,12 +165,89 @@ def test_warnings_are_one_line_without_a_place_in_code(capsys):
     ]
 
 
-def test_training_that_diverges_stops_with_the_rate_to_lower(tmp_path):
-    train = TrainConfig(max_bad_steps=2)
-    log = StepLog(ExperimentConfig(train=train, optim=OptimConfig(learning_rate=0.5)))
-    step = {"loss": 1.0, "tokens": 8, "bad_steps": 0}
-    for metrics in (step, step | {"loss": math.nan, "bad_steps": 1}, step):
-        log.read(metrics)
-    assert (log.tokens, log.skipped, len(log.losses)) == (24, 1, 3)
-    with pytest.raises(NonFiniteError, match="2 steps in a row up to step 4.*0.5"):
-        log.read(step | {"bad_steps": 2})
+def test_a_merged_run_keeps_what_its_source_spent(adapted):
+    progress = Checkpoints(adapted / "merged" / "checkpoints").restore({})[2]
+    spent = [progress[name] for name in ("seconds", "tokens", "flops")]
+    assert spent == [5.0, 700, 9e9]
+
+
+def test_an_adapters_run_has_what_any_run_has(adapted, union_run, capsys):
+    lines = list(read_metrics(adapted / "metrics.jsonl"))
+    assert [line["step"] for line in lines if line["kind"] == "eval"][:2] == [0, 2]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [*range(1, 7)]
+    assert Checkpoints(adapted / "checkpoints").steps() == [4, 6]
+    before = (adapted / "adapter_model.safetensors").read_bytes()
+    again = [union_run, "--method", "lora", "--rank", "2", "--steps", "6", "--merge",
+             "--data", lines_data(adapted), "--learning-rate", "0.03",
+             "--batch-size", "9", "--out", adapted]  # fmt: skip
+    assert adapt(*again) == 0
+    assert "all steps are taken" in capsys.readouterr().out
+    assert (adapted / "adapter_model.safetensors").read_bytes() == before
+    for verb in (["eval"], ["generate", "--prompt", "a"]):
+        assert main([verb[0], str(adapted), *verb[1:]]) == 2
+        assert "merged" in capsys.readouterr().err
+
+
+def lines_data(folder):
+    """The data that a run was trained on."""
+    return json.loads((folder / "config.json").read_text())["data"]["path"]
+
+
+COMMANDS = {
+    "heads and experts on a mesh": [
+        "--method", "tucker", "--init", "flora", "--alpha", "0.5", "--split-heads",
+        "--share-experts", "--targets", "*.w?", "*.w_up", "--rank-pattern", "*.wo=1",
+        "--path", "factored", "--seed", "3", "--checkpoint", "best",
+        "--mesh.data", "2", "--mesh.tensor", "2", "--mesh.fsdp", "2",
+        "--layout.tensor-reduce", "reduce_scatter", "--layout.experts", "round_robin",
+        "--layout.dispatch", "all_to_all",
+    ],
+    "magnitudes": [
+        "--method", "lora", "--dora", "--rslora", "--targets", "*.wq", "*.w_down",
+        "--mesh.sequence", "2", "--mesh.data", "1",
+        "--layout.sequence-attention", "gather",
+    ],
+    "dropout": ["--method", "lora", "--dropout", "0.3", "--targets", "*.w_up"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_train_and_report(name, union_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--rank", "2", "--steps", "2", "--out", out, "--json", *COMMANDS[name]]
+    assert adapt(union_run, *options) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["steps"] == 2 and len(report["losses"]) == 2
+    params = nnx.split(load_run(union_run).model, nnx.Param, ...)[1]
+    adapters, _ = load_adapters(out, params)
+    base = json.loads((out / "adaptation.json").read_text())["base"]
+    assert base == digest_params(params)
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(adapters.weights))
+
+
+def test_every_option_was_run(adapted):
+    known = {name[2:].replace("-", "_") for name in option_names(AdaptOptions)}
+    known = {name for name in known if not name.startswith("no_")}
+    used = USED | given_names(sum(COMMANDS.values(), []))
+    assert known - {"run", "load"} <= used | {"load"}
+
+
+def test_an_adapter_of_other_weights_is_said_to_be(adapted, union_run, tmp_path):
+    params = nnx.split(load_run(union_run).model, nnx.Param, ...)[1]
+    moved = jax.tree.map(lambda a: a + 0.5, params)
+    with pytest.warns(UserWarning, match="trained on other weights"):
+        load_adapters(adapted, moved)
+
+
+def test_training_that_diverges_stops_with_a_diagnosis(union_run, tmp_path, capsys):
+    out, broken = tmp_path / "out", tmp_path / "broken"
+    run = load_run(union_run)
+    _, params, buffers = nnx.split(run.model, nnx.Param, ...)
+    spoiled = replace_leaves(params, {"embed.embedding": jnp.full((256, 16), jnp.nan)})
+    write_run(broken, run.config, (spoiled, buffers, 0))
+    options = ["--method", "lora", "--targets", "*.wq", "--steps", "9", "--quiet"]
+    assert adapt(broken, *options, "--out", out) == 3
+    said = capsys.readouterr().err
+    assert "wasn't finite 5 steps in a row up to step 5" in said
+    assert (out / "nonfinite-5.json").is_file()
+    assert not (out / "adapter_model.safetensors").exists()

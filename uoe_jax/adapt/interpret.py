@@ -52,7 +52,9 @@ def call_adapted(
     closed, shape = jax.make_jaxpr(
         lambda *flat: fn(*jax.tree.unflatten(tree, flat)), return_shape=True
     )(*leaves)
-    values = [lazies.get(i, leaf) for i, leaf in enumerate(leaves)]
+    # Vectors and DoRA's weights have their deltas in them already.
+    apart = {i: lazy for i, lazy in lazies.items() if lazy.terms}
+    values = [apart.get(i, leaf) for i, leaf in enumerate(leaves)]
     outs = evaluate(closed.jaxpr, closed.consts, values, mode)
     return jax.tree.unflatten(jax.tree.structure(shape), outs)
 

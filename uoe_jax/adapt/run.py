@@ -41,6 +41,7 @@ from uoe_jax.data.record import with_run_tokenizer
 from uoe_jax.errors import ConfigError
 from uoe_jax.evaluate import LoadedRun, load_run, run_dataset
 from uoe_jax.files import write_atomically
+from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.train.clock import Progress
 from uoe_jax.train.loop import train
 from uoe_jax.train.metrics import read_metrics
@@ -134,6 +135,7 @@ def adapted_experiment(run: LoadedRun, request: AdaptRequest) -> ExperimentConfi
         rows = config.data.batch_size // config.train.accumulate
         mesh = MeshConfig(data=math.gcd(rows, jax.device_count()))
         config = dataclasses.replace(config, mesh=mesh)
+    mesh_for(config)
     return config
 
 

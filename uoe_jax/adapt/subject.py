@@ -124,7 +124,7 @@ def adapter_subject(
     frozen = {
         "params": model.place(model.to_memory(params)),
         "buffers": model.place(buffers),
-        "scales": model.place(adapters.scales),
+        "scales": layout.place(adapters.scales),
     }
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
