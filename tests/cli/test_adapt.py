@@ -91,10 +91,12 @@ def test_an_adapter_is_trained_reported_and_merged(adapted, union_run, capsys):
     assert set(merge(params, adapters).originals) == {p.name for p in adapters.plans}
 
 
-def test_a_saved_adapter_merges_untrained(adapted, union_run, tmp_path, capsys):
+def test_a_saved_adapter_merges_untrained(
+    adapted, union_run, other_text, tmp_path, capsys
+):
     out = tmp_path / "again"
     args = [union_run, "--load", adapted, "--steps", "0", "--merge",
-            "--batch-size", "9", "--out", out, "--json"]  # fmt: skip
+            "--data", other_text, "--batch-size", "9", "--out", out, "--json"]  # fmt: skip
     assert adapt(*args) == 0
     said = capsys.readouterr()
     report = json.loads(said.out)
@@ -166,7 +168,9 @@ def test_warnings_are_one_line_without_a_place_in_code(capsys):
 
 
 def test_a_merged_run_keeps_what_its_source_spent(adapted):
-    progress = Checkpoints(adapted / "merged" / "checkpoints").restore({})[2]
+    progress = Checkpoints(adapted / "merged" / "checkpoints").restore(
+        {"step": jax.ShapeDtypeStruct((), jnp.int32)}
+    )[2]
     spent = [progress[name] for name in ("seconds", "tokens", "flops")]
     assert spent == [5.0, 700, 9e9]
 

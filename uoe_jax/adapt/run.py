@@ -6,11 +6,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +17,13 @@ from jaxtyping import PyTree
 
 from uoe_jax.adapt.adapters import Adapters, count_adapter_params, init_adapters
 from uoe_jax.adapt.config import AdapterConfig, check_adapter
-from uoe_jax.adapt.config import Path as Forward
 from uoe_jax.adapt.files import digest_params, load_adapters, save_adapters
 from uoe_jax.adapt.folder import WEIGHTS, read_config
 from uoe_jax.adapt.foreign import read_peft
 from uoe_jax.adapt.place import llama_names, place_modules
 from uoe_jax.adapt.plan import EMBEDDING, PACKAGE
 from uoe_jax.adapt.plot import plot_adaptation
+from uoe_jax.adapt.request import AdaptRequest, adapted_experiment, check_request
 from uoe_jax.adapt.store import (
     MERGED,
     check_out,
@@ -35,108 +33,20 @@ from uoe_jax.adapt.store import (
 )
 from uoe_jax.adapt.subject import adapter_subject
 from uoe_jax.checkpoint import Checkpoints
-from uoe_jax.config import DataConfig, ExperimentConfig, LayoutConfig, MeshConfig
+from uoe_jax.config import ExperimentConfig, MeshConfig
 from uoe_jax.data import Dataset
-from uoe_jax.data.record import with_run_tokenizer
 from uoe_jax.errors import ConfigError
 from uoe_jax.evaluate import LoadedRun, load_run, run_dataset
 from uoe_jax.files import write_atomically
-from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.train.clock import Progress
 from uoe_jax.train.loop import train
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.train.run_dir import BEST, CHECKPOINTS, METRICS
 from uoe_jax.train.subject import Subject
-from uoe_jax.validation import validate
 
 REPORT, CURVE = "adapt.json", "adapt.png"
 KEPT_WARNING = 0.9  # of the deltas; merges that keep less are warned of
 SCORES = ("loss", "bits_per_byte", "accuracy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptRequest:
-    """What a run is adapted to, and how."""
-
-    adapter: AdapterConfig | None = None  # None: the loaded adapter's
-    load: Path | None = None  # start from this adapter, ours or PEFT's LoRA of a Llama
-    # File, folder, glob, tfds:NAME or a built-in source; None: as the run's.
-    data: str | None = None
-    steps: int = 300  # 0: only measure and merge what was loaded
-    learning_rate: float = 3e-3
-    batch_size: int | None = None  # None: the run's
-    which: Literal["last", "best"] = "last"  # checkpoint of the run
-    path: Forward = "auto"
-    seed: int = 0  # of the factors and the order of the data
-    eval_batches: int = 8
-    mesh: MeshConfig | None = None  # None: as many devices as divide a pass
-    layout: LayoutConfig = field(default_factory=LayoutConfig)
-    merge: bool = False  # also write a run with the deltas in its weights
-
-
-def check_request(request: AdaptRequest) -> None:
-    """Raise ConfigError for a request that can't be carried out."""
-    steps, load = request.steps, request.load
-    if (request.adapter is None) == (load is None):
-        raise ConfigError(
-            "a loaded adapter keeps its own config: give either a config or a folder"
-        )
-    if request.adapter is not None:
-        check_adapter(request.adapter)
-    if steps < 0 or (steps == 0 and load is None):
-        raise ConfigError(f"steps is {steps}; 0 is for merging an adapter from --load")
-
-
-def adapted_experiment(run: LoadedRun, request: AdaptRequest) -> ExperimentConfig:
-    """Return a run's experiment on other data: its model and tokenizer, a new budget.
-
-    Raises ConfigError for a value that can't be.
-    """
-    config, data = run.config, request.data
-    changes: dict[str, Any] = {}
-    if data is not None:
-        built_in = data in ("stdlib", "digits")
-        changes = {
-            "source": data if built_in else "auto",
-            "path": None if built_in else data,
-            "max_bytes": None,
-        }
-    if request.batch_size is not None:
-        changes["batch_size"] = request.batch_size
-    new_data: DataConfig = dataclasses.replace(config.data, **changes)
-    if data is not None:
-        # The vocabulary the model was trained with, not one of the new text.
-        new_data = with_run_tokenizer(config, new_data, run.folder)
-    optim = dataclasses.replace(
-        config.optim,
-        learning_rate=request.learning_rate,
-        warmup_steps=min(config.optim.warmup_steps, max(request.steps // 10, 1)),
-        weight_decay=0.0,
-    )
-    budget = dataclasses.replace(
-        config.train,
-        steps=request.steps,
-        seed=request.seed,
-        eval_batches=request.eval_batches,
-        max_seconds=None,  # that was for the whole model
-        profile=False,
-    )
-    config = dataclasses.replace(
-        config,
-        data=new_data,
-        optim=optim,
-        train=budget,
-        layout=request.layout,
-        mesh=request.mesh or MeshConfig(),
-    )
-    validate(config)
-    if request.mesh is None:
-        # The run's own mesh was for other devices: as many of these as divide a pass.
-        rows = config.data.batch_size // config.train.accumulate
-        mesh = MeshConfig(data=math.gcd(rows, jax.device_count()))
-        config = dataclasses.replace(config, mesh=mesh)
-    mesh_for(config)
-    return config
 
 
 def adapt_run(
@@ -165,6 +75,20 @@ def adapt_run(
             f"a pass of {config.data.batch_size // config.train.accumulate} rows goes "
             f"over {config.mesh.data} of {jax.device_count()} devices"
         )
+    base, sizes = (graphdef, params, buffers), {}
+
+    def make_subject(config: ExperimentConfig, optimizer: Any, mesh: Any) -> Subject:
+        write_request(out, asked)  # now that the folder is this process's
+        make = functools.partial(adapter_subject, path=request.path)
+        subject = make(adapters, base, config, optimizer, mesh)
+        sizes.update(_sizes(subject))
+        return dataclasses.replace(subject, about={"adapter_of": str(folder)})
+
+    try:
+        summary = train(config, out, quiet=quiet, make_subject=make_subject)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--run-dir", "--out")) from None
+    trained = read_trained(out, adapters)
     report: dict[str, Any] = {
         "run": str(folder),
         "step": run.step,
@@ -175,29 +99,11 @@ def adapt_run(
             "base": sum(leaf.size for leaf in jax.tree.leaves(params)),
             "adapter": count_adapter_params(adapters),
         },
+        **_measured(out, summary, sizes),
     }
-    sizes: dict[str, Any] = {}
-
-    def make_subject(config: ExperimentConfig, optimizer: Any, mesh: Any) -> Subject:
-        write_request(out, asked)  # now that the folder is this process's
-        base = (graphdef, params, buffers)
-        make = functools.partial(adapter_subject, path=request.path)
-        subject = make(adapters, base, config, optimizer, mesh)
-        sizes["frozen_base"] = _bytes(subject.frozen)
-        sizes["adapter"] = _bytes(subject.state.params)
-        sizes["optimizer"] = _bytes(subject.state.opt_state)
-        about = {"adapter_of": str(folder)}
-        return dataclasses.replace(subject, about=about)
-
-    try:
-        summary = train(config, out, quiet=quiet, make_subject=make_subject)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--run-dir", "--out")) from None
-    report |= _measured(out, summary, sizes)
-    trained = read_trained(out, adapters)
     if request.merge:
-        base = (params, buffers, run.step)
-        report |= _merge(run, out, config, base, trained, request, sets[0])
+        model = (params, buffers, run.step)
+        report |= _merge(run, out, config, model, trained, request, sets[0])
     save_adapters(out, trained, adapter, base=str(folder), digest=digest)
     report["file_bytes"] = (out / WEIGHTS).stat().st_size
     write_atomically(out / REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
@@ -293,7 +199,7 @@ def _merge(
     run: LoadedRun,
     out: Path,
     config: ExperimentConfig,
-    base: tuple[PyTree, PyTree, int],
+    model: tuple[PyTree, PyTree, int],
     trained: Adapters,
     request: AdaptRequest,
     data: Dataset,
@@ -308,7 +214,7 @@ def _merge(
     kept = write_merged(
         out / MERGED,
         config,
-        base,
+        model,
         trained,
         prepared=data.prepared,
         # What the source spent on the model; the adapter's own is in its report.
@@ -327,5 +233,11 @@ def _merge(
     return {"merged": str(out / MERGED), "merged_kept": kept}
 
 
-def _bytes(tree: PyTree) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
+def _sizes(subject: Subject) -> dict[str, int]:
+    """Return the bytes of what stays in memory between steps, all devices together."""
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    return {
+        "frozen_base": size(subject.frozen),
+        "adapter": size(subject.state.params),
+        "optimizer": size(subject.state.opt_state),
+    }

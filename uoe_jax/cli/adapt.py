@@ -101,7 +101,8 @@ def adapt(args: list[str]) -> int:
     from uoe_jax.cli.device import prepare
 
     prepare()
-    from uoe_jax.adapt.run import AdaptRequest, adapt_run
+    from uoe_jax.adapt.request import AdaptRequest
+    from uoe_jax.adapt.run import adapt_run
 
     request = AdaptRequest(
         adapter=None if options.load else _adapter(options),
