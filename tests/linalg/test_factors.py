@@ -34,7 +34,7 @@ def test_predict_is_the_dense_model(small):
     planted, factors = small
     dense = np.asarray(factors.dense())
     model = predict(factors, planted.rows, planted.cols)
-    np.testing.assert_allclose(model, dense[planted.rows, planted.cols], atol=1e-5)
+    assert_close(model, dense[planted.rows, planted.cols], 1e-5)
 
 
 def test_factors_survive_storage(small, tmp_path):

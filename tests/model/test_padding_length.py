@@ -2,8 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from compare import assert_close
 from router_kinds import config_of
 from tiny_models import build, tokens_like
 
@@ -23,4 +23,4 @@ def test_room_follows_the_tokens_not_the_padding(name):
     real = (jnp.arange(12) < 6).astype(jnp.int32)[None] * jnp.ones((8, 1), jnp.int32)
     short = hidden(model, tokens[:, :6], real[:, :6])
     long = hidden(model, tokens, real)[:, :6]
-    np.testing.assert_allclose(short, long, atol=5e-6)
+    assert_close(short, long, 1e-5)

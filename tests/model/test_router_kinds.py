@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare import assert_close
 from router_kinds import CAUSAL, LENGTH, OTHERS, config_of
 from tiny_models import build, tokens_like
 
@@ -36,7 +37,7 @@ def inputs(config, batch=3):
 
 
 def assert_same(a, b, span):
-    np.testing.assert_allclose(a[0][span], b[0][span], atol=5e-6)
+    assert_close(a[0][span], b[0][span], 1e-5)
     for part, choices in a[1].items():
         other = b[1][part]
         np.testing.assert_array_equal(choices[0][span], other[0][span], err_msg=part)
