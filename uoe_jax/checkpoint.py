@@ -8,7 +8,6 @@ is unfinished and is never restored.
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -27,6 +26,7 @@ from jaxtyping import PyTree
 
 from uoe_jax import integrity
 from uoe_jax.errors import CheckpointError
+from uoe_jax.files import read_json
 from uoe_jax.tree import named_leaves
 
 _LEAST_SHARE = 0.8  # of an array's bytes: compression saves less of trained weights
@@ -240,7 +240,7 @@ class Checkpoints:
         """Return the config that a step was saved with, {} where there is none."""
         try:
             file = self.folder / str(step) / "config" / "metadata"
-            return dict(json.loads(file.read_text(encoding="utf-8")))
+            return dict(read_json(file))
         except (OSError, ValueError, TypeError):
             return {}
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from uoe_jax.errors import ConfigError, choose, nearest, shown
+from uoe_jax.errors import ConfigError, DataError, choose, nearest, shown
 from uoe_jax.fields import (
     Bounds,
     Bytes,
@@ -25,6 +24,7 @@ from uoe_jax.fields import (
     convert,
     field_hints,
 )
+from uoe_jax.files import format_json, parse_json
 from uoe_jax.kinds import ATTENTIONS, MLPS, ROUTERS
 
 # Of the kinds that are registered, too: see kinds.py.
@@ -378,7 +378,7 @@ class ExperimentConfig(Checked):
 
 def to_json(config: Any) -> str:
     """Return a config as indented JSON text."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return format_json(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def config_hash(config: Any) -> str:
@@ -388,7 +388,7 @@ def config_hash(config: Any) -> str:
 
 def content_hash(content: dict[str, Any]) -> str:
     """Return 16 hex digits that identify a config as a dict, or what is left of it."""
-    text = json.dumps(content, sort_keys=True)
+    text = format_json(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -398,25 +398,10 @@ def from_json(text: str, cls: type = ExperimentConfig) -> Any:
     Types and literals are checked; `validation.read_config` checks everything.
     """
     try:
-        raw = json.loads(text, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        problem = "nested too deep" if isinstance(error, RecursionError) else error
-        raise ConfigError(
-            f"config is not JSON ({problem}); restore config.json"
-        ) from None
+        raw = parse_json(text, "the config")
+    except DataError as error:
+        raise ConfigError(str(error)) from None
     return _build(cls, raw, cls.__name__)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON as a dict; refuse a field that stands there twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"config has {shown(twice)} twice; leave one of them out")
-    return found
 
 
 def _build(cls: type, raw: Any, where: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from uoe_jax.config import (
     from_json,
 )
 from uoe_jax.errors import ConfigError
+from uoe_jax.files import format_json, parse_json, read_json
 from uoe_jax.hardware.count import count_params, flops_per_token
 from uoe_jax.validation import validate
 
@@ -117,8 +117,8 @@ def saved_results(
     if not all([is_finished(run_dir / c.name, c) for c in configs]):
         return None
     try:
-        rows = json.loads((run_dir / "summary.json").read_text())
-        samples = json.loads((run_dir / "samples.json").read_text())
+        rows = read_json(run_dir / "summary.json")
+        samples = read_json(run_dir / "samples.json")
     except (OSError, ValueError):
         return None
     whole = [row["name"] for row in rows] == [c.name for c in configs]
@@ -149,7 +149,7 @@ def _last_step(metrics: Path) -> int:
     if metrics.is_file():
         for line in metrics.read_text().splitlines():
             if '"kind": "eval"' in line:
-                step = json.loads(line)["step"]
+                step = parse_json(line, str(metrics))["step"]
     return step
 
 
@@ -197,7 +197,7 @@ def _row(config: ExperimentConfig, folder: Path, flops: float) -> dict[str, Any]
 
 def write_json(path: Path, content: Any) -> None:
     """Write rows or samples as JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(format_json(content, indent=2) + "\n")
 
 
 def format_summary(rows: Sequence[dict[str, Any]]) -> str:

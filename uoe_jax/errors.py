@@ -6,11 +6,16 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 
+from uoe_jax.escape import escape_line
+
 
 class UoeError(Exception):
     """A problem with a one-line message; the command line exits with `exit_code`."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return escape_line(super().__str__())
 
 
 class ConfigError(UoeError, ValueError):

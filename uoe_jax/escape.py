@@ -7,7 +7,8 @@ import re
 # Control characters (C0 but for newline and tab, DEL, C1), marks that break a line or
 # turn its direction, and halves of surrogate pairs, which have no UTF-8.
 _STEERING = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f"
+    "\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
@@ -21,8 +22,14 @@ def escape(text: str) -> str:
 
 
 def escape_line(text: str) -> str:
-    """Return a name or message as one line: as `escape`, newlines and tabs too."""
-    return escape(text).replace("\n", "\\n").replace("\t", "\\t")
+    r"""Return a name or message as one line of characters that can be seen.
+
+    Line ends are written out too, and what has no picture, such as a zero-width joiner:
+    a name can't forge a second line, or look like another.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _written(code: int) -> str:

@@ -1,15 +1,27 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and JSON that every parser reads.
+
+Why not `json` alone: Python writes NaN and Infinity, which no other parser takes, reads
+them back, keeps the last of two equal keys, and lets a file decide how much memory and
+how many levels it takes.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.escape import escape_line
 
+MAX_BYTES = 1 << 28  # of a JSON file; the largest tokenizers have 2^25
+MAX_DEPTH = 64  # levels of objects and arrays
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 # A drive letter of Windows is one letter.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
@@ -27,6 +39,130 @@ def check_local(path: str | os.PathLike[str], what: str) -> None:
             f"{what} is {given}; {scheme} isn't read or written here: "
             "mount the store (gcsfuse, s3fs, NFS) and give the local folder"
         )
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old or the new one, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def format_json(
+    value: Any, *, indent: int | None = None, sort_keys: bool = False
+) -> str:
+    """Return strict JSON (RFC 8259): a number that isn't finite becomes null.
+
+    Raises TypeError, naming the place, for anything but objects whose keys are strings
+    or whole numbers, lists, tuples, strings, numbers, truth values and None.
+    """
+    plain = _plain(value, "the value")
+    return json.dumps(plain, indent=indent, sort_keys=sort_keys, allow_nan=False)
+
+
+def _plain(value: Any, place: str) -> Any:
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, (str, int)) or isinstance(key, bool):
+                raise TypeError(f"{place} has the key {key!r}; JSON's keys are strings")
+        return {str(k): _plain(v, f"{place}[{k!r}]") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, f"{place}[{i}]") for i, v in enumerate(value)]
+    raise TypeError(f"{place} is a {type(value).__name__}; JSON has no form for it")
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
+    """Return what a JSON file holds; its size and depth are limited, see `parse_json`.
+
+    Raises OSError if it can't be opened, DataError if it isn't a file of strict JSON.
+    """
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise DataError(f"{path} is not a file; give a file of JSON")
+        if about.st_size > max_bytes:
+            raise DataError(
+                f"{path} has {about.st_size:,} bytes; at most {max_bytes:,} are read"
+            )
+        data = file.read(max_bytes)
+    return parse_json(data, str(path))
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # A pipe under the name of a file would otherwise wait for its writer for ever.
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """Return what strict JSON says; `name` is the file's name in messages.
+
+    Raises DataError, one line, for text that isn't UTF-8 or isn't JSON, for NaN and
+    Infinity, numbers beyond float64, equal keys in one object, more than `MAX_DEPTH`
+    levels.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        if _depth(text) > MAX_DEPTH:
+            raise ValueError(f"it has more than {MAX_DEPTH} levels")
+        return _DECODER.decode(text)
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start} is not UTF-8"
+    except json.JSONDecodeError as error:
+        reason = f"line {error.lineno}, column {error.colno}: {error.msg}"
+    except ValueError as error:  # of the hooks below, or too many digits to read
+        reason = " ".join(str(error).split())
+    raise DataError(f"{name} is not JSON ({escape_line(reason[:200])}); restore it")
+
+
+def _depth(text: str) -> int:
+    """Return how deep brackets nest, those inside strings left out."""
+    # Most texts have too few brackets to be deep: count first, which is quick.
+    if (found := text.count("[") + text.count("{")) <= MAX_DEPTH:
+        return found
+    depth = deepest = 0
+    for match in _BRACKETS.finditer(text):
+        if match[0] in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif match[0] in "]}":
+            depth -= 1
+    return deepest
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]} is beyond float64")
+    return value
+
+
+def _refuse(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_float=_number, parse_constant=_refuse
+)
 
 
 class JsonLines(NamedTuple):
@@ -48,8 +184,8 @@ def read_json_lines(path: Path, *, step: bool = False) -> JsonLines:
     *lines, rest = path.read_bytes().split(b"\n")
     for number, text in enumerate([*lines, rest], 1):
         try:
-            record = json.loads(text)
-        except (ValueError, RecursionError):
+            record = parse_json(text, str(path))
+        except DataError:
             record = None
         whole = isinstance(record, dict) and (
             not step
@@ -61,17 +197,3 @@ def read_json_lines(path: Path, *, step: bool = False) -> JsonLines:
         elif number <= len(lines):
             found.broken.append(number)
     return found
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old or the new one, never a part."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ its `integrity.json`, and is restored only if everything in it still matches.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from uoe_jax.errors import CheckpointError
-from uoe_jax.files import write_atomically
+from uoe_jax.files import format_json, read_json, write_atomically
 
 MANIFEST = "integrity.json"
 _BLOCK = 1 << 22
@@ -63,14 +62,14 @@ def write_manifest(
     }
     content = {"format": 1, **about, "arrays": dict(arrays), "files": files}
     content["blake2b"] = _digest_content(content)
-    write_atomically(folder / MANIFEST, json.dumps(content, indent=1))
+    write_atomically(folder / MANIFEST, format_json(content, indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a folder's `integrity.json`; raise CheckpointError if it is damaged."""
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):
@@ -120,7 +119,7 @@ def check_arrays(
 
 
 def _digest_content(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True)
+    text = format_json(content, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

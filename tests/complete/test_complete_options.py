@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from uoe_jax.cli import main
-from uoe_jax.complete.command import strict_json
 from uoe_jax.complete.options import CompleteArgs
 from uoe_jax.linalg.completion import load_factors
 
@@ -106,13 +105,6 @@ def test_a_missing_rating_names_its_line(run):
 def test_one_held_out_entry_has_no_interval_and_json_stays_strict(run):
     _, _, _, out = run(CASES / "tiny20.csv", *QUICK)
     assert read_history(out)["heldout"]["interval95"] == [0.0, None]
-
-
-def test_json_holds_null_for_what_is_not_finite():
-    tree = {"a": [1.0, float("inf"), (float("nan"), "inf", None, True, 3)]}
-    text = strict_json(tree)
-    found = json.loads(text, parse_constant=refuse)
-    assert found == {"a": [1.0, None, [None, "inf", None, True, 3]]}
 
 
 def test_predictions_are_by_the_users_own_ids(run, tmp_path):

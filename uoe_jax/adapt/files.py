@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import re
 import warnings
@@ -34,7 +33,7 @@ from uoe_jax.adapt.plan import (
     make_plans,
 )
 from uoe_jax.errors import DataError
-from uoe_jax.files import write_atomically
+from uoe_jax.files import format_json, write_atomically
 from uoe_jax.tree import named_leaves
 from uoe_jax.weights import EXPERT, LAYER, WeightAxes
 
@@ -75,7 +74,7 @@ def save_adapters(
     about = _describe(adapters, config, base)
     if digest:
         about["uoe_jax"]["base_digest"] = digest
-    described = json.dumps(about, indent=2) + "\n"
+    described = format_json(about, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     # The arrays last: a folder that has them is whole.
     write_atomically(folder / CONFIG, described)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file
 
 from uoe_jax.errors import DataError
+from uoe_jax.files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -22,10 +22,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{folder} has no {CONFIG}; give a folder that holds an adapter"
         )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); restore it") from None
+    raw = read_json(path)
     if not isinstance(raw, dict):
         raise DataError(f"{path} is {type(raw).__name__}; expected an object")
     return raw
@@ -60,7 +57,3 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
                 "adapter from before its training diverged"
             )
     return tensors
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"it holds {constant}")

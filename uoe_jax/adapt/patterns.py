@@ -7,11 +7,12 @@ which can be ended.
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
+
+from uoe_jax.files import format_json, parse_json
 
 SECONDS = 10.0  # for all patterns of a file, the start of the process included
 _LONGEST = 1000  # characters of a pattern
@@ -64,7 +65,7 @@ def _match_apart(patterns: Sequence[str], names: Sequence[str]) -> list[int | No
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _MATCHER],
-            input=json.dumps([list(patterns), list(names)]),
+            input=format_json([list(patterns), list(names)]),
             capture_output=True,
             text=True,
             timeout=SECONDS,
@@ -78,4 +79,4 @@ def _match_apart(patterns: Sequence[str], names: Sequence[str]) -> list[int | No
         ) from None
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(f"patterns that can't be matched ({error})") from None
-    return json.loads(done.stdout)
+    return parse_json(done.stdout, "the matcher")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from uoe_jax.config import ExperimentConfig, MeshConfig
 from uoe_jax.data import Dataset
 from uoe_jax.errors import ConfigError
 from uoe_jax.evaluate import LoadedRun, load_run, run_dataset
-from uoe_jax.files import write_atomically
+from uoe_jax.files import format_json, write_atomically
 from uoe_jax.train.clock import Progress
 from uoe_jax.train.loop import train
 from uoe_jax.train.metrics import read_metrics
@@ -106,7 +105,7 @@ def adapt_run(
         report |= _merge(run, out, config, model, trained, request, sets[0])
     save_adapters(out, trained, adapter, base=str(folder), digest=digest)
     report["file_bytes"] = (out / WEIGHTS).stat().st_size
-    write_atomically(out / REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    write_atomically(out / REPORT, format_json(report, indent=2) + "\n")
     if request.steps:
         plot_adaptation(report, out / CURVE)
     return report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from uoe_jax.data import Prepared
 from uoe_jax.data.record import record_of
 from uoe_jax.errors import ConfigError, DataError, NonFiniteError
 from uoe_jax.evaluate import ADAPTATION
-from uoe_jax.files import write_atomically
+from uoe_jax.files import format_json, parse_json, read_json, write_atomically
 from uoe_jax.optim import make_optimizer
 from uoe_jax.train.clock import Progress
 from uoe_jax.train.run_dir import (
@@ -53,11 +52,11 @@ def check_out(out: Path, asked: Mapping[str, Any]) -> None:
             raise ConfigError(f"{out} holds a run already; choose another --out")
         return
     try:
-        before = dict(json.loads(file.read_text(encoding="utf-8")))
+        before = dict(read_json(file))
     except ValueError as error:
         raise DataError(f"{file} is damaged ({error}); restore it") from None
     # As JSON has it: tuples are lists there.
-    for name, value in json.loads(json.dumps(asked)).items():
+    for name, value in parse_json(format_json(asked), "the request").items():
         if before.get(name) != value:
             differs = f"{name} {before.get(name)!r} where this asks for {value!r}"
             raise ConfigError(
@@ -68,7 +67,7 @@ def check_out(out: Path, asked: Mapping[str, Any]) -> None:
 
 def write_request(out: Path, asked: Mapping[str, Any]) -> None:
     """Write what an adapter's run was asked for, which makes the folder its own."""
-    write_atomically(out / ADAPTATION, json.dumps(asked, indent=2) + "\n")
+    write_atomically(out / ADAPTATION, format_json(asked, indent=2) + "\n")
 
 
 def read_trained(out: Path, adapters: Adapters) -> Adapters:

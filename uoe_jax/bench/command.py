@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from uoe_jax.bench.tune import tune
 from uoe_jax.bench.union import bench_sweep, bench_union
 from uoe_jax.errors import ConfigError
 from uoe_jax.fields import Checked, Count, check_ranges
+from uoe_jax.files import format_json
 from uoe_jax.report.table import format_table
 
 BENCHMARKS: dict[str, Callable[[Sizes, int], Iterator[Row]]] = {
@@ -118,4 +118,4 @@ def write(
         "rounds": request.rounds,
         "rows": [row.as_dict() for row in rows],
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(format_json(record, indent=1) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from uoe_jax.bench.attention import draw
 from uoe_jax.bench.sizes import Sizes
 from uoe_jax.bench.timing import Program, both_passes, measure
 from uoe_jax.bench.union import uneven_offsets
+from uoe_jax.files import format_json
 from uoe_jax.ops import (
     _tuning,
     dense_attention,
@@ -96,16 +96,16 @@ def format_table(found: Mapping[str, Any]) -> str:
     """Return a table as JSON with one entry a line."""
     parts = []
     for key, value in found.items():
-        text = json.dumps(value)
+        text = format_json(value)
         if isinstance(value, dict):
             lists = [
-                f"  {json.dumps(op)}: [\n   "
-                + ",\n   ".join(json.dumps(entry) for entry in entries)
+                f"  {format_json(op)}: [\n   "
+                + ",\n   ".join(format_json(entry) for entry in entries)
                 + "\n  ]"
                 for op, entries in value.items()
             ]
             text = "{\n" + ",\n".join(lists) + "\n }"
-        parts.append(f" {json.dumps(key)}: {text}")
+        parts.append(f" {format_json(key)}: {text}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 

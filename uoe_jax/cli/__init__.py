@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from uoe_jax.cli.notes import plain_warnings
 from uoe_jax.errors import (
     ConfigError,
     OutOfMemory,
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: list[str], debug: bool) -> int:
     try:
-        with stop_on_signals():
+        with stop_on_signals(), plain_warnings():
             return _dispatch(args)
     except SystemExit as stop:  # a parser printed its help
         if isinstance(stop.code, str):

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json as json_text
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from uoe_jax.cli.notes import plain_warnings
 from uoe_jax.cli.parse import given_names, parse
 from uoe_jax.cli.paths import RUNS, find_run
 from uoe_jax.config import LayoutConfig, MeshConfig
 from uoe_jax.errors import ConfigError
-from uoe_jax.escape import escape
+from uoe_jax.escape import escape, escape_line
 from uoe_jax.fields import Seed
+from uoe_jax.files import format_json
 from uoe_jax.validation import read_config
 
 
@@ -118,14 +117,13 @@ def adapt(args: list[str]) -> int:
         layout=options.layout,
         merge=options.merge,
     )
-    with plain_warnings():
-        quiet = options.quiet or options.json
-        report = adapt_run(folder, out, request, quiet=quiet)
+    quiet = options.quiet or options.json
+    report = adapt_run(folder, out, request, quiet=quiet)
     if options.json:
-        print(json_text.dumps(report, indent=2))
+        print(format_json(report, indent=2))
     else:
         print(escape(describe(report)))
-        print(f"adapter: {out}")
+        print(escape_line(f"adapter: {out}"))
     return 0
 
 

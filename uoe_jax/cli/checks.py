@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_text
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -15,6 +14,7 @@ from uoe_jax.cli.paths import run_or_preset
 from uoe_jax.config import ModelConfig
 from uoe_jax.escape import escape, escape_line
 from uoe_jax.fields import Count, Seed
+from uoe_jax.files import format_json
 from uoe_jax.kinds import ATTENTIONS, MLPS, ROUTERS
 from uoe_jax.validation import validate
 
@@ -133,7 +133,7 @@ def data(args: list[str]) -> int:
 
     found = describe(options.config)
     if options.json:
-        print(json_text.dumps(found, indent=2))
+        print(format_json(found, indent=2))
         return 0
     words = {
         key: ", ".join(map(str, value)) if isinstance(value, list) else value

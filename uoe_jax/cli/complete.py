@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from uoe_jax.cli.notes import plain_warnings
 from uoe_jax.cli.parse import parse
 from uoe_jax.complete.options import CompleteArgs
 
@@ -13,5 +12,4 @@ def complete(args: list[str]) -> int:
 
     from uoe_jax.complete.command import run_complete
 
-    with plain_warnings():
-        return run_complete(options)
+    return run_complete(options)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_text
 from dataclasses import dataclass
 
 from uoe_jax.cli.parse import Experiment, parse, take_preset
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.fields import Count
+from uoe_jax.files import format_json
 from uoe_jax.hardware import count
 from uoe_jax.report.table import format_table, si
 from uoe_jax.validation import validate
@@ -29,7 +29,7 @@ def cost(args: list[str]) -> int:
     options = parse(CostOptions, rest, "cost", default=CostOptions(config=preset))
     validate(options.config)
     found = count_all(options.config, options.batch, options.seq_len)
-    print(json_text.dumps(found, indent=2) if options.json else describe(found))
+    print(format_json(found, indent=2) if options.json else describe(found))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_text
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +13,7 @@ from uoe_jax.cli.paths import RUNS, find_run
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
 from uoe_jax.fields import Seed
+from uoe_jax.files import format_json
 from uoe_jax.validation import read_config
 
 Grouping = Literal["contiguous", "random", "coactivation"]
@@ -76,7 +76,7 @@ def decompose(args: list[str]) -> int:
     prepare()
     found = _work(options, folder, out)
     if options.json:
-        print(json_text.dumps(found, indent=2))
+        print(format_json(found, indent=2))
     else:
         print(escape("\n".join(_lines(found, out))))
     return 0 if found["exact"] or options.merge else 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json as json_text
 import sys
 import time
 from collections.abc import Mapping
@@ -15,7 +14,9 @@ from typing import Any
 from uoe_jax.cli.parse import Experiment, parse, take_preset, typed_options
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import DataError
+from uoe_jax.escape import escape_line
 from uoe_jax.fields import Count, Positive, Whole
+from uoe_jax.files import format_json
 from uoe_jax.hardware import fit
 from uoe_jax.hardware.devices import Topology, parse_topology
 from uoe_jax.hardware.roofline import UNCALIBRATED, Calibration, Prediction
@@ -64,19 +65,22 @@ def plan(args: list[str]) -> int:
     compiled = _compile(options, found) if topology.is_tpu else {}
     content = as_json(found, compiled)
     if options.json:
-        print(json_text.dumps(content, indent=1))
+        print(format_json(content, indent=1))
     else:
         print(describe(found, compiled, options.show))
     if options.html is not None:
         from uoe_jax.report.plan import plan_page
 
         options.html.write_text(plan_page(found, compiled))
-        print(f"page: {options.html}", file=sys.stderr)
+        print(escape_line(f"page: {options.html}"), file=sys.stderr)
     if options.out is not None and found.fitting:
         write_layout(options.out, options.config, found.fitting[0].sizes)
-        print(f"layout: {options.out}", file=sys.stderr)
+        print(escape_line(f"layout: {options.out}"), file=sys.stderr)
     elif options.out is not None:
-        print(f"no layout fits, so {options.out} isn't written", file=sys.stderr)
+        print(
+            escape_line(f"no layout fits, so {options.out} isn't written"),
+            file=sys.stderr,
+        )
     return 0 if found.fitting else 1
 
 

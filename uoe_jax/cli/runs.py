@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_text
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,9 @@ from uoe_jax.cli.parse import check_typed, parse
 from uoe_jax.cli.paths import find_run, read_config
 from uoe_jax.config import DataConfig
 from uoe_jax.errors import ConfigError, DataError
-from uoe_jax.escape import escape
+from uoe_jax.escape import escape, escape_line
 from uoe_jax.fields import Seed
+from uoe_jax.files import format_json
 from uoe_jax.validation import validate
 
 
@@ -80,7 +80,7 @@ def evaluate(args: list[str]) -> int:
         run.model, dataset.config, max_batches=options.max_batches, dataset=dataset
     )
     if options.json:
-        print(json_text.dumps(found, indent=2))
+        print(format_json(found, indent=2))
         return 0
     width = max(map(len, found))
     for key, value in found.items():
@@ -179,7 +179,7 @@ def report(args: list[str]) -> int:
         raise ConfigError("uoe report takes at least one run: uoe report RUN...")
     folders = [find_run(run) for run in options.runs]
     page = write(folders, options.out, overlay=options.overlay)
-    print(f"report: {escape(str(page))}")
+    print(escape_line(f"report: {page}"))
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from uoe_jax.cli.parse import Experiment, check_typed, parse, take_preset
 from uoe_jax.cli.paths import RUNS, find_run, is_run
+from uoe_jax.escape import escape_line
 from uoe_jax.partition.plan import read_layout
 from uoe_jax.presets import PRESETS
 from uoe_jax.validation import read_config, validate
@@ -78,5 +79,5 @@ def train(args: list[str]) -> int:
 
         page = write([run_dir])
         if not options.quiet:
-            print(f"report: {page}")
+            print(escape_line(f"report: {page}"))
     return 0

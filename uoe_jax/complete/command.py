@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from uoe_jax.complete.predictions import (
 )
 from uoe_jax.data.entries import Pairs, Table, read_entries, read_pairs
 from uoe_jax.errors import ConfigError, DataError
-from uoe_jax.files import write_atomically
+from uoe_jax.escape import escape_line
+from uoe_jax.files import format_json, write_atomically
 from uoe_jax.linalg.completion.choose import Chosen
 from uoe_jax.linalg.completion.factors import Factors, predict, squared_error_interval
 
@@ -37,7 +37,7 @@ def run_complete(args: CompleteArgs) -> int:
     """
     if args.float64:
         jax.config.update("jax_enable_x64", True)
-    console = Console(quiet=args.quiet)
+    console = Console(quiet=args.quiet, markup=False, emoji=False)
     if args.file.is_dir() or args.file.suffix == ".safetensors":
         return predict_again(args, console)
     out = args.out or Path(stem_of(args.file) + "_completed")
@@ -49,7 +49,7 @@ def run_complete(args: CompleteArgs) -> int:
     pairs = _pairs(args, None, table.row_ids, table.col_ids, table.names)
     parts = split(table, args.holdout, args.seed)
     for line in describe(args.file, table, parts):
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(escape_line(line), soft_wrap=True)
     chosen, factors = fit(args, table, parts, console)
     console.print(sweeps_table(chosen.factors, chosen.ridge))
     result = summary(args.file, chosen, parts.repeats, factors is not chosen.factors)
@@ -66,10 +66,9 @@ def run_complete(args: CompleteArgs) -> int:
     out.mkdir(parents=True, exist_ok=True)
     save_completion(completion, out / "factors.safetensors")
     plot_convergence(chosen.factors.info, out / "convergence.png")
-    write_atomically(out / "history.json", strict_json(result))
-    console.print(
-        f"{out}: factors.safetensors, convergence.png, history.json", markup=False
-    )
+    write_atomically(out / "history.json", format_json(result, indent=1))
+    written = "factors.safetensors, convergence.png, history.json"
+    console.print(escape_line(f"{out}: {written}"), soft_wrap=True)
     if pairs is not None:
         _predict(completion, pairs, out, console)
     return 0
@@ -123,28 +122,13 @@ def _predict(completion: Completion, pairs: Pairs, out: Path, console: Console) 
     line = f"{out}: predictions.csv, {len(pairs.rows):,} pairs"
     if new:
         line += f", {new:,} of them with an id that the fit never saw"
-    console.print(line, soft_wrap=True, markup=False)
+    console.print(escape_line(line), soft_wrap=True)
 
 
 def stem_of(file: Path) -> str:
     """Return a file's name without its endings, `ratings` of ratings.csv.gz."""
     packed = file.suffix.lower() in (".gz", ".bz2", ".xz", ".zip")
     return Path(file.stem).stem if packed else file.stem
-
-
-def strict_json(tree: Any) -> str:
-    """Return JSON that any parser reads: what isn't finite is null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        return value
-
-    return json.dumps(plain(tree), indent=1, allow_nan=False)
 
 
 def describe(file: Path, table: Table, parts: Parts) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -38,6 +37,7 @@ from uoe_jax.data.tokenize import (
 from uoe_jax.data.write_arrays import write_arrays
 from uoe_jax.data.write_text import write_text
 from uoe_jax.errors import DataError
+from uoe_jax.files import format_json
 
 # Of the prepared folder; another format is prepared again. Format 1 took some files
 # (UTF-16, archives, JSON under other endings) for bytes.
@@ -179,7 +179,7 @@ def _folder(source: Source | None, settings: dict[str, Any], data: DataConfig) -
     place: list[Any] = [data.source, _place(data), absolute_paths(data).data_dir]
     if source is not None and source.name == "stdlib":
         place.append(fingerprint(source.files))
-    digest = hashlib.sha256(json.dumps([settings, place], sort_keys=True).encode())
+    digest = hashlib.sha256(format_json([settings, place], sort_keys=True).encode())
     name = source.name if source is not None else ""
     shown = Path(data.path).name if data.path else name
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", shown).strip("-.")[-40:] or "data"

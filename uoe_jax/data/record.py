@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from uoe_jax.data.tokenize import (
     make_tokenizer,
 )
 from uoe_jax.errors import DataError
-from uoe_jax.files import write_atomically
+from uoe_jax.files import format_json, read_json, write_atomically
 
 RECORD, TOKENIZER = "data.json", "tokenizer.json"
 _OLD_RECORD = "env.json"  # which in older runs holds the hash, under "data"
@@ -105,7 +104,7 @@ def write_record(run_dir: Path, record: DataRecord) -> None:
     """Write a record into a run's folder, the tokenizer first."""
     if record.tokenizer_text is not None:
         write_atomically(run_dir / TOKENIZER, record.tokenizer_text)
-    write_atomically(run_dir / RECORD, json.dumps(record.content, indent=2) + "\n")
+    write_atomically(run_dir / RECORD, format_json(record.content, indent=2) + "\n")
 
 
 def read_record(run_dir: Path) -> DataRecord | None:
@@ -118,7 +117,7 @@ def read_record(run_dir: Path) -> DataRecord | None:
     if not file.is_file():
         return _read_old(run_dir)
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = read_json(file)
         hash(content["hash"]), content["tokenizer"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is damaged ({error}); restore the file") from None
@@ -140,7 +139,7 @@ def read_record(run_dir: Path) -> DataRecord | None:
 
 def _read_old(run_dir: Path) -> DataRecord | None:
     try:
-        recorded = json.loads((run_dir / _OLD_RECORD).read_text("utf-8")).get("data")
+        recorded = read_json(run_dir / _OLD_RECORD).get("data")
     except (OSError, ValueError, AttributeError):
         return None
     return DataRecord({"hash": recorded}) if isinstance(recorded, str) else None

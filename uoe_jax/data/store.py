@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import struct
@@ -20,6 +19,7 @@ import numpy as np
 
 from uoe_jax.data.files import SourceFile, fingerprint, sha256_file, stamp
 from uoe_jax.errors import DataError
+from uoe_jax.files import format_json, read_json
 
 MANIFEST = "manifest.json"
 _STAMPS = "stamps.json"  # file times, which differ from machine to machine
@@ -161,8 +161,8 @@ def write_manifest(
         "sources": {f.name: stamp(f.path) for f in files},
         "outputs": {p.name: stamp(p) for p in outputs},
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    (folder / _STAMPS).write_text(json.dumps(stamps) + "\n")
+    (folder / MANIFEST).write_text(format_json(manifest, indent=2) + "\n")
+    (folder / _STAMPS).write_text(format_json(stamps) + "\n")
     return manifest
 
 
@@ -171,19 +171,19 @@ def hash_manifest(manifest: dict[str, Any]) -> str:
     content = {k: v for k, v in manifest.items() if k not in _UNHASHED}
     if "format" in content:
         content["format"] = 1  # whose hashes runs have recorded, of the same arrays
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(format_json(content, sort_keys=True).encode()).hexdigest()
 
 
 def hash_outputs(manifest: dict[str, Any]) -> str:
     """Return the SHA-256 of what the prepared files hold, as 64 hex digits."""
     content = {name: entry["sha256"] for name, entry in manifest["outputs"].items()}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(format_json(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return a folder's manifest; None if it is absent or damaged."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST)
         return manifest if manifest["hash"] == hash_manifest(manifest) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -232,6 +232,6 @@ def find_damage(
 
 def _read_stamps(folder: Path, part: str) -> dict[str, list[int]]:
     try:
-        return dict(json.loads((folder / _STAMPS).read_text())[part])
+        return dict(read_json(folder / _STAMPS)[part])
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from jaxtyping import Float, Int
 
 from uoe_jax.data.bpe import END_OF_DOCUMENT, split_pieces
 from uoe_jax.errors import DataError
+from uoe_jax.files import parse_json
 
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 _MOST_IDS = 1 << 24  # a table of more, one number an id, would take the memory
@@ -35,7 +35,7 @@ class SubwordTokenizer:
         self._backend.no_padding()
         self._backend.no_truncation()
         self.name = name
-        spec = json.loads(text)
+        spec = parse_json(text, name)
         if spec.get("decoder") is None:
             spec["decoder"] = _set_decoder(self._backend, spec)
         vocab = self._backend.get_vocab(with_added_tokens=True)
@@ -222,7 +222,7 @@ def _set_decoder(backend: Any, spec: dict[str, Any]) -> dict[str, Any] | None:
     else:
         return None
     backend.decoder = chosen
-    return json.loads(backend.to_str())["decoder"]
+    return parse_json(backend.to_str(), "the tokenizer")["decoder"]
 
 
 def _is_byte_level(spec: dict[str, Any]) -> bool:

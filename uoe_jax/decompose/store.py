@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data.record import carried_record
 from uoe_jax.errors import ConfigError, DataError
-from uoe_jax.files import write_atomically
+from uoe_jax.files import format_json, read_json, write_atomically
 from uoe_jax.integrity import digest_array
 from uoe_jax.optim import make_optimizer
 from uoe_jax.train.clock import Progress
@@ -69,7 +68,7 @@ def write_run(
 
 def write_result(out: Path, result: dict[str, Any]) -> None:
     """Write what was found beside the run."""
-    write_atomically(out / RESULT, json.dumps(result, indent=2) + "\n")
+    write_atomically(out / RESULT, format_json(result, indent=2) + "\n")
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -78,7 +77,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(read_json(file))
     except ValueError as error:
         raise DataError(f"{file} is damaged ({error}); decompose again") from None
 

@@ -8,7 +8,6 @@ faster than its peak.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import DataError
+from uoe_jax.files import format_json, read_json
 from uoe_jax.hardware.devices import Device, Topology, find_device
 from uoe_jax.hardware.roofline import (
     DEFAULT_FACTORS,
@@ -67,7 +67,7 @@ def read_measurements(path: Path) -> tuple[Device, list[Measurement]]:
       DataError: not such a file, or of a device that isn't known.
     """
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         results, kind = content["results"], content["device"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -236,13 +236,13 @@ def check(
 
 def save(calibration: Calibration, path: Path) -> None:
     """Write a calibration as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(calibration), indent=1) + "\n")
+    path.write_text(format_json(dataclasses.asdict(calibration), indent=1) + "\n")
 
 
 def load(path: Path) -> Calibration:
     """Return a calibration written by `save`; raise DataError on anything else."""
     try:
-        return Calibration(**json.loads(path.read_text()))
+        return Calibration(**read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
             f"{path} isn't a calibration ({error}); make one with uoe plan --fit FILE"

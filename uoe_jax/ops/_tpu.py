@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from uoe_jax.files import parse_json
 from uoe_jax.ops import _tuning
 
 LANES = 128  # the last axis of a register, and the grain of every row count here
@@ -152,7 +152,7 @@ def _tiles(name: str, own: Path) -> dict[str, Any]:
     shipped = resources.files("uoe_jax.ops") / "tuning"
     for path in (own / f"{name}.json", shipped / f"{name}.json"):
         if path.is_file():
-            return json.loads(path.read_text()).get("tiles", {})
+            return parse_json(path.read_bytes(), str(path)).get("tiles", {})
     return {}
 
 

@@ -8,7 +8,6 @@ finding; the nearest shape answers, and none does beyond `REACH` of them all.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import re
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from uoe_jax.files import parse_json
 
 # A side of an entry may differ from the call's by this factor, either way.
 REACH = 8
@@ -61,7 +62,7 @@ def load() -> dict[str, Any]:
     names = [f"{name}.json" for name in (device_name(), family_name())]
     for path in (user_folder() / names[0], *(shipped / name for name in names)):
         if path.is_file():
-            return json.loads(path.read_text())
+            return parse_json(path.read_bytes(), str(path))
     return {}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from uoe_jax.config import ExperimentConfig, LayoutConfig, MeshConfig, from_json
 from uoe_jax.errors import ConfigError, divisors
+from uoe_jax.files import format_json, read_json
 from uoe_jax.hardware.devices import Topology
 from uoe_jax.hardware.roofline import UNCALIBRATED, Calibration, Prediction, predict
 from uoe_jax.partition.legal import AXES, Sizes, Verdict, verdicts
@@ -141,7 +141,7 @@ def write_layout(path: Path, config: ExperimentConfig, sizes: Sizes) -> None:
         "mesh": dict(sizes),
         "layout": dataclasses.asdict(config.layout),
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(format_json(content, indent=1) + "\n")
 
 
 def read_layout(path: Path, config: ExperimentConfig) -> ExperimentConfig:
@@ -151,7 +151,7 @@ def read_layout(path: Path, config: ExperimentConfig) -> ExperimentConfig:
       ConfigError: not a layout file.
     """
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         mesh, layout = content["mesh"], content["layout"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -160,8 +160,8 @@ def read_layout(path: Path, config: ExperimentConfig) -> ExperimentConfig:
         ) from None
     return dataclasses.replace(
         config,
-        mesh=from_json(json.dumps(mesh), MeshConfig),
-        layout=from_json(json.dumps(layout), LayoutConfig),
+        mesh=from_json(format_json(mesh), MeshConfig),
+        layout=from_json(format_json(layout), LayoutConfig),
     )
 
 

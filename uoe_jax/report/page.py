@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
+from uoe_jax.escape import escape_line
 from uoe_jax.report.style import data_uri
 
 _CSS = """
@@ -46,17 +47,22 @@ pre.tokens { background: var(--card); padding: .6rem; margin: .2rem 0; overflow-
 def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
     """Return the document of (heading, HTML) sections; empty ones are left out."""
     body = "".join(
-        f"<section><h2>{html.escape(heading)}</h2>{content}</section>\n"
+        f"<section><h2>{_text(heading)}</h2>{content}</section>\n"
         for heading, content in sections
         if content
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>\n<body>"
-        f'<h1>{html.escape(title)}</h1><p class="soft">{html.escape(subtitle)}</p>\n'
+        f"<title>{_text(title)}</title><style>{_CSS}</style></head>\n<body>"
+        f'<h1>{_text(title)}</h1><p class="soft">{_text(subtitle)}</p>\n'
         f"{body}</body></html>\n"
     )
+
+
+def _text(text: str) -> str:
+    """Return text of one line as HTML: no markup, no control characters."""
+    return html.escape(escape_line(text))
 
 
 def picture(pngs: Mapping[str, bytes], text: str) -> str:
@@ -69,7 +75,7 @@ def picture(pngs: Mapping[str, bytes], text: str) -> str:
             '<source media="(prefers-color-scheme: dark)" '
             f'srcset="{data_uri(pngs["dark"])}">'
         )
-    alt = html.escape(text)
+    alt = _text(text)
     return f'<picture>{dark}<img src="{data_uri(pngs["light"])}" alt="{alt}"></picture>'
 
 
@@ -83,7 +89,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
     def line(tag: str, row: Sequence[str]) -> str:
         tags = (
-            f"<{tag}{' class=number' if right else ''}>{html.escape(cell)}</{tag}>"
+            f"<{tag}{' class=number' if right else ''}>{_text(cell)}</{tag}>"
             for cell, right in zip(row, numeric, strict=True)
         )
         return f"<tr>{''.join(tags)}</tr>"
@@ -97,15 +103,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def fold(summary: str, content: str) -> str:
     """Return content that opens on a click."""
-    return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
+    return f"<details><summary>{_text(summary)}</summary>{content}</details>"
 
 
 def paragraph(text: str) -> str:
     """Return one paragraph of plain text."""
-    return f"<p>{html.escape(text)}</p>"
+    return f"<p>{_text(text)}</p>"
 
 
 def alarms(texts: Sequence[str]) -> str:
     """Return warnings as a list that stands out."""
-    items = "".join(f"<li>⚠ {html.escape(text)}</li>" for text in texts)
+    items = "".join(f"<li>⚠ {_text(text)}</li>" for text in texts)
     return f'<ul class="alarms">{items}</ul>'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from uoe_jax.config import (
     UnionConfig,
 )
 from uoe_jax.errors import DataError
+from uoe_jax.escape import escape_line
+from uoe_jax.files import parse_json, read_json
 from uoe_jax.hardware.count import count_active_params, count_params, flops_per_token
 from uoe_jax.kinds import router_of
 from uoe_jax.validation import read_config
@@ -147,12 +148,12 @@ def read_run(path: Path) -> Run:
     config = read_config(path)
     env = {}
     if (path / "env.json").is_file():
-        env = json.loads((path / "env.json").read_text(encoding="utf-8"))
+        env = read_json(path / "env.json")
     written = {}
     if (path / "decompose.json").is_file():
-        written = json.loads((path / "decompose.json").read_text(encoding="utf-8"))
+        written = read_json(path / "decompose.json")
     train, evals = _read_metrics(path / "metrics.jsonl", required=not written)
-    return Run(path, config.name, config, env, train, evals, written)
+    return Run(path, escape_line(config.name), config, env, train, evals, written)
 
 
 def _read_metrics(file: Path, *, required: bool) -> tuple[list[dict], list[dict]]:
@@ -164,7 +165,7 @@ def _read_metrics(file: Path, *, required: bool) -> tuple[list[dict], list[dict]
     train, evals = [], []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line, str(file))
         except ValueError:  # the last line of a run that was killed while writing
             continue
         if record.get("kind") == "train":

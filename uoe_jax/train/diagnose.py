@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.files import write_atomically
+from uoe_jax.files import format_json, write_atomically
 from uoe_jax.train.state import TrainState
 from uoe_jax.train.step import Batch, make_gradients, put_batch
 from uoe_jax.train.subject import Subject
@@ -85,7 +84,7 @@ def named_norms(tree: Any) -> dict[str, jax.Array]:
 def write_dump(folder: Path, dump: Mapping[str, Any]) -> Path:
     """Write a diagnosis into the run's folder and return its path."""
     path = folder / f"nonfinite-{dump['step']}.json"
-    write_atomically(path, json.dumps(dump, indent=2) + "\n")
+    write_atomically(path, format_json(dump, indent=2) + "\n")
     return path
 
 

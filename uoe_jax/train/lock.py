@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import secrets
 import socket
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from uoe_jax.errors import ConfigError, UoeError
+from uoe_jax.files import format_json, parse_json
 
 NAME = ".lock"
 BEAT_SECONDS = 10.0  # between two signs of life
@@ -148,7 +148,7 @@ class RunLock:
             probe.unlink(missing_ok=True)
 
     def _write(self) -> None:
-        os.pwrite(self._file, json.dumps(self._me).encode().ljust(_BYTES), 0)
+        os.pwrite(self._file, format_json(self._me).encode().ljust(_BYTES), 0)
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
@@ -173,7 +173,7 @@ def _flock(file: int) -> bool | None:
 
 def _read(file: int) -> dict[str, Any]:
     try:
-        owner = json.loads(os.pread(file, 4096, 0))
+        owner = parse_json(os.pread(file, 4096, 0), "the lock")
     except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}

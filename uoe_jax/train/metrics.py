@@ -6,8 +6,6 @@ import dataclasses
 import hashlib
 import io
 import itertools
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +14,7 @@ from typing import Any
 
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import first_line
-from uoe_jax.files import read_json_lines, write_atomically
+from uoe_jax.files import format_json, read_json_lines, write_atomically
 from uoe_jax.train.events import drop_events_after
 
 Line = Mapping[str, Any]
@@ -106,7 +104,7 @@ class MetricsLog:
 
     def write(self, line: Line) -> None:
         """Append one line; numbers that aren't finite become null."""
-        self._waiting += json.dumps(_finite(line)).encode() + b"\n"
+        self._waiting += format_json(line).encode() + b"\n"
         self._write_waiting()
         for name, (write, _) in list(self._sinks.items()):
             self._guard(name, lambda write=write: write(line))
@@ -230,13 +228,3 @@ def wandb_sink(config: ExperimentConfig, run_dir: Path) -> Sink:
         run.log(values, step=line["step"])
 
     return write, run.finish
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

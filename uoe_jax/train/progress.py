@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from uoe_jax.escape import escape
+from uoe_jax.escape import escape_line
 from uoe_jax.terminal import sturdy, what_failed
 
 
@@ -29,7 +29,11 @@ class Display:
         self.log_every = log_every
         self._out, self._err = sturdy(sys.stdout), sturdy(sys.stderr)
         self.console = Console(
-            file=cast(TextIO, self._out), soft_wrap=True, highlight=False
+            file=cast(TextIO, self._out),
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+            emoji=False,
         )
         self._total = 0
         self._bar: Progress | None = None
@@ -66,12 +70,12 @@ class Display:
     def note(self, text: str) -> None:
         """Print one line, above the bar if there is one."""
         if not self.quiet:
-            self.console.print(escape(text), markup=False)
+            self.console.print(escape_line(text))
             self._tell_if_mute()
 
     def warn(self, text: str) -> None:
         """Print one line to stderr, quiet or not."""
-        print(f"warning: {escape(text)}", file=self._err, flush=True)
+        print(f"warning: {escape_line(text)}", file=self._err, flush=True)
 
     def _tell_if_mute(self) -> None:
         """Say once that nobody gets the lines any more."""

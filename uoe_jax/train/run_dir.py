@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import subprocess
@@ -19,7 +18,7 @@ from uoe_jax.config import ExperimentConfig, from_json, to_json
 from uoe_jax.data.prepare import absolute_paths
 from uoe_jax.data.record import DataRecord, read_record, write_record
 from uoe_jax.errors import ConfigError
-from uoe_jax.files import write_atomically
+from uoe_jax.files import format_json, read_json, write_atomically
 from uoe_jax.train.lock import RunLock
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "env.json", "metrics.jsonl"
@@ -157,7 +156,7 @@ def has_begun(path: Path) -> bool:
     if not any((path / CHECKPOINTS).glob("*")):
         return False
     try:
-        about = json.loads((path / ENVIRONMENT).read_text())
+        about = read_json(path / ENVIRONMENT)
         return not any(name in about for name in MADE_FROM)
     except (OSError, ValueError, TypeError):
         return True
@@ -192,7 +191,7 @@ def write_environment(path: Path, about: Mapping[str, Any]) -> None:
         "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         **about,
     }
-    write_atomically(path / ENVIRONMENT, json.dumps(content, indent=2) + "\n")
+    write_atomically(path / ENVIRONMENT, format_json(content, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

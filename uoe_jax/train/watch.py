@@ -7,7 +7,6 @@ a main thread that hangs in a collective delays the news.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import selectors
@@ -24,6 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from uoe_jax.errors import UoeError
+from uoe_jax.files import format_json, parse_json
 from uoe_jax.train.signals import StopRun
 
 LOST_SECONDS = 30  # a machine that answers no probe for so long is gone
@@ -86,7 +86,7 @@ class Watch:
             self._thread.start()
             self._share(self._address(server.getsockname()[1]))
         else:
-            self._connect(json.loads(self._share("")))
+            self._connect(parse_json(self._share(""), "the first process's address"))
             self._thread.start()
         return self
 
@@ -115,7 +115,7 @@ class Watch:
         given = os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")[0]
         hosts = [given, _own_address(), socket.gethostname()]
         about = {"hosts": hosts, "port": port, "token": self._token}
-        return json.dumps(about | {"name": self._name})
+        return format_json(about | {"name": self._name})
 
     def _connect(self, address: dict[str, Any]) -> None:
         """Connect to the first process; where that fails, jax's heartbeats remain."""

@@ -7,7 +7,6 @@ chunks to its output, until nobody reads.
 from __future__ import annotations
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from jaxtyping import Int, UInt8
 from uoe_jax.data.tasks import pathfinder
 from uoe_jax.data.tasks.pathfinder import PathfinderRules
 from uoe_jax.errors import DataError
+from uoe_jax.files import format_json, parse_json
 
 Chunk = tuple[UInt8[np.ndarray, "N Hi Wi"], Int[np.ndarray, " N"]]
 
@@ -43,7 +43,7 @@ def chunks(
     try:
         for first in range(workers):
             order = {"seed": seed, "first": first, "step": workers}
-            text = json.dumps(order | {"rules": rules._asdict()})
+            text = format_json(order | {"rules": rules._asdict()})
             command = [sys.executable, "-m", "uoe_jax.data.tasks.parallel", text]
             process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE)
             assert process.stdout is not None
@@ -76,7 +76,7 @@ def _read(stream: IO[bytes]) -> np.ndarray:
 
 def main(text: str) -> None:
     """Write chunks to the standard output, each as images and labels."""
-    order = json.loads(text)
+    order = parse_json(text, "the order")
     rules, number = PathfinderRules(**order["rules"]), order["first"]
     try:
         while True:

@@ -172,6 +172,8 @@ def load_factors(path: str | Path) -> Factors:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    if not Path(path).is_file():  # a pipe would wait for its writer for ever
+        raise DataError(f"{path} is no file; give a file of completed factors")
     try:
         tensors = load_file(str(path))
     except (OSError, SafetensorError) as error:
