@@ -149,7 +149,11 @@ def data(args: list[str]) -> int:
         for name, split in found["splits"].items()
     ]
     print("\n" + format_table(("split", *columns), rows))
-    for split in found["splits"].values():
+    for name, split in found["splits"].items():
+        if split.get("lost_share"):
+            print(
+                f"note: the tokenizer doesn't know {split['lost_share']:.1%} of {name}"
+            )
         if "problem" in split:
             print(f"note: {escape_line(split['problem'])}")
     print("\nfirst training example:")

@@ -76,6 +76,8 @@ def evaluate(args: list[str]) -> int:
         "split": options.split,
         "data": dataset.info["source"],
     }
+    if dataset.lost_share:  # bits per byte are over the rest
+        found["share_lost"] = dataset.lost_share
     found |= run_evaluation(
         run.model, dataset.config, max_batches=options.max_batches, dataset=dataset
     )

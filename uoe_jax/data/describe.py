@@ -18,8 +18,8 @@ def describe(config: ExperimentConfig) -> dict[str, Any]:
     """Return what an experiment's data holds, after checking every hash.
 
     Keys: source, kind, folder, manifest (hash), files, tokenizer, vocab_size, classes,
-    bad_utf8, splits {name: documents, bytes, tokens, examples, batches,
-    bytes_per_token}, sample (the first training example as text).
+    bad_utf8, bad_records, splits {name: documents, bytes, tokens, examples, batches,
+    bytes_per_token, lost_share}, sample (the first training example as text).
     """
     prepared = prepare(config, thorough=True)
     manifest = prepared.manifest
@@ -35,6 +35,7 @@ def describe(config: ExperimentConfig) -> dict[str, Any]:
         "vocab_size": tokenizer.get("vocab_size"),
         "classes": manifest["classes"],
         "bad_utf8": manifest.get("bad_utf8"),
+        "bad_records": manifest.get("bad_records", 0),
         "splits": {split: _describe_split(config, split, prepared) for split in SPLITS},
         "sample": _draw_sample(train.batch(0), train),
     }
@@ -52,6 +53,7 @@ def _describe_split(config: ExperimentConfig, split: str, prepared: Any) -> dict
         "examples": dataset.num_examples,
         "batches": dataset.num_batches,
         "bytes_per_token": dataset.bytes_per_token,
+        "lost_share": dataset.lost_share,
     }
 
 
