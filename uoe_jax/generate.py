@@ -75,8 +75,8 @@ def continuation(
     """Return a prompt and what follows it, decoded together.
 
     A decoder may treat the first token otherwise (it drops the blank before a word),
-    so the continuation alone would lose what joins the two. Where decoding gives the
-    prompt back as another text, as after lowercasing, that text is shown.
+    so the continuation alone would lose what joins the two. Where what follows changes
+    how the prompt decodes, the whole is shown as decoded.
     """
     before = tokenizer.decode_bytes(prompt_ids)
     whole = tokenizer.decode_bytes(np.concatenate([prompt_ids, np.asarray(new_ids)]))
