@@ -19,7 +19,7 @@ from uoe_jax.config import (
     from_json,
 )
 from uoe_jax.errors import ConfigError
-from uoe_jax.files import format_json, parse_json, read_json
+from uoe_jax.files import format_json, read_json, read_json_lines, write_atomically
 from uoe_jax.hardware.count import count_params, flops_per_token
 from uoe_jax.validation import validate
 
@@ -147,9 +147,9 @@ def _last_step(metrics: Path) -> int:
     """Return the step of the last validation a run recorded, 0 without one."""
     step = 0
     if metrics.is_file():
-        for line in metrics.read_text().splitlines():
-            if '"kind": "eval"' in line:
-                step = parse_json(line, str(metrics))["step"]
+        for line in read_json_lines(metrics, step=True).records:
+            if line["kind"] == "eval":
+                step = line["step"]
     return step
 
 
@@ -197,7 +197,7 @@ def _row(config: ExperimentConfig, folder: Path, flops: float) -> dict[str, Any]
 
 def write_json(path: Path, content: Any) -> None:
     """Write rows or samples as JSON."""
-    path.write_text(format_json(content, indent=2) + "\n")
+    write_atomically(path, format_json(content, indent=2) + "\n")
 
 
 def format_summary(rows: Sequence[dict[str, Any]]) -> str:

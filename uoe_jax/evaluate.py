@@ -20,7 +20,7 @@ from uoe_jax.data.record import (
     read_record,
     with_run_tokenizer,
 )
-from uoe_jax.errors import CheckpointError
+from uoe_jax.errors import CheckpointError, ConfigError
 from uoe_jax.model import split_model
 from uoe_jax.partition.mesh import evaluation_mesh
 from uoe_jax.train.run_dir import BEST, CHECKPOINTS, CONFIG
@@ -125,7 +125,14 @@ def evaluate_all(
     max_batches: int | None = None,
     mesh: Mesh | None = None,
 ) -> list[dict[str, Any]]:
-    """Return what `evaluate` does for several datasets, by one compiled program."""
+    """Return what `evaluate` does for several datasets, by one compiled program.
+
+    Raises ConfigError for a `max_batches` below 1.
+    """
+    if max_batches is not None and max_batches < 1:
+        raise ConfigError(
+            f"max_batches is {max_batches}; it must be at least 1, or None for all"
+        )
     if mesh is None:
         mesh = evaluation_mesh(config)
     graphdef, params, buffers = nnx.split(model, nnx.Param, ...)

@@ -189,7 +189,11 @@ def read_json_lines(path: Path, *, step: bool = False) -> JsonLines:
             record = None
         whole = isinstance(record, dict) and (
             not step
-            or (type(record.get("step")) is int and isinstance(record.get("kind"), str))
+            or (
+                type(record.get("step")) is int
+                and abs(record["step"]) < 2**63
+                and isinstance(record.get("kind"), str)
+            )
         )
         if isinstance(record, dict) and whole:
             found.records.append(record)

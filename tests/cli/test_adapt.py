@@ -95,8 +95,8 @@ def test_a_saved_adapter_merges_untrained(
     adapted, union_run, other_text, tmp_path, capsys
 ):
     out = tmp_path / "again"
-    args = [union_run, "--load", adapted, "--steps", "0", "--merge",
-            "--data", other_text, "--batch-size", "9", "--out", out, "--json"]  # fmt: skip
+    args = [union_run, "--load", adapted, "--steps", "0", "--merge"]
+    args += ["--data", other_text, "--batch-size", "9", "--out", out, "--json"]
     assert adapt(*args) == 0
     said = capsys.readouterr()
     report = json.loads(said.out)

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from fuzzing import Finding, damage_bytes, one_line, raw_error, run_cases
+from uoe_jax.complete.read import read_entries
 
 from uoe_jax.adapt.files import load_adapters
 from uoe_jax.checkpoint import named_leaves
 from uoe_jax.cli import main
 from uoe_jax.cli.paths import read_config
-from uoe_jax.complete.read import read_entries
 from uoe_jax.config import config_hash
 from uoe_jax.data import make_dataset
 from uoe_jax.data.tokenize import SubwordTokenizer

@@ -112,7 +112,8 @@ def _run(args: list[str], debug: bool) -> int:
             text += "shorter sequences or fewer new tokens"
             return _fail(f"out of memory: {text}", OutOfMemory.exit_code, debug)
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        text = f"{type(error).__name__}: {error}{notes}; --debug shows the traceback"
+        said = f"{type(error).__name__}: {error}".removesuffix(": ") + notes
+        text = f"{said}; --debug shows the traceback"
         return _fail(text, 1, debug)
 
 

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import os
 
-def prepare() -> None:
-    """Restrict NNX to plain pytrees, as all of this package's models are."""
+from uoe_jax.errors import ConfigError, first_line
+
+
+def prepare(*, joins: bool = False) -> None:
+    """Restrict NNX to plain pytrees, as all of this package's models are.
+
+    Raises ConfigError if there is no device to compute on; a process that `joins`
+    others first must not ask yet, and calls `check_devices` later.
+    """
     from flax import nnx
 
     nnx.set_graph_mode(False)
     nnx.set_graph_updates(False)
+    if not joins:
+        check_devices()
+
+
+def check_devices() -> None:
+    """Raise ConfigError, saying why and what to do, if jax finds no device."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        which = f" of JAX_PLATFORMS={asked}" if asked else ""
+        reason = first_line(error) if str(error) else "its plugin isn't installed"
+        fix = "install that plugin (extras cuda and tpu), or set JAX_PLATFORMS=cpu"
+        if "in use" in str(error) or "busy" in str(error).lower():
+            fix = "end the process that holds it, or set JAX_PLATFORMS=cpu"
+        raise ConfigError(f"jax finds no device{which} ({reason}); {fix}") from None
 
 
 def describe() -> str:

@@ -53,7 +53,9 @@ class ReportOptions:
     """Write plots and a self-contained page for one run, or several side by side."""
 
     runs: Positional[Annotated[tuple[str, ...], arg(metavar="RUN...")]]
-    out: Path | None = None  # the page; RUN/report.html of the first run
+    # The page, and the folder that its pictures go below; RUN/report.html of the first
+    # run if not given. Runs can be read-only then.
+    out: Path | None = None
     overlay: bool = True  # load the models and show their routing of real text
 
 
@@ -107,6 +109,9 @@ def _eval_options(args: list[str]) -> tuple[EvalOptions, Path]:
     config = read_config(folder)
     # Once more, as what isn't typed is the run's.
     options = parse(EvalOptions, args, "eval", default=EvalOptions(data=config.data))
+    most = options.max_batches
+    if most is not None and most < 1:
+        raise ConfigError(f"--max-batches is {most}; it must be at least 1")
     validate(dataclasses.replace(config, data=options.data))
     check_typed(args, options.data, config.model.kind)
     return options, folder

@@ -56,13 +56,14 @@ def train(args: list[str]) -> int:
     check_typed(rest, config.data, config.model.kind)
     run_dir = options.run_dir or folder or RUNS / config.name
 
-    from uoe_jax.cli.device import prepare
+    from uoe_jax.cli.device import check_devices, prepare
 
-    prepare()
+    prepare(joins=options.distributed)
     if options.distributed:
         from uoe_jax.train.peers import join
 
         join()
+        check_devices()
     from uoe_jax.train import train as run_training
 
     run_training(

@@ -140,7 +140,8 @@ def draw_layout(config: ExperimentConfig, sizes: Sizes) -> Figure:
     grid.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
     grid.set_frame_on(False)
     more = "" if shown == held else f" (the first {len(shown)} of {len(held)} devices)"
-    grid.set_title(f"{config.name}: {describe_sizes(sizes)}{more}", fontsize=10)
+    title = f"{config.name}: {describe_sizes(sizes)}{more}"
+    grid.set_title(title, fontsize=10, parse_math=False)  # a name may hold a $
     text.set_axis_off()
     text.set_title("What moves in one training step", fontsize=9, loc="left")
     text.text(0, 1, "\n".join(lines), va="top", fontsize=8, transform=text.transAxes)

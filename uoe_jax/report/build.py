@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import html
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from uoe_jax.errors import ConfigError
+from uoe_jax.files import write_atomically
 from uoe_jax.report import curves, overlay, page, routers
 from uoe_jax.report.alarms import HEAVY, find_alarms
 from uoe_jax.report.overlay import Overlay
@@ -34,7 +34,10 @@ def write_report(
     samples: Mapping[str, str] | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write RUN/plots/*.png of every run and the page `out`; return the page's path.
+    """Write plots/*.png of every run and the page `out`; return the page's path.
+
+    Without `out` the pictures lie in the runs; with it beside the page, and the runs
+    may be read-only.
 
     Args:
         run_dirs: folders of the runs, side by side in the order given.
@@ -47,13 +50,14 @@ def write_report(
         DataError: a folder holds no metrics.
     """
     runs = read_runs([Path(d) for d in run_dirs])
+    folders = _folders(runs, out)
     out = out or runs[0].path / "report.html"
     overlays = overlays or {}
     shared = _comparison(runs)
     for run in runs:
         own = shared if len(runs) == 1 else _comparison([run], [LIGHT])
         for name, pngs in own.items():
-            _save(run.path / "plots", name, pngs)
+            _save(folders[run.path] / "plots", name, pngs)
     if len(runs) > 1:
         for name, pngs in shared.items():
             _save(out.parent / "plots", name, pngs)
@@ -61,7 +65,12 @@ def write_report(
         ("Summary", _summary(runs)),
         ("Learning", "".join(page.picture(p, n) for n, p in shared.items())),
         ("Decomposition", "".join(_decomposition(run) for run in runs)),
-        ("Routers", "".join(_routers(run, overlays.get(run.path)) for run in runs)),
+        (
+            "Routers",
+            "".join(
+                _routers(run, overlays.get(run.path), folders[run.path]) for run in runs
+            ),
+        ),
         ("Samples", _samples(samples or {})),
         ("Configuration", _configs(runs)),
         ("Environment", _environments(runs)),
@@ -88,8 +97,8 @@ def _comparison(
     return {name: pngs for name, pngs in pictures.items() if pngs}
 
 
-def _routers(run: Run, example: Overlay | None) -> str:
-    """Return one run's router section, its pictures saved on the way."""
+def _routers(run: Run, example: Overlay | None, folder: Path) -> str:
+    """Return one run's router section, its pictures saved below a folder."""
     draw: dict[str, Any] = {
         "load": functools.partial(routers.load_figure, run),
         "load_history": functools.partial(routers.load_history_figure, run),
@@ -105,13 +114,13 @@ def _routers(run: Run, example: Overlay | None) -> str:
     parts.append(page.paragraph(_ABOUT_LOAD))
     for name, pngs in pictures.items():
         if pngs:
-            _save(run.path / "plots", name, pngs)
+            _save(folder / "plots", name, pngs)
             if name == "routing":
                 parts.append(page.paragraph(_about_routing(run, "image")))
             parts.append(page.picture(pngs, f"{run.name}: {name}"))
     if example is not None and example.tokens:
         draw_text = functools.partial(overlay.text_figure, example)
-        _save(run.path / "plots", "routing", render(draw_text, [LIGHT]))
+        _save(folder / "plots", "routing", render(draw_text, [LIGHT]))
         parts.append(page.paragraph(_about_routing(run, "text")))
         parts.append(overlay.text_html(example))
     return "".join(parts)
@@ -236,10 +245,29 @@ def _save(folder: Path, name: str, pngs: Mapping[str, bytes]) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    """Write a file, whole or not at all; raise ConfigError where that can't be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} can't be written ({error.strerror}); give the page another place "
+            "with --out"
+        ) from None
+
+
+def _folders(runs: Sequence[Run], out: Path | None) -> dict[Path, Path]:
+    """Return below which folder each run's pictures go: its own, or beside the page.
+
+    Several runs have one each, named as theirs.
+    """
+    if out is None:
+        return {run.path: run.path for run in runs}
+    if len(runs) == 1:
+        return {runs[0].path: out.parent}
+    folders: dict[Path, Path] = {}
+    for run in runs:
+        names = [run.path.name, *(f"{run.path.name}-{n}" for n in range(2, 100))]
+        free = (out.parent / name for name in names)
+        folders[run.path] = next(f for f in free if f not in folders.values())
+    return folders

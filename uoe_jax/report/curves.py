@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from uoe_jax.report.read import Run
-from uoe_jax.report.style import MARKERS, Theme
+from uoe_jax.report.style import MARKERS, Theme, as_label
 
 # x of every comparison: record key, axis label, unit of its ticks.
 AXES = (
@@ -46,16 +46,19 @@ def loss_figure(runs: list[Run], theme: Theme) -> Figure | None:
         shown = []
         for i, run in enumerate(runs):
             color = theme.colors[i % len(theme.colors)]
-            train = run.series("loss", x)
+            train, name = run.series("loss", x), as_label(run.name)
             if train.size:
                 smoothed = smooth(train[1])
                 axes.plot(*train, color=color, alpha=0.25, linewidth=0.8)
                 axes.plot(
-                    train[0], smoothed, color=color, label=f"{run.name}, training"
+                    train[0],
+                    smoothed,
+                    color=color,
+                    label=f"{as_label(run.name)}, training",
                 )
                 shown.extend(smoothed[len(smoothed) // 8 :])
             shown.extend(run.series("loss", x, "eval")[1][1:])
-            _validation(axes, run, "loss", x, i, theme, f"{run.name}, validation")
+            _validation(axes, run, "loss", x, i, theme, f"{name}, validation")
         _dress(axes, label, unit)
         if shown:  # the first steps' fall and the noise would flatten all the rest
             axes.set_ylim(min(shown) * 0.92, max(shown) * 1.08)
@@ -71,7 +74,7 @@ def metric_figure(runs: list[Run], key: str, theme: Theme) -> Figure | None:
     figure, panels = _panels()
     for axes, (x, label, unit) in zip(panels, AXES, strict=True):
         for i, run in enumerate(runs):
-            _validation(axes, run, key, x, i, theme, run.name, "-")
+            _validation(axes, run, key, x, i, theme, as_label(run.name), "-")
         _dress(axes, label, unit)
         later = [v for r in runs for v in r.series(key, x, "eval")[1][1:]]
         if len(later) > 2 * len(runs) and key != "accuracy":
@@ -96,7 +99,7 @@ def health_figure(runs: list[Run], theme: Theme) -> Figure | None:
         for i, run in enumerate(runs):
             series = run.series(key, "step")
             color = theme.colors[i % len(theme.colors)]
-            axes.plot(*series, color=color, linewidth=1.3, label=run.name)
+            axes.plot(*series, color=color, linewidth=1.3, label=as_label(run.name))
         _dress(axes, "training steps", "")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)

@@ -17,7 +17,7 @@ from uoe_jax.config import (
 )
 from uoe_jax.errors import DataError
 from uoe_jax.escape import escape_line
-from uoe_jax.files import parse_json, read_json
+from uoe_jax.files import read_json, read_json_lines
 from uoe_jax.hardware.count import count_active_params, count_params, flops_per_token
 from uoe_jax.kinds import router_of
 from uoe_jax.validation import read_config
@@ -43,14 +43,14 @@ class Run:
         pairs = [
             (r[x], r[key])
             for r in records
-            if r.get(x) is not None and r.get(key) is not None
+            if _is_number(r.get(x)) and _is_number(r.get(key))
         ]
         return np.array(pairs, dtype=float).reshape(-1, 2).T
 
     def last(self, key: str, kind: str = "eval") -> float | int | None:
         """Return the newest value of `key`, or None if it was never recorded."""
         for record in reversed(self.evals if kind == "eval" else self.train):
-            if record.get(key) is not None:
+            if _is_number(record.get(key)):
                 return record[key]
         return None
 
@@ -60,15 +60,19 @@ class Run:
 
     def router(self, block: str, key: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Return (steps [n], values [n, L] or [n, L, E]) of a router statistic."""
-        found = [
-            (r["step"], r["router"][block][key])
-            for r in self.train
-            if (r.get("router") or {}).get(block, {}).get(key)
-        ]
+        found = []
+        for record in self.train:
+            try:
+                values = np.array(record["router"][block][key], dtype=float)
+            except (KeyError, TypeError, ValueError):  # not recorded, or damaged
+                continue
+            if len(values.shape) and len(values) == len(self.routed_layers(block)):
+                found.append((record["step"], values))
+        found = [pair for pair in found if pair[1].shape == found[-1][1].shape]
         if not found:
             return None
         steps, values = zip(*found, strict=True)
-        return np.array(steps, dtype=float), np.array(values, dtype=float)
+        return np.array(steps, dtype=float), np.stack(values)
 
     def num_experts(self, block: str, layer: int) -> int:
         """Return how many experts a layer's router chooses from."""
@@ -146,14 +150,22 @@ def _router(
 def read_run(path: Path) -> Run:
     """Return the run in a folder; raises DataError if it holds no metrics."""
     config = read_config(path)
-    env = {}
-    if (path / "env.json").is_file():
-        env = read_json(path / "env.json")
-    written = {}
-    if (path / "decompose.json").is_file():
-        written = read_json(path / "decompose.json")
+    env, written = (
+        _read_object(path / "env.json"),
+        _read_object(path / "decompose.json"),
+    )
     train, evals = _read_metrics(path / "metrics.jsonl", required=not written)
     return Run(path, escape_line(config.name), config, env, train, evals, written)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, {} where there is no file."""
+    try:
+        return dict(read_json(file))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError):
+        raise DataError(f"{file} is damaged; restore it or move it away") from None
 
 
 def _read_metrics(file: Path, *, required: bool) -> tuple[list[dict], list[dict]]:
@@ -163,18 +175,19 @@ def _read_metrics(file: Path, *, required: bool) -> tuple[list[dict], list[dict]
             return [], []
         raise DataError(f"{file.parent} has no metrics.jsonl; train the run first")
     train, evals = [], []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = parse_json(line, str(file))
-        except ValueError:  # the last line of a run that was killed while writing
-            continue
-        if record.get("kind") == "train":
+    for record in read_json_lines(file, step=True).records:
+        if record["kind"] == "train":
             train.append(record)
-        elif record.get("kind") == "eval" and record.get("split", "valid") == "valid":
+        elif record["kind"] == "eval" and record.get("split", "valid") == "valid":
             evals.append(record)
     if required and not train and not evals:
         raise DataError(f"{file} has no records yet; train the run first")
     return train, evals
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) < 1e300
 
 
 def read_runs(paths: list[Path]) -> list[Run]:

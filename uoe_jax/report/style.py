@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ def styled(theme: Theme) -> Iterator[None]:
         "font.size": 10.5,
         "font.family": "DejaVu Sans",
         "lines.linewidth": 1.8,
+        "text.parse_math": False,  # a name may hold a $
     }
     with matplotlib.rc_context(settings):
         yield
@@ -92,10 +94,25 @@ def render(
             if figure is None:
                 return {}
             buffer = io.BytesIO()
-            # No software name or date: equal runs give equal files.
-            figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+            with warnings.catch_warnings():
+                # The page's text has what this font lacks.
+                warnings.filterwarnings("ignore", message="Glyph")
+                # No software name or date: equal runs give equal files.
+                about = {"Software": None}
+                figure.savefig(buffer, format="png", dpi=dpi, metadata=about)
             pictures[theme.name] = buffer.getvalue()
     return pictures
+
+
+def as_label(name: str, limit: int = 60) -> str:
+    """Return a run's name as a legend shows it: one short line.
+
+    matplotlib leaves labels out that begin with an underscore.
+    """
+    shown = "".join(c if c.isprintable() else "·" for c in name)
+    if len(shown) > limit:
+        shown = shown[: limit - 3] + "..."
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def data_uri(png: bytes) -> str:
