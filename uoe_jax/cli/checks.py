@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 from uoe_jax.cli.parse import Experiment, check_typed, parse, take_preset
 from uoe_jax.cli.paths import run_or_preset
 from uoe_jax.config import ModelConfig
+from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape, escape_line
 from uoe_jax.fields import Count, Seed
 from uoe_jax.files import format_json
@@ -46,6 +47,8 @@ def leakcheck(args: list[str]) -> int:
     options = parse(LeakOptions, args, "leakcheck")
     folder, config = run_or_preset(options.target)
     validate(config)
+    structure = scaled_down(config.model) if folder is None else config.model
+    _check_length(options.length, structure)
 
     from uoe_jax.cli.device import prepare
 
@@ -58,20 +61,36 @@ def leakcheck(args: list[str]) -> int:
     if folder is not None:
         from uoe_jax.evaluate import load_run
 
-        model, structure, note = load_run(folder).model, config.model, ""
+        model, note = load_run(folder).model, ""
     else:
         from uoe_jax.model import make_model
 
-        structure = scaled_down(config.model)
         note = " (scaled down)" if structure != config.model else ""
         model = make_model(structure, jax.random.key(options.seed))
     length = options.length or min(structure.max_seq_len, _probe_length(structure))
-    findings = check(model, jax.random.key(options.seed + 1), length=length)
+    findings = check(
+        model, jax.random.fold_in(jax.random.key(options.seed), 1), length=length
+    )
     print(f"{options.target}{note}, {length} tokens")
     print(format_findings(findings))
     moved = [finding for finding in findings if not finding.passed]
     print("nothing moved" if not moved else f"{len(moved)} checks found a leak")
     return 1 if moved else 0
+
+
+def _check_length(length: int | None, model: ModelConfig) -> None:
+    if length is None:
+        return
+    if model.kind == "vision":
+        raise ConfigError(
+            f"--length is {length} and model.kind 'vision'; images have a size of "
+            "their own, leave it out"
+        )
+    if not 3 <= length <= model.max_seq_len:
+        raise ConfigError(
+            f"--length is {length}; it must be 3 (a past, a present and a future) to "
+            f"{model.max_seq_len}, model.max_seq_len of what is checked"
+        )
 
 
 def _probe_length(model: ModelConfig) -> int:

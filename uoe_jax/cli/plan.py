@@ -13,7 +13,7 @@ from typing import Any
 
 from uoe_jax.cli.parse import Experiment, parse, take_preset, typed_options
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.errors import DataError
+from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.escape import escape_line
 from uoe_jax.fields import Count, Positive, Whole
 from uoe_jax.files import format_json
@@ -57,6 +57,7 @@ def plan(args: list[str]) -> int:
     options = parse(PlanOptions, rest, "plan", default=PlanOptions(config=preset))
     validate(options.config)
     topology = parse_topology(options.topology)
+    _check_compile(rest, options, topology)
     calibration = _calibration(options, topology)
     budget = options.budget
     limit = None if budget is None else budget * 1e9
@@ -82,6 +83,17 @@ def plan(args: list[str]) -> int:
             file=sys.stderr,
         )
     return 0 if found.fitting else 1
+
+
+def _check_compile(args: list[str], options: PlanOptions, topology: Topology) -> None:
+    """Raise ConfigError for typed options of a compiler that this topology hasn't."""
+    typed = typed_options(args, PlanOptions)
+    asked = [o for o in ("--compile", "--kernels", "--max-seconds") if o in typed]
+    if asked and not topology.is_tpu and options.compile > 0:
+        raise ConfigError(
+            f"{asked[0]} is for TPU topologies and this is {topology.name}; leave it "
+            "out, its layouts are predicted only"
+        )
 
 
 def _fixed(args: list[str], config: ExperimentConfig) -> dict[str, int]:
