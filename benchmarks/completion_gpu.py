@@ -20,11 +20,11 @@ from completion_slopes import SIZES as SLOPE_SIZES
 from completion_slopes import bench_entries, bench_ranks, hyper_of
 
 from uoe_jax.linalg.completion import Solver
+from uoe_jax.linalg.completion.als import run_sweep, start_state
 from uoe_jax.linalg.completion.entries import Entries
 from uoe_jax.linalg.completion.factors import predict_entries
-from uoe_jax.linalg.completion.half import Hyper
+from uoe_jax.linalg.completion.method import Hyper, Method
 from uoe_jax.linalg.completion.problem import lay_out
-from uoe_jax.linalg.completion.run import Method, run_sweep, start_state
 
 HIGHEST = jax.lax.Precision.HIGHEST
 SIZES = {

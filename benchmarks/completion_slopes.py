@@ -19,12 +19,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from uoe_jax.linalg.completion import Solver
+from uoe_jax.linalg.completion.als import half_step, run_sweep
 from uoe_jax.linalg.completion.entries import Entries
-from uoe_jax.linalg.completion.half import Hyper
-from uoe_jax.linalg.completion.problem import lay_out
-from uoe_jax.linalg.completion.run import Method, run_sweep
-from uoe_jax.linalg.completion.step import State, half_step
-from uoe_jax.linalg.completion.tally import count_sweep
+from uoe_jax.linalg.completion.flops import count_sweep
+from uoe_jax.linalg.completion.method import Hyper, Method
+from uoe_jax.linalg.completion.problem import State, lay_out
 
 SIZES = {
     "full": {

@@ -8,11 +8,11 @@ from compare import assert_close
 from planted_matrices import make_planted
 
 from uoe_jax.linalg.completion import Solver, complete, predict
+from uoe_jax.linalg.completion.als import gauge, start_state
 from uoe_jax.linalg.completion.entries import clean_entries
+from uoe_jax.linalg.completion.method import Method
 from uoe_jax.linalg.completion.problem import lay_out
-from uoe_jax.linalg.completion.run import Method, start_state
 from uoe_jax.linalg.completion.spectral import clip_rows
-from uoe_jax.linalg.completion.step import gauge
 from uoe_jax.linalg.lowrank import orthonormalise, subspace_distance
 
 F64 = {"dtype": np.float64}

@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.linalg.completion import complete, partial_fit, predict
-from uoe_jax.linalg.completion.build import make_buckets, make_segments
+from uoe_jax.linalg.completion.buckets import (
+    choose_widths,
+    make_buckets,
+    make_segments,
+    round_up,
+)
 from uoe_jax.linalg.completion.checks import check_numbers, check_rank
 from uoe_jax.linalg.completion.entries import clean_entries, split_entries
-from uoe_jax.linalg.completion.widths import choose_widths, round_up
 
 GOOD = (np.array([0, 1, 2]), np.array([0, 1, 1]), np.array([1.0, 2.0, 3.0]))
 

@@ -10,14 +10,12 @@ from compare import assert_close
 from planted_matrices import make_planted
 
 from uoe_jax.linalg.completion import Solver, complete
-from uoe_jax.linalg.completion.count import count_half_step
+from uoe_jax.linalg.completion.als import run_sweep
 from uoe_jax.linalg.completion.entries import clean_entries
-from uoe_jax.linalg.completion.half import Hyper
-from uoe_jax.linalg.completion.problem import lay_out
-from uoe_jax.linalg.completion.run import Method, run_sweep
-from uoe_jax.linalg.completion.solve import Equations, solve_batch
-from uoe_jax.linalg.completion.step import State
-from uoe_jax.linalg.completion.tally import count_sweep
+from uoe_jax.linalg.completion.flops import count_half_step, count_sweep
+from uoe_jax.linalg.completion.least_squares import Equations, solve_batch
+from uoe_jax.linalg.completion.method import Hyper, Method
+from uoe_jax.linalg.completion.problem import State, lay_out
 
 
 def run_once(m, n, degree, rank, solver):

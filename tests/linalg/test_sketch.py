@@ -8,7 +8,11 @@ from compare import assert_close
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.linalg.completion import Solver
-from uoe_jax.linalg.completion.solve import Equations, sketch_triangle, solve_batch
+from uoe_jax.linalg.completion.least_squares import (
+    Equations,
+    sketch_triangle,
+    solve_batch,
+)
 from uoe_jax.linalg.sketch import sketch_rows, walsh_hadamard
 
 FACTOR = 16

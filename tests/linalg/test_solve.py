@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.linalg.completion.cg import conjugate_gradient
-from uoe_jax.linalg.completion.solve import Equations, solve_batch
-from uoe_jax.linalg.completion.solver import Solver
+from uoe_jax.linalg.completion.least_squares import (
+    Equations,
+    conjugate_gradient,
+    solve_batch,
+)
+from uoe_jax.linalg.completion.method import Solver
 
 BATCH, HEIGHT, RANK = 3, 40, 4
 KINDS = ("exact", "cg", "gram", "sketch")

@@ -4,7 +4,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from uoe_jax.linalg.completion.api import complete
     from uoe_jax.linalg.completion.dense import complete_matrix, make_completer
     from uoe_jax.linalg.completion.estimator import MatrixCompleter
     from uoe_jax.linalg.completion.factors import (
@@ -14,7 +13,8 @@ if TYPE_CHECKING:
         rmse,
         save_factors,
     )
-    from uoe_jax.linalg.completion.solver import Solver
+    from uoe_jax.linalg.completion.fit import complete
+    from uoe_jax.linalg.completion.method import Solver
     from uoe_jax.linalg.completion.update import partial_fit
 
 __all__ = [
@@ -31,11 +31,11 @@ __all__ = [
     "save_factors",
 ]
 _FILES = {
-    "api": ("complete",),
+    "fit": ("complete",),
     "dense": ("complete_matrix", "make_completer"),
     "estimator": ("MatrixCompleter",),
     "factors": ("Factors", "load_factors", "predict", "rmse", "save_factors"),
-    "solver": ("Solver",),
+    "method": ("Solver",),
     "update": ("partial_fit",),
 }
 _FILE = {name: file for file, names in _FILES.items() for name in names}

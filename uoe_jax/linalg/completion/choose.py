@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Key
 
-from uoe_jax.linalg.completion.api import complete
 from uoe_jax.linalg.completion.defaults import RIDGES, FitOptions
 from uoe_jax.linalg.completion.factors import Factors
+from uoe_jax.linalg.completion.fit import complete
 
 
 class Ratings(NamedTuple):

@@ -11,15 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from uoe_jax.errors import DataError
-from uoe_jax.linalg.completion.api import complete
+from uoe_jax.linalg.completion.als import alternate
 from uoe_jax.linalg.completion.entries import clean_entries
 from uoe_jax.linalg.completion.factors import Factors
-from uoe_jax.linalg.completion.half import Hyper
+from uoe_jax.linalg.completion.fit import complete
+from uoe_jax.linalg.completion.method import Hyper, Method, Solver
 from uoe_jax.linalg.completion.problem import lay_out
-from uoe_jax.linalg.completion.run import Method
-from uoe_jax.linalg.completion.solver import Solver
 from uoe_jax.linalg.completion.spectral import spectral_start
-from uoe_jax.linalg.completion.step import alternate
 
 
 def complete_matrix(

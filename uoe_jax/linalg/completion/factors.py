@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import DataError
 from uoe_jax.files import write_atomically
-from uoe_jax.linalg.completion.arrays import as_indices
+from uoe_jax.linalg.completion.entries import as_indices
 
 
 @jax.tree_util.register_dataclass

@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from uoe_jax.linalg.completion.cg import conjugate_gradient, implicit_solve
-from uoe_jax.linalg.completion.half import (
+from uoe_jax.linalg.completion.least_squares import conjugate_gradient, implicit_solve
+from uoe_jax.linalg.completion.method import (
     Fixed,
     Hyper,
+    Solver,
     Stats,
     gather,
     ridge_of,
     summed,
 )
-from uoe_jax.linalg.completion.layout import Run
-from uoe_jax.linalg.completion.solver import Solver
+from uoe_jax.linalg.completion.problem import Run
 
 
 def solve_run(

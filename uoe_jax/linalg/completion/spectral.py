@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from uoe_jax.linalg.completion.half import gather
-from uoe_jax.linalg.completion.layout import Problem, Run, Side
-from uoe_jax.linalg.completion.step import State
+from uoe_jax.linalg.completion.method import gather
+from uoe_jax.linalg.completion.problem import Problem, Run, Side, State
 from uoe_jax.linalg.lowrank import orthonormalise, subspace_svd
 
 

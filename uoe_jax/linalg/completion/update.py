@@ -10,15 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.linalg.completion.arrays import as_indices
+from uoe_jax.linalg.completion.als import solve_side
 from uoe_jax.linalg.completion.checks import check_numbers
-from uoe_jax.linalg.completion.entries import clean_entries
+from uoe_jax.linalg.completion.entries import as_indices, clean_entries
 from uoe_jax.linalg.completion.factors import Factors
-from uoe_jax.linalg.completion.half import Fixed, Hyper
-from uoe_jax.linalg.completion.layout import fill
-from uoe_jax.linalg.completion.problem import lay_out
-from uoe_jax.linalg.completion.sides import solve_side
-from uoe_jax.linalg.completion.solver import Solver
+from uoe_jax.linalg.completion.method import Fixed, Hyper, Solver
+from uoe_jax.linalg.completion.problem import fill, lay_out
 
 ROUNDS = 3  # each one squares away what the exact solver's shift left behind
 

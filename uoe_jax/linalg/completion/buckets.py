@@ -1,16 +1,81 @@
-"""Building layouts: entries sorted by unknown, then cut into buckets or one run."""
+"""Degree buckets and sorted runs: where each equation of a side sits.
+
+Buckets put problems of similar degree into rectangles, so that a device sees batched
+matrix products; their widths are those that pad least, for few compilations.
+"""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
-from uoe_jax.linalg.completion.layout import Bucket, Segments
-from uoe_jax.linalg.completion.widths import MAX_BUCKETS, choose_widths, round_up
+MAX_BUCKETS = 6
+
+
+def round_up(size: Any) -> Any:
+    """Return sizes at most 1/16 larger, and few different ones.
+
+    Similar problems (the folds of a cross-validation) then share compiled code.
+    """
+    bits = np.frexp(np.asarray(size, np.float64))[1]
+    grain = 2 ** np.maximum(bits - 5, 0)
+    return -(-size // grain) * grain
+
+
+def choose_widths(
+    degree: np.ndarray, max_buckets: int = MAX_BUCKETS, worth: float = 0.0
+) -> list[int]:
+    """Return the bucket widths with least padding, by dynamic programming.
+
+    Of fewer than `max_buckets`, the first number that one more bucket would not lower
+    by the fraction `worth`.
+    """
+    degree = degree[degree > 0]
+    if not degree.size:
+        return []
+    rounded = round_up(-(-degree // 4) * 4)
+    candidates, counts = np.unique(rounded, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    num = len(candidates)
+    cost = np.full((max_buckets + 1, num + 1), np.inf)
+    cost[:, 0] = 0.0
+    previous = np.zeros((max_buckets + 1, num + 1), int)
+    for used in range(1, max_buckets + 1):
+        for end in range(1, num + 1):
+            area = (below[end] - below[:end]) * float(candidates[end - 1])
+            total = cost[used - 1, :end] + area
+            previous[used, end] = int(np.argmin(total))
+            cost[used, end] = total.min()
+    saved = 1 - cost[2:, num] / cost[1:-1, num]
+    first = 1 + int(np.argmax(np.append(saved <= worth, True)))
+    widths, end = [], num
+    for used in range(first, 0, -1):
+        if end == 0:
+            break
+        widths.append(int(candidates[end - 1]))
+        end = int(previous[used, end])
+    return sorted(widths)
+
+
+class Bucket(NamedTuple):
+    """Problems of similar degree; padding points one past the end."""
+
+    ids: Int[Array, "P C"]  # unknown of each problem
+    index: Int[Array, "P C S"]  # row of the fixed factor in each equation
+    entry: Int[Array, "P C S"]  # position of its value
+
+
+class Segments(NamedTuple):
+    """All equations of a side, sorted by unknown."""
+
+    unknown: Int[Array, "P C"]
+    index: Int[Array, "P C"]
+    entry: Int[Array, "P C"]
 
 
 def _sorted_order(library: Any, unknown: Any, index: Any, num_index: int) -> Any:
