@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compare import assert_close
 
 from uoe_jax.cli import main
 from uoe_jax.complete.options import CompleteArgs
@@ -126,10 +127,10 @@ def test_predictions_are_by_the_users_own_ids(run, tmp_path):
     dense = np.asarray(factors.dense())
     row, col = factors.info["row_ids"] == "u26", factors.info["col_ids"] == "B00027"
     made = [float(line[2]) for line in lines[1:]]
-    np.testing.assert_allclose(made[1], dense[row, col][0], rtol=1e-5)
+    assert_close(made[1], dense[row, col][0], 1e-5)
     bias = np.asarray(factors.col_bias)[col][0]
-    np.testing.assert_allclose(made[2], float(factors.offset) + bias, rtol=1e-5)
-    np.testing.assert_allclose(made[3], float(factors.offset), rtol=1e-5)
+    assert_close(made[2], float(factors.offset) + bias, 1e-5)
+    assert_close(made[3], float(factors.offset), 1e-5)
 
     first = (out / "predictions.csv").read_bytes()
     (out / "predictions.csv").unlink()
