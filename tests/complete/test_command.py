@@ -165,7 +165,7 @@ def test_bad_files_and_requests_are_named(ratings, tmp_path):
         ("--solver=exakt", "did you mean exact"),
         ("--ridg=1", "--ridge"),
         ("--ridge=-1", "ridge is -1"),
-        ("--ridge-power=nan", "ridge_power is nan"),
+        ("--ridge-power=nan", "ridge-power is nan"),
         ("--rank=99", "50 x 40"),
         ("--rank=0", "rank is 0"),
         ("--iters=0", "iters is 0"),
