@@ -265,6 +265,9 @@ class Checkpoints:
             raise CheckpointError(self._refusal(step, problems, template))
         manifest = integrity.read_manifest(self.folder / str(step))
         self._check_shapes(step, template, manifest["arrays"])
+        shapes = {name: list(leaf.shape) for name, leaf in template.items()}
+        if problems := integrity.check_headers(self.folder / str(step), shapes):
+            raise CheckpointError(self._refusal(step, problems, template))
         arrays, progress = self._read(step, template)
         # Of arrays that several processes wrote only the files have checksums.
         digested = {n: a for n, a in arrays.items() if _digest(manifest, n)}

@@ -18,6 +18,7 @@ from uoe_jax.files import format_json, read_json, write_atomically
 
 MANIFEST = "integrity.json"
 _BLOCK = 1 << 22
+_HEADER, _HEADER_BYTES = ".zarray", 1 << 16  # of an array, and the longest that is read
 
 
 def digest_array(array: np.ndarray) -> str:
@@ -103,6 +104,35 @@ def check_files(
             continue
         if array is not None:
             problems[-1] += f" (array {array})"
+    return problems
+
+
+def check_headers(folder: Path, shapes: Mapping[str, list[int]]) -> list[str]:
+    """Return one phrase per array whose own header says another shape than expected.
+
+    Memory is taken by what a header says, before any checksum of the array is.
+    """
+    problems = []
+    for name, shape in shapes.items():
+        path = folder / "state" / name / _HEADER
+        try:
+            if path.stat().st_size > _HEADER_BYTES:
+                raise ValueError
+            header = json.loads(path.read_text(encoding="utf-8"))
+            stated, chunks = list(header["shape"]), list(header["chunks"])
+            fits = stated == shape and len(chunks) == len(shape)
+            fits &= all(
+                type(c) is int and 0 < c <= max(n, 1)
+                for c, n in zip(chunks, shape, strict=False)
+            )
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            problems.append(f"{path} is damaged (array {name})")
+            continue
+        if not fits:
+            problems.append(
+                f"{path} says shape {stated} in chunks of {chunks}, expected {shape} "
+                f"(array {name})"
+            )
     return problems
 
 
