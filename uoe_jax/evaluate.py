@@ -14,13 +14,16 @@ from jax.sharding import Mesh
 from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.config import DataConfig, ExperimentConfig
 from uoe_jax.data import Dataset, make_dataset
+from uoe_jax.data.batches import open_dataset
+from uoe_jax.data.prepare import find_prepared
+from uoe_jax.data.progress import note_once
 from uoe_jax.data.record import (
     check_recorded,
     other_data,
     read_record,
     with_run_tokenizer,
 )
-from uoe_jax.errors import CheckpointError, ConfigError
+from uoe_jax.errors import CheckpointError, ConfigError, DataError
 from uoe_jax.model import split_model
 from uoe_jax.partition.mesh import evaluation_mesh
 from uoe_jax.train.run_dir import BEST, CHECKPOINTS, CONFIG
@@ -82,9 +85,10 @@ def run_dataset(
 ) -> Dataset:
     """Return a split of a run's data, or of the data that `data` names.
 
-    Other data is read with the run's tokenizer. Raises DataError if the run's own data
-    isn't there or isn't what it was, unless `allow_changed`, or if other data was
-    prepared with another tokenizer.
+    Other data is read with the run's tokenizer. The run's own is read as it was
+    prepared where its source is gone or has changed since. Raises DataError if neither
+    is what it was, unless `allow_changed`, or if other data was prepared with another
+    tokenizer.
     """
     run_dir, record = Path(run_dir), read_record(Path(run_dir))
     data, other = data or config.data, False
@@ -92,7 +96,18 @@ def run_dataset(
         other = True
         data = with_run_tokenizer(config, data, run_dir)
     config = dataclasses.replace(config, data=data)
-    dataset = make_dataset(config, split)
+    try:
+        dataset = make_dataset(config, split)
+    except DataError as error:
+        kept = None if other else find_prepared(config)
+        if kept is None or record is None or not record.holds(kept):
+            if other or data.path is None:
+                raise
+            raise DataError(
+                f"{error} (uoe eval reads it from elsewhere with --data.path)"
+            ) from None
+        note_once(f"{error}: reading the data of {run_dir} as it was prepared")
+        dataset = open_dataset(config, split, kept)
     accept = other or data.allow_changed
     check_recorded(record, dataset.prepared, run_dir, accept=accept)
     return dataset

@@ -116,16 +116,14 @@ def check_headers(folder: Path, shapes: Mapping[str, list[int]]) -> list[str]:
     for name, shape in shapes.items():
         path = folder / "state" / name / _HEADER
         try:
-            if path.stat().st_size > _HEADER_BYTES:
-                raise ValueError
-            header = json.loads(path.read_text(encoding="utf-8"))
+            header = read_json(path, max_bytes=_HEADER_BYTES)
             stated, chunks = list(header["shape"]), list(header["chunks"])
             fits = stated == shape and len(chunks) == len(shape)
             fits &= all(
                 type(c) is int and 0 < c <= max(n, 1)
                 for c, n in zip(chunks, shape, strict=False)
             )
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             problems.append(f"{path} is damaged (array {name})")
             continue
         if not fits:

@@ -122,7 +122,7 @@ def test_eval_takes_the_text_where_it_lies_now(project, capsys):
     moved.parent.mkdir()
     project.text.rename(moved)
     said = refusal(capsys, ["eval", project.run])
-    assert "text.txt doesn't exist" in said
+    assert "text.txt doesn't exist" in said and "--data.path" in said
     after = project.evaluate(capsys, "--data.path", str(moved))
     assert after["loss"] == before["loss"] and after["data"] == "text.txt"
     # Another text is another number, told through the run's own vocabulary.
@@ -196,6 +196,18 @@ def test_resume_goes_on_with_the_same_text_moved(project, capsys):
     assert sorted(p.name for p in (project.run / "checkpoints").iterdir()) == ["2", "4"]
 
 
+@pytest.mark.parametrize("harm", ["deleted", "changed"])
+def test_what_was_prepared_serves_where_the_text_is_gone(project, capsys, harm):
+    before = project.evaluate(capsys)
+    # The copy of the project has a cache of its own: prepared above.
+    project.text.unlink()
+    if harm == "changed":
+        project.text.write_text(OTHER)
+    assert project.evaluate(capsys) == before
+    # Going on trains on it, so it must be there.
+    assert project.train(steps=4) == 2
+
+
 def make_old(project):
     """Turn a run into one of a version that kept no tokenizer and relative paths."""
     (project.run / "data.json").unlink()
@@ -250,6 +262,7 @@ def test_runs_made_of_a_run_carry_its_tokenizer_along(project, capsys):
 
 def test_report_goes_on_without_the_data(project, capsys):
     project.text.unlink()
+    shutil.rmtree(project.cache)
     assert main(["report", str(project.run), "--out", "page.html"]) == 0
     captured = capsys.readouterr()
     assert "page.html" in captured.out

@@ -171,6 +171,8 @@ def check_typed(args: Sequence[str], data: DataConfig, kind: str) -> None:
 
     names = {arg.split("=", 1)[0] for arg in args if arg.startswith("--data.")}
     typed = {n.removeprefix("--data.").replace("-", "_") for n in names}
+    if not typed:  # then the data needn't be there
+        return
     check_used(data, resolve(data, kind), kind, {n.removeprefix("no_") for n in typed})
 
 
