@@ -177,7 +177,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (failure,) = store.poll()
-    assert failure.startswith("saving step 2 failed")
+    assert failure.startswith("saving step 2 into ") and " failed: " in failure
     assert store.poll() == []
     assert store.steps() == [1]
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["1"]
