@@ -282,8 +282,8 @@ def test_numpy_scalars_lists_and_paths_become_plain():
 def test_json_that_says_a_thing_twice_or_too_deep_is_refused():
     assert "twice" in complaint(lambda: from_json('{"name": "a", "name": "b"}'))
     assert "not JSON" in complaint(lambda: from_json("[" * 100_000))
-    assert "finite" in complaint(lambda: from_json('{"optim": {"eps": NaN}}'))
-    assert "finite" in complaint(lambda: from_json('{"optim": {"eps": 1e999}}'))
+    assert "NaN" in complaint(lambda: from_json('{"optim": {"eps": NaN}}'))
+    assert "1e999" in complaint(lambda: from_json('{"optim": {"eps": 1e999}}'))
 
 
 @pytest.mark.parametrize("value", [2**32, -1, 2**64])

@@ -80,15 +80,18 @@ def with_value(config, path, value):
     return from_json(json.dumps(raw))
 
 
+def plain(hint):
+    """Return an annotation without its bounds."""
+    return typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+
+
 def other_values(old, hint):
     """Yield values other than a field's, of its type."""
-    kinds = [hint, *typing.get_args(hint)]
-    for kind in kinds:
-        kind = typing.get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
+    for kind in map(plain, (hint, *typing.get_args(hint))):
         if typing.get_origin(kind) is typing.Literal:
             yield from (w for w in typing.get_args(kind) if w != old)
         if typing.get_origin(kind) is tuple:
-            words = typing.get_args(typing.get_args(kind)[0])
+            words = typing.get_args(plain(typing.get_args(kind)[0]))
             yield from ([w] for w in words if (w,) != old)
         if kind is bool:
             yield not old
