@@ -51,6 +51,8 @@ def test_a_run_with_bfloat16_parameters_goes_on(preset, tmp_path, capsys):
     assert main([*args, "--train.steps", "4"]) == 0
     assert main(["eval", str(run), "--max-batches", "1"]) == 0
     assert "loss" in capsys.readouterr().out
+    adapted = ["--method", "lora", "--rank", "2", "--steps", "2", "--quiet"]
+    assert main(["adapt", str(run), *adapted, "--out", str(tmp_path / "lora")]) == 0
 
 
 def test_what_is_counted_is_what_is_held():

@@ -149,7 +149,7 @@ def digest_params(params: PyTree) -> str:
     for name, leaf in sorted(named_leaves(params).items()):
         array = np.asarray(leaf)
         state.update(f"{name} {array.dtype} {array.shape}".encode())
-        state.update(np.ascontiguousarray(array).data.cast("B"))
+        state.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return state.hexdigest()
 
 
