@@ -190,6 +190,9 @@ def test_an_adapters_run_has_what_any_run_has(adapted, union_run, capsys):
     for verb in (["eval"], ["generate", "--prompt", "a"]):
         assert main([verb[0], str(adapted), *verb[1:]]) == 2
         assert "merged" in capsys.readouterr().err
+    assert main(["train", str(adapted)]) == 2
+    assert "go on with the same uoe adapt" in capsys.readouterr().err
+    assert main(["report", str(adapted)]) == 0
 
 
 def lines_data(folder):

@@ -28,7 +28,7 @@ from uoe_jax.cli import main
 run, *outs = sys.argv[1:]
 for out in outs:
     status = main(["adapt", run, "--method", "lora", "--init", "hosvd", "--rank", "2",
-                   "--targets", "*.wq", "*.w_up", "--steps", "40", "--out", out,
+                   "--targets", "*.wq", "--steps", "40", "--out", out,
                    "--mesh.data", "2", "--mesh.tensor", "2"])
     if status:
         sys.exit(status)
@@ -37,7 +37,7 @@ for out in outs:
 
 @pytest.fixture(scope="module")
 def base(tiny_config, tmp_path_factory):
-    config, folder = tiny_config(), tmp_path_factory.mktemp("runs") / "base"
+    config, folder = tiny_config("tiny"), tmp_path_factory.mktemp("runs") / "base"
     model = make_model(config.model, jax.random.key(0))
     _, params, buffers = nnx.split(model, nnx.Param, ...)
     write_run(folder, config, (params, buffers, 0))

@@ -47,6 +47,8 @@ class AdapterConfig(Checked):
 def check_adapter(config: AdapterConfig) -> None:
     """Raise ConfigError for a setting that can't be."""
     check_ranges(config)
+    if not config.targets:
+        raise ConfigError("targets is empty; name at least one pattern")
     allowed = INITS[config.method]
     if config.init not in allowed:
         raise ConfigError(

@@ -16,25 +16,26 @@ from uoe_jax.config import DataConfig, ExperimentConfig, LayoutConfig, MeshConfi
 from uoe_jax.data.record import with_run_tokenizer
 from uoe_jax.errors import ConfigError
 from uoe_jax.evaluate import LoadedRun
+from uoe_jax.fields import Checked, Count, NotNegative, Seed, Whole, check_ranges
 from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.validation import validate
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptRequest:
+class AdaptRequest(Checked):
     """What a run is adapted to, and how."""
 
     adapter: AdapterConfig | None = None  # None: the loaded adapter's
     load: Path | None = None  # start from this adapter, ours or PEFT's LoRA of a Llama
     # File, folder, glob, tfds:NAME or a built-in source; None: as the run's.
     data: str | None = None
-    steps: int = 300  # 0: only measure and merge what was loaded
-    learning_rate: float = 3e-3
-    batch_size: int | None = None  # None: the run's
+    steps: Whole = 300  # 0: only measure and merge what was loaded
+    learning_rate: NotNegative = 3e-3
+    batch_size: Count | None = None  # None: the run's
     which: Literal["last", "best"] = "last"  # checkpoint of the run
     path: Forward = "auto"
-    seed: int = 0  # of the factors and the order of the data
-    eval_batches: int = 8
+    seed: Seed = 0  # of the factors and the order of the data
+    eval_batches: Count = 8
     mesh: MeshConfig | None = None  # None: as many devices as divide a pass
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     merge: bool = False  # also write a run with the deltas in its weights
@@ -42,6 +43,7 @@ class AdaptRequest:
 
 def check_request(request: AdaptRequest) -> None:
     """Raise ConfigError for a request that can't be carried out."""
+    check_ranges(request)
     steps, load = request.steps, request.load
     if (request.adapter is None) == (load is None):
         raise ConfigError(
@@ -49,7 +51,7 @@ def check_request(request: AdaptRequest) -> None:
         )
     if request.adapter is not None:
         check_adapter(request.adapter)
-    if steps < 0 or (steps == 0 and load is None):
+    if steps == 0 and load is None:
         raise ConfigError(f"steps is {steps}; 0 is for merging an adapter from --load")
 
 

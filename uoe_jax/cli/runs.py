@@ -206,10 +206,12 @@ def write(
         from uoe_jax.cli.device import prepare
 
         prepare()
-        from uoe_jax.evaluate import load_run, run_dataset
+        from uoe_jax.evaluate import ADAPTATION, load_run, run_dataset
         from uoe_jax.report.collect import collect_overlay
 
         for folder in folders:
+            if (folder / ADAPTATION).is_file():  # no whole model: its curves alone
+                continue
             run = load_run(folder)
             try:
                 dataset = run_dataset(folder, run.config, "valid")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from uoe_jax.cli.parse import Experiment, check_typed, parse, take_preset
 from uoe_jax.cli.paths import RUNS, find_run, is_run
+from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape_line
 from uoe_jax.partition.plan import read_layout
 from uoe_jax.presets import PRESETS
@@ -64,7 +65,14 @@ def train(args: list[str]) -> int:
 
         join()
         check_devices()
+    from uoe_jax.evaluate import ADAPTATION
     from uoe_jax.train import train as run_training
+
+    if (run_dir / ADAPTATION).is_file():
+        raise ConfigError(
+            f"{run_dir} is the run of an adapter; go on with the same uoe adapt, or "
+            "choose another --run-dir"
+        )
 
     run_training(
         config,

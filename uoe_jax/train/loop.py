@@ -188,9 +188,9 @@ class _Run:
             if self.step > 0 and self.votes.settle(self.out_of_time()):
                 self.display.note(f"step {self.step}: max_seconds is used up")
             elif self.step < self.config.train.steps:
+                self.prepare()
                 if self.step == 0 and self.subject.validate_start:
                     self.validate()
-                self.prepare()
                 self.display.start(self.step, self.config.train.steps)
                 self.loop()
             elif self.step == 0:  # no steps asked for: the run holds a fresh model
@@ -221,7 +221,10 @@ class _Run:
     def open_metrics(self) -> None:
         """Open the run's log, each process its own, and note the environment."""
         name = METRICS if is_primary() else f"metrics-{jax.process_index()}.jsonl"
-        self.metrics = MetricsLog(self.run_dir / name, self.step, self.display.warn)
+        # A start that is validated is so again until a step is saved.
+        again = self.step == 0 and self.subject.validate_start
+        last = -1 if again else self.step
+        self.metrics = MetricsLog(self.run_dir / name, last, self.display.warn)
         if is_primary():
             self.metrics.add_sinks(self.config, self.run_dir, self.display.warn)
             about = {"mesh": dict(self.mesh.shape), "data": self.data.manifest}
