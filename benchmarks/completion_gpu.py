@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from completion_slopes import SIZES as SLOPE_SIZES
-from completion_slopes import bench_entries, bench_ranks, hyper_of
+from completion_slopes import bench_entries, bench_ranks, penalties_of
 
 from uoe_jax.linalg.completion import Solver
 from uoe_jax.linalg.completion.als import run_sweep, start_state
 from uoe_jax.linalg.completion.entries import Entries
 from uoe_jax.linalg.completion.factors import predict_entries
-from uoe_jax.linalg.completion.method import Hyper, Method
+from uoe_jax.linalg.completion.method import Method, Penalties
 from uoe_jax.linalg.completion.problem import lay_out
+from uoe_jax.linalg.completion.spectral import Start
 
 HIGHEST = jax.lax.Precision.HIGHEST
 SIZES = {
@@ -112,7 +113,7 @@ def bench_sweep(size: dict, report: dict) -> None:
     out["entries"] = entries.size
     out["generate_s"] = time.perf_counter() - start
     problem, state, block = None, None, 0
-    key, ridge = jax.random.key(0), hyper_of(0.05, 1e-2)
+    key, ridge = jax.random.key(0), penalties_of(0.05, 1e-2)
     for name, (solver, megabytes) in SWEEPS.items():
         if megabytes != block:
             del problem
@@ -127,10 +128,9 @@ def bench_sweep(size: dict, report: dict) -> None:
             print(f"layout {megabytes}M: {spent:.2f} s, {shapes}, {peak_gib()} GiB")
         if state is None:
             method = Method(solver, True, False)
-            begin = partial(start_state, problem, key, method, None)
-            options = dict(rank=rank, clip_mu=3.0, passes=3)
-            state, _ = begin(**options)
-            out["start_s"] = timed(partial(begin, **options), 1)
+            begin = partial(start_state, problem, key, method, Start(rank, passes=3))
+            state, _ = begin()
+            out["start_s"] = timed(begin, 1)
             print(f"spectral start {out['start_s']:.3f} s, peak {peak_gib()} GiB")
         try:
             out[name] = time_sweep(problem, state, ridge, solver, out["entries"])
@@ -141,16 +141,16 @@ def bench_sweep(size: dict, report: dict) -> None:
 
 
 def time_sweep(
-    problem: Any, state: Any, hyper: Hyper, solver: Solver, size: int
+    problem: Any, state: Any, penalties: Penalties, solver: Solver, size: int
 ) -> dict:
     """Return seconds of a sweep, and how fast four of them lower the loss."""
     method, key = Method(solver, True, False), jax.random.key(0)
     cold = time.perf_counter()
-    seconds = timed(partial(run_sweep, problem, state, hyper, key, method))
+    seconds = timed(partial(run_sweep, problem, state, penalties, key, method))
     cold = time.perf_counter() - cold
     losses, steps = [], []
     for _ in range(4):
-        state, stats = run_sweep(problem, state, hyper, key, method)
+        state, stats = run_sweep(problem, state, penalties, key, method)
         losses += [float(s.loss) / size for s in stats]
         steps.append([int(s.max_steps) for s in stats])
     result = {"sweep_s": round(seconds, 5), "with_compile_s": round(cold, 2)}
@@ -248,12 +248,10 @@ def reach(
         problem = layout.problem(args[2], None, jnp.float32(0))
         method = Method(solver, False, False)
         key = jax.random.key(0)
-        state, _ = start_state(
-            problem, key, method, None, rank=rank, clip_mu=3.0, passes=6
-        )
+        state, _ = start_state(problem, key, method, Start(rank))
         errors, seconds = [], []
         for _ in range(30):
-            state, _ = run_sweep(problem, state, hyper_of(0.0, 1e-5), key, method)
+            state, _ = run_sweep(problem, state, penalties_of(0.0, 1e-5), key, method)
             model = predict_entries(state.u, state.v, *zeros, jnp.float32(0), *where)
             error = float(jnp.sqrt(jnp.mean((model - truth) ** 2))) / scale
             errors.append(error)

@@ -19,10 +19,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from uoe_jax.linalg.completion import Solver
-from uoe_jax.linalg.completion.als import half_step, run_sweep
+from uoe_jax.linalg.completion.als import Factor, run_sweep, update_factor
 from uoe_jax.linalg.completion.entries import Entries
 from uoe_jax.linalg.completion.flops import count_sweep
-from uoe_jax.linalg.completion.method import Hyper, Method
+from uoe_jax.linalg.completion.method import Method, Penalties
 from uoe_jax.linalg.completion.problem import State, lay_out
 
 SIZES = {
@@ -84,9 +84,9 @@ def start_of(m: int, n: int, rank: int) -> State:
     return State(u, v, jnp.zeros(m), jnp.zeros(n))
 
 
-def hyper_of(ridge: float, tol: float = 0.0) -> Hyper:
+def penalties_of(ridge: float, tol: float = 0.0) -> Penalties:
     """Return a constant ridge in float32."""
-    return Hyper(*(jnp.float32(x) for x in (ridge, ridge, 0.0, tol)))
+    return Penalties(*(jnp.float32(x) for x in (ridge, ridge, 0.0, tol)))
 
 
 def bench_entries(size: dict, timed: Timer) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def bench_entries(size: dict, timed: Timer) -> dict[str, Any]:
         for name in size["solvers"]:
             solver = SOLVERS[name]
             method = Method(solver, True, False)
-            args = (start_of(side, side, rank), hyper_of(1.0), jax.random.key(0))
+            args = (start_of(side, side, rank), penalties_of(1.0), jax.random.key(0))
             sweep = partial(run_sweep, problem, *args, method)
             stats = sweep()[1]
             flops = sum(f.regression for f in count_sweep(layout, method, rank, stats))
@@ -120,16 +120,14 @@ def bench_ranks(size: dict, timed: Timer) -> dict[str, Any]:
         layout = lay_out(entries, rank)
         side = layout.problem(entries.values, None, jnp.float32(0)).cols
         u, v, row_bias, col_bias = start_of(m, n, rank)
-        rest = (hyper_of(1.0), jax.random.key(0))
+        rest = (penalties_of(1.0), jax.random.key(0))
         for name in size["solvers"]:
             solver = SOLVERS[name]
-            step = jax.jit(
-                partial(half_step, solver=solver, regularised=True, biases=False)
-            )
-            args = (side, u, row_bias, v, col_bias, *rest)
-            (fixed, new, bias), stats = step(*args)
-            after = step(side, fixed, row_bias, new, bias, *rest)[1]
             method = Method(solver, True, False)
+            step = jax.jit(partial(update_factor, method=method))
+            args = (side, Factor(u, row_bias), Factor(v, col_bias), *rest)
+            held, new, stats = step(*args)
+            after = step(side, held, new, *rest)[2]
             flops = count_sweep(layout, method, rank, (stats, stats))[0].regression
             line = [rank, timed(partial(step, *args))]
             line += [float(after.loss) / entries.size, flops]

@@ -12,7 +12,7 @@ from uoe_jax.linalg.completion.als import gauge, start_state
 from uoe_jax.linalg.completion.entries import clean_entries
 from uoe_jax.linalg.completion.method import Method
 from uoe_jax.linalg.completion.problem import lay_out
-from uoe_jax.linalg.completion.spectral import clip_rows
+from uoe_jax.linalg.completion.spectral import Start, clip_rows
 from uoe_jax.linalg.lowrank import orthonormalise, subspace_distance
 
 F64 = {"dtype": np.float64}
@@ -82,9 +82,7 @@ def test_spectral_start_is_near(planted, x64):
     entries = clean_entries(*planted.entries, (600, 600), dtype=np.float64)
     problem = lay_out(entries, 5).problem(entries.values, None, jnp.float64(0))
     method = Method(Solver(), False, False)
-    state, _ = start_state(
-        problem, jax.random.key(0), method, None, rank=5, clip_mu=3.0, passes=6
-    )
+    state, _ = start_state(problem, jax.random.key(0), method, Start(5))
     truth = np.linalg.svd(planted.matrix)[0][:, :5]
     assert float(subspace_distance(state.u, jnp.asarray(truth))) < 0.5
 

@@ -14,7 +14,7 @@ from uoe_jax.linalg.completion.als import run_sweep
 from uoe_jax.linalg.completion.entries import clean_entries
 from uoe_jax.linalg.completion.flops import count_half_step, count_sweep
 from uoe_jax.linalg.completion.least_squares import Equations, solve_batch
-from uoe_jax.linalg.completion.method import Hyper, Method
+from uoe_jax.linalg.completion.method import Method, Penalties
 from uoe_jax.linalg.completion.problem import State, lay_out
 
 
@@ -29,9 +29,9 @@ def run_once(m, n, degree, rank, solver):
     u, v = draw.normal(size=(m, rank)), draw.normal(size=(n, rank))
     parts = (u, v, np.zeros(m), np.zeros(n))
     state = State(*(jnp.asarray(x, jnp.float32) for x in parts))
-    hyper = Hyper(*(jnp.float32(x) for x in (0, 0, 0, 1e-30)))
+    penalties = Penalties(*(jnp.float32(x) for x in (0, 0, 0, 1e-30)))
     method = Method(solver, False, False)
-    _, stats = run_sweep(problem, state, hyper, jax.random.key(0), method)
+    _, stats = run_sweep(problem, state, penalties, jax.random.key(0), method)
     assert int(stats[0].max_steps) == solver.max_steps
     return count_sweep(layout, method, rank, stats)[0].regression
 

@@ -15,9 +15,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.linalg.completion.als import AXIS
 from uoe_jax.linalg.completion.entries import Entries, clean_entries, split_entries
-from uoe_jax.linalg.completion.method import Method, Solver
+from uoe_jax.linalg.completion.method import AXIS, Method, Solver
 from uoe_jax.linalg.completion.problem import Problem
 
 PACKAGE = f"{Path(__file__).parents[2]}/"  # whose frames a warning doesn't point to

@@ -15,9 +15,9 @@ from uoe_jax.linalg.completion.als import alternate
 from uoe_jax.linalg.completion.entries import clean_entries
 from uoe_jax.linalg.completion.factors import Factors
 from uoe_jax.linalg.completion.fit import complete
-from uoe_jax.linalg.completion.method import Hyper, Method, Solver
+from uoe_jax.linalg.completion.method import Method, Solver, make_penalties
 from uoe_jax.linalg.completion.problem import lay_out
-from uoe_jax.linalg.completion.spectral import spectral_start
+from uoe_jax.linalg.completion.spectral import Start, spectral_start
 
 
 def complete_matrix(
@@ -79,35 +79,16 @@ def make_completer(
     dummy = np.zeros(np.shape(rows), dtype)
     entries = clean_entries(rows, cols, dummy, shape, duplicates="error", dtype=dtype)
     layout = lay_out(entries, rank)
-    method = Method(solver, ridge > 0, False)
+    method, start = Method(solver, ridge > 0, False), Start(rank, clip_mu, passes)
 
     def run(
         values: Float[Array, " X"], weights: Float[Array, " X"] | None = None
     ) -> tuple[Float[Array, "M R"], Float[Array, "N R"]]:
-        zero = jnp.zeros((), values.dtype)
-        problem = layout.problem(values, weights, zero)
+        problem = layout.problem(values, weights, jnp.zeros((), values.dtype))
         key = jax.random.key(0)
-        state, _ = spectral_start(
-            problem,
-            key,
-            rank=rank,
-            clip_mu=clip_mu,
-            passes=passes,
-            regularised=method.regularised,
-            biases=False,
-        )
-        numbers = (ridge, 0.0, 0.0, tol)
-        hyper = Hyper(*(jnp.asarray(x, values.dtype) for x in numbers))
-        state, _ = alternate(
-            problem,
-            state,
-            hyper,
-            key,
-            iters,
-            solver=solver,
-            regularised=method.regularised,
-            biases=False,
-        )
+        state, _ = spectral_start(problem, key, method, start)
+        penalties = make_penalties(ridge, 0.0, 0.0, tol, values.dtype)
+        state, _ = alternate(problem, state, penalties, key, iters, method)
         return state.u, state.v
 
     return run

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -28,112 +29,9 @@ from uoe_jax.linalg.completion.checks import (
 from uoe_jax.linalg.completion.entries import Entries, clean_entries
 from uoe_jax.linalg.completion.factors import Factors, rmse
 from uoe_jax.linalg.completion.flops import count_sweep
-from uoe_jax.linalg.completion.method import Hyper, Method, Solver
-from uoe_jax.linalg.completion.problem import Layout, Problem, State, lay_out
-from uoe_jax.linalg.completion.spectral import spectral_gap_rank
-
-
-class Parts:
-    """The problem of each half-step: always the whole one, or its part of a split."""
-
-    def __init__(
-        self,
-        entries: Entries,
-        layout: Layout,
-        offset: Array,
-        mesh: Mesh | None,
-        count: int,
-        key: Key[Array, ""],
-    ):
-        self.entries, self.layout, self.offset = entries, layout, offset
-        self.mesh, self.count, self.size = mesh, count, entries.size
-        self.part = None
-        if count > 1:
-            draw = jax.random.fold_in(key, 1)
-            self.part = jax.random.randint(draw, (entries.size,), 0, count)
-        self._whole = None
-
-    def problem(self, number: int) -> Problem:
-        """Return the problem of part `number` (part 0 is the start's)."""
-        if self.part is None:
-            if self._whole is None:
-                self._whole = self._fill(self.entries.weights)
-            return self._whole
-        weights = (self.part == number).astype(self.entries.values.dtype)
-        if self.entries.weights is not None:
-            weights = weights * jnp.asarray(self.entries.weights)
-        return self._fill(weights)
-
-    def _fill(self, weights: Any) -> Problem:
-        problem = self.layout.problem(self.entries.values, weights, self.offset)
-        return place(problem, self.mesh)
-
-    def sweep_problem(self, number: int, iters: int) -> Problem:
-        """Return the problem of sweep `number`: one part for each half-step."""
-        if self.part is None:
-            return self.problem(0)
-        cols, rows = self.problem(1 + number), self.problem(1 + iters + number)
-        return cols._replace(rows=rows.rows)
-
-
-def run_sweeps(
-    parts: Parts,
-    state: State,
-    hyper: Hyper,
-    method: Method,
-    iters: int,
-    tol: float,
-    held: Entries | None,
-    patience: int,
-    callback: Callable[[dict[str, float]], None] | None,
-) -> tuple[State, dict[str, Any]]:
-    """Sweep until the training error settles or the held-out error stops falling."""
-    history: list[dict[str, Any]] = []
-    best, best_sweep, best_error = state, 0, np.inf
-    previous = np.inf
-    for number in range(iters):
-        problem = parts.sweep_problem(number, iters)
-        key = jax.random.fold_in(jax.random.key(1), number)
-        state, stats = run_sweep(problem, state, hyper, key, method, parts.mesh)
-        total = float(problem.rows.degree.sum())
-        line = _line(parts.layout, method, state, stats, total)
-        if not np.isfinite(line["loss"]).all():
-            raise NonFiniteError(
-                f"completion diverged in sweep {number + 1}; raise ridge, lower rank "
-                "or use float64"
-            )
-        error = line["train_rmse"]
-        if held is not None:
-            factors = Factors(*state, parts.offset)
-            error = rmse(factors, held.rows, held.cols, held.values)
-            line["valid_rmse"] = error
-        history.append(line)
-        if callback is not None:
-            callback({"sweep": number + 1, **line})
-        if held is None or error < best_error:
-            best, best_sweep, best_error = state, number, error
-        change = abs(previous - line["train_rmse"])
-        if not parts.count > 1 and change <= tol * line["train_rmse"]:
-            break
-        if held is not None and number - best_sweep >= patience:
-            break
-        previous = line["train_rmse"]
-    info = {name: np.asarray([x[name] for x in history]) for name in history[0]}
-    return best, info | {"best_sweep": np.asarray(best_sweep)}
-
-
-def _line(
-    layout: Layout, method: Method, state: State, stats: tuple, total: float
-) -> dict[str, Any]:
-    rank = state.u.shape[1]
-    first, second = count_sweep(layout, method, rank, stats)
-    return {
-        "train_rmse": (float(stats[1].loss) / max(total, 1e-30)) ** 0.5,
-        "loss": np.array([float(s.loss) for s in stats]),
-        "steps": np.array([int(s.max_steps) for s in stats]),
-        "flops": np.array([first.total, second.total]),
-    }
-
+from uoe_jax.linalg.completion.method import Method, Penalties, Solver, make_penalties
+from uoe_jax.linalg.completion.problem import EntryLayout, Problem, State, lay_out
+from uoe_jax.linalg.completion.spectral import Start, spectral_gap_rank
 
 MAX_AUTO_RANK = 32
 
@@ -229,24 +127,21 @@ def complete(
     )
     warn_constant(entries)
     entries, held = hold_out(entries, holdout, key)
-    method = Method(make_solver(solver), ridge > 0 or bool(bias_ridge), biases)
+    method = Method(make_solver(solver), ridge > 0 or bool(bias_ridge), biases, mesh)
     kernel = check_kernel(kernel, method.solver)
     width = MAX_AUTO_RANK if rank == "auto" else check_rank(rank, entries.shape)
     layout = lay_out(entries, width + biases, kernel=kernel, shards=shards)
     offset = mean_value(entries) if biases else jnp.zeros((), dtype)
-    parts = Parts(entries, layout, offset, mesh, 2 * iters + 1 if split else 1, key)
-    whole = parts.problem(0)
-    start = dict(clip_mu=clip_mu, passes=passes)
+    problems = SweepProblems(entries, layout, offset, mesh, iters if split else 0, key)
+    whole = problems.whole
+    start = Start(width, clip_mu, passes)
     if rank == "auto":
-        width = _gap_rank(whole, key, method, mesh, entries, start)
-    state, singular = start_state(whole, key, method, mesh, rank=width, **start)
-    warn_degrees(whole, width, method)
-    bias_ridge = ridge if bias_ridge is None else bias_ridge
-    numbers = (ridge, bias_ridge, ridge_power, tol)
-    hyper = Hyper(*(jnp.asarray(x, dtype) for x in numbers))
-    state, info = run_sweeps(
-        parts, state, hyper, method, iters, tol, held, patience, callback
-    )
+        start = start._replace(rank=_gap_rank(whole, key, method, entries, start))
+    state, singular = start_state(whole, key, method, start)
+    warn_degrees(whole, start.rank, method)
+    penalties = make_penalties(ridge, bias_ridge, ridge_power, tol, dtype)
+    stop = StopRule(iters, tol, patience)
+    state, info = run_sweeps(problems, state, penalties, method, stop, held, callback)
     empty = {
         "empty_rows": np.asarray(whole.rows.degree == 0),
         "empty_cols": np.asarray(whole.cols.degree == 0),
@@ -262,14 +157,119 @@ def _gap_rank(
     problem: Problem,
     key: Key[Array, ""],
     method: Method,
-    mesh: Mesh | None,
     entries: Entries,
-    start: dict[str, Any],
+    start: Start,
 ) -> int:
     most = min(MAX_AUTO_RANK, *entries.shape)
-    _, singular = start_state(problem, key, method, mesh, rank=most, **start)
+    _, singular = start_state(problem, key, method, start._replace(rank=most))
     if most == 1:
         return 1
     centred = jnp.asarray(entries.values) - problem.offset
     square = jnp.mean(centred * centred)
     return int(spectral_gap_rank(singular, square, entries.size, entries.shape))
+
+
+class SweepProblems:
+    """The problem of each half-step: always the whole one, or its part of a split."""
+
+    def __init__(
+        self,
+        entries: Entries,
+        layout: EntryLayout,
+        offset: Array,
+        mesh: Mesh | None,
+        splits: int,  # sweeps that see an own part in each half-step; 0: none
+        key: Key[Array, ""],
+    ):
+        self.entries, self.layout, self.offset = entries, layout, offset
+        self.mesh, self.splits = mesh, splits
+        if splits:  # the start has a part too
+            draw = jax.random.fold_in(key, 1)
+            self.part = jax.random.randint(draw, (entries.size,), 0, 2 * splits + 1)
+
+    @functools.cached_property
+    def whole(self) -> Problem:
+        """The problem of all entries; of a split, the start's."""
+        return self._part(0) if self.splits else self._fill(self.entries.weights)
+
+    def of_sweep(self, number: int) -> Problem:
+        """Return the problem of sweep `number`: one part for each half-step."""
+        if not self.splits:
+            return self.whole
+        cols, rows = self._part(1 + number), self._part(1 + self.splits + number)
+        return cols._replace(rows=rows.rows)
+
+    def _part(self, number: int) -> Problem:
+        weights = (self.part == number).astype(self.entries.values.dtype)
+        if self.entries.weights is not None:
+            weights = weights * jnp.asarray(self.entries.weights)
+        return self._fill(weights)
+
+    def _fill(self, weights: Any) -> Problem:
+        problem = self.layout.problem(self.entries.values, weights, self.offset)
+        return place(problem, self.mesh)
+
+
+class StopRule(NamedTuple):
+    """When sweeps end."""
+
+    iters: int
+    tol: float  # relative change of the training error
+    patience: int  # sweeps without a better held-out error
+
+
+def run_sweeps(
+    problems: SweepProblems,
+    state: State,
+    penalties: Penalties,
+    method: Method,
+    stop: StopRule,
+    held: Entries | None,
+    callback: Callable[[dict[str, float]], None] | None,
+) -> tuple[State, dict[str, Any]]:
+    """Sweep until the training error settles or the held-out error stops falling."""
+    history: list[dict[str, Any]] = []
+    best, best_sweep, best_error = state, 0, np.inf
+    previous = np.inf
+    for number in range(stop.iters):
+        problem = problems.of_sweep(number)
+        key = jax.random.fold_in(jax.random.key(1), number)
+        state, stats = run_sweep(problem, state, penalties, key, method)
+        total = float(problem.rows.degree.sum())
+        line = _line(problems.layout, method, state, stats, total)
+        if not np.isfinite(line["loss"]).all():
+            raise NonFiniteError(
+                f"completion diverged in sweep {number + 1}; raise ridge, lower rank "
+                "or use float64"
+            )
+        error = line["train_rmse"]
+        if held is not None:
+            factors = Factors(*state, problems.offset)
+            error = rmse(factors, held.rows, held.cols, held.values)
+            line["valid_rmse"] = error
+        history.append(line)
+        if callback is not None:
+            callback({"sweep": number + 1, **line})
+        if held is None or error < best_error:
+            best, best_sweep, best_error = state, number, error
+        change = abs(previous - line["train_rmse"])
+        if not problems.splits and change <= stop.tol * line["train_rmse"]:
+            break
+        if held is not None and number - best_sweep >= stop.patience:
+            break
+        previous = line["train_rmse"]
+    info = {name: np.asarray([x[name] for x in history]) for name in history[0]}
+    return best, info | {"best_sweep": np.asarray(best_sweep)}
+
+
+def _line(
+    layout: EntryLayout, method: Method, state: State, stats: tuple, total: float
+) -> dict[str, Any]:
+    rank = state.u.shape[1]
+    first, second = count_sweep(layout, method, rank, stats)
+    return {
+        "train_rmse": (float(stats[1].loss) / max(total, 1e-30)) ** 0.5,
+        "loss": np.array([float(s.loss) for s in stats]),
+        "steps": np.array([int(s.max_steps) for s in stats]),
+        "flops": np.array([first.total, second.total]),
+    }

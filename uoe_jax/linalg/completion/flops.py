@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from uoe_jax.linalg.completion.method import Method, Stats
-from uoe_jax.linalg.completion.problem import Layout
+from uoe_jax.linalg.completion.problem import EntryLayout
 
 
 class Flops(NamedTuple):
@@ -82,7 +82,7 @@ def count_gauge(fixed: int, unknowns: int, rank: int, *, regularised: bool) -> f
 
 
 def count_sweep(
-    layout: Layout, method: Method, rank: int, stats: tuple[Stats, Stats]
+    layout: EntryLayout, method: Method, rank: int, stats: tuple[Stats, Stats]
 ) -> tuple[Flops, Flops]:
     """Return the FLOPs of the column and the row half-step that `stats` describe."""
     m, n = layout.shape

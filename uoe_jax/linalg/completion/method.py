@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.linalg.completion.defaults import SOLVERS
 from uoe_jax.linalg.sketch import SKETCHES
 
+AXIS = "data"  # of a mesh, over which entries are split
 PRECISIONS = ("highest", "default")
 
 
@@ -59,9 +61,15 @@ class Method:
     solver: Solver
     regularised: bool
     biases: bool
+    mesh: Mesh | None = None  # devices that share the entries, over AXIS
+
+    @property
+    def axis_name(self) -> str | None:
+        """The mesh axis that sums go over, inside the compiled functions."""
+        return None if self.mesh is None else AXIS
 
 
-class Hyper(NamedTuple):
+class Penalties(NamedTuple):
     """Numbers that need no new compilation; n_j is an unknown's summed weight."""
 
     ridge: Float[Array, ""]  # the penalty is ridge * n_j**power
@@ -79,7 +87,7 @@ class Stats(NamedTuple):
     unknown_steps: Float[Array, ""]  # iterations summed over unknowns
 
 
-class Fixed(NamedTuple):
+class FixedFactor(NamedTuple):
     """The factor a half-step holds: its design matrix and what it needs beside it."""
 
     design: Float[Array, "M R"]
@@ -97,10 +105,20 @@ def summed(x: Array, axis_name: str | None) -> Array:
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
-def ridge_of(hyper: Hyper, degree: Array, rank: int, biases: bool) -> Array:
-    """Return the ridge of each unknown's coefficients, `[..., rank (+1)]`."""
-    grow = jnp.where(degree > 0, degree, 1) ** hyper.power
-    ridge = jnp.broadcast_to(hyper.ridge, (rank,))
-    if biases:
-        ridge = jnp.concatenate([ridge, hyper.bias_ridge[None]])
+def make_penalties(
+    ridge: float, bias_ridge: float | None, power: float, tol: Any, dtype: Any
+) -> Penalties:
+    """Return the numbers of a half-step in one dtype; biases default to `ridge`."""
+    bias_ridge = ridge if bias_ridge is None else bias_ridge
+    return Penalties(*(jnp.asarray(x, dtype) for x in (ridge, bias_ridge, power, tol)))
+
+
+def ridge_of(
+    penalties: Penalties, degree: Float[Array, " C"], width: int, method: Method
+) -> Float[Array, "C R"]:
+    """Return the ridge of each unknown's `width` coefficients, the bias the last."""
+    grow = jnp.where(degree > 0, degree, 1) ** penalties.power
+    ridge = jnp.broadcast_to(penalties.ridge, (width - method.biases,))
+    if method.biases:
+        ridge = jnp.concatenate([ridge, penalties.bias_ridge[None]])
     return grow[:, None] * ridge[None, :]

@@ -113,8 +113,8 @@ filled = jax.jit(fill, static_argnums=3)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Places of a matrix's entries, for both sides."""
+class EntryLayout:
+    """Where each entry of a matrix sits among the equations of both its sides."""
 
     rows: tuple[Bucket, ...] | Segments
     cols: tuple[Bucket, ...] | Segments
@@ -145,7 +145,7 @@ def lay_out(
     kernel: str = "bucket",
     shards: int = 1,
     block_bytes: int | None = None,
-) -> Layout:
+) -> EntryLayout:
     """Return where `entries` go, for factors of width `rank`.
 
     Args:
@@ -166,7 +166,7 @@ def lay_out(
     else:
         build = partial(make_buckets, block_entries=block_entries, shards=shards)
         row_side, col_side = build(rows, cols, m, n), build(cols, rows, n, m)
-    return Layout(row_side, col_side, entries.shape, entries.size)
+    return EntryLayout(row_side, col_side, entries.shape, entries.size)
 
 
 def _counts(

@@ -8,9 +8,9 @@ from jaxtyping import Array
 
 from uoe_jax.linalg.completion.least_squares import conjugate_gradient, implicit_solve
 from uoe_jax.linalg.completion.method import (
-    Fixed,
-    Hyper,
-    Solver,
+    FixedFactor,
+    Method,
+    Penalties,
     Stats,
     gather,
     ridge_of,
@@ -22,14 +22,13 @@ from uoe_jax.linalg.completion.problem import Run
 def solve_run(
     run: Run,
     degree: Array,
-    fixed: Fixed,
+    fixed: FixedFactor,
     start: Array,
-    hyper: Hyper,
-    solver: Solver,
-    biases: bool,
-    axis_name: str | None,
+    penalties: Penalties,
+    method: Method,
 ) -> tuple[Array, Stats]:
     """CG for all unknowns at once by sorted segment sums; 4 X R FLOPs a step."""
+    axis_name = method.axis_name
     unknown, index, values, weights = run.flat()
     num_unknown = start.shape[0]
     root = None if weights is None else jnp.sqrt(weights)
@@ -37,7 +36,7 @@ def solve_run(
     b = values - gather(fixed.shift, index) * (index < fixed.design.shape[0])
     if root is not None:
         a, b = a * root[:, None], b * root
-    ridge = ridge_of(hyper, degree, start.shape[1] - biases, biases)
+    ridge = ridge_of(penalties, degree, start.shape[1], method)
 
     def transpose_times(a: Array, r: Array) -> Array:
         total = jax.ops.segment_sum(
@@ -57,13 +56,13 @@ def solve_run(
 
     def solve(g: Array, reference: Array | None) -> tuple[Array, Array]:
         size = whole if reference is None else reference
-        target = hyper.tol**2 * jnp.sum(size * size / diagonal, axis=1)
+        target = penalties.tol**2 * jnp.sum(size * size / diagonal, axis=1)
         return conjugate_gradient(
             lambda x: transpose_times(frozen, times(frozen, x)) + frozen_ridge * x,
             g,
             lambda g: g / diagonal,
             target,
-            solver.max_steps,
+            method.solver.max_steps,
         )
 
     if axis_name is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from uoe_jax.linalg.completion.method import gather
+from uoe_jax.linalg.completion.method import Method, gather
 from uoe_jax.linalg.completion.problem import Problem, Run, Side, State
 from uoe_jax.linalg.lowrank import orthonormalise, subspace_svd
 
@@ -126,16 +128,16 @@ def spectrum(
     return u, s / density, v
 
 
+class Start(NamedTuple):
+    """What a spectral start is made by."""
+
+    rank: int
+    clip_mu: float = 3.0  # rows are clipped to 2 clip_mu sqrt(rank / rows)
+    passes: int = 6  # over the entries, twice each
+
+
 def spectral_start(
-    problem: Problem,
-    key: Key[Array, ""],
-    *,
-    rank: int,
-    clip_mu: float,
-    passes: int,
-    regularised: bool,
-    biases: bool,
-    axis_name: str | None = None,
+    problem: Problem, key: Key[Array, ""], method: Method, start: Start
 ) -> tuple[State, Float[Array, " R"]]:
     """Return the first state and the singular values; no derivative flows back.
 
@@ -145,13 +147,14 @@ def spectral_start(
     problem = jax.tree.map(jax.lax.stop_gradient, problem)
     row_bias = jnp.zeros_like(problem.rows.degree)
     col_bias = jnp.zeros_like(problem.cols.degree)
-    if biases:
-        row_bias, col_bias = start_biases(problem, axis_name)
-    u, s, v = spectrum(problem, row_bias, col_bias, rank, key, passes, axis_name)
+    if method.biases:
+        row_bias, col_bias = start_biases(problem, method.axis_name)
+    rank, clip_mu, passes = start
+    u, s, v = spectrum(problem, row_bias, col_bias, rank, key, passes, method.axis_name)
     u = orthonormalise(clip_rows(u, clip_mu))[0]
     v = clip_rows(v, clip_mu)
     root = jnp.sqrt(s)[None, :]
-    state = (u * root, v * root) if regularised else (u, v * s[None, :])
+    state = (u * root, v * root) if method.regularised else (u, v * s[None, :])
     return State(*state, row_bias, col_bias), s
 
 

@@ -10,12 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.linalg.completion.als import solve_side
+from uoe_jax.linalg.completion.als import solve_factor
 from uoe_jax.linalg.completion.checks import check_numbers
 from uoe_jax.linalg.completion.entries import as_indices, clean_entries
 from uoe_jax.linalg.completion.factors import Factors
-from uoe_jax.linalg.completion.method import Fixed, Hyper, Solver
-from uoe_jax.linalg.completion.problem import fill, lay_out
+from uoe_jax.linalg.completion.method import (
+    FixedFactor,
+    Method,
+    Penalties,
+    Solver,
+    make_penalties,
+)
+from uoe_jax.linalg.completion.problem import Side, fill, lay_out
 
 ROUNDS = 3  # each one squares away what the exact solver's shift left behind
 
@@ -84,10 +90,10 @@ def partial_fit(
         None if entries.weights is None else jnp.asarray(entries.weights),
         size,
     )
-    bias_ridge = ridge if bias_ridge is None else bias_ridge
-    numbers = (ridge, bias_ridge, ridge_power, jnp.finfo(dtype).eps * 10)
-    hyper = Hyper(*(jnp.asarray(x, dtype) for x in numbers))
-    solved = _solve_rows(side, factors, hyper, solver or Solver("exact"), biases)
+    tol = jnp.finfo(dtype).eps * 10
+    penalties = make_penalties(ridge, bias_ridge, ridge_power, tol, dtype)
+    method = Method(solver or Solver("exact"), bool(ridge), biases)
+    solved = _solve_rows(side, factors, penalties, method)
     pad = size - factors.shape[0]
     u, bias = (
         jnp.pad(factors.u, ((0, pad), (0, 0))),
@@ -101,25 +107,18 @@ def partial_fit(
 
 
 def _solve_rows(
-    side: Any, factors: Factors, hyper: Hyper, solver: Solver, biases: bool
+    side: Side, factors: Factors, penalties: Penalties, method: Method
 ) -> jax.Array:
     design = factors.v
-    if biases:
+    if method.biases:
         ones = jnp.ones((design.shape[0], 1), design.dtype)
         design = jnp.concatenate([design, ones], axis=1)
-    fixed = Fixed(design, factors.col_bias, jnp.mean(design * design, axis=0))
+    fixed = FixedFactor(design, factors.col_bias, jnp.mean(design * design, axis=0))
     solution = jnp.zeros((side.degree.size, design.shape[1]), design.dtype)
-    step = jax.jit(solve_side, static_argnames=("solver", "biases"))
+    step = jax.jit(solve_factor, static_argnames="method")
     for _ in range(ROUNDS):
-        solution, _ = step(
-            side,
-            fixed,
-            solution,
-            hyper,
-            jax.random.key(0),
-            solver=solver,
-            biases=biases,
-        )
+        key = jax.random.key(0)
+        solution, _ = step(side, fixed, solution, penalties, key, method=method)
     return solution
 
 
