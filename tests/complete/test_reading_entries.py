@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import lzma
+import random
 import zipfile
 from pathlib import Path
 
@@ -223,6 +224,52 @@ def test_any_ids_survive_any_delimiter(tmp_path_factory, data):
     assert [v for *_, v in found] == values
 
 
+HEADERS = [
+    ("user", "item", "rating"),
+    ("User-ID", "ISBN", "Book-Rating"),
+    ("customer_id", "product_id", "score"),
+    ("rows", "cols", "vals"),
+    ("USERS", "ITEMS", "RATINGS"),
+]
+IDS = {
+    "numbers": lambda draw: str(draw.randint(-50, 50)),
+    "large": lambda draw: str(2**64 - draw.randint(1, 50)),
+    "codes": lambda draw: draw.choice(["0195153448", "034545104X", "0060973129"]),
+    "names": lambda draw: draw.choice(["José", "Zoë_Ä", "Bob", "u7"]),
+}
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", "::", " "])
+@pytest.mark.parametrize("kind", IDS)
+def test_quirks_of_all_sorts_together(delimiter, kind, tmp_path):
+    for seed in range(15):
+        draw = random.Random(f"{delimiter}{kind}{seed}")
+        rows = [
+            (IDS[kind](draw), f"B{draw.randint(0, 30)}", f"{draw.uniform(-9, 9):.2f}")
+            for _ in range(draw.choice([1, 2, 30]))
+        ]
+        comma = delimiter != "," and draw.random() < 0.5
+        header = list(draw.choice(HEADERS)) if draw.random() < 0.5 else None
+        order = draw.sample(range(3), 3) if header else [0, 1, 2]
+        text = [[line[place] for place in order] for line in [header, *rows] if line]
+        if draw.random() < 0.5:
+            text = [[*line, str(978300760 + k)] for k, line in enumerate(text)]
+            if header:
+                text[0][3] = "timestamp"
+        if comma:
+            text = [[cell.replace(".", ",") for cell in line] for line in text]
+        if delimiter != "::" and draw.random() < 0.5:
+            text = [[f'"{cell}"' for cell in line] for line in text]
+        end = draw.choice(["\n", "\r\n", "\n\n"])
+        content = end.join(map(delimiter.join, text)) + draw.choice(["", end])
+        encoding = draw.choice(["utf-8", "utf-8-sig", "latin-1", "utf-16", "utf-32"])
+        pack = draw.choice([bytes, gzip.compress, bz2.compress, lzma.compress])
+        path = tmp_path / draw.choice(["r.csv", "r.dat", "r.txt.gz.old", "r"])
+        path.write_bytes(pack(content.encode(encoding)))
+        found = [(str(a), b, c) for a, b, c in triplets(read_entries(path))]
+        assert found == [(a, b, float(c)) for a, b, c in rows], (seed, content[:200])
+
+
 ARRAYS = {
     "int16": (np.int16, np.float32),
     "uint64": (np.uint64, np.float64),
@@ -284,6 +331,15 @@ def test_sparse_matrices_of_scipy(kind, made, tmp_path):
     np.testing.assert_array_equal(found, dense)
     scipy.io.mmwrite(tmp_path / "s.mtx", made(dense))
     assert len(read_entries(tmp_path / "s.mtx").values) == len(table.values)
+
+
+def test_a_sparse_matrix_that_is_mostly_empty_keeps_rows_that_occur(tmp_path):
+    at = ([5, 1_999_999_999], [1, 0])
+    matrix = scipy.sparse.coo_matrix(([3.0, 2.0], at), shape=(2_000_000_000, 2))
+    scipy.sparse.save_npz(tmp_path / "s.npz", matrix)
+    table = read_entries(tmp_path / "s.npz")
+    assert triplets(table) == [(5, 1, 3.0), (1_999_999_999, 0, 2.0)]
+    assert len(table.row_ids) == 2
 
 
 def test_a_stored_zero_is_an_entry(tmp_path):
@@ -351,6 +407,8 @@ def test_parquet_columns_of_all_kinds(tmp_path):
         ("1,2,978300760,3\n3,4,978300761,5\n", ["--columns"]),
         ("978300760,1,2,3.5\n978300761,4,5,2.5\n", ["--columns"]),
         ("user,item,rating\nnan,2,3\n", ["line 2", "'user'", "missing"]),
+        ("2005-09-01,36,16,3\n2005-09-02,6,10,4\n", ["--columns"]),
+        ("978300760,1,2,3\n978300761,4,5,2\n", ["--columns"]),
         ("1,2,one,3\n3,4,two,5\n", ["--columns"]),
         ("foo,user,bar\n1,2,3\n", ["--columns"]),
         ("a,b,c,d\n1,2,3,4\n", ["--columns"]),

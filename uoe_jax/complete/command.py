@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from uoe_jax.complete.fit import Parts, fit, split
+from uoe_jax.complete.fit import EntrySplit, fit, split
 from uoe_jax.complete.options import CompleteArgs
 from uoe_jax.complete.plot import plot_convergence
 from uoe_jax.complete.predictions import (
@@ -131,7 +131,7 @@ def stem_of(file: Path) -> str:
     return Path(file.stem).stem if packed else file.stem
 
 
-def describe(file: Path, table: Table, parts: Parts) -> list[str]:
+def describe(file: Path, table: Table, parts: EntrySplit) -> list[str]:
     """Return what a file holds and what becomes of it, a line a fact."""
     held = len(parts.valid) + len(parts.test)
     lines = [

@@ -24,7 +24,7 @@ from uoe_jax.linalg.completion.defaults import default_rank
 from uoe_jax.linalg.completion.factors import Factors
 
 
-class Parts(NamedTuple):
+class EntrySplit(NamedTuple):
     """Which entries train, choose and report; and how many repeat a position."""
 
     train: np.ndarray
@@ -33,7 +33,7 @@ class Parts(NamedTuple):
     repeats: int
 
 
-def split(table: Table, holdout: float, seed: int) -> Parts:
+def split(table: Table, holdout: float, seed: int) -> EntrySplit:
     """Return a random split; half of the held-out positions choose, half report."""
     place, order = draw_positions(table.rows, table.cols, len(table.col_ids), seed)
     size = len(order)
@@ -47,11 +47,11 @@ def split(table: Table, holdout: float, seed: int) -> Parts:
     part[order[: count // 2]] = 1
     part[order[count // 2 : count]] = 2
     train, valid, test = (np.flatnonzero(part[place] == number) for number in range(3))
-    return Parts(train, valid, test, len(place) - size)
+    return EntrySplit(train, valid, test, len(place) - size)
 
 
 def fit(
-    args: CompleteArgs, table: Table, parts: Parts, console: Console
+    args: CompleteArgs, table: Table, parts: EntrySplit, console: Console
 ) -> tuple[Chosen, Factors]:
     """Return the fit that held-out entries chose, and the one of all entries."""
     shape = (len(table.row_ids), len(table.col_ids))

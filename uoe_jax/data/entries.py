@@ -31,19 +31,20 @@ from uoe_jax.errors import ConfigError, DataError, nearest
 
 pc: Any = pyarrow.compute  # whose functions are made at run time
 
-# Names by which columns are known, without case, signs and what follows a colon.
+# Names by which columns are known: without case, signs, a last s and what follows a
+# colon.
 KNOWN = (
-    "rows row user users userid uid u customer customerid custid client clientid "
-    "member memberid reviewer reviewerid account accountid visitor visitorid "
-    "person personid",
-    "cols col column columns item items itemid iid i movie movieid film filmid book "
-    "bookid isbn product productid asin parentasin business businessid song songid "
-    "track trackid artist artistid game gameid anime animeid recipe recipeid joke "
-    "jokeid course courseid restaurant restaurantid",
-    "values value val rating ratings rate score r data overall bookrating y",
+    "row user userid uid u customer customerid custid client clientid member memberid "
+    "reviewer reviewerid account accountid visitor visitorid person personid",
+    "col column item itemid iid i movie movieid film filmid book bookid isbn product "
+    "productid asin parentasin busines businessid song songid track trackid artist "
+    "artistid game gameid anime animeid recipe recipeid joke jokeid course courseid "
+    "restaurant restaurantid",
+    "value val rating rate score r data overall bookrating y",
 )
 # What a packed or binary file begins with, and the ending that says so.
 PACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+FREE_SIZE = 10_000_000  # of a matrix that is mostly empty
 BINARY = (".npz", ".npy", ".parquet", ".gz", ".bz2", ".xz", ".zip")
 DAMAGE = (
     *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError, MemoryError),
@@ -198,17 +199,24 @@ def _from_matrix(path: Path, matrix: Matrix) -> Table:
     found = Columns([matrix.name], True, [], lambda _: [], entry_name)
     array = to_arrow(path, matrix.name, matrix.values)
     values, _ = finite_values(path, found, matrix.name, array, None)
-    row_ids, col_ids = (np.arange(int(size)) for size in matrix.shape)
-    rows, cols = matrix.rows.astype(np.int64), matrix.cols.astype(np.int64)
-    return Table(rows, cols, values, row_ids, col_ids, (matrix.name,))
+    ids, index = [], [matrix.rows.astype(np.int64), matrix.cols.astype(np.int64)]
+    for axis, size in enumerate(matrix.shape):
+        if size <= max(FREE_SIZE, 1000 * len(values)):
+            ids.append(np.arange(int(size)))
+        else:  # a factor of every row would fill the memory with zeros
+            known, index[axis] = np.unique(index[axis], return_inverse=True)
+            ids.append(known)
+    return Table(index[0], index[1], values, ids[0], ids[1], (matrix.name,))
 
 
 def _unpack(path: Path, data: bytes) -> tuple[bytes, str, tuple[str, ...]] | None:
     """Return what a packed file holds, its ending, and notes; None: isn't packed."""
     for magic, opener in PACKERS.items():
         if data.startswith(magic):
+            # Of ratings.npz.gz the content has to be what .npz says.
+            inside = path.stem if path.suffix.lower() in BINARY else ""
             with opener(io.BytesIO(data)) as file:
-                return _read_limited(path, file), Path(path.stem).suffix.lower(), ()
+                return _read_limited(path, file), Path(inside).suffix.lower(), ()
     if not data.startswith(b"PK"):
         return None
     with zipfile.ZipFile(io.BytesIO(data)) as packed:
@@ -256,7 +264,7 @@ def _check_lengths(path: Path, names: Sequence[str], arrays: Sequence[Any]) -> N
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.split(":")[0].lower())
+    return re.sub(r"[^a-z0-9]|s$", "", name.split(":")[0].strip().lower())
 
 
 def _known(names: Sequence[str], role: int) -> int | None:
@@ -311,14 +319,21 @@ def _pick(
 def _is_rating(columns: list[list[str]]) -> bool:
     """Whether the third of more columns without names is likely the value.
 
-    It is if it holds numbers that are no seconds since 1970, unless a later one has
+    It is if it holds numbers and none of the three are times, unless a later one has
     fractions and it has none.
     """
-    _, _, third, *later = columns
-    return _are_small(third) and (
-        _have_fractions(third)
-        or not any(_are_small(c) and _have_fractions(c) for c in later)
-    )
+    first, second, third, *later = columns
+    if _are_times(first) or _are_times(second) or not _are_small(third):
+        return False
+    fractions = [_are_small(c) and _have_fractions(c) for c in later]
+    return _have_fractions(third) or not any(fractions)
+
+
+def _are_times(fields: list[str]) -> bool:
+    """Whether fields are dates, or seconds since 1970 of the years 1989 to 2039."""
+    date = re.compile(r"\s*(\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{4})")
+    seconds = re.compile(r"\s*([6-9]|1\d|2[01])\d{8}(\.\d*)?\s*$")
+    return any(all(map(kind.match, fields)) for kind in (date, seconds))
 
 
 def _are_small(fields: list[str]) -> bool:
