@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import struct
 from pathlib import Path
@@ -166,3 +167,14 @@ def test_links_and_pipes_in_place_of_files_are_no_way_out(tmp_path):
     for read in (read_adapter, load_factors):
         with pytest.raises(DataError):
             read(loop)
+
+
+def test_no_module_can_load_a_pickle():
+    """Nothing here unpickles: numpy is told not to, and nobody else is asked."""
+    package = Path(__file__).parents[1] / "uoe_jax"
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        modules = r"(pickle|cPickle|dill|cloudpickle|joblib|shelve|marshal)"
+        assert not re.search(rf"^\s*(import|from) {modules}\b", text, re.M), path
+        for call in re.findall(r"np\.load\(.*?False\)|np\.load\(.*", text):
+            assert "allow_pickle=False" in call, f"{path}: {call}"

@@ -26,7 +26,7 @@ from uoe_jax.data.record import (
 from uoe_jax.errors import CheckpointError, ConfigError, DataError
 from uoe_jax.model import split_model
 from uoe_jax.partition.mesh import evaluation_mesh
-from uoe_jax.train.run_dir import BEST, CHECKPOINTS, CONFIG
+from uoe_jax.train.run_dir import BEST, CHECKPOINTS, CONFIG, check_model
 from uoe_jax.train.state import layout_of
 from uoe_jax.train.validate import make_eval_step, run_validation
 from uoe_jax.tree import fill_leaves, named_leaves
@@ -73,6 +73,7 @@ def load_run(
     template = {"params": params, "buffers": buffers}
     store = Checkpoints(run_dir / (BEST if which == "best" else CHECKPOINTS))
     step, arrays, _ = store.restore(named_leaves(template), step=step)
+    check_model(run_dir, config, store.config(step))
     state = jax.device_put(fill_leaves(template, arrays))
     return LoadedRun(config, nnx.merge(graphdef, *state.values()), step, run_dir)
 

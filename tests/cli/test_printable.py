@@ -51,11 +51,17 @@ def test_paths_and_names_are_shown_with_escapes(union_run, tmp_path, capsys):
     run.mkdir()
     shutil.copy(union_run / "config.json", run)
     config = (run / "config.json").read_text()
-    hostile = r"\u001b[31mred \u202e<b>"
-    (run / "config.json").write_text(config.replace('"tiny-union"', f'"{hostile}"'))
+    name = config.replace('"tiny-union"', r'"\u001b[31mred \u202e"')
+    (run / "config.json").write_text(name)
+    assert main(["report", str(run), "--no-overlay"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable() and "printable characters only" in line
+    name = config.replace('"tiny-union"', '"[red]<b>:x: $a_$"')
+    (run / "config.json").write_text(name)
     shutil.copy(union_run / "metrics.jsonl", run)
     page = write_report([run], tmp_path / "page.html").read_text()
-    assert "\x1b" not in page and "\u202e" not in page and "<b>" not in page
+    assert "\x1b" not in page and "\u202e" not in page
+    assert "<b>" not in page and "[red]&lt;b&gt;:x: $a_$" in page
     shutil.copy(union_run / "config.json", run)
     assert main(["report", str(run), "--no-overlay"]) == 0
     (line,) = capsys.readouterr().out.splitlines()

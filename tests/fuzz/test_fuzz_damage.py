@@ -9,28 +9,27 @@ import functools
 import os
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
 from fuzzing import Finding, damage_bytes, one_line, raw_error, run_cases
-from uoe_jax.complete.read import read_entries
 
 from uoe_jax.adapt.files import load_adapters
-from uoe_jax.checkpoint import named_leaves
 from uoe_jax.cli import main
 from uoe_jax.cli.paths import read_config
+from uoe_jax.complete.predictions import load_completion
 from uoe_jax.config import config_hash
 from uoe_jax.data import make_dataset
+from uoe_jax.data.entries import read_entries
 from uoe_jax.data.tokenize import SubwordTokenizer
 from uoe_jax.errors import UoeError
 from uoe_jax.evaluate import load_run
 from uoe_jax.integrity import digest_array
-from uoe_jax.linalg.completion import load_factors
 from uoe_jax.partition.plan import read_layout
 from uoe_jax.presets import get_preset
 from uoe_jax.report.read import read_run
 from uoe_jax.train.metrics import MetricsLog, read_metrics
+from uoe_jax.tree import named_leaves
 
 
 def digest(tree):
@@ -41,7 +40,7 @@ def read_model(folder):
     """A run's step, config and weights."""
     run = load_run(folder / "runs" / "union")
     _, *state = nnx.split(run.model, nnx.Param, ...)
-    return run.step, config_hash(run.config), digest(state)
+    return run.step, config_hash(run.config.model), digest(state)
 
 
 def read_batches(folder):
@@ -60,8 +59,11 @@ def read_adapter(folder):
 
 
 def read_completed(folder):
-    found = load_factors(folder / "completed" / "factors.safetensors")
-    return [digest_array(np.asarray(a)) for a in jax.tree.leaves(found)]
+    found = load_completion(folder / "completed")
+    arrays = [found.factors.u, found.factors.v, found.factors.offset,
+              found.factors.row_bias, found.factors.col_bias]  # fmt: skip
+    ids = [found.row_ids.tolist(), found.col_ids.tolist()]
+    return [digest_array(np.asarray(a)) for a in arrays], ids, found.names
 
 
 def read_page(folder):

@@ -74,11 +74,37 @@ def save_adapters(
     about = _describe(adapters, config, base)
     if digest:
         about["uoe_jax"]["base_digest"] = digest
+    weights = save(tensors, metadata={"format": "pt"})
+    about["uoe_jax"]["weights_blake2b"] = _digest(weights)
+    about["uoe_jax"]["blake2b"] = _digest_own(about["uoe_jax"])
     described = format_json(about, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     # The arrays last: a folder that has them is whole.
     write_atomically(folder / CONFIG, described)
-    write_atomically(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_atomically(folder / WEIGHTS, weights)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _digest_own(own: Mapping[str, Any]) -> str:
+    """Return the checksum of what rebuilds an adapter, its weights' included."""
+    content = {key: value for key, value in own.items() if key != "blake2b"}
+    return _digest(format_json(content, sort_keys=True).encode())
+
+
+def _check_digests(folder: Path, own: Mapping[str, Any]) -> None:
+    """Refuse files whose bytes have changed; adapters of older versions don't say."""
+    if "blake2b" not in own:
+        return
+    if own["blake2b"] != _digest_own(own):
+        raise DataError(
+            f"{folder / CONFIG} has a damaged 'uoe_jax' part (its checksum is "
+            "another); restore it"
+        )
+    if own["weights_blake2b"] != _digest((folder / WEIGHTS).read_bytes()):
+        raise DataError(f"{folder / WEIGHTS} has changed bytes; restore it")
 
 
 def _modules(plan: LeafPlan) -> list[str]:
@@ -189,6 +215,7 @@ def load_adapters(folder: Path, params: PyTree) -> tuple[Adapters, AdapterConfig
             f"{folder / WEIGHTS} has {len(tensors)} arrays too many, {min(tensors)} "
             f"first; it isn't the file of {folder / CONFIG}"
         )
+    _check_digests(folder, own)
     adapters = Adapters(weights=weights, scales=scales, anchor=anchor, plans=plans)
     return adapters, config
 

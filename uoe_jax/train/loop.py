@@ -42,6 +42,7 @@ from uoe_jax.train.run_dir import (
     BEST,
     CHECKPOINTS,
     METRICS,
+    check_model,
     open_run_dir,
     write_environment,
 )
@@ -165,6 +166,7 @@ class _Run:
         template = named_leaves(self.state)
         self.step, arrays, progress = self.checkpoints.restore(template, step=step)
         self.fresh = False
+        check_model(self.run_dir, self.config, self.checkpoints.config(self.step))
         barrier("checkpoint is read")
         state = fill_leaves(self.state, self.layout.to_memory(arrays))
         self.state = self.layout.place(state)

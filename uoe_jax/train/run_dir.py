@@ -17,8 +17,8 @@ import jax
 from uoe_jax.config import ExperimentConfig, from_json, to_json
 from uoe_jax.data.prepare import absolute_paths
 from uoe_jax.data.record import DataRecord, read_record, write_record
-from uoe_jax.errors import ConfigError
-from uoe_jax.files import format_json, read_json, write_atomically
+from uoe_jax.errors import CheckpointError, ConfigError
+from uoe_jax.files import format_json, parse_json, read_json, write_atomically
 from uoe_jax.train.lock import RunLock
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "env.json", "metrics.jsonl"
@@ -143,6 +143,32 @@ def _check_config(
     if record is None or data is None:
         return data
     return record.followed_by(data, path, accept=config.data.allow_changed or not begun)
+
+
+def check_model(path: Path, config: ExperimentConfig, saved: Mapping[str, Any]) -> None:
+    """Refuse another model than `saved`, the config of a run's checkpoint, has.
+
+    A config.json has no checksum: one flipped digit of it can give other numbers.
+    Fields that an older version didn't save aren't compared. Raises CheckpointError.
+    """
+    before = saved.get("model")
+    if not isinstance(before, dict) or not has_begun(path):
+        return
+    now = parse_json(format_json(dataclasses.asdict(config.model)), CONFIG)
+    differing = list(_differing(now, before, "model"))
+    if differing:
+        raise CheckpointError(
+            f"{path / CONFIG} isn't of the model that was trained: "
+            f"{'; '.join(differing[:8])}; restore the file"
+        )
+
+
+def _differing(now: Any, before: Any, name: str) -> Iterator[str]:
+    if isinstance(now, dict) and isinstance(before, dict):
+        for key in now.keys() & before.keys():
+            yield from _differing(now[key], before[key], f"{name}.{key}")
+    elif now != before:
+        yield f"{name} is {now!r}, was {before!r}"
 
 
 def has_begun(path: Path) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,28 +162,41 @@ def save_factors(factors: Factors, path: str | Path, **extra: np.ndarray) -> Non
             tensors[f"{name}.ends"] = np.cumsum([len(t) for t in texts], dtype=np.int64)
             array = np.frombuffer(b"".join(texts), np.uint8)
         tensors[name] = np.ascontiguousarray(array)
-    write_atomically(Path(path), save(tensors))
+    write_atomically(Path(path), save(tensors, {"blake2b": _digest(tensors)}))
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """Return a checksum of arrays and their names, shapes and types."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(tensors.items()):
+        state.update(f"{name} {array.dtype} {array.shape}".encode())
+        state.update(np.ascontiguousarray(array).tobytes())
+    return state.hexdigest()
 
 
 def load_factors(path: str | Path) -> Factors:
     """Read factors written by `save_factors`; `info` holds whatever else was there.
 
     Raises:
-      DataError: not a file of factors.
+      DataError: not a file of factors, or one whose bytes have changed.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():  # a pipe would wait for its writer for ever
         raise DataError(f"{path} is no file; give a file of completed factors")
     try:
-        tensors = load_file(str(path))
+        with safe_open(str(path), framework="np") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            stated = (file.metadata() or {}).get("blake2b")
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} can't be read as safetensors: {error}") from None
     names = ("u", "v", "row_bias", "col_bias", "offset")
     missing = [name for name in names if name not in tensors]
     if missing:
         raise DataError(f"{path} has no {missing}; give a file of completed factors")
+    # Files of older versions carry no checksum.
+    if stated is not None and stated != _digest(tensors):
+        raise DataError(f"{path} has changed bytes; restore it, or complete again")
     u, v, row_bias, col_bias, offset = (jnp.asarray(tensors.pop(n)) for n in names)
     fits = (
         u.ndim == v.ndim == 2
