@@ -20,7 +20,7 @@ from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import Dataset, make_dataset, prefetch
 from uoe_jax.data.record import record_of
-from uoe_jax.errors import NonFiniteError
+from uoe_jax.errors import NonFiniteError, out_of_memory
 from uoe_jax.files import check_local
 from uoe_jax.hardware.devices import peak_flops
 from uoe_jax.optim import make_optimizer
@@ -29,6 +29,7 @@ from uoe_jax.train.clock import Clock, Progress, Rate
 from uoe_jax.train.diagnose import diagnose, write_dump
 from uoe_jax.train.feed import flop_share, train_batch
 from uoe_jax.train.lock import RunLock
+from uoe_jax.train.memory import explain_memory
 from uoe_jax.train.metrics import MetricsLog
 from uoe_jax.train.peers import Votes, barrier, is_primary
 from uoe_jax.train.progress import Display
@@ -76,7 +77,8 @@ def train(
     trained, if not a whole model.
 
     Raises ConfigError, DataError or CheckpointError before anything compiles,
-    NonFiniteError after `max_bad_steps` bad steps in a row, StopRun after a signal.
+    NonFiniteError after `max_bad_steps` bad steps in a row, OutOfMemory with what would
+    fit, StopRun after a signal.
     """
     validate(config)
     check_local(run_dir, "run_dir")
@@ -104,11 +106,16 @@ def train(
         signals = stack.enter_context(StopSignals())
         if optimizer is None:
             optimizer = make_optimizer(config.optim, config.train.steps)
-        subject = make_subject(config, optimizer, mesh)
-        run = _Run(config, run_dir, data, mesh, subject, display, signals)
-        run.lock = lock
-        run.restore(resume_step)
-        return run.train()
+        try:
+            subject = make_subject(config, optimizer, mesh)
+            run = _Run(config, run_dir, data, mesh, subject, display, signals)
+            run.lock = lock
+            run.restore(resume_step)
+            return run.train()
+        except Exception as error:
+            if out_of_memory(error):
+                raise explain_memory(config, mesh, error) from error
+            raise
 
 
 class _Run:
