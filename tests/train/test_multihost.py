@@ -247,6 +247,34 @@ def test_a_connection_that_closes_without_a_word_is_named_by_all_others(victim):
         assert "is gone; the last checkpoint is intact" in text and code == 1
 
 
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_process_that_stands_still_is_named_by_the_others(victim, monkeypatch):
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(watch, "SILENT_SECONDS", 1.5)
+    meeting = Meeting()
+    # As of a stopped process, whose connections stay open.
+    meeting.watches[victim]._beat = lambda now: False
+    meeting.watches[victim]._tell = lambda *_: None
+    said = [one for one in meeting.hear(2) if one[0] != victim]
+    assert said
+    for _, text, code in said:
+        assert text.startswith(f"process {victim} of 3 (process {os.getpid()} on ")
+        assert "has given no sign of life for 2 s: it is stopped" in text and code == 1
+
+
+def test_who_stood_still_himself_blames_nobody(monkeypatch):
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(watch, "SILENT_SECONDS", 1.0)
+    clock, ahead = time.monotonic, [0.0]
+    meeting = Meeting()
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock() + ahead[0])
+    ahead[0] = 100.0  # all of them, as one process with one clock
+    time.sleep(0.5)
+    assert meeting.said.empty()
+    for index in (2, 1, 0):
+        meeting.leave(index)
+
+
 def test_who_leaves_without_an_error_is_not_missed():
     meeting = Meeting()
     meeting.leave(1)

@@ -26,6 +26,8 @@ from uoe_jax.errors import UoeError
 from uoe_jax.files import format_json, parse_json
 from uoe_jax.train.signals import StopRun
 
+BEAT_SECONDS = 2.0  # between two signs of life
+SILENT_SECONDS = 20.0  # without one: stopped; jax itself would abort after some 30
 LOST_SECONDS = 30  # a machine that answers no probe for so long is gone
 GRACE_SECONDS = 5.0  # for a process to report an error of its own, and to end
 _ADDRESS_BYTES = 1024
@@ -68,6 +70,8 @@ class Watch:
         self._name = f"process {index} of {count} ({here})"
         self._token = secrets.token_hex(8)  # the first one's tells friend from stranger
         self._peers: dict[_Line, str] = {}  # with their names
+        self._heard: dict[_Line, float] = {}  # when each gave its last sign of life
+        self._beaten = 0.0  # when this one gave its last
         self._plan: tuple[float, str, int] | None = None  # when to end, with what
         self._failed: int | None = None  # the exit code of this process's own error
         self._thread: threading.Thread | None = None
@@ -123,7 +127,7 @@ class Watch:
             try:
                 line = _Line(socket.create_connection((host, address["port"]), 5.0))
                 line.send(f"hello {address['token']} {self._name}")
-                if line.receive() == ["welcome"]:
+                if (line.receive() or [""])[0] == "welcome":  # a beat may follow it
                     self._watch(line, address["name"])
                     return
                 line.connection.close()
@@ -143,6 +147,7 @@ class Watch:
             if number := getattr(socket, option, None):
                 line.connection.setsockopt(socket.IPPROTO_TCP, number, value)
         self._peers[line] = name
+        self._heard[line] = time.monotonic()
         self._listen(line, self._hear)
 
     def _listen(self, line: _Line, act: Callable[[_Line], None]) -> None:
@@ -151,6 +156,7 @@ class Watch:
     def _drop(self, line: _Line) -> None:
         self._selector.unregister(line)
         self._peers.pop(line, None)
+        self._heard.pop(line, None)
         line.connection.close()
 
     def _tell(self, message: str, but: _Line | None = None) -> None:
@@ -159,19 +165,54 @@ class Watch:
                 line.send(message)
 
     def _run(self) -> None:
-        """Act on what arrives until nothing is left to listen to."""
+        """Act on what arrives, and on silence, until nothing is left to listen to."""
+        try:
+            self._serve()
+        except Exception as error:  # a thread that dies isn't missed by anybody
+            print(
+                f"uoe: {self._name} no longer watches the others: "
+                f"{type(error).__name__}: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _serve(self) -> None:
+        woken = time.monotonic()
         while self._selector.get_map():
-            wait = None
+            before, woken = woken, time.monotonic()
+            wait: float | None = None
+            if self._peers:
+                wait = BEAT_SECONDS
+                if woken - before > SILENT_SECONDS / 2:  # it was this one that stood
+                    self._heard = dict.fromkeys(self._peers, woken)
+                if self._beat(woken):
+                    return
             if self._plan is not None:
                 when, text, code = self._plan
-                wait = when - time.monotonic()
-                if wait <= 0:
+                wait = min(when - time.monotonic(), BEAT_SECONDS)
+                if when <= time.monotonic():
                     self._finish(text, code)
                     return
             for key, _ in self._selector.select(wait):
                 line, act = key.data
                 if line.fileno() >= 0:  # not dropped meanwhile
                     act(line)
+
+    def _beat(self, now: float) -> bool:
+        """Give a sign of life; end where another process has given none for long."""
+        if now - self._beaten >= BEAT_SECONDS:
+            self._beaten = now
+            self._tell("beat")
+        for line, name in self._peers.items():
+            if now - self._heard[line] > SILENT_SECONDS and self._failed is None:
+                self._finish(
+                    f"{name} has given no sign of life for {SILENT_SECONDS:.0f} s: it "
+                    "is stopped or its machine hangs; the last checkpoint is intact: "
+                    "end it and start all processes again",
+                    PeerLost.exit_code,
+                )
+                return True
+        return False
 
     def _finish(self, text: str, code: int) -> None:
         """Leave, telling the others first, and end this process."""
@@ -220,6 +261,9 @@ class Watch:
             return
         for message in messages:
             word, _, text = message.partition(" ")
+            self._heard[line] = time.monotonic()
+            if word == "beat":
+                continue
             if word == "done":
                 self._drop(line)
                 return
