@@ -34,7 +34,8 @@ def check_local(path: str | os.PathLike[str], what: str) -> None:
     found = _SCHEME.match(os.fspath(path))
     if found:
         scheme = f"{found[1]}://"
-        given = scheme + os.fspath(path)[found.end() :].lstrip("/")
+        root = "/" if found[1] == "file" else ""
+        given = scheme + root + os.fspath(path)[found.end() :].lstrip("/")
         raise ConfigError(
             f"{what} is {given}; {scheme} isn't read or written here: "
             "mount the store (gcsfuse, s3fs, NFS) and give the local folder"
