@@ -123,7 +123,8 @@ def test_a_decomposed_run_needs_no_metrics(tmp_path):
 
 
 def test_depth_has_its_picture(tmp_path):
-    model = dataclasses.replace(UNION, blocks=("all", "mod"))
+    kinds = {"attention": ("union", "dense"), "mlp": ("union", "dense")}
+    model = dataclasses.replace(UNION, blocks=("all", "mod"), **kinds)
     run = with_loads(
         tmp_path / "a", model, "depth", lambda step: [[0.5, 0.5], [0.4, 0.6]]
     )
