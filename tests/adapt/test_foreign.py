@@ -205,5 +205,6 @@ def test_the_share_of_a_delta_that_bfloat16_keeps(size, low, high):
     share = float(kept_share(params, moved))
     assert abs(share - want) < 1e-4 and low <= share <= high
     wide = {"w": params["w"].astype(jnp.float32)}
+    assert digest_params(wide) != digest_params(params)
     assert float(kept_share(wide, moved)) > 0.999
     assert abs(float(kept_share(wide, moved, "bfloat16")) - want) < 1e-4
