@@ -15,6 +15,7 @@ from uoe_jax.data.entries import Table
 from uoe_jax.errors import ConfigError
 from uoe_jax.linalg.completion.choose import (
     Chosen,
+    Listener,
     Ratings,
     choose,
     draw_positions,
@@ -84,9 +85,8 @@ def fit(
 
     with bar:
         train = ratings.take(parts.train)
-        chosen = choose(
-            train, held, rank, args, key, dtype=dtype, begin=begin, tell=tell
-        )
+        listener = Listener(begin, tell)
+        chosen = choose(train, held, rank, args, key, dtype=dtype, listener=listener)
         factors = chosen.factors
         if args.refit and held is not None:
             console.print("fitting all entries by that ridge and number of sweeps")

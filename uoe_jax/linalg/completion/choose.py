@@ -31,6 +31,18 @@ class Ratings(NamedTuple):
         )
 
 
+class Listener(NamedTuple):
+    """Who is told how the choice goes on."""
+
+    # Called with a ridge before its fit; returns what each sweep calls.
+    begin: Callable[[float], Callable[[dict], None] | None] = lambda ridge: None
+    # Called with a ridge and its held-out error after the fit.
+    tell: Callable[[float, float], None] = lambda ridge, error: None
+
+
+QUIET = Listener()
+
+
 class Chosen(NamedTuple):
     """The best fit, and what made it the best."""
 
@@ -60,8 +72,7 @@ def choose(
     key: Key[Array, ""],
     *,
     dtype: Any = np.float32,
-    begin: Callable[[float], Callable[[dict], None] | None] = lambda ridge: None,
-    tell: Callable[[float, float], None] = lambda ridge, error: None,
+    listener: Listener = QUIET,
 ) -> Chosen:
     """Return the best fit over the ridges to try.
 
@@ -73,8 +84,7 @@ def choose(
       options: of the fit.
       key: of the start.
       dtype: float32 or float64.
-      begin: called with a ridge before its fit; returns what each sweep calls.
-      tell: called with a ridge and its error on `valid` after the fit.
+      listener: is told of each ridge and sweep.
     """
     if options.ridge is not None:
         ridges = [options.ridge]
@@ -84,11 +94,11 @@ def choose(
     found = []
     for ridge in ridges:
         once = dataclasses.replace(options, ridge=ridge)
-        factors = fit(train, valid, rank, once, key, dtype, begin(ridge))
+        factors = fit(train, valid, rank, once, key, dtype, listener.begin(ridge))
         error = float(factors.info.get("valid_rmse", np.zeros(1)).min())
         found.append((error, ridge, factors))
         if len(ridges) > 1:
-            tell(ridge, error)
+            listener.tell(ridge, error)
     _, ridge, factors = min(found, key=lambda line: line[0])
     return Chosen(factors, ridge, int(factors.info["best_sweep"]) + 1)
 
