@@ -16,7 +16,8 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ import pyarrow.compute
 from uoe_jax.data.columns import Columns, Matrix, entry_name, open_binary, to_arrow
 from uoe_jax.data.delimited import is_number, read_delimited
 from uoe_jax.data.fields import distinct_ids, finite_values
-from uoe_jax.errors import ConfigError, DataError, nearest
+from uoe_jax.errors import ConfigError, DataError, UoeError, nearest
 
 pc: Any = pyarrow.compute  # whose functions are made at run time
 
@@ -106,7 +107,8 @@ def read_entries(
         raise DataError(f"{path} holds a matrix, which has no columns to choose from")
     places = _pick(path, found, columns, 3)
     names = tuple(found.names[place] for place in places)
-    arrays = found.read(places)
+    with _one_line(path, path.suffix):
+        arrays = found.read(places)
     _check_lengths(path, names, arrays)
     row_ids, rows = distinct_ids(path, found, names[0], arrays[0])
     col_ids, cols = distinct_ids(path, found, names[1], arrays[1])
@@ -143,7 +145,8 @@ def read_pairs(
         columns = names[:2]
     places = _pick(path, found, columns, 2)
     taken = [found.names[place] for place in places]
-    arrays = found.read(places)
+    with _one_line(path, path.suffix):
+        arrays = found.read(places)
     _check_lengths(path, taken, arrays)
     rows, cols = (
         distinct_ids(path, found, name, array)
@@ -174,22 +177,29 @@ def _open(path: Path, delimiter: str | None) -> Columns | Table:
     if not path.exists():
         raise DataError(f"{path} doesn't exist; give a file of entries")
     data, ending, notes = path.read_bytes(), path.suffix.lower(), ()
-    try:
+    with _one_line(path, ending):
         while unpacked := _unpack(path, data):
             data, ending, more = unpacked
             notes = (*notes, *more)
         found = open_binary(path, data)
-    except DAMAGE as error:
-        if isinstance(error, DataError):
-            raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path} can't be read as {ending}: {text}") from None
     if found is None and ending in BINARY:
         raise DataError(f"{path} can't be read as {ending}: it holds something else")
     if isinstance(found, Matrix):
         return _from_matrix(path, found)
     found = found or read_delimited(path, data, _are_names, delimiter)
     return dataclasses.replace(found, notes=(*notes, *found.notes))
+
+
+@contextmanager
+def _one_line(path: Path, ending: str) -> Iterator[None]:
+    """Turn what a reader raises for a damaged file into a DataError."""
+    try:
+        yield
+    except DAMAGE as error:
+        if isinstance(error, UoeError):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path} can't be read as {ending}: {text}") from None
 
 
 def _from_matrix(path: Path, matrix: Matrix) -> Table:
