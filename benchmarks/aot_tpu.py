@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import tpu_schedule
 
+from uoe_jax.files import format_json
 from uoe_jax.ops import Packing, _tpu
 from uoe_jax.ops.dense_attention import splash
 from uoe_jax.ops.grouped_matmul import mosaic_tpu as grouped
@@ -337,7 +338,7 @@ def main() -> None:
     record["versions"] = {
         name: importlib.metadata.version(name) for name in ("jax", "libtpu")
     }
-    save = lambda: options.out.write_text(json.dumps(record, indent=1) + "\n")
+    save = lambda: options.out.write_text(format_json(record, indent=1) + "\n")
     (name, suite) = pairs[0]
     run_suite(suite, name, options.match, record, save)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from uoe_jax.adapt import (
 )
 from uoe_jax.adapt.subject import adapter_subject, freeze_params
 from uoe_jax.config import ExperimentConfig, ModelConfig
+from uoe_jax.files import format_json
 from uoe_jax.model import make_model
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh
@@ -150,7 +150,7 @@ class Bench:
             "base_params": sum(a.size for a in jax.tree.leaves(self.params)),
             "results": self.rows,
         }
-        self.args.out.write_text(json.dumps(record, indent=1) + "\n")
+        self.args.out.write_text(format_json(record, indent=1) + "\n")
 
     def maker(self, method: str, rank: int) -> Callable[[jax.Array], Adapters]:
         """Return seed -> adapter, factors random and none of them zero."""

@@ -9,7 +9,6 @@ inputs, so that no call finds its inputs in the cache. Errors are against float6
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from functools import partial
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uoe_jax.files import format_json
 from uoe_jax.ops.segment_attention import mosaic_gpu, triton
 
 RESULTS = Path(__file__).parent / "results"
@@ -213,7 +213,7 @@ def main():
         "errors": errors(),
         "rows": lines,
     }
-    print(json.dumps(record["errors"]))
+    print(format_json(record["errors"]))
     for cases, times in ((DENSE, dense_times), (PACKED, packed_times)):
         for case in cases:
             for line in times(case):
@@ -224,7 +224,7 @@ def main():
                 print(f"{line['case']:<34}{line['what']:<36}{value}", flush=True)
                 if args.out:
                     RESULTS.mkdir(exist_ok=True)
-                    text = json.dumps(record, indent=2) + "\n"
+                    text = format_json(record, indent=2) + "\n"
                     (RESULTS / args.out).write_text(text)
 
 

@@ -7,7 +7,6 @@ routers, and sums the time of every device kernel from a profile of a few calls.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from uoe_jax.bench.profile import kernel_times
 from uoe_jax.bench.sizes import SIZES
 from uoe_jax.bench.timing import measure
 from uoe_jax.bench.union import _mlp, _smha
+from uoe_jax.files import format_json
 
 
 def main():
@@ -54,7 +54,7 @@ def main():
             print(f"    {time:8.3f} ms  {name}", flush=True)
         record["layers"].append({**row.as_dict(), "kernels": kernels})
         if args.out:
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+            args.out.write_text(format_json(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.errors import ConfigError
+from uoe_jax.files import format_json
 from uoe_jax.ops import gather_project, grouped_matmul, pack_choices, project_scatter
 from uoe_jax.ops.grouped_matmul.api import GROUPED_MATMUL
 
@@ -127,7 +127,7 @@ def main():
             print(*row.values(), flush=True)
             record["results"].append(row)
     if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        args.out.write_text(format_json(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

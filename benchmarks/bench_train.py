@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import functools
 import gzip
-import json
 import math
 import os
 import subprocess
@@ -30,6 +29,7 @@ from uoe_jax.bench.profile import kernel_times
 from uoe_jax.bench.train import time_step
 from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.errors import ConfigError
+from uoe_jax.files import format_json
 from uoe_jax.presets import get_preset
 from uoe_jax.validation import validate
 
@@ -142,7 +142,7 @@ def show(row: dict[str, Any]) -> str:
 def profile(folder: Path, index: int, step: Any, once: Any) -> None:
     """Write a step's device time by kernel, and its program to look kernels up in."""
     times = kernel_times(once)
-    text = json.dumps({"total": sum(times.values()), "kernels": times}, indent=1)
+    text = format_json({"total": sum(times.values()), "kernels": times}, indent=1)
     (folder / f"kernels_{index}.json").write_text(text + "\n")
     (folder / f"step_{index}.hlo.gz").write_bytes(
         gzip.compress(step.as_text().encode())
@@ -175,7 +175,7 @@ def main(argv: list[str]) -> None:
         record["results"].append(row)
         print(show(row), flush=True)
         if args.out:
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+            args.out.write_text(format_json(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

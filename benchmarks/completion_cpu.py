@@ -6,7 +6,6 @@ neighbours), data preparation included. Peers that aren't installed are left out
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from completion_ratings import bench_ratings
 from completion_ratings import movielens as read_movielens
 from completion_slopes import SIZES, bench_entries, bench_ranks
 
+from uoe_jax.files import format_json
 from uoe_jax.linalg.completion import Solver, complete
 
 
@@ -215,4 +215,4 @@ def run_cpu(
             continue
         print(name, flush=True)
         report[name] = bench()
-        Path(out).write_text(json.dumps(report, indent=1))
+        Path(out).write_text(format_json(report, indent=1))

@@ -6,7 +6,6 @@ keeps what it has. A section starts only while the time budget lasts.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ import numpy as np
 from completion_slopes import SIZES as SLOPE_SIZES
 from completion_slopes import bench_entries, bench_ranks, penalties_of
 
+from uoe_jax.files import format_json
 from uoe_jax.linalg.completion import Solver
 from uoe_jax.linalg.completion.als import run_sweep, start_state
 from uoe_jax.linalg.completion.entries import Entries
@@ -271,7 +271,7 @@ def bench_slopes(name: str, bench: Callable, kind: str, _: dict, report: dict) -
 
 def save(report: dict) -> None:
     """Write the report where it says."""
-    Path(report["out"]).write_text(json.dumps(report, indent=1))
+    Path(report["out"]).write_text(format_json(report, indent=1))
 
 
 def run_suite(out: str, small: bool, budget: float, only: list[str]) -> None:

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from uoe_jax.files import format_json
 from uoe_jax.partition.legal import verdicts
 from uoe_jax.partition.plan import describe_sizes
 
@@ -134,7 +135,7 @@ def main(argv: list[str]) -> int:
         )
         if args.out:
             record = about(argv) | {"results": rows}
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+            args.out.write_text(format_json(record, indent=1) + "\n")
     worst = max(max(r["gradient_difference"], r["loss_difference"]) for r in rows)
     print(f"{len(rows)} layouts, largest difference {worst:.1e}")
     return int(not worst <= TOLERANCE)

@@ -23,6 +23,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from uoe_jax.files import format_json
 from uoe_jax.hardware import fit
 from uoe_jax.hardware.devices import Device
 from uoe_jax.report.table import format_table
@@ -217,7 +218,7 @@ def main(argv: list[str]) -> None:
     }
     print(describe(record))
     if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        args.out.write_text(format_json(record, indent=1) + "\n")
     if args.plot:
         plot(record, args.plot)
 

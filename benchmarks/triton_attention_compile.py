@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
-import json
 import os
 import re
 import subprocess
@@ -32,6 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from uoe_jax.files import format_json
 from uoe_jax.ops import _triton
 from uoe_jax.ops.segment_attention import triton as attention
 
@@ -174,7 +174,7 @@ def main():
                 kernels[label] = compile_launch(**call, capability=capability)
                 print(name, f"sm_{capability}", label, kernels[label], flush=True)
     if args.out:
-        Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
+        Path(args.out).write_text(format_json(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

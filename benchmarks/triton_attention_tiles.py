@@ -10,7 +10,6 @@ timed in the forward pass, the rest in both passes. The lists printed belong und
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import bench_attention as bench
 import jax
 import jax.numpy as jnp
 
+from uoe_jax.files import format_json
 from uoe_jax.ops import _triton
 from uoe_jax.ops.segment_attention import triton
 from uoe_jax.ops.segment_attention.triton import Tiles
@@ -105,8 +105,8 @@ def main():
                 entry = {"shape": shape, **best}
                 found.setdefault(f"segment_attention_{kernel}", []).append(entry)
             if args.out:
-                Path(args.out).write_text(json.dumps({"tiles": found}, indent=1))
-    print(json.dumps(found, indent=1))
+                Path(args.out).write_text(format_json({"tiles": found}, indent=1))
+    print(format_json(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def test_json_is_read_back_by_a_strict_parser(value, indent):
         ({"loss": [1.0, object()]}, "the value['loss'][1] is a object"),
         ({"a": {(1, 2): 3}}, "the value['a'] has the key (1, 2)"),
         ({"a": {True: 3}}, "the value['a'] has the key True"),
+        ({float("nan"): 3}, "the value has the key nan"),
         ({1, 2}, "the value is a set"),
         (b"bytes", "the value is a bytes"),
     ],
@@ -59,6 +60,10 @@ def test_json_is_read_back_by_a_strict_parser(value, indent):
 def test_what_json_cannot_say_is_refused_with_its_place(value, place):
     with pytest.raises(TypeError, match="^" + re.escape(place)):
         format_json(value)
+
+
+def test_keys_that_are_numbers_are_written_as_such():
+    assert json.loads(format_json({0.5: 1, 3: 2, "a": 3})) == {"0.5": 1, "3": 2, "a": 3}
 
 
 @pytest.mark.parametrize(
@@ -175,3 +180,16 @@ def test_json_is_written_and_read_in_one_place(path):
     allowed = READS_ITSELF.get(name, "no function")
     wrong = [call for call in calls_of_json(path) if not call.startswith(allowed)]
     assert not wrong, f"{name} uses json's {wrong}: take format_json or parse_json"
+
+
+# It runs `uoe` as its users do, and imports nothing of it.
+APART = "benchmarks/process_chain.py"
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "experiments"])
+def test_results_are_written_as_strict_json(folder):
+    root = PACKAGE.parent
+    for path in (root / folder).rglob("*.py"):
+        if path != root / APART:
+            wrong = [x for x in calls_of_json(path) if x.startswith("dump")]
+            assert not wrong, f"{path} uses json's {wrong}: take format_json"

@@ -62,7 +62,7 @@ def format_json(
     """Return strict JSON (RFC 8259): a number that isn't finite becomes null.
 
     Raises TypeError, naming the place, for anything but objects whose keys are strings
-    or whole numbers, lists, tuples, strings, numbers, truth values and None.
+    or numbers, lists, tuples, strings, numbers, truth values and None.
     """
     plain = _plain(value, "the value")
     return json.dumps(plain, indent=indent, sort_keys=sort_keys, allow_nan=False)
@@ -74,13 +74,19 @@ def _plain(value: Any, place: str) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, (str, int)) or isinstance(key, bool):
-                raise TypeError(f"{place} has the key {key!r}; JSON's keys are strings")
-        return {str(k): _plain(v, f"{place}[{k!r}]") for k, v in value.items()}
+        return {_key(k, place): _plain(v, f"{place}[{k!r}]") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v, f"{place}[{i}]") for i, v in enumerate(value)]
     raise TypeError(f"{place} is a {type(value).__name__}; JSON has no form for it")
+
+
+def _key(key: Any, place: str) -> str:
+    if isinstance(key, str):
+        return key
+    number = isinstance(key, (int, float)) and not isinstance(key, bool)
+    if not number or not math.isfinite(key):
+        raise TypeError(f"{place} has the key {key!r}; JSON's keys are strings")
+    return format_json(key)
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:

@@ -17,7 +17,7 @@ from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import make_dataset
 from uoe_jax.decompose.runs import Cut, decompose_run
 from uoe_jax.evaluate import evaluate_all, load_run
-from uoe_jax.files import write_atomically
+from uoe_jax.files import format_json, write_atomically
 from uoe_jax.presets import get_preset
 from uoe_jax.report.style import LIGHT, Theme, render
 from uoe_jax.train import train
@@ -149,7 +149,7 @@ def _read(out: Path) -> dict[str, Any]:
 
 def _write(out: Path, results: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_atomically(out / "results.json", format_json(results, indent=1) + "\n")
     write_atomically(out / "table.md", table(results))
 
 

@@ -35,6 +35,7 @@ from uoe_jax.adapt import (
 from uoe_jax.adapt.subject import freeze_params
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import make_dataset
+from uoe_jax.files import format_json
 from uoe_jax.model import make_model
 from uoe_jax.train.step import batch_loss
 
@@ -130,7 +131,7 @@ class Results:
 
     def put(self, key: str, value: Any) -> None:
         self.done[key] = value
-        self.path.write_text(json.dumps(self.done, indent=1) + "\n")
+        self.path.write_text(format_json(self.done, indent=1) + "\n")
 
 
 def train_base(task: Task, args: argparse.Namespace) -> tuple[Tree, float]:

@@ -22,7 +22,7 @@ from experiments.shared.programs import CHUNKS, Programs
 from experiments.shared.stats import badness
 from uoe_jax.checkpoint import snapshot
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.files import write_atomically
+from uoe_jax.files import format_json, write_atomically
 from uoe_jax.hardware.count import (
     count_active_params,
     count_params,
@@ -189,7 +189,7 @@ def _pause(progress: Progress, paused: Path) -> None:
     }
     told = {"curve": progress.curve, "chunks": progress.chunks, "best": progress.best}
     content = io.BytesIO()
-    np.savez(content, **arrays, **{_TOLD: np.array(json.dumps(told))})
+    np.savez(content, **arrays, **{_TOLD: np.array(format_json(told))})
     write_atomically(paused, content.getvalue())
 
 

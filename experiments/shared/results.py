@@ -17,7 +17,7 @@ from experiments.shared.stats import (
     spread,
     values,
 )
-from uoe_jax.files import write_atomically
+from uoe_jax.files import format_json, write_atomically
 from uoe_jax.report.table import si
 
 _TIMES_NOISE = 4.0  # of what rounding was seen to move in the same model
@@ -34,7 +34,7 @@ def write_result(folder: Path, result: Result) -> None:
     """Write a run's result."""
     file = result_file(folder, result["case"], result["seed"])
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(result, indent=1) + "\n")
+    write_atomically(file, format_json(result, indent=1) + "\n")
 
 
 def read_results(folder: Path, cases: Sequence[Case]) -> dict[str, list[Result]]:
