@@ -102,7 +102,8 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
             raise DataError(
                 f"{path} has {about.st_size:,} bytes; at most {max_bytes:,} are read"
             )
-        data = file.read(max_bytes)
+        # Not `read(max_bytes)`, which takes that much memory first.
+        data = file.read(about.st_size)
     return parse_json(data, str(path))
 
 

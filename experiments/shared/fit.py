@@ -216,7 +216,9 @@ def _begin(
         kept = place((state.params, state.buffers), trees["kept"])
     state = place(state, trees["state"])
     say(f"seed {seed}: goes on after chunk {len(told['curve'])} of {CHUNKS}")
-    return Progress(state, kept, told["curve"], told["chunks"], told["best"])
+    # JSON has no infinity: nothing was validated yet.
+    best = math.inf if told["best"] is None else told["best"]
+    return Progress(state, kept, told["curve"], told["chunks"], best)
 
 
 def describe(config: ExperimentConfig) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_half_of_the_experts_go_on_training(halved_run, capsys):
         (["--experts", "4", "--top-k", "5"], "--top-k is 5"),
         (["--merge", "--experts", "4"], "leave out --experts"),
         (["--merge"], "dense already"),
-        (["--experts", "4", "--top-k", "2", "--calibrate", "0"], "--calibrate is 0"),
+        (["--experts", "4", "--top-k", "2", "--calibrate", "0"], "calibrate is 0"),
         (["--experts", "4", "--top-k", "2", "--calibrate", "no.txt"], "no.txt"),
     ],
 )

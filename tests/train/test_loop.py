@@ -340,7 +340,9 @@ def test_images_train_and_the_filled_up_last_batch_counts_once(tiny, tmp_path):
         kind="vision", max_seq_len=16, d_model=16, d_ff=32, num_layers=1, num_heads=2,
         num_kv_heads=2, head_dim=8, tie_embeddings=False,
     )  # fmt: skip
-    data = dataclasses.replace(config.data, source="digits", batch_size=64)
+    data = dataclasses.replace(
+        config.data, source="digits", batch_size=64, max_bytes=None
+    )
     config = dataclasses.replace(config, model=model, data=data)
     train(config, tmp_path, quiet=True)
     values = evaluate(load_run(tmp_path).model, config)

@@ -40,12 +40,15 @@ def _settle(given: _checks.Given) -> None:
     _checks.whole(given, "num_experts")
     _checks.whole(given, "num_rows", optional=True)
     shape, experts = given["choices"].shape, given["num_experts"]
-    if experts < 1 or shape[2] > experts:
+    kept = given["kept"]
+    # Of the choices that aren't kept, as where a device has only some of the experts,
+    # nothing is asked.
+    least = max(shape[2] if kept is None else 1, 1)
+    if experts < least:
         raise ConfigError(
             f"num_experts is {experts}; {shape[2]} distinct choices a token need at "
-            f"least {max(shape[2], 1)}"
+            f"least {least}"
         )
-    kept = given["kept"]
     if kept is None:
         _checks.within(given, "choices", experts, "experts")
         return
