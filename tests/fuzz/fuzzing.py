@@ -52,8 +52,12 @@ def limited():
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
-        signal.signal(signal.SIGPROF, before[0])
-        signal.signal(signal.SIGALRM, before[1])
+        # By default these end the process: one that comes late must not.
+        for number, handler in zip(
+            (signal.SIGPROF, signal.SIGALRM), before, strict=True
+        ):
+            late = signal.SIG_IGN if handler == signal.SIG_DFL else handler
+            signal.signal(number, late)
 
 
 def run_cases(kind, count, check):
@@ -71,7 +75,8 @@ def run_cases(kind, count, check):
     spent = time.process_time() - began
     print(
         f"\n{kind}: seed {SEED}, {len(numbers)} cases, {len(findings)} findings, "
-        f"{spent:.0f} s of CPU"
+        f"{spent:.0f} s of CPU",
+        flush=True,
     )
     more = f"\nand {len(findings) - SHOWN} more" if len(findings) > SHOWN else ""
     assert not findings, "\n".join(findings[:SHOWN]) + more
