@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -245,11 +245,16 @@ class Checkpoints:
             return {}
 
     def restore(
-        self, template: Mapping[str, Any], *, step: int | None = None
+        self,
+        template: Mapping[str, Any],
+        *,
+        step: int | None = None,
+        optional: Container[str] = (),
     ) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
         """Return (step, arrays, progress) of the newest or the asked-for checkpoint.
 
         `template` gives name -> anything with `shape`; other saved arrays stay unread.
+        Of `optional` names those that weren't saved are left out.
         Raises CheckpointError if nothing is there, bytes have changed (naming files and
         arrays, and the newest step that is intact) or shapes differ.
         """
@@ -264,7 +269,11 @@ class Checkpoints:
         if problems := self._problems(step, template):
             raise CheckpointError(self._refusal(step, problems, template))
         manifest = integrity.read_manifest(self.folder / str(step))
-        self._check_shapes(step, template, manifest["arrays"])
+        saved = manifest["arrays"]
+        template = {
+            n: t for n, t in template.items() if n in saved or n not in optional
+        }
+        self._check_shapes(step, template, saved)
         shapes = {name: list(leaf.shape) for name, leaf in template.items()}
         if problems := integrity.check_headers(self.folder / str(step), shapes):
             raise CheckpointError(self._refusal(step, problems, template))

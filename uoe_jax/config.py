@@ -351,6 +351,12 @@ class TrainConfig(Checked):
     save_every: Count = 100
     keep_checkpoints: Count = 2
     max_bad_steps: Count = 5  # non-finite steps in a row before the run stops
+    # Leave out a step whose loss is above the running mean of the last 100 or so by
+    # more than this many of their deviations; after 10 in a row, that is the new level.
+    max_loss_jump: Positive | None = None
+    # Compute the gradients of every so many-th step twice more and compare their bits;
+    # 0: never. Only for kernels that are deterministic.
+    replay_every: Whole = 0
     loss_chunk: Count = 4096  # tokens whose logits are alive at once
     tensorboard: bool = False
     wandb: bool = False

@@ -36,6 +36,10 @@ class CheckpointError(UoeError, ValueError):
     exit_code = 2
 
 
+class ReplayError(UoeError):
+    """Gradients of the same weights and batch that had other bits the second time."""
+
+
 class NonFiniteError(UoeError, FloatingPointError):
     """Too many steps in a row had a non-finite loss or gradient."""
 

@@ -32,6 +32,8 @@ TESTED: dict[str, dict[str, str]] = {
         "--run-dir": "cli/test_demo.py",
     },
     "train": {
+        "--init-from": "cli/test_init_from.py",
+        "--init-partial": "cli/test_init_from.py",
         "--layout": "cli/test_printable.py",
         "--quiet": "cli/conftest.py",
         "--report": "cli/test_decompose.py",

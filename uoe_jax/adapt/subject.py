@@ -20,6 +20,7 @@ from uoe_jax.adapt.layout import adapter_specs
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.partition.layout import Layout
+from uoe_jax.train.level import first_level
 from uoe_jax.train.state import TrainState, layout_of
 from uoe_jax.train.subject import MakeKey, Objective, Subject
 from uoe_jax.tree import named_leaves, replace_leaves
@@ -132,6 +133,7 @@ def adapter_subject(
         opt_state=optimizer.init(adapters.weights),
         buffers=adapters.anchor,
         bad_steps=jnp.zeros((), jnp.int32),
+        loss_level=first_level(config.train),
     )
     return Subject(
         graphdef=graphdef,

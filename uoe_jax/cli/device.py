@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import os
 
+from uoe_jax.data.progress import note
 from uoe_jax.errors import ConfigError, first_line
+
+_NO_X64 = (
+    "note: JAX_ENABLE_X64 is ignored: with 64 bits the same seed would give other "
+    "weights"
+)
 
 
 def prepare(*, joins: bool = False) -> None:
-    """Restrict NNX to plain pytrees, as all of this package's models are.
+    """Restrict NNX to plain pytrees and jax to 32 bits, as this package's models are.
+
+    With 64 bits the same seed gives other weights, so JAX_ENABLE_X64 is switched off,
+    with a line.
 
     Raises ConfigError if there is no device to compute on; a process that `joins`
     others first must not ask yet, and calls `check_devices` later.
     """
+    import jax
     from flax import nnx
 
+    if jax.config.read("jax_enable_x64"):
+        jax.config.update("jax_enable_x64", False)
+        note(_NO_X64)
     nnx.set_graph_mode(False)
     nnx.set_graph_updates(False)
     if not joins:

@@ -24,6 +24,10 @@ class TrainOptions:
 
     run_dir: Path | None = None  # folder of the run; runs/<name> if not given
 
+    init_from: Path | None = None  # the run whose parameters a new run starts with
+
+    init_partial: bool = False  # only those that match in name and shape
+
     distributed: bool = False  # one process of several, see docs/layouts.md
 
     resume: bool = True  # continue what the folder holds; otherwise it must be new
@@ -56,6 +60,9 @@ def train(args: list[str]) -> int:
     validate(config)
     check_typed(rest, config.data, config.model.kind)
     run_dir = options.run_dir or folder or RUNS / config.name
+    if options.init_partial and options.init_from is None:
+        raise ConfigError("--init-partial says how to load: give --init-from RUN too")
+    source = options.init_from and find_run(str(options.init_from))
 
     from uoe_jax.cli.device import check_devices, prepare
 
@@ -67,6 +74,7 @@ def train(args: list[str]) -> int:
         check_devices()
     from uoe_jax.evaluate import ADAPTATION
     from uoe_jax.train import train as run_training
+    from uoe_jax.train.initial import recorded_start, start_from
 
     if (run_dir / ADAPTATION).is_file():
         raise ConfigError(
@@ -74,9 +82,14 @@ def train(args: list[str]) -> int:
             "choose another --run-dir"
         )
 
+    if source is None:
+        make_subject = recorded_start(run_dir, config)
+    else:
+        make_subject = start_from(source, config, run_dir, partial=options.init_partial)
     run_training(
         config,
         run_dir,
+        make_subject=make_subject,
         resume=options.resume,
         resume_step=options.resume_step,
         quiet=options.quiet,

@@ -33,6 +33,7 @@ from uoe_jax.train.memory import explain_memory
 from uoe_jax.train.metrics import MetricsLog
 from uoe_jax.train.peers import Votes, barrier, is_primary
 from uoe_jax.train.progress import Display
+from uoe_jax.train.replay import make_replay
 from uoe_jax.train.resume import (
     check_not_lost,
     describe_newer,
@@ -48,6 +49,7 @@ from uoe_jax.train.run_dir import (
     write_environment,
 )
 from uoe_jax.train.signals import StopRun, StopSignals
+from uoe_jax.train.state import check_32_bits
 from uoe_jax.train.step import make_step
 from uoe_jax.train.subject import MakeSubject, Subject, whole_model
 from uoe_jax.train.validate import make_eval_step, run_validation
@@ -77,10 +79,11 @@ def train(
     trained, if not a whole model.
 
     Raises ConfigError, DataError or CheckpointError before anything compiles,
-    NonFiniteError after `max_bad_steps` bad steps in a row, OutOfMemory with what would
-    fit, StopRun after a signal.
+    NonFiniteError after `max_bad_steps` bad steps in a row, ReplayError where gradients
+    don't repeat, OutOfMemory with what would fit, StopRun after a signal.
     """
     validate(config)
+    check_32_bits()
     check_local(run_dir, "run_dir")
     mesh = mesh_for(config)
     with ExitStack() as stack:
@@ -151,6 +154,8 @@ class _Run:
         self.best = Checkpoints(run_dir / BEST)
         self.step, self.fresh = 0, True
         self.lock: RunLock | None = None
+        repeats = config.train.replay_every > 0
+        self.replay = make_replay(config, subject) if repeats else None
         self.pending: tuple[int, PyTree] | None = None
         self.flops_per_token = subject.flops_per_token
         peak = peak_flops(mesh.devices.flat[0].device_kind)
@@ -171,11 +176,16 @@ class _Run:
         if not self.checkpoints.steps() and step is None:
             return
         template = named_leaves(self.state)
-        self.step, arrays, progress = self.checkpoints.restore(template, step=step)
+        level = {name for name in template if name.startswith("loss_level.")}
+        self.step, arrays, progress = self.checkpoints.restore(
+            template, step=step, optional=level
+        )
         self.fresh = False
         check_model(self.run_dir, self.config, self.checkpoints.config(self.step))
         barrier("checkpoint is read")
-        state = fill_leaves(self.state, self.layout.to_memory(arrays))
+        # A checkpoint of a run without `max_loss_jump` has no level: it begins anew.
+        begun = {name: template[name] for name in level - arrays.keys()}
+        state = fill_leaves(self.state, self.layout.to_memory(arrays) | begun)
         self.state = self.layout.place(state)
         self.progress = self.clock.resume(Progress(**progress))
         self.display.note(f"resuming from step {self.step}")
@@ -193,6 +203,8 @@ class _Run:
     def train(self) -> dict[str, Any]:
         """Run the loop to the end of a budget; return the summary."""
         self.open_metrics()
+        if self.fresh and self.subject.note:
+            self.display.note(self.subject.note)
         try:
             if self.step > 0 and self.votes.settle(self.out_of_time()):
                 self.display.note(f"step {self.step}: max_seconds is used up")
@@ -266,6 +278,7 @@ class _Run:
                 self.profile(self.step - first)
                 if self.lock is not None:
                     self.lock.check()
+                self.check_repeats(batch)
                 self.clock.run()
                 self.state, metrics = self.step_fn(
                     self.state, batch, self.subject.frozen
@@ -286,6 +299,13 @@ class _Run:
                 if last:
                     break
         self.profile(_PROFILE_STEPS.stop)
+
+    def check_repeats(self, batch: dict[str, jax.Array]) -> None:
+        """Raise ReplayError if the next step's gradients differ when repeated."""
+        if self.replay is None or (self.step + 1) % self.config.train.replay_every:
+            return
+        self.drain()
+        self.replay(self.state, batch, self.subject.frozen, self.step + 1)
 
     def out_of_time(self) -> bool:
         """Whether the wall-clock budget is used up."""
@@ -313,8 +333,11 @@ class _Run:
         progress.tokens += tokens
         flops_per_token = self.flops_per_token * flop_share(self.data, step - 1)
         progress.flops += tokens * flops_per_token
-        progress.skipped += bad > 0
+        jumps, limit = int(values.pop("jumps", 0)), values.pop("loss_limit", math.inf)
         if not bad:
+            self.tell_of_jump(step, values["loss"], jumps, limit)
+        progress.skipped += bad > 0 or jumps > 0
+        if not bad and not jumps:
             progress.train_loss = values["loss"]
         rate = self.rate.add(progress.seconds, progress.tokens)
         speed = rate * flops_per_token if rate else None
@@ -335,6 +358,19 @@ class _Run:
         self.display.step(line)
         if bad >= self.config.train.max_bad_steps:
             self.give_up(step, bad)
+
+    def tell_of_jump(self, step: int, loss: float, jumps: int, limit: float) -> None:
+        """Say when losses begin to jump, and when a level that stays is accepted."""
+        if jumps == 1:
+            self.display.note(
+                f"step {step}: the loss jumped to {loss:.4f}, above {limit:.4f}; the "
+                "step is left out"
+            )
+        elif not jumps and loss > limit:
+            self.display.note(
+                f"step {step}: the loss stays above {limit:.4f}; {loss:.4f} is its new "
+                "level"
+            )
 
     def validate(self) -> None:
         """Validate, log it, and keep the state if it is the best one so far."""

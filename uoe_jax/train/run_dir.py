@@ -50,6 +50,8 @@ FREE_FIELDS = frozenset(
         "train.save_every",
         "train.keep_checkpoints",
         "train.max_bad_steps",
+        "train.max_loss_jump",
+        "train.replay_every",
         "train.tensorboard",
         "train.wandb",
         "train.profile",

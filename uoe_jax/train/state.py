@@ -14,8 +14,10 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from uoe_jax.config import ExperimentConfig
+from uoe_jax.errors import ConfigError
 from uoe_jax.model import param_shapes, split_model
 from uoe_jax.partition.layout import Layout, make_layout
+from uoe_jax.train.level import first_level
 
 # Initialisation runs once: on a CPU compiling it well takes longer than running it.
 _COMPILE_FAST = {
@@ -34,6 +36,16 @@ class TrainState:
     opt_state: PyTree
     buffers: PyTree  # the routers' balance biases
     bad_steps: Any  # int32, non-finite steps in a row
+    loss_level: Any = None  # LossLevel with train.max_loss_jump, None without
+
+
+def check_32_bits() -> None:
+    """Raise ConfigError where jax computes in 64 bits: a seed gives other weights."""
+    if jax.config.read("jax_enable_x64"):
+        raise ConfigError(
+            "jax_enable_x64 is on, and with it the same seed gives other weights; "
+            "call jax.config.update('jax_enable_x64', False) before training"
+        )
 
 
 def layout_of(config: ExperimentConfig, mesh: Mesh) -> Layout:
@@ -82,6 +94,7 @@ def _initialiser(
             opt_state=optimizer.init(params),
             buffers=buffers,
             bad_steps=jnp.zeros((), jnp.int32),
+            loss_level=first_level(config.train),
         )
 
     return graphdef, init, layout.sharding_tree(jax.eval_shape(init))

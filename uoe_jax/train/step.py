@@ -22,6 +22,7 @@ from uoe_jax.optim import make_schedule
 from uoe_jax.partition.collectives import Parallel, agreed, count_copies, total
 from uoe_jax.partition.layout import Layout, batch_spec
 from uoe_jax.partition.mesh import DATA_AXIS
+from uoe_jax.train.level import follow_loss, loss_limit
 from uoe_jax.train.loss import (
     LossSums,
     class_losses,
@@ -173,6 +174,30 @@ def gradients(
     Weighted exactly: the loss is the sum over all devices and microbatches divided by
     the number of tokens they hold together.
     """
+    grads, (value, nll, tokens, aux), count = local_gradients(
+        graphdef, held, batch, key, config, layout, objective
+    )
+    grads = layout.sum_gradients(grads)
+    sums = {
+        "objective": sum_over_devices(value),
+        "loss": sum_over_devices(nll) / count,
+        "tokens": sum_over_devices(tokens),
+    }
+    return grads, sums, jax.tree.map(agreed, aux)
+
+
+def local_gradients(
+    graphdef: nnx.GraphDef,
+    held: Held,
+    batch: Batch,
+    key: jax.Array,
+    config: ExperimentConfig,
+    layout: Layout,
+    objective: Objective,
+) -> tuple[PyTree, tuple[Array, Array, Array, PyTree], Float[Array, ""]]:
+    """Return a device's part of `gradients`, before devices with the same weights add
+    theirs, (objective, nll, tokens, statistics), and the number of all tokens.
+    """
     parallel = layout.parallel
     # Gradients of varying copies stay local until the one sum at the end.
     local = layout.vary(held.weights)
@@ -202,15 +227,8 @@ def gradients(
         return value, (sums.nll, count_tokens(part, config), aux)
 
     compute = jax.value_and_grad(value_of, has_aux=True)
-    (value, nll, tokens, aux), grads = _over_microbatches(compute, local, batch)
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    grads = layout.sum_gradients(grads)
-    sums = {
-        "objective": sum_over_devices(value),
-        "loss": sum_over_devices(nll) / count,
-        "tokens": sum_over_devices(tokens),
-    }
-    return grads, sums, jax.tree.map(agreed, aux)
+    found, grads = _over_microbatches(compute, local, batch)
+    return jax.tree.map(lambda g: g.astype(jnp.float32), grads), found, count
 
 
 def _over_microbatches(
@@ -276,12 +294,34 @@ def make_gradients(
     Gradients are laid out as the weights, the rest is the same on every device.
     """
 
+    def compute(held: Held, batch: Batch, key: jax.Array) -> Any:
+        return gradients(graphdef, held, batch, key, config, layout, objective)
+
+    whole = PartitionSpec()
+    return on_mesh(
+        compute, lambda specs: (specs, whole, whole), config, layout, objective
+    )
+
+
+def on_mesh(
+    compute: Callable[[Held, Batch, jax.Array], Any],
+    out_specs: Callable[[PyTree], Any],
+    config: ExperimentConfig,
+    layout: Layout,
+    objective: Objective,
+) -> Callable[..., Any]:
+    """Return (state, batch, step, frozen=None) -> what the devices compute of it.
+
+    Each has its shards and the step's dropout key. `out_specs` are of the specs of the
+    weights.
+    """
+
     def run(state: TrainState, batch: Batch, step: Array, frozen: PyTree = None) -> Any:
         def body(
             weights: PyTree, buffers: PyTree, frozen: PyTree, step: Array, batch: Batch
         ) -> Any:
             key, held = step_key(config, step), Held(weights, buffers, frozen)
-            return gradients(graphdef, held, batch, key, config, layout, objective)
+            return compute(held, batch, key)
 
         whole, specs = PartitionSpec(), layout.spec_tree(state.params)
         buffers = layout.spec_tree(state.buffers)
@@ -295,7 +335,7 @@ def make_gradients(
                 whole,
                 layout.batch_specs(batch),
             ),
-            out_specs=(specs, whole, whole),
+            out_specs=out_specs(specs),
         )
         return sharded(state.params, state.buffers, frozen, step, dict(batch))
 
@@ -316,7 +356,9 @@ def make_step(
     `layout` (of the state; None: of the whole model) and `objective`.
 
     A step whose loss or gradient isn't finite leaves parameters, optimizer and biases
-    as they were; after `max_bad_steps` of them in a row nothing changes any more.
+    as they were; after `max_bad_steps` of them in a row nothing changes any more. With
+    `max_loss_jump` so does a step whose loss jumps: metrics then have its `loss_limit`
+    and how many `jumps` there were in a row.
     """
     schedule = make_schedule(config.optim, config.train.steps)
     layout = layout or layout_of(config, mesh)
@@ -333,6 +375,12 @@ def make_step(
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums["objective"]) & jnp.isfinite(norm)
         keep = finite & (state.bad_steps < config.train.max_bad_steps)
+        applied, level, jumps = keep, state.loss_level, {}
+        if level is not None and (factor := config.train.max_loss_jump) is not None:
+            jumps = {"loss_limit": loss_limit(level, factor)}
+            level, jumped = follow_loss(level, sums["loss"], keep, factor)
+            applied = keep & ~jumped
+            jumps["jumps"] = jnp.where(jumped, level.jumps, 0)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, step=state.step
         )
@@ -343,13 +391,19 @@ def make_step(
         }
         chosen = {
             name: jax.tree.map(
-                lambda new, old: jnp.where(keep, new, old), tree, getattr(state, name)
+                lambda new, old: jnp.where(applied, new, old),
+                tree,
+                getattr(state, name),
             )
             for name, tree in changed.items()
         }
         bad_steps = jnp.where(keep, 0, state.bad_steps + 1)
         new = dataclasses.replace(
-            state, step=state.step + 1, bad_steps=bad_steps, **chosen
+            state,
+            step=state.step + 1,
+            bad_steps=bad_steps,
+            loss_level=level,
+            **chosen,
         )
         metrics = {
             "loss": sums["loss"],
@@ -357,6 +411,7 @@ def make_step(
             "lr": schedule(state.step),
             "tokens": sums["tokens"],
             "bad_steps": bad_steps,
+            **jumps,
             **router_metrics(aux),
         }
         return new, metrics

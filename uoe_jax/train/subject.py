@@ -66,6 +66,7 @@ class Subject:
     frozen: PyTree = None  # what steps read only, laid out
     validate_start: bool = False  # whether there is something to compare with
     about: Mapping[str, Any] = field(default_factory=dict)  # for env.json
+    note: str | None = None  # what a run that begins is told of its start
 
 
 MakeSubject = Callable[

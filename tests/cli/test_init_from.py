@@ -1,0 +1,144 @@
+"""`uoe train --init-from`: a new run starts with another run's parameters."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from uoe_jax.checkpoint import Checkpoints
+from uoe_jax.cli import main
+
+SIZES = {"d-model": 16, "d-ff": 32, "num-layers": 1, "num-heads": 4,
+         "num-kv-heads": 4, "head-dim": 4, "max-seq-len": 32,
+         "vocab-size": 256, "union.num-experts": 4, "union.top-k": 2}  # fmt: skip
+
+
+def saved(folder, step=0):
+    store = Checkpoints(folder / "checkpoints")
+    arrays = store.about(step)["arrays"]
+    shapes = {k: np.empty(v["shape"]) for k, v in arrays.items()}
+    return store.restore(shapes, step=step)[1]
+
+
+def content(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def train(text_file, tmp_path_factory):
+    """Run `uoe train tiny-union` in a folder; returns the exit status."""
+
+    def train(run, *options, preset="tiny-union", steps=0, **sizes):
+        given = {**SIZES, **{k.replace("_", "-"): v for k, v in sizes.items()}}
+        args = [x for k, v in given.items() for x in (f"--model.{k}", str(v))]
+        args += ["--data.path", str(text_file), "--data.cache-dir",
+                 str(text_file.parent), "--data.batch-size", "8", "--no-report",
+                 "--train.steps", str(steps), "--train.eval-batches", "1"]  # fmt: skip
+        first = [preset] if preset else []
+        return main(["train", *first, "--run-dir", str(run), *args, *options])
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def source(train, tmp_path_factory):
+    """A run of another seed, whose parameters no fresh model has."""
+    run = tmp_path_factory.mktemp("init") / "source"
+    assert train(run, "--train.seed", "7", "--quiet") == 0
+    return run
+
+
+def same(first, second):
+    return {
+        name
+        for name in first
+        if name.startswith("params.")
+        and name in second
+        and first[name].shape == second[name].shape
+        and first[name].tobytes() == second[name].tobytes()
+    }
+
+
+def test_a_new_run_has_the_parameters_and_the_source_is_as_it_was(
+    train, source, tmp_path, capsys
+):
+    before = content(source)
+    assert train(tmp_path, "--init-from", str(source)) == 0
+    out = capsys.readouterr().out
+    assert f"parameters from step 0 of {source}" in out and "fresh" not in out
+    first, second = saved(source), saved(tmp_path)
+    params = {name for name in first if name.startswith("params.")}
+    assert same(first, second) == params
+    assert content(source) == before
+    record = json.loads((tmp_path / "init_from.json").read_text())
+    assert record["source"] == str(source) and record["step"] == 0
+    assert len(record["loaded"]) == len(params) and not record["fresh"]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"union.num-experts": 2, "union.top-k": 1}, {"d_model": 24}, {"vocab_size": 300},
+     {"num_layers": 2}],
+    ids=str,
+)  # fmt: skip
+def test_what_does_not_match_is_refused_with_both_shapes_or_left_fresh(
+    train, source, tmp_path, capsys, sizes
+):
+    run = tmp_path / "run"
+    assert train(run, "--init-from", str(source), **sizes) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert not run.exists()
+    if "d_model" in sizes:  # every parameter has an axis of the model's width
+        assert "none matches: try another run" in line
+        both = ("--init-from", str(source), "--init-partial")
+        assert train(run, *both, **sizes) == 2 and not run.exists()
+        return
+    assert "--init-partial loads the others" in line
+    assert train(tmp_path / "fresh", "--quiet", **sizes) == 0
+    capsys.readouterr()
+    assert train(run, "--init-from", str(source), "--init-partial", **sizes) == 0
+    out = capsys.readouterr().out
+    first, second, fresh = saved(source), saved(run), saved(tmp_path / "fresh")
+    fits = {n for n in first if n in second and first[n].shape == second[n].shape}
+    fits = {n for n in fits if n.startswith("params.")}
+    others = {n for n in second if n.startswith("params.")} - fits
+    assert fits and others
+    assert same(first, second) == fits
+    for name in others:
+        assert second[name].tobytes() == fresh[name].tobytes(), name
+        shapes = [list(a[name].shape) for a in (first, second)]
+        short = name.removeprefix("params.")
+        assert f"{short} is {shapes[0]} there, {shapes[1]} here" in line
+    assert f"{len(fits)} parameters from step 0" in out
+    assert f"{len(others)} parameter{'s' * (len(others) > 1)} fresh (" in out
+    record = json.loads((run / "init_from.json").read_text())
+    assert {f"params.{n}" for n in record["loaded"]} == fits
+
+
+def test_a_run_that_goes_on_keeps_its_start(train, source, tmp_path, capsys):
+    options = ("--init-from", str(source))
+    assert train(tmp_path / "run", *options, steps=2) == 0
+    assert train(tmp_path / "run", *options, steps=3) == 0
+    assert "resuming from step 2" in capsys.readouterr().out
+    assert train(tmp_path / "run", steps=4) == 0
+    assert train(tmp_path / "run", *options, "--init-partial", steps=5) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"was started from {source}, partial False" in line
+    # Killed before its first save: the record says what it starts from.
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    (tmp_path / "run/metrics.jsonl").unlink()
+    assert train(tmp_path / "run", steps=0) == 0
+    capsys.readouterr()
+    assert len(same(saved(source), saved(tmp_path / "run"))) > 5
+
+
+def test_a_run_that_began_otherwise_is_refused(train, source, tmp_path, capsys):
+    assert train(tmp_path / "run", "--quiet") == 0
+    assert train(tmp_path / "run", "--init-from", str(source)) == 2
+    assert "was started with fresh parameters" in capsys.readouterr().err
+    assert train(tmp_path / "new", "--init-partial") == 2
+    assert "give --init-from RUN too" in capsys.readouterr().err
+    assert train(tmp_path / "new", "--init-from", str(tmp_path / "none")) == 2
+    assert "no run at" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,193 @@
+"""A new run that starts from another run's parameters, all of them or those that fit.
+
+What it started from is written into its folder, so that a run that is stopped before
+its first save starts from the same again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from uoe_jax.checkpoint import Checkpoints
+from uoe_jax.config import ExperimentConfig, content_hash
+from uoe_jax.errors import CheckpointError, ConfigError
+from uoe_jax.files import format_json, read_json, write_atomically
+from uoe_jax.model import param_shapes
+from uoe_jax.train.peers import is_primary
+from uoe_jax.train.run_dir import CHECKPOINTS
+from uoe_jax.train.subject import MakeSubject, Subject, whole_model
+from uoe_jax.tree import named_leaves, replace_leaves
+
+RECORD = "init_from.json"  # in the folder of a run that was started from another
+_PARAMS, _BUFFERS = "params.", "buffers."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run's first parameters come from, and which of them do."""
+
+    source: Path
+    step: int  # of the source's checkpoint
+    partial: bool
+    digest: str  # of the checkpoint's manifest
+    loaded: tuple[str, ...]  # parameters that match in name and shape
+    fresh: tuple[str, ...]  # those of the new model that don't
+
+    def describe(self) -> str:
+        """Return what is loaded and what isn't, as one line."""
+        text = f"{_count(self.loaded)} from step {self.step} of {self.source}"
+        listed = f" ({_listed(self.loaded)})" if self.fresh else ""
+        fresh = f"; {_count(self.fresh)} fresh ({_listed(self.fresh)})"
+        return f"starting with {text}{listed}{fresh if self.fresh else ''}"
+
+
+def start_from(
+    source: Path, config: ExperimentConfig, run_dir: Path, *, partial: bool = False
+) -> MakeSubject:
+    """Return what makes a model with the parameters of another run's newest checkpoint.
+
+    With `partial` those that match in name and shape are loaded, the others are fresh;
+    so are the optimizer and the step. A run that has trained already goes on as it is.
+
+    Raises CheckpointError, before anything is written, if parameters don't match (with
+    both shapes), none does, or the source can't be read; ConfigError if the run in
+    `run_dir` didn't start so.
+    """
+    source, run_dir = Path(source), Path(run_dir)
+    record = _read_record(run_dir)
+    asked = {"source": str(source.absolute()), "partial": partial}
+    begun = bool(Checkpoints(run_dir / CHECKPOINTS).steps())
+    if begun or record is not None:
+        had = {key: (record or {}).get(key) for key in asked}
+        if had != asked:
+            was = f"from {had['source']}" if record else "with fresh parameters"
+            raise ConfigError(
+                f"{run_dir} was started {was}, partial {bool(had['partial'])}: leave "
+                "--init-from as it was, or choose another --run-dir"
+            )
+    if begun:
+        return whole_model
+    start = _plan(source, config, partial)
+    if record is not None and record.get("digest") != start.digest:
+        raise ConfigError(
+            f"{run_dir} was started from step {record.get('step')} of {source}, which "
+            "has changed since; choose another --run-dir"
+        )
+    return _make_subject(start, run_dir)
+
+
+def recorded_start(run_dir: Path, config: ExperimentConfig) -> MakeSubject:
+    """Return how the run in a folder starts: fresh, or as its record says."""
+    record = _read_record(Path(run_dir))
+    if record is None:
+        return whole_model
+    source, partial = Path(str(record.get("source"))), record.get("partial") is True
+    return start_from(source, config, run_dir, partial=partial)
+
+
+def _read_record(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        record = read_json(run_dir / RECORD)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict) or "source" not in record:
+        raise CheckpointError(f"{run_dir / RECORD} is damaged; restore the file")
+    return record
+
+
+def _plan(source: Path, config: ExperimentConfig, partial: bool) -> Start:
+    """Compare the source's parameters with the model's; raise CheckpointError."""
+    store = Checkpoints(source / CHECKPOINTS)
+    steps = store.steps()
+    if not steps:
+        raise CheckpointError(
+            f"{source} holds no checkpoint; give the folder of a run that has trained"
+        )
+    manifest = store.about(steps[-1])
+    saved = {
+        name.removeprefix(_PARAMS): tuple(array["shape"])
+        for name, array in manifest["arrays"].items()
+        if name.startswith(_PARAMS)
+    }
+    model = {name: leaf.shape for name, leaf in param_shapes(config.model).items()}
+    loaded = tuple(name for name in model if saved.get(name) == model[name])
+    if not loaded or (not partial and saved != model):
+        raise CheckpointError(_mismatch(source, saved, model, bool(loaded)))
+    return Start(
+        source=source,
+        step=steps[-1],
+        partial=partial,
+        digest=content_hash(manifest),
+        loaded=loaded,
+        fresh=tuple(name for name in model if name not in loaded),
+    )
+
+
+def _mismatch(
+    source: Path, saved: Mapping[str, Any], model: Mapping[str, Any], some: bool
+) -> str:
+    shape = lambda shapes, name: list(shapes[name]) if name in shapes else "absent"
+    problems = [
+        f"{name} is {shape(saved, name)} there, {shape(model, name)} here"
+        for name in [*model, *(n for n in saved if n not in model)]
+        if saved.get(name) != model.get(name)
+    ]
+    fix = "--init-partial loads the others" if some else "none matches: try another run"
+    return (
+        f"{len(problems)} parameters of {source} aren't this model's: "
+        f"{_listed(problems, '; ', 12)}; {fix}"
+    )
+
+
+def _listed(names: Sequence[str], separator: str = ", ", limit: int = 6) -> str:
+    shown = separator.join(names[:limit])
+    more = len(names) - limit
+    return f"{shown}{separator}and {more} more" if more > 0 else shown
+
+
+def _count(names: tuple[str, ...]) -> str:
+    return f"{len(names)} parameter{'' if len(names) == 1 else 's'}"
+
+
+def _make_subject(start: Start, run_dir: Path) -> MakeSubject:
+    def make(
+        config: ExperimentConfig,
+        optimizer: optax.GradientTransformationExtraArgs,
+        mesh: Mesh,
+    ) -> Subject:
+        subject = whole_model(config, optimizer, mesh)
+        layout, state = subject.layout, subject.state
+        wanted = {f"{_PARAMS}{name}" for name in start.loaded}
+        # The balance biases of routers that are loaded come along where they fit.
+        store = Checkpoints(start.source / CHECKPOINTS)
+        saved = store.about(start.step)["arrays"]
+        leaves = named_leaves(state)
+        wanted |= {
+            name
+            for name, leaf in leaves.items()
+            if name.startswith(_BUFFERS)
+            and saved.get(name, {}).get("shape") == list(leaf.shape)
+        }
+        template = {name: leaves[name] for name in leaves if name in wanted}
+        _, arrays, _ = store.restore(template, step=start.step)
+        typed = {n: np.asarray(a).astype(leaves[n].dtype) for n, a in arrays.items()}
+        placed = layout.place(layout.to_memory(typed))
+        if is_primary():
+            source = str(start.source.absolute())
+            record = {**dataclasses.asdict(start), "source": source}
+            text = format_json(record, indent=2) + "\n"
+            write_atomically(run_dir / RECORD, text)
+        state = replace_leaves(state, placed)
+        return dataclasses.replace(subject, state=state, note=start.describe())
+
+    return make
