@@ -41,6 +41,8 @@ OPTIONS = {
     "loss_chunk": ("train", int),
     "remat": ("model", str),
     "scan_layers": ("model", lambda text: text.lower() == "true"),
+    "num_layers": ("model", int),
+    "compute_dtype": ("model", str),
     "mlp_experts": ("model", int),
     "attention_experts": ("model", int),
 }

@@ -46,6 +46,8 @@ SAME_LEVEL = {
     ("partition", "tree"),
     # A plan predicts what its layouts cost.
     ("partition", "hardware"),
+    # Tiles that nobody timed are chosen by the device's model of products.
+    ("ops", "hardware"),
     ("train", "checkpoint"),
     ("train", "integrity"),
     ("checkpoint", "integrity"),
@@ -125,12 +127,14 @@ def test_imports_point_downwards():
 
 
 def test_light_modules_import_no_jax():
-    heavy = {"jax", "flax", "optax", "numpy", "matplotlib"}
+    heavy = {"jax", "flax", "optax", "matplotlib"}
+    # hardware/ evaluates trees over many products: numpy, but never jax.
+    banned = lambda path: heavy | ({"numpy"} if room_of(path) != "hardware" else set())
     light = [path for path in FILES if room_of(path) in NO_JAX]
     offenders = [
         f"{path.relative_to(PACKAGE)}: imports {', '.join(sorted(found))}"
         for path in light
-        if (found := heavy & {name.split(".")[0] for name in imports_of(path)})
+        if (found := banned(path) & {name.split(".")[0] for name in imports_of(path)})
     ]
     assert {room_of(path) for path in light} == set(NO_JAX)
     assert not offenders, "\n".join(offenders)

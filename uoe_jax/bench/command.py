@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from uoe_jax.bench.attention import bench_attention
+from uoe_jax.bench.gemm_command import GemmRequest, run_gemm
 from uoe_jax.bench.plot import plot_sweep
 from uoe_jax.bench.sizes import SIZES, Sizes
 from uoe_jax.bench.timing import Row
@@ -17,7 +18,7 @@ from uoe_jax.bench.train import bench_train
 from uoe_jax.bench.tune import tune
 from uoe_jax.bench.union import bench_sweep, bench_union
 from uoe_jax.errors import ConfigError
-from uoe_jax.fields import Checked, Count, check_ranges
+from uoe_jax.fields import Checked, Count, Whole, check_ranges
 from uoe_jax.files import format_json
 from uoe_jax.report.table import format_table
 
@@ -39,6 +40,8 @@ class BenchRequest(Checked):
     tune: bool = False
     out: Path | None = None
     plot: Path | None = None
+    products: Count = 300
+    seed: Whole = 0
 
 
 def run_bench(request: BenchRequest, say: Callable[[str], None] = print) -> list[Row]:
@@ -48,11 +51,14 @@ def run_bench(request: BenchRequest, say: Callable[[str], None] = print) -> list
       ConfigError: no such benchmark or size, rounds < 1, a plot without its sweep.
     """
     for name in request.names:
-        if name not in BENCHMARKS:
+        if name not in (*BENCHMARKS, "gemm"):
             raise ConfigError(
-                f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}"
+                f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}, gemm"
             )
     check_ranges(request, "--")
+    if "gemm" in request.names:
+        _run_gemm(request, say)
+        return []
     if request.plot and "sweep" not in request.names:
         raise ConfigError("--plot draws the sweep; name it: uoe bench sweep --plot ...")
     size = request.size or ("small" if jax.default_backend() == "cpu" else "full")
@@ -74,6 +80,24 @@ def run_bench(request: BenchRequest, say: Callable[[str], None] = print) -> list
     if request.plot:
         plot_sweep([row for row in rows if row.op == "sweep"], request.plot)
     return rows
+
+
+def _run_gemm(request: BenchRequest, say: Callable[[str], None]) -> None:
+    if request.names != ("gemm",):
+        others = ", ".join(name for name in request.names if name != "gemm")
+        raise ConfigError(f"gemm is timed by itself; run {others} on its own")
+    for name, given in (("--tune", request.tune), ("--size", request.size)):
+        if given:
+            raise ConfigError(f"{name} isn't for gemm; it takes --products and --seed")
+    run_gemm(
+        GemmRequest(
+            products=request.products,
+            seed=request.seed,
+            out=request.out,
+            plot=request.plot,
+        ),
+        say,
+    )
 
 
 def describe(row: Row) -> str:

@@ -28,31 +28,11 @@ from uoe_jax.ops.grouped_matmul.api import GROUPED_MATMUL
 from uoe_jax.ops.grouped_matmul.api import call_shape as matmul_shape
 from uoe_jax.ops.grouped_matmul.triton import require
 from uoe_jax.ops.grouped_matmul.triton_launch import products, weight_grads
-from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles
+from uoe_jax.ops.grouped_matmul.triton_tiles import CANDIDATES, Tiles
 from uoe_jax.ops.split_heads.api import BACKENDS as SPLIT_HEADS
 from uoe_jax.ops.split_heads.api import call_shape as heads_shape
 from uoe_jax.ops.swiglu.api import BACKENDS as SWIGLU
 from uoe_jax.ops.swiglu.api import call_shape as swiglu_shape
-
-# rows, inner, outer, band, warps, stages
-PRODUCTS = (
-    Tiles(128, 64, 256, 8, 8, 3),
-    Tiles(128, 64, 256, 8, 8, 4),
-    Tiles(128, 64, 256, 16, 8, 4),
-    Tiles(256, 64, 128, 16, 8, 4),
-    Tiles(128, 64, 128, 16, 4, 3),  # two programs a multiprocessor
-    Tiles(128, 64, 256, 8, 8, 3, in_turn=1),
-    Tiles(128, 64, 256, 8, 8, 4, in_turn=1),
-    Tiles(128, 64, 128, 8, 4, 3, in_turn=2),
-)
-WEIGHTS = (
-    Tiles(32, 128, 256, 16, 8, 5),
-    Tiles(32, 128, 256, 16, 8, 7),
-    Tiles(64, 128, 256, 8, 8, 3),
-    Tiles(64, 128, 128, 8, 8, 4),
-    Tiles(64, 128, 256, 8, 8, 4, ahead=True),
-    Tiles(32, 128, 256, 16, 8, 7, ahead=True),
-)
 
 
 def tune(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> Path:
@@ -250,11 +230,23 @@ def _tile_calls(case: tuple, dtype: str) -> Iterator[tuple]:
         for gather in (False, True):
             shape = _shape(rows, *sides, dtype, gather=gather, transpose=transpose)
             run = functools.partial(_product, transpose=transpose, gather=gather)
-            yield "products", shape, PRODUCTS, run, (left, right, offsets, ids)
+            yield (
+                "products",
+                shape,
+                CANDIDATES["products"],
+                run,
+                (left, right, offsets, ids),
+            )
     for gather in ("none", "x", "grad"):
         shape = _shape(rows, inner, outer, dtype, gather=gather)
         run = functools.partial(_weights, gather=gather)
-        yield "weight_grads", shape, WEIGHTS, run, (x, grad, offsets, ids)
+        yield (
+            "weight_grads",
+            shape,
+            CANDIDATES["weight_grads"],
+            run,
+            (x, grad, offsets, ids),
+        )
 
 
 def _shape(rows: int, inner: int, outer: int, dtype: str, **flags: Any) -> dict:

@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from uoe_jax.cli.parse import parse
-from uoe_jax.fields import Count
+from uoe_jax.fields import Count, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,18 +18,22 @@ class BenchOptions:
     """Time operations, layers and training steps here, beside installed peers.
 
     Benchmarks: attention, union (products and layers), sweep (layer time by share of
-    experts kept and sequence length), train. --tune first measures which backend and
-    tile is fastest on this device and keeps that for all later runs.
+    experts kept and sequence length), train; and gemm, by itself: products of many
+    shapes, to which the model is fitted that uoe plan and uoe cost read. --tune first
+    measures which backend and tile is fastest on this device and keeps that for all
+    later runs.
     """
 
     benchmarks: Positional[
-        Annotated[tuple[str, ...], arg(metavar="attention|union|sweep|train")]
+        Annotated[tuple[str, ...], arg(metavar="attention|union|sweep|train|gemm")]
     ] = ("attention", "union")
     size: str | None = None  # full or small; None: small on a CPU
     rounds: Count = 5  # a time is the median of this many
     tune: bool = False
     out: Path | None = None  # JSON file of all rows
-    plot: Path | None = None  # PNG file of the sweep
+    plot: Path | None = None  # PNG file of the sweep, or of gemm's predictions
+    products: Count = 300  # of gemm: random ones, beside the presets' own
+    seed: Whole = 0  # of gemm's random products
 
 
 def bench(args: list[str]) -> int:
@@ -50,6 +54,8 @@ def bench(args: list[str]) -> int:
             tune=options.tune,
             out=options.out,
             plot=options.plot,
+            products=options.products,
+            seed=options.seed,
         )
     )
     return 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
+from uoe_jax.cli import cost_products
 from uoe_jax.cli.parse import Experiment, parse, take_preset
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.fields import Count
@@ -20,6 +22,7 @@ class CostOptions:
     config: Experiment
     batch: Count | None = None  # sequences at a time; the preset's batch size
     seq_len: Count | None = None  # tokens in each; the preset's sequence length
+    gemm: str | None = None  # h200, or a file of uoe bench gemm: a step's products
     json: bool = False  # one JSON object instead of tables
 
 
@@ -29,8 +32,22 @@ def cost(args: list[str]) -> int:
     options = parse(CostOptions, rest, "cost", default=CostOptions(config=preset))
     validate(options.config)
     found = count_all(options.config, options.batch, options.seq_len)
+    if options.gemm is not None:
+        found["products"] = _products(options)
     print(format_json(found, indent=2) if options.json else describe(found))
     return 0
+
+
+def _products(options: CostOptions) -> dict:
+    """Return what each product of a step costs on one device."""
+    config, data = options.config, options.config.data
+    data = dataclasses.replace(
+        data,
+        batch_size=options.batch or data.batch_size,
+        seq_len=options.seq_len or data.seq_len,
+    )
+    model = cost_products.read_model(options.gemm or "")
+    return cost_products.product_costs(dataclasses.replace(config, data=data), model)
 
 
 def count_all(
@@ -82,6 +99,9 @@ def describe(found: dict) -> str:
     ]
     third = [(k.replace("_", " "), si(v, "B")) for k, v in size.items()]
     where = f"{found['batch']} x {found['seq_len']} tokens"
+    tables = []
+    if "products" in found:
+        tables.append(cost_products.describe(found["products"]))
     return "\n\n".join(
         [
             f"{found['name']}: {total:,} parameters, {si(forward, 'FLOP')} a "
@@ -90,5 +110,6 @@ def describe(found: dict) -> str:
             format_table(("parameters", "number", "share"), first),
             format_table(("one token", "forward", "share"), second),
             format_table((f"bytes at {where}", "size"), third),
+            *tables,
         ]
     )

@@ -17,9 +17,15 @@ from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.escape import escape_line
 from uoe_jax.fields import Count, Positive, Whole
 from uoe_jax.files import format_json
-from uoe_jax.hardware import fit
+from uoe_jax.hardware import fit, gemm
 from uoe_jax.hardware.devices import Topology, parse_topology
-from uoe_jax.hardware.roofline import UNCALIBRATED, Calibration, Prediction
+from uoe_jax.hardware.roofline import (
+    LEARNED,
+    UNCALIBRATED,
+    Calibration,
+    Prediction,
+)
+from uoe_jax.hardware.step_products import step_products
 from uoe_jax.partition.legal import AXES
 from uoe_jax.partition.plan import (
     Plan,
@@ -45,6 +51,7 @@ class PlanOptions:
     max_seconds: Positive = 540.0  # after which nothing more is compiled
     calibration: Path | None = None  # a file of --fit; measured factors
     fit: tuple[Path, ...] = ()  # files of timed steps to calibrate from
+    gemm: Path | None = None  # a model of uoe bench gemm; the device's own if not given
     out: Path | None = None  # the fastest layout that fits, for uoe train --layout
     show: Count = 12  # rows of the table
     json: bool = False  # one JSON object instead of tables
@@ -58,11 +65,12 @@ def plan(args: list[str]) -> int:
     validate(options.config)
     topology = parse_topology(options.topology)
     _check_compile(rest, options, topology)
-    calibration = _calibration(options, topology)
+    model = gemm.choose(options.gemm, topology.device)
+    calibration = _calibration(options, topology, model)
     budget = options.budget
     limit = None if budget is None else budget * 1e9
     fixed = _fixed(rest, options.config)
-    found = make_plan(options.config, topology, calibration, limit, fixed)
+    found = make_plan(options.config, topology, calibration, limit, fixed, model)
     compiled = _compile(options, found) if topology.is_tpu else {}
     content = as_json(found, compiled)
     if options.json:
@@ -103,12 +111,15 @@ def _fixed(args: list[str], config: ExperimentConfig) -> dict[str, int]:
     return {a: n for a, n in sizes.items() if f"--mesh.{a}" in typed and n > 0}
 
 
-def _calibration(options: PlanOptions, topology: Topology) -> Calibration:
+def _calibration(
+    options: PlanOptions, topology: Topology, model: gemm.GemmModel | None
+) -> Calibration:
     """Return the factors asked for, typical ones if none; print the error of a fit."""
+    listed = step_products(options.config, fit.ONE) is not None
     if not options.fit:
         if options.calibration is not None:
             return fit.load(options.calibration)
-        return UNCALIBRATED
+        return LEARNED if model is not None and listed else UNCALIBRATED
     device, measured = fit.read_measurements(options.fit[0])
     for path in options.fit[1:]:
         other, found = fit.read_measurements(path)
@@ -119,14 +130,15 @@ def _calibration(options: PlanOptions, topology: Topology) -> Calibration:
             )
         measured.extend(found)
     names = ", ".join(path.name for path in options.fit)
-    calibration = fit.fit(device, measured, names)
-    errors = fit.check(device, calibration, measured)
+    own = gemm.choose(options.gemm, device) if listed else None
+    calibration = fit.fit(device, measured, names, own)
+    errors = fit.check(device, calibration, measured, own)
     text = (
         f"{device.name}: {len(measured)} timed steps fitted with a median error of "
         f"{errors.median:.1%}, at most {errors.worst:.1%}"
     )
     if len(measured) > 1:
-        errors = fit.leave_one_out(device, measured)
+        errors = fit.leave_one_out(device, measured, own)
         text += (
             f"; each predicted from the others with {errors.median:.1%}, at most "
             f"{errors.worst:.1%}"
@@ -206,7 +218,8 @@ def describe(found: Plan, compiled: dict[str, Any], show: int) -> str:
         f"{si(device.bf16_flops, 'FLOP/s')} and {si(device.memory_bytes, 'B')} each; "
         f"{config.data.batch_size} x {config.seq_len} tokens a step",
         f"{len(found.fitting)} layouts fit, {len(found.too_large)} don't, "
-        f"{len(found.illegal)} are illegal; factors: {found.calibration.source}",
+        f"{len(found.illegal)} are illegal; factors: {found.calibration.source}"
+        + (f"; {gemm.describe(found.gemm)}" if found.gemm else ""),
     ]
     if found.fitting:
         rows = [_cells(p, compiled) for p in found.fitting[:show]]

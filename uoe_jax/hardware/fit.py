@@ -18,8 +18,10 @@ from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import DataError
 from uoe_jax.files import format_json, read_json
 from uoe_jax.hardware.devices import Device, Topology, find_device
+from uoe_jax.hardware.gemm import GemmModel
 from uoe_jax.hardware.roofline import (
     DEFAULT_FACTORS,
+    LEARNED_FACTORS,
     UNCALIBRATED,
     Calibration,
     predict,
@@ -27,6 +29,7 @@ from uoe_jax.hardware.roofline import (
 from uoe_jax.presets import get_preset
 
 ONE = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
+_LEAST_LEARNED = 0.8
 _FIXED = "fixed"  # what a step costs whatever its size
 _KINDS = (*DEFAULT_FACTORS, _FIXED)
 # Weights of the default factors beside one measurement. What is measured decides which:
@@ -103,16 +106,23 @@ def _measurement(result: dict[str, Any]) -> Measurement:
     return Measurement(name=name, config=config, seconds=result["milliseconds"] / 1000)
 
 
-def fit(device: Device, measured: Sequence[Measurement], source: str) -> Calibration:
+def fit(
+    device: Device,
+    measured: Sequence[Measurement],
+    source: str,
+    gemm: GemmModel | None = None,
+) -> Calibration:
     """Return the calibration that predicts the measurements best.
+
+    With `gemm` the factors of products are of what it predicts.
 
     Raises:
       DataError: nothing was measured.
     """
     if not measured:
         raise DataError(f"{source} holds no timed steps; nothing to calibrate from")
-    rows = _rows(device, measured)
-    solved = _solve(rows, _best_prior(rows))
+    rows, learned = _rows(device, measured, gemm), gemm is not None
+    solved = _solve(rows, _best_prior(rows, learned), learned)
     factors = dict(zip(_KINDS, solved, strict=True))
     fixed = factors.pop(_FIXED)
     return Calibration(
@@ -120,10 +130,13 @@ def fit(device: Device, measured: Sequence[Measurement], source: str) -> Calibra
         factors={kind: round(value, 4) for kind, value in factors.items()},
         step_seconds=round(fixed * _UNIT, 6),
         source=source,
+        learned=learned,
     )
 
 
-def leave_one_out(device: Device, measured: Sequence[Measurement]) -> Errors:
+def leave_one_out(
+    device: Device, measured: Sequence[Measurement], gemm: GemmModel | None = None
+) -> Errors:
     """Return the relative error of each measurement as the others predict it.
 
     Raises:
@@ -133,23 +146,26 @@ def leave_one_out(device: Device, measured: Sequence[Measurement]) -> Errors:
         raise DataError(
             f"{len(measured)} timed steps; leaving one out needs at least two"
         )
-    rows = _rows(device, measured)
+    rows, learned = _rows(device, measured, gemm), gemm is not None
     errors = {}
     for place, item in enumerate(measured):
         others = [*rows[:place], *rows[place + 1 :]]
-        errors[item.name] = _error(rows[place], _solve(others, _best_prior(others)))
+        solved = _solve(others, _best_prior(others, learned), learned)
+        errors[item.name] = _error(rows[place], solved)
     return Errors(errors=errors)
 
 
 _UNIT = 1e-3  # seconds that one unit of the fixed factor stands for
 
 
-def _rows(device: Device, measured: Sequence[Measurement]) -> list[list[float]]:
+def _rows(
+    device: Device, measured: Sequence[Measurement], gemm: GemmModel | None
+) -> list[list[float]]:
     """Return each kind's ideal time over the measured one: their sum, weighted with
     the factors, is the predicted time over the measured one."""
     rows = []
     for item in measured:
-        ideal = _ideal(device, item.config)
+        ideal = _ideal(device, item.config, gemm)
         rows.append([ideal[kind] / item.seconds for kind in _KINDS])
     return rows
 
@@ -158,32 +174,40 @@ def _error(row: Sequence[float], factors: Sequence[float]) -> float:
     return sum(a * x for a, x in zip(row, factors, strict=True)) - 1
 
 
-def _best_prior(rows: Sequence[Sequence[float]]) -> float:
+def _best_prior(rows: Sequence[Sequence[float]], learned: bool) -> float:
     """Return the weight with which measurements predict each other best."""
     if len(rows) < 2:
         return _PRIORS[-1]
 
     def left_out(prior: float) -> float:
         return sum(
-            abs(_error(row, _solve([*rows[:place], *rows[place + 1 :]], prior)))
+            abs(
+                _error(row, _solve([*rows[:place], *rows[place + 1 :]], prior, learned))
+            )
             for place, row in enumerate(rows)
         )
 
     return min(_PRIORS, key=left_out)
 
 
-def _solve(rows: Sequence[Sequence[float]], prior: float) -> list[float]:
-    defaults = [*DEFAULT_FACTORS.values(), 0.0]
-    least = [1.0] * len(DEFAULT_FACTORS) + [0.0]
+def _solve(rows: Sequence[Sequence[float]], prior: float, learned: bool) -> list[float]:
+    factors = LEARNED_FACTORS if learned else DEFAULT_FACTORS
+    defaults = [*factors.values(), 0.0]
+    # Only a data sheet's rate can't be beaten: a model may be slow by its own error.
+    same = [factors[kind] == DEFAULT_FACTORS[kind] for kind in factors]
+    least = [1.0 if known else _LEAST_LEARNED for known in same] + [0.0]
     return _least_squares(rows, defaults, least, prior)
 
 
-def _ideal(device: Device, config: ExperimentConfig) -> dict[str, float]:
-    """Return the seconds of each kind of work at the data sheet's rate."""
+def _ideal(
+    device: Device, config: ExperimentConfig, gemm: GemmModel | None
+) -> dict[str, float]:
+    """Return the seconds of each kind of work at the full rate, or by `gemm`."""
     topology = Topology(name="one", device=device, shape=(1,) * _dimensions(device))
     factors = dict.fromkeys(DEFAULT_FACTORS, 1.0)
-    calibration = dataclasses.replace(UNCALIBRATED, factors=factors)
-    found = predict(config, ONE, topology, calibration)
+    learned = gemm is not None
+    calibration = dataclasses.replace(UNCALIBRATED, factors=factors, learned=learned)
+    found = predict(config, ONE, topology, calibration, gemm)
     return {**found.work_seconds, _FIXED: _UNIT}
 
 
@@ -223,13 +247,16 @@ def _least_squares(
 
 
 def check(
-    device: Device, calibration: Calibration, measured: Sequence[Measurement]
+    device: Device,
+    calibration: Calibration,
+    measured: Sequence[Measurement],
+    gemm: GemmModel | None = None,
 ) -> Errors:
     """Return the relative errors of a calibration on measured steps."""
     topology = Topology(name="one", device=device, shape=(1,) * _dimensions(device))
     errors = {}
     for item in measured:
-        found = predict(item.config, ONE, topology, calibration)
+        found = predict(item.config, ONE, topology, calibration, gemm)
         errors[item.name] = found.step_seconds / item.seconds - 1
     return Errors(errors=errors)
 

@@ -14,7 +14,13 @@ from uoe_jax.hardware.count import (
     flops_per_token,
     num_tokens,
 )
-from uoe_jax.hardware.devices import Topology
+from uoe_jax.hardware.devices import Device, Topology
+from uoe_jax.hardware.gemm import GemmModel
+from uoe_jax.hardware.step_products import (
+    moved_bytes,
+    product_seconds,
+    score_factors,
+)
 from uoe_jax.hardware.work import (
     FLOP_KINDS,
     Collective,
@@ -34,13 +40,15 @@ _OVERLAP = 0.8
 class Calibration:
     """How much longer each kind of work takes than at the data sheet's rate.
 
-    `step_seconds` is added once a step. Factors not given are `DEFAULT_FACTORS`.
+    `step_seconds` is added once a step. Factors not given are `DEFAULT_FACTORS`. With
+    `learned` those of products are of the seconds that a model of products predicts.
     """
 
     device: str
     factors: Mapping[str, float]
     step_seconds: float = 0.0
     source: str = "typical shares of the peak, not measured"
+    learned: bool = False
 
 
 DEFAULT_FACTORS = {
@@ -53,6 +61,22 @@ DEFAULT_FACTORS = {
     "optimizer": 1.3,
 }
 UNCALIBRATED = Calibration(device="any", factors=DEFAULT_FACTORS)
+# Of products whose seconds a model predicts one by one.
+LEARNED_FACTORS = {
+    "products": 1.0,
+    "routed products": 1.0,
+    "scores": 1.0,
+    "routed scores": 1.0,
+    "output": 1.0,
+    "elementwise": 1.2,
+    "optimizer": 1.7,
+}
+LEARNED = Calibration(
+    device="any",
+    factors=LEARNED_FACTORS,
+    source="typical shares of the peak; products by their own shapes",
+    learned=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +135,11 @@ def predict(
     sizes: Mapping[str, int],
     topology: Topology,
     calibration: Calibration = UNCALIBRATED,
+    gemm: GemmModel | None = None,
 ) -> Prediction:
     """Return the predicted step of a layout on a topology.
+
+    A `learned` calibration takes the products' seconds from `gemm`.
 
     Each kind of work takes its FLOPs or bytes at the data sheet's rate, times the
     calibration's factor. Hidden collectives cost what exceeds a share of the
@@ -127,6 +154,8 @@ def predict(
             rate /= 2  # at best: TPUs and tensor cores take passes of bfloat16
         factor = calibration.factors.get(kind, DEFAULT_FACTORS[kind])
         spent[kind] = amount / rate * factor
+    if gemm is not None and calibration.learned:
+        spent |= _learned(config, sizes, topology.device, calibration, spent, gemm)
     groups = place_axes(topology, sizes)
     talk = tuple(
         (c, c.count * seconds(c.kind, c.num_bytes, groups[c.axis]))
@@ -152,6 +181,27 @@ def predict(
         flops=flops,
         peak_flops=device.bf16_flops * chips,
     )
+
+
+def _learned(
+    config: ExperimentConfig,
+    sizes: Mapping[str, int],
+    device: Device,
+    calibration: Calibration,
+    spent: Mapping[str, float],
+    gemm: GemmModel,
+) -> dict[str, float]:
+    """Return the kinds of work that are predicted by shape, if they can be."""
+    found = product_seconds(config, sizes, gemm)
+    if found is None:
+        return {}
+    factor = lambda kind: calibration.factors.get(kind, LEARNED_FACTORS[kind])
+    found = {kind: time * factor(kind) for kind, time in found.items()}
+    for kind, slower in score_factors(config).items():
+        found[kind] = spent[kind] * slower
+    moved = moved_bytes(config, sizes) / device.memory_bandwidth
+    found["elementwise"] = moved * factor("elementwise")
+    return found
 
 
 def memory_bytes(

@@ -105,13 +105,13 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
         work["elementwise"] += layers * tokens * size * reads * passes
     head = flops_per_token(model, length).parts["head"]
     work["output"] = head * split * 3
-    work["elementwise"] += _loss_bytes(config, split)
+    work["elementwise"] += loss_bytes(config, split)
     state = sum(held_params(model, sizes).values()) * _FLOAT32
     work["optimizer"] = 8.0 * state  # four arrays read, three written, one cast
     return work
 
 
-def _loss_bytes(config: ExperimentConfig, tokens: float) -> float:
+def loss_bytes(config: ExperimentConfig, tokens: float) -> float:
     """Return the bytes of a decoder's logits, and of the gradient summed over chunks.
 
     Classifiers have one row of logits a sample: nothing.

@@ -9,47 +9,38 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from uoe_jax.files import parse_json
+from uoe_jax.hardware.gemm import FOLDER, user_folder
+
+__all__ = ["FOLDER", "user_folder"]  # of what is measured here, read by others too
 
 # A side of an entry may differ from the call's by this factor, either way.
 REACH = 8
-FOLDER = "UOE_TUNING_DIR"
+# Log ratios of the sides, added up: an entry this near is the shape's own.
+CLOSE = 0.25
+
+
+def device_kind() -> str:
+    """Return what jax calls this process's device: `NVIDIA H200`."""
+    return jax.devices()[0].device_kind
 
 
 def device_name() -> str:
     """Return the name of this process's device in file names: `nvidia_h200`."""
-    kind = jax.devices()[0].device_kind
-    return re.sub("[^a-z0-9]+", "_", kind.lower()).strip("_")
+    return re.sub("[^a-z0-9]+", "_", device_kind().lower()).strip("_")
 
 
 def family_name() -> str:
     """Return the name of the device's generation: `sm_90` of an H100 and an H200."""
     capability = getattr(jax.devices()[0], "compute_capability", None)
     return f"sm_{str(capability).replace('.', '')}" if capability else device_name()
-
-
-def user_folder() -> Path:
-    """Return where `uoe bench --tune` writes tables: $UOE_TUNING_DIR or a cache.
-
-    A user without a home has one among the temporary files.
-    """
-    if given := os.environ.get(FOLDER):
-        return Path(given)
-    try:
-        home = Path.home()
-    except RuntimeError:  # HOME unset, and a user without an entry
-        home = Path(tempfile.gettempdir()) / f"uoe_jax-{os.getuid()}"
-    return home / ".cache" / "uoe_jax" / "tuning"
 
 
 @functools.cache
@@ -73,10 +64,17 @@ def prefer(op: str, names: Sequence[str], shape: Mapping[str, Any]) -> tuple[str
     return (*first, *(name for name in names if name not in first))
 
 
-def tiles(op: str, shape: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the tile that measured fastest near this shape, or None."""
+def tiles(
+    op: str, shape: Mapping[str, Any], within: float = math.inf
+) -> dict[str, Any] | None:
+    """Return the tile that measured fastest near this shape, or None.
+
+    `within` is the most that the entry's `distance` may be.
+    """
     found = nearest(load().get("tiles", {}).get(op, ()), shape)
-    return None if found is None else found["tile"]
+    if found is None or distance(found["shape"], shape) > within:
+        return None
+    return found["tile"]
 
 
 def nearest(

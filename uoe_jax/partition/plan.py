@@ -13,6 +13,8 @@ from uoe_jax.config import ExperimentConfig, LayoutConfig, MeshConfig, from_json
 from uoe_jax.errors import ConfigError, divisors
 from uoe_jax.files import format_json, read_json
 from uoe_jax.hardware.devices import Topology
+from uoe_jax.hardware.gemm import GemmModel
+from uoe_jax.hardware.gemm import describe as describe_gemm
 from uoe_jax.hardware.roofline import UNCALIBRATED, Calibration, Prediction, predict
 from uoe_jax.partition.legal import AXES, Sizes, Verdict, verdicts
 
@@ -27,6 +29,7 @@ class Plan:
     fitting: tuple[Prediction, ...]
     too_large: tuple[Prediction, ...]
     illegal: tuple[Verdict, ...]
+    gemm: GemmModel | None = None  # that the products' seconds come from
 
 
 def make_plan(
@@ -35,12 +38,14 @@ def make_plan(
     calibration: Calibration = UNCALIBRATED,
     budget: float | None = None,
     fixed: Mapping[str, int] | None = None,
+    gemm: GemmModel | None = None,
 ) -> Plan:
     """Return the predicted plan.
 
     Args:
       budget: bytes a chip may use; None: all of its memory.
       fixed: devices of some mesh axes; only layouts that have them are compared.
+      gemm: what a `learned` calibration takes products from.
 
     Raises:
       ConfigError: no factorisation of the topology has the fixed axes.
@@ -57,7 +62,7 @@ def make_plan(
         if verdict.problems:
             illegal.append(verdict)
             continue
-        prediction = predict(config, verdict.sizes, topology, calibration)
+        prediction = predict(config, verdict.sizes, topology, calibration, gemm)
         found.append(dataclasses.replace(prediction, memory_limit=limit))
     fitting = [p for p in found if p.fits]
     too_large = [p for p in found if not p.fits]
@@ -68,6 +73,7 @@ def make_plan(
         fitting=tuple(sorted(fitting, key=lambda p: p.step_seconds)),
         too_large=tuple(sorted(too_large, key=lambda p: p.shortfall)),
         illegal=tuple(illegal),
+        gemm=gemm if calibration.learned else None,
     )
 
 
@@ -97,6 +103,7 @@ def as_json(plan: Plan, compiled: Mapping[str, Any]) -> dict[str, Any]:
         "topology": plan.topology.name,
         "device": plan.topology.device.name,
         "calibration": dataclasses.asdict(plan.calibration),
+        "products": describe_gemm(plan.gemm) if plan.gemm else "share of the peak",
         "layouts": [
             _row(p, compiled.get(describe_sizes(p.sizes))) for p in plan.fitting
         ],

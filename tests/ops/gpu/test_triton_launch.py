@@ -69,7 +69,7 @@ def test_tiles_outside_the_tables_fit(monkeypatch, kilobytes, dtype, op, inner, 
 def test_tiles_of_the_tables_are_cut_to_the_shape(monkeypatch, op, inner, outer, sides):
     """To the power of two that holds a side, from 16 on; the rest stays."""
     known = Tiles(64, 128, 256, 8, 4, 3)
-    monkeypatch.setattr(_tuning, "tiles", lambda op, shape: known._asdict())
+    monkeypatch.setattr(_tuning, "tiles", lambda op, shape, **_: known._asdict())
     shape = {"rows": 4096, "inner": inner, "outer": outer, "dtype": "bfloat16"}
     want = known._replace(inner=sides[0], outer=sides[1])
     assert choose_tiles(op, shape) == want
@@ -78,7 +78,8 @@ def test_tiles_of_the_tables_are_cut_to_the_shape(monkeypatch, op, inner, outer,
 def test_shipped_tiles_are_found_by_the_calls_they_were_measured_for(monkeypatch):
     """Every key of an entry is one that a call asks with, its words are the same."""
     asked = {"products": [], "weight_grads": []}
-    monkeypatch.setattr(_tuning, "tiles", lambda op, shape: asked[op].append(shape))
+    ask = lambda op, shape, **_: asked[op].append(shape)
+    monkeypatch.setattr(_tuning, "tiles", ask)
     x, w = jnp.zeros((64, 32), jnp.bfloat16), jnp.zeros((2, 32, 32), jnp.bfloat16)
     ends, ids = jnp.asarray([0, 20, 64]), jnp.arange(64)
 

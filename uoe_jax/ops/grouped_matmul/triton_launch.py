@@ -56,7 +56,7 @@ def products(
     if transpose:
         inner, outer = outer, inner
     shape = {"rows": num_rows, "inner": inner, "outer": outer, "dtype": x.dtype.name}
-    shape |= {"gather": gather, "transpose": transpose}
+    shape |= {"gather": gather, "transpose": transpose, "groups": num_groups}
     tiles = tiles or choose_tiles("products", shape)
     tile_map = map_tiles(offsets, num_rows, tiles.rows)
     from uoe_jax.ops.grouped_matmul import triton_kernels
@@ -113,7 +113,7 @@ def weight_grads(
     sides = [
         name for name, ids in (("x", x_ids), ("grad", grad_ids)) if ids is not None
     ]
-    shape |= {"gather": " and ".join(sides) or "none"}
+    shape |= {"gather": " and ".join(sides) or "none", "groups": num_groups}
     tiles = tiles or choose_tiles("weight_grads", shape)
     programs = num_groups * -(-inner // tiles.inner) * -(-outer // tiles.outer)
     splits = max(1, min(MOST_SPLITS, _triton.cores() // programs))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from uoe_jax.hardware import gemm, step_products
+from uoe_jax.hardware.product import Product
 from uoe_jax.ops import _triton, _tuning
-
-# FLOPs in the time of a byte, measured on an H100: Triton's products, cuBLAS's.
-TRITON_RATE, DENSE_RATE = 230, 300
-# The dense sum is taken where it is this much cheaper: it needs more memory.
-DENSE_GAIN = 0.85
 
 
 class Tiles(NamedTuple):
@@ -28,18 +26,48 @@ class Tiles(NamedTuple):
     ahead: bool = False  # of weight gradients: ids are read a step before their rows
 
 
-def choose_tiles(op: str, shape: Mapping[str, Any]) -> Tiles:
-    """Return the tile that measured fastest near this shape, or one that must fit.
+# What is tried where tiles are measured or predicted.
+CANDIDATES = {
+    "products": (
+        Tiles(128, 64, 256, 8, 8, 3),
+        Tiles(128, 64, 256, 8, 8, 4),
+        Tiles(128, 64, 256, 16, 8, 4),
+        Tiles(256, 64, 128, 16, 8, 4),
+        Tiles(128, 64, 128, 16, 4, 3),  # two programs a multiprocessor
+        Tiles(128, 64, 256, 8, 8, 3, in_turn=1),
+        Tiles(128, 64, 256, 8, 8, 4, in_turn=1),
+        Tiles(128, 64, 128, 8, 4, 3, in_turn=2),
+        Tiles(64, 64, 256, 8, 8, 4),  # for groups of few rows
+        Tiles(64, 64, 128, 8, 4, 4),
+    ),
+    "weight_grads": (
+        Tiles(32, 128, 256, 16, 8, 5),
+        Tiles(32, 128, 256, 16, 8, 7),
+        Tiles(64, 128, 256, 8, 8, 3),
+        Tiles(64, 128, 128, 8, 8, 4),
+        Tiles(64, 128, 256, 8, 8, 4, ahead=True),
+        Tiles(32, 128, 256, 16, 8, 7, ahead=True),
+        Tiles(64, 256, 128, 8, 8, 4, ahead=True),
+        Tiles(64, 128, 128, 8, 8, 5, ahead=True),
+    ),
+}
 
-    No side is twice this shape's own or more. Outside the tables a tile is as wide as
-    the result up to 256 columns, and its stages are what shared memory holds.
+
+def choose_tiles(op: str, shape: Mapping[str, Any]) -> Tiles:
+    """Return a tile for a shape, none of its sides twice the shape's own or more.
+
+    The one that measured fastest at this shape or one close to it; else the one that
+    the device's model of products predicts fastest; else the nearest measured. Without
+    any a tile is as wide as the result up to 256 columns, and its stages are what
+    shared memory holds.
     """
     depth, columns = (max(16, power_above(shape[side])) for side in ("inner", "outer"))
-    found = _tuning.tiles(op, shape)
-    if found is not None:
+    found = _tuning.tiles(op, shape, within=_tuning.CLOSE)
+    tile = Tiles(**found) if found else predict_tiles(op, shape)
+    if tile is None and (found := _tuning.tiles(op, shape)) is not None:
         tile = Tiles(**found)
-        sides = {"inner": min(tile.inner, depth), "outer": min(tile.outer, columns)}
-        return tile._replace(**sides)
+    if tile is not None:
+        return cut_tiles(tile, shape)
     wide = shape["dtype"] == "float32"
     columns = min(128 if wide else 256, columns)
     if op == "weight_grads":
@@ -54,21 +82,45 @@ def choose_tiles(op: str, shape: Mapping[str, Any]) -> Tiles:
     return Tiles(rows, inner, columns, band=16, num_warps=8, num_stages=stages)
 
 
+def cut_tiles(tile: Tiles, shape: Mapping[str, Any]) -> Tiles:
+    """Return a tile with no side twice a shape's own or more."""
+    depth, columns = (max(16, power_above(shape[side])) for side in ("inner", "outer"))
+    return tile._replace(inner=min(tile.inner, depth), outer=min(tile.outer, columns))
+
+
+def predict_tiles(op: str, shape: Mapping[str, Any]) -> Tiles | None:
+    """Return the tile that the device's model predicts fastest; None without one."""
+    if shape["dtype"] != "bfloat16" or "groups" not in shape:
+        return None  # few others were timed
+    return _predict(_tuning.device_kind(), op, tuple(sorted(shape.items())))
+
+
+@functools.cache
+def _predict(kind: str, op: str, sides: tuple[tuple[str, Any], ...]) -> Tiles | None:
+    model, shape = gemm.find(kind), dict(sides)
+    if model is None or op not in model.trees:
+        return None
+    tried = list(dict.fromkeys(cut_tiles(tile, shape) for tile in CANDIDATES[op]))
+    plain = [tuple(int(side) for side in tile) for tile in tried]
+    common = {"groups": shape["groups"], "kernel": op, "tile": plain[0]}
+    if op == "weight_grads":
+        sizes = {"m": shape["inner"], "n": shape["outer"], "k": shape["rows"]}
+        gather = "" if shape["gather"] == "none" else shape["gather"].split(" ")[-1]
+        product = Product(**sizes, layout="tn", gather=gather, **common)
+    else:
+        sizes = {"m": shape["rows"], "n": shape["outer"], "k": shape["inner"]}
+        layout = "nt" if shape["transpose"] else "nn"
+        gather = "x" if shape["gather"] else ""
+        product = Product(**sizes, layout=layout, gather=gather, **common)
+    return tried[plain.index(gemm.choose_tile(model, product, plain))]
+
+
 def dense_pays(
     num_rows: int, num_tokens: int, groups: int, inner: int, outer: int, dtype: Any
 ) -> bool:
-    """Return whether `dense_sums` are expected to be clearly the faster ones.
-
-    In bytes a token, a product counted as what is moved in its time: X products of its
-    rows, written and read, beside one of depth EI, its E rows written and X of them
-    read. Float32 keeps its products of three.
-    """
-    if jnp.dtype(dtype).itemsize != 2:
-        return False
-    picks = num_rows / num_tokens
-    steps = picks * outer * (2 * inner / TRITON_RATE + 4)
-    dense = inner * (2 * groups * outer / DENSE_RATE + 2 * (groups + picks))
-    return dense < DENSE_GAIN * steps
+    """Return whether `dense_sums` are expected to be clearly the faster ones."""
+    sides = (num_rows, num_tokens, groups, inner, outer)
+    return step_products.dense_pays(*sides, jnp.dtype(dtype).itemsize)
 
 
 def power_above(number: int) -> int:
