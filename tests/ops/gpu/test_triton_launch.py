@@ -98,6 +98,6 @@ def test_shipped_tiles_are_found_by_the_calls_they_were_measured_for(monkeypatch
     path = resources.files("uoe_jax.ops") / "tuning" / "sm_90.json"
     for op, entries in json.loads(path.read_text())["tiles"].items():
         calls = asked[op]
-        assert all(entry["shape"].keys() == calls[0].keys() for entry in entries)
+        assert all(entry["shape"].keys() <= calls[0].keys() for entry in entries)
         for call in calls:
             assert words(call) in [words(entry["shape"]) for entry in entries]
