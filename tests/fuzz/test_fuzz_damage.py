@@ -21,7 +21,7 @@ from uoe_jax.complete.predictions import load_completion
 from uoe_jax.config import config_hash
 from uoe_jax.data import make_dataset
 from uoe_jax.data.entries import read_entries
-from uoe_jax.data.tokenize import SubwordTokenizer
+from uoe_jax.data.tokenize import load_tokenizer
 from uoe_jax.errors import UoeError
 from uoe_jax.evaluate import load_run
 from uoe_jax.integrity import digest_array
@@ -71,6 +71,7 @@ def read_page(folder):
     run = folder / "runs" / "union"
     read_run(run)
     log = MetricsLog(run / "metrics.jsonl", 4)
+    log.sync()
     log.close()
     steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
     if steps != sorted(steps):
@@ -101,7 +102,7 @@ def changed(config, data):
 
 
 def read_tokenizer(folder):
-    SubwordTokenizer((folder / "tokenizer.json").read_text("utf-8"), "tokenizer.json")
+    load_tokenizer(str(folder / "tokenizer.json"))
 
 
 def read_plan(folder):

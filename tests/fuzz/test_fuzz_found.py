@@ -12,6 +12,7 @@ from uoe_jax.errors import CheckpointError, DataError
 from uoe_jax.evaluate import load_run
 from uoe_jax.linalg.completion import load_factors
 from uoe_jax.report.read import read_run
+from uoe_jax.train.metrics import MetricsLog
 
 
 @pytest.fixture
@@ -88,6 +89,16 @@ def test_metrics_that_are_no_text_are_left_out(shop):
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b'{"kind": "train", "step": \xf0\xff\n')
     assert read_run(run).train == whole.train
+
+
+def test_metrics_that_are_there_twice_are_kept_once(shop):
+    file = shop / "runs" / "union" / "metrics.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole)
+    log = MetricsLog(file, 4)
+    log.sync()
+    log.close()
+    assert file.read_bytes() == whole
 
 
 def test_a_negative_length_is_one_line(capsys):

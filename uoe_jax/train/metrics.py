@@ -49,11 +49,9 @@ class MetricsLog:
 
     def _drop_lines(self) -> None:
         lines = read_json_lines(self._path, step=True)
-        kept = [
-            text
-            for record, text in zip(lines.records, lines.texts, strict=True)
-            if record["step"] <= self._step
-        ]
+        # A line that is there twice, as in a file appended to itself, stays once.
+        records = dict(zip(lines.texts, lines.records, strict=True))
+        kept = [text for text, line in records.items() if line["step"] <= self._step]
         content = b"".join(kept)
         if content == self._path.read_bytes():
             return
