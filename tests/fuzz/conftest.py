@@ -4,6 +4,7 @@ A workshop holds one small file of every kind that a verb takes.
 """
 
 import json
+import os
 import shutil
 
 import jax
@@ -21,6 +22,9 @@ from uoe_jax.hardware.devices import parse_topology
 from uoe_jax.hardware.roofline import UNCALIBRATED
 from uoe_jax.partition.plan import make_plan, write_layout
 from uoe_jax.presets import get_preset
+
+# In a process of their own: see tests/test_fuzz.py.
+collect_ignore_glob = [] if "UOE_FUZZ" in os.environ else ["test_*.py"]
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(400))
 SHAPE = ["--model.d-model", "16", "--model.d-ff", "32", "--model.num-layers", "1",
