@@ -100,7 +100,7 @@ def test_sides_past_tiles_and_shared_rows_match_float64(
 ):
     """Groups of 17, 0 and 19 rows: more, as many and fewer steps than programs."""
     monkeypatch.setattr(triton_launch, "choose_tiles", CHOOSE)
-    monkeypatch.setattr(_tuning, "tiles", lambda op, shape: WIDE._asdict())
+    monkeypatch.setattr(_tuning, "tiles", lambda op, shape, **_: WIDE._asdict())
     monkeypatch.setattr(_triton, "cores", lambda: cores)
     rng = np.random.default_rng(inner)
     x, w, grad = draw(rng, (ROWS, inner), (GROUPS, inner, outer), (ROWS, outer))
