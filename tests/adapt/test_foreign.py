@@ -70,6 +70,24 @@ def test_starts_that_change_the_base_are_refused_by_name(init, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_rslora", "false"),  # counted as true: another scale
+        ("use_dora", "false"),
+        ("lora_alpha", True),
+        ("lora_alpha", 1e300),  # no number of float32
+        ("lora_alpha", "16"),
+        ("use_bdlora", {"nblocks": 2}),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused_by_name(field, value, tmp_path):
+    folder = write_peft(tmp_path / "peft", **{field: value})
+    with pytest.raises(DataError, match=field.removeprefix("lora_")) as caught:
+        read_peft(folder)
+    assert "\n" not in str(caught.value)
+
+
 MAGNITUDES = {
     f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_magnitude_vector": (
         np.abs(draw(8))

@@ -379,11 +379,13 @@ def test_parquet_columns_of_all_kinds(tmp_path):
         ("rating", pa.array([1.0, None])),
         ("user", pa.array([1, None])),
         ("user", pa.array([1, 2], pa.timestamp("s"))),
+        ("user", pa.array([b"\xff1", b"\xff2"])),
+        ("user", pa.array([b"\xff1", b"\xff2"], pa.large_binary())),
     ):
         columns = {"user": [1, 2], "item": [1, 2], "rating": [1.0, 2.0], name: array}
         parquet.write_table(pa.table(columns), tmp_path / "r.parquet")
         with pytest.raises(
-            DataError, match=f"{name}.*(entry 2|timestamp)|entry 2.*{name}"
+            DataError, match=f"{name}.*(entry 2|timestamp|UTF-8)|entry 2.*{name}"
         ):
             read_entries(tmp_path / "r.parquet")
 
@@ -404,6 +406,7 @@ def test_parquet_columns_of_all_kinds(tmp_path):
         ('user,item,rating\n"a\nb",2,3\nc,3,x\n', ["line 4", "'x'"]),
         ("user,item,rating\n", ["no entries"]),
         ("1,2\n3,4\n", ["only columns", "implicit"]),
+        ("1^2^3\n3^4^5\n", ["one column", "--delimiter"]),
         ("1,2,978300760,3\n3,4,978300761,5\n", ["--columns"]),
         ("978300760,1,2,3.5\n978300761,4,5,2.5\n", ["--columns"]),
         ("user,item,rating\nnan,2,3\n", ["line 2", "'user'", "missing"]),

@@ -169,11 +169,40 @@ def test_partial_fit_begins_a_model_and_names_new_columns(ratings):
         ([["a", "b"], ["c", "d"]], [1.0, 2.0], None, "integers"),
         (np.zeros((0, 2), int), [], None, "0 entries"),
         ([0, 1], [1.0, 2.0], None, "row, column"),
+        ([[0, 0], [1]], [1.0, 2.0], None, "X is no array"),
+        ([[0, 0], [1, 1]], [[1.0], [2.0, 3.0]], None, "y is no array"),
+        ([[0, 0], [1, 1]], np.ones((2, 2)), None, "one value for each"),
+        ([[0, 0], [1, 1]], [1.0, 2.0], [1.0, None], "weights.1. is nan"),
     ],
 )
 def test_mistakes_are_one_line(X, y, weight, words):
     with pytest.raises(DataError, match=words) as caught:
-        MatrixCompleter(**QUICK, biases=False).fit(np.array(X), y, weight)
+        MatrixCompleter(**QUICK, biases=False).fit(X, y, weight)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, None])
+def test_values_that_are_not_finite_are_named_though_the_ridge_is_derived(bad):
+    with pytest.raises(DataError, match=r"y\[1\] is (nan|inf) \(1 such\)"):
+        MatrixCompleter(holdout=0.0).fit([[0, 0], [1, 1]], [1.0, bad])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("holdout", "0.1"),
+        ("holdout", None),
+        ("shape", (3,)),
+        ("shape", 3),
+        ("shape", "ab"),
+        ("shape", (3.5, 3)),
+        ("shape", (10**12, 3)),
+        ("rank", True),
+    ],
+)
+def test_parameters_of_a_wrong_type_are_one_line(name, value):
+    with pytest.raises(ConfigError, match=f"{name} is") as caught:
+        MatrixCompleter().set_params(**{name: value}).fit([[0, 0], [1, 1]], [1.0, 2.0])
     assert "\n" not in str(caught.value)
 
 

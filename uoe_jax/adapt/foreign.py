@@ -30,6 +30,7 @@ _PLAIN = {
     "lora_bias": (False,),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False,),
+    "use_bdlora": (None, False),
 }
 # Starts that leave the base as it is: the files alone say what was trained.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -91,6 +92,10 @@ def read_peft(folder: Path) -> dict[str, Module]:
         if value not in plain:
             raise DataError(f"{folder}: {name} is {value!r}; only {plain[0]!r} is read")
     _check_init(config.get("init_lora_weights", True), folder)
+    for name in ("use_rslora", "use_dora"):  # the text "false" would count as true
+        value = config.get(name)
+        if value not in (True, False, None):
+            raise DataError(f"{folder}: {name} is {value!r}; it must be true or false")
     groups: dict[str, dict[str, np.ndarray]] = {}
     for key, array in read_tensors(folder / WEIGHTS).items():
         found = re.fullmatch(
@@ -160,11 +165,17 @@ def _peft_module(
         )
     if stated not in (rank, None):
         raise DataError(
-            f"{folder}: {name} has rank {rank}, its config says {stated}; "
+            f"{folder}: {name} has rank {rank}, its config says {stated!r}; "
             "the files don't belong together"
         )
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise DataError(f"{folder}: alpha of {name} is {alpha!r}; it must be a number")
+    if (
+        isinstance(alpha, bool)
+        or not isinstance(alpha, int | float)
+        or not abs(alpha) <= float(np.finfo(np.float32).max)
+    ):
+        raise DataError(
+            f"{folder}: alpha of {name} is {alpha!r}; it must be a number of float32"
+        )
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     magnitude = group.get("lora_magnitude_vector")
     if (magnitude is not None) != bool(config.get("use_dora")):

@@ -295,6 +295,11 @@ def _pick(
     if asked is not None:
         return _asked(path, found, asked, need)
     roles = "a row, a column and a value" if need == 3 else "a row and a column"
+    if width == 1 and found.sample:  # a text that no delimiter splits
+        raise DataError(
+            f"{path} has one column, {names[0]!r}; it needs {roles}: say what stands "
+            "between them with --delimiter"
+        )
     if width < need:
         raise DataError(
             f"{path} has {'columns' if found.named else 'only columns'} {names}; it "

@@ -29,8 +29,10 @@ def distinct_ids(
         raise _missing_id(path, found, name, row)
     if pa.types.is_boolean(kind):
         array = array.cast(pa.uint8())
-    if pa.types.is_decimal(kind) or pa.types.is_binary(kind):
+    if pa.types.is_decimal(kind):
         array = array.cast(pa.string())
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        array = _decoded(path, name, array)
     if pa.types.is_integer(array.type):
         return np.unique(array.to_numpy(), return_inverse=True)
     if pa.types.is_floating(kind):
@@ -56,6 +58,17 @@ def distinct_ids(
         return _seen(ids, place[index])
     ids, place = _text_ids(path, found, name, distinct, index)
     return _seen(ids, place[index])
+
+
+def _decoded(path: Path, name: str, array: pa.Array) -> pa.Array:
+    """Return bytes as the text they spell in UTF-8."""
+    try:
+        return array.cast(pa.large_string())
+    except pa.ArrowInvalid:
+        raise DataError(
+            f"{path}: column {name!r} holds bytes that aren't UTF-8 text; give ids as "
+            "whole numbers or text"
+        ) from None
 
 
 def _seen(ids: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -103,7 +103,7 @@ def _is_whole(value: Any) -> bool:
 
 def check_rank(rank: Any, shape: tuple[int, int]) -> int:
     """Return the rank; raise ConfigError if the matrix is too small for it."""
-    if not _is_whole(rank) or not 1 <= rank <= min(shape):
+    if isinstance(rank, bool) or not _is_whole(rank) or not 1 <= rank <= min(shape):
         raise ConfigError(
             f"rank is {rank!r}; a {shape[0]} x {shape[1]} matrix takes 1 to "
             f"{min(shape)}, or 'auto'"

@@ -61,7 +61,7 @@ def check_numbers(library: Any, array: Any, name: str, dtype: Any) -> Any:
     if not bool(finite.all()):
         bad = int(library.argmin(finite))
         count = int((~finite).sum())
-        number = float(given[bad])
+        number = float(np.asarray(given[bad]).astype(np.float64))  # None is NaN
         if np.isfinite(number):
             raise _too_large(f"{name}[{bad}]", number, array.dtype)
         raise DataError(

@@ -12,7 +12,7 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state, column_or_1d
 
-from uoe_jax.errors import ConfigError, DataError, nearest
+from uoe_jax.errors import ConfigError, DataError, first_line, nearest
 from uoe_jax.linalg.completion.choose import Ratings, choose, draw_positions, fit_again
 from uoe_jax.linalg.completion.defaults import DEFAULTS, FitOptions, default_rank
 from uoe_jax.linalg.completion.factors import predict_known
@@ -98,17 +98,18 @@ class MatrixCompleter(RegressorMixin, BaseEstimator):
           ConfigError, DataError: one line with the value, the rule and the fix.
         """
         X, y, weights = _entries(X, y, sample_weight)
+        options = self._options()  # whose types are checked
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"holdout is {self.holdout}; it must be in [0, 1)")
         if self.shape is None:
             row_ids, rows = np.unique(X[:, 0], return_inverse=True)
             col_ids, cols = np.unique(X[:, 1], return_inverse=True)
         else:
-            row_ids, col_ids = (np.arange(size) for size in self.shape)
+            row_ids, col_ids = map(np.arange, _checked_shape(self.shape))
             rows, cols = X.T
         shape = (len(row_ids), len(col_ids))
         ratings = Ratings(rows, cols, y, shape, weights)
-        options, seed = self._options(), self._seed()
+        seed = self._seed()
         rank = default_rank(shape) if self.rank is None else self.rank
         key = jax.random.key(seed)
         train, valid = _split(ratings, self.holdout, seed)
@@ -205,11 +206,32 @@ def _places(known: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.where(known[place] == ids, place, -1)
 
 
+def _checked_shape(shape: Any) -> tuple[int, int]:
+    """Return (rows, columns); ConfigError for anything but two whole numbers."""
+    sizes = list(shape) if isinstance(shape, list | tuple) else []
+    if len(sizes) != 2 or not all(
+        isinstance(size, Integral) and 0 < int(size) < 2**31 for size in sizes
+    ):
+        raise ConfigError(
+            f"shape is {shape!r}; give (rows, columns), whole numbers from 1 to "
+            f"{2**31 - 1}, or None"
+        )
+    return int(sizes[0]), int(sizes[1])
+
+
+def _array(name: str, given: Any) -> np.ndarray:
+    """Return an array; DataError for lists of unequal lengths."""
+    try:
+        return np.asarray(given)
+    except ValueError as error:
+        raise DataError(f"{name} is no array: {first_line(error)}") from None
+
+
 def _entries(X: Any, y: Any, weights: Any) -> tuple[np.ndarray, np.ndarray, Any]:
     X = _pairs(X)
-    y = np.asarray(y)
-    if y.ndim == 2:
-        y = column_or_1d(y, warn=True)
+    y = _array("y", y)
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = np.asarray(column_or_1d(y, warn=True))
     if y.dtype.kind not in "biuf":
         if y.dtype.kind in "cMmV":
             raise DataError(f"y holds {y.dtype}; values must be real numbers")
@@ -221,10 +243,17 @@ def _entries(X: Any, y: Any, weights: Any) -> tuple[np.ndarray, np.ndarray, Any]
         raise DataError(
             f"X has {len(X)} entries and y has shape {y.shape}; give one value for each"
         )
+    finite = np.isfinite(y)
+    if not finite.all():
+        bad = int(np.argmin(finite))
+        raise DataError(
+            f"y[{bad}] is {y[bad]} ({int((~finite).sum())} such); drop entries that "
+            "aren't finite: what is unknown is left out"
+        )
     if not len(X):
         raise DataError("there are 0 entries; completion needs at least one")
     if weights is not None:
-        weights = np.asarray(weights)
+        weights = _array("sample_weight", weights)
         if weights.shape not in ((), (len(X),)):
             raise DataError(
                 f"X has {len(X)} entries and sample_weight has shape {weights.shape}; "
@@ -235,7 +264,7 @@ def _entries(X: Any, y: Any, weights: Any) -> tuple[np.ndarray, np.ndarray, Any]
 
 
 def _pairs(X: Any) -> np.ndarray:
-    X = np.asarray(X)
+    X = _array("X", X)
     if X.ndim != 2 or X.shape[1] != 2:
         raise DataError(f"X has shape {X.shape}; it must be [entries, 2]: row, column")
     if X.dtype.kind == "O":
