@@ -16,12 +16,11 @@ from uoe_jax.config import (
     TrainConfig,
     UnionConfig,
     config_hash,
-    from_json,
 )
 from uoe_jax.errors import ConfigError
 from uoe_jax.files import format_json, read_json, read_json_lines, write_atomically
 from uoe_jax.hardware.count import count_params, flops_per_token
-from uoe_jax.validation import validate
+from uoe_jax.validation import parse_config, validate
 
 TOLERANCE = 0.03  # largest difference of active FLOPs a token between two models
 PROMPT = "import os\n\n\ndef "
@@ -130,10 +129,9 @@ def is_finished(run_dir: Path, config: ExperimentConfig) -> bool:
 
     Raises ConfigError if it holds a run of other settings.
     """
-    file = run_dir / "config.json"
-    if not file.is_file():
+    if not (run_dir / "config.json").is_file():
         return False
-    if config_hash(from_json(file.read_text())) != config_hash(config):
+    if config_hash(parse_config(run_dir)) != config_hash(config):
         raise ConfigError(
             f"{run_dir} was trained with other settings; delete it or choose another "
             "--run-dir"

@@ -41,15 +41,26 @@ def read_config(folder: Path) -> ExperimentConfig:
 
     Raises ConfigError for one that was edited into something that can't be.
     """
+    config = parse_config(folder)
+    try:
+        validate(config)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG}: {error}") from None
+    return config
+
+
+def parse_config(folder: Path) -> ExperimentConfig:
+    """Return the config in a run's folder as it is, its types checked, not its rules.
+
+    Raises ConfigError, naming the file, for one that holds no config.
+    """
     path = folder / CONFIG
     try:
-        config = from_json(path.read_text(encoding="utf-8"))
-        validate(config)
+        return from_json(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} isn't text ({error.reason}); restore it") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return config
 
 
 def find_problems(config: ExperimentConfig) -> Iterator[str]:

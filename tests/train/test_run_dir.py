@@ -44,6 +44,17 @@ def test_without_resume_a_run_is_not_overwritten(tmp_path):
         start(tmp_path, resume=False)
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"name": "\xff"}', b"{"])
+def test_a_damaged_config_is_refused_by_its_path(tmp_path, content):
+    start(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        start(tmp_path)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+    assert file.read_bytes() == content
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     file = tmp_path / "file"
     file.touch()

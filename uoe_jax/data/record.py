@@ -118,23 +118,49 @@ def read_record(run_dir: Path) -> DataRecord | None:
         return _read_old(run_dir)
     try:
         content = read_json(file)
-        hash(content["hash"]), content["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is damaged ({error}); restore the file") from None
+    except OSError as error:
+        raise DataError(f"{file} can't be read ({error.strerror})") from None
+    if broken := _broken(content):
+        raise DataError(f"{file} is damaged ({broken}); restore the file")
     if "tokenizer_sha256" not in content:
         return DataRecord(content)
     copy = run_dir / TOKENIZER
-    try:
-        text = copy.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{copy} can't be read ({reason}); restore the file") from None
+    text = _read_copy(copy)
     if _digest(text) != content["tokenizer_sha256"]:
         raise DataError(
             f"{copy} isn't the tokenizer the run was trained with (its SHA-256 is "
             "another); restore the file"
         )
     return DataRecord(content, text)
+
+
+def _read_copy(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{file} can't be read ({reason}); restore the file") from None
+
+
+def _broken(content: Any) -> str | None:
+    """Return in words what makes a record unreadable; None for a whole one."""
+    if not isinstance(content, dict):
+        return "it is no JSON object"
+    if missing := [key for key in ("hash", "tokenizer") if key not in content]:
+        return f"it has no {missing[0]}"
+    texts = [content["hash"], content.get("arrays"), content.get("tokenizer_sha256")]
+    if any(not isinstance(text, str | None) for text in texts):
+        return "its hashes must be texts"
+    entry = content["tokenizer"]
+    if entry is not None:  # of images
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            return "its tokenizer has no name"
+        size = entry.get("vocab_size")
+        if entry["name"] == "ids" and (type(size) is not int or size < 1):
+            return f"its tokenizer has the vocab_size {size!r}"
+    return (
+        None if isinstance(content.get("earlier", []), list) else "earlier is no list"
+    )
 
 
 def _read_old(run_dir: Path) -> DataRecord | None:
@@ -160,7 +186,7 @@ def run_tokenizer(run_dir: Path, config: ExperimentConfig) -> Tokenizer:
         return tokenizer
     copy = run_dir / TOKENIZER
     if copy.is_file():
-        return make_tokenizer({"name": TOKENIZER}, copy.read_text("utf-8"))
+        return make_tokenizer({"name": TOKENIZER}, _read_copy(copy))
     prepared = find_prepared(config)
     if prepared is not None and (record is None or record.holds(prepared)):
         return prepared.tokenizer()

@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 
-from uoe_jax.config import ExperimentConfig, from_json, to_json
+from uoe_jax.config import ExperimentConfig, to_json
 from uoe_jax.data.prepare import absolute_paths
 from uoe_jax.data.record import DataRecord, read_record, write_record
 from uoe_jax.errors import CheckpointError, ConfigError
 from uoe_jax.files import format_json, parse_json, read_json, write_atomically
 from uoe_jax.train.lock import RunLock
+from uoe_jax.validation import parse_config
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "env.json", "metrics.jsonl"
 CHECKPOINTS, BEST = "checkpoints", "best"
@@ -118,14 +119,13 @@ def _check_config(
     path: Path, config: ExperimentConfig, resume: bool, data: DataRecord | None
 ) -> DataRecord | None:
     """Refuse other settings or data than a run's; return the record to write."""
-    file = path / CONFIG
-    if not file.exists():
+    if not (path / CONFIG).exists():
         return data
     if not resume and (path / METRICS).exists():
         raise ConfigError(
             f"{path} has a run already; resume it or choose another --run-dir"
         )
-    before = from_json(file.read_text())
+    before = parse_config(path)
     before = dataclasses.replace(before, data=absolute_paths(before.data))
     record, begun = read_record(path), has_begun(path)
     free = FREE_FIELDS
