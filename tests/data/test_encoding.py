@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uoe_jax.data import make_dataset, prepare
-from uoe_jax.data.encoding import detect, find_encoding, open_text
+from uoe_jax.data.encoding import check_encoding, detect, find_encoding, open_text
 from uoe_jax.errors import ConfigError, DataError
 
 TEXT = "".join(f"die Größe von Nummer {i} ist 漢字 und 🙂\n\n" for i in range(200))
@@ -121,3 +121,9 @@ def test_plain_text_is_never_taken_for_another_encoding(tmp_path):
         assert detect(text, "a") == ("utf-8", 0)
     (tmp_path / "a").write_bytes("größer".encode("latin-1"))
     assert find_encoding(tmp_path / "a", "auto") == ("utf-8", 0)
+
+
+@pytest.mark.parametrize("name", ["idna", "punycode", "undefined", "rot13", "nonsense"])
+def test_a_codec_that_is_not_for_text_is_refused(name):
+    with pytest.raises(ConfigError, match="Python can't decode"):
+        check_encoding(name)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from compare import assert_close
 from matplotlib.image import imread
 from synthetic_runs import TEXT, make_overlay, make_run
 
-from uoe_jax.errors import DataError
+from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.hardware.count import count_params
 from uoe_jax.presets import get_preset
 from uoe_jax.report.build import write_report
@@ -277,3 +278,16 @@ def test_flatten_names_leaves():
         "a.c": [2],
         "d": math.pi,
     }
+
+
+def test_a_page_that_is_a_folder_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch
+):
+    run = make_run(tmp_path / "run")
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    for out in (Path("."), place):
+        with pytest.raises(ConfigError, match=r"is a folder; name the page.*html"):
+            write_report([run], out)
+    assert list(place.iterdir()) == []

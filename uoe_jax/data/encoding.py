@@ -29,6 +29,8 @@ _UNREADABLE = (
     (b"\xfb\xee\x28", "BOCU-1"),
     *((b"+/v" + last, "UTF-7") for last in (b"8", b"9", b"+", b"/")),
 )
+# Codecs for names of hosts, one that refuses everything: not for text.
+_NOT_FOR_TEXT = ("idna", "punycode", "undefined")
 _COMMON = ("utf-8", "utf-16", "utf-32", "latin-1", "cp1252", "gb18030", "shift_jis")
 
 
@@ -38,7 +40,8 @@ def check_encoding(name: str) -> str:
         return name
     try:
         info = codecs.lookup(name)
-        if not getattr(info, "_is_text_encoding", True):
+        is_text = getattr(info, "_is_text_encoding", True)
+        if not is_text or info.name in _NOT_FOR_TEXT:
             raise LookupError
     except (LookupError, ValueError):
         raise ConfigError(

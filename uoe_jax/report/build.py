@@ -48,7 +48,12 @@ def write_report(
 
     Raises:
         DataError: a folder holds no metrics.
+        ConfigError: `out` is a folder, or can't be written.
     """
+    if out is not None and out.is_dir():
+        raise ConfigError(
+            f"{out} is a folder; name the page, such as {out / 'report.html'}"
+        )
     runs = read_runs([Path(d) for d in run_dirs])
     folders = _folders(runs, out)
     out = out or runs[0].path / "report.html"
