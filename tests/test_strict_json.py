@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.escape import escape_line
-from uoe_jax.files import MAX_DEPTH, format_json, parse_json, read_json
+from uoe_jax.files import (
+    MAX_DEPTH,
+    format_json,
+    parse_json,
+    read_json,
+    read_json_lines,
+)
 
 PACKAGE = Path(__file__).parents[1] / "uoe_jax"
 
@@ -193,3 +199,11 @@ def test_results_are_written_as_strict_json(folder):
         if path != root / APART:
             wrong = [x for x in calls_of_json(path) if x.startswith("dump")]
             assert not wrong, f"{path} uses json's {wrong}: take format_json"
+
+
+def test_a_pipe_under_the_name_of_a_file_is_refused_and_not_waited_for(tmp_path):
+    pipe = tmp_path / "metrics.jsonl"
+    os.mkfifo(pipe)
+    for read in (read_json, read_json_lines):
+        with pytest.raises(DataError, match="is not a file"):
+            read(pipe)

@@ -14,7 +14,7 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.escape import escape_line
@@ -95,9 +95,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
     Raises OSError if it can't be opened, DataError if it isn't a file of strict JSON.
     """
     with open(path, "rb", opener=_open_without_waiting) as file:
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise DataError(f"{path} is not a file; give a file of JSON")
+        about = _check_regular(file, path)
         if about.st_size > max_bytes:
             raise DataError(
                 f"{path} has {about.st_size:,} bytes; at most {max_bytes:,} are read"
@@ -105,6 +103,13 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
         # Not `read(max_bytes)`, which takes that much memory first.
         data = file.read(about.st_size)
     return parse_json(data, str(path))
+
+
+def _check_regular(file: IO[bytes], path: Path) -> os.stat_result:
+    about = os.fstat(file.fileno())
+    if not stat.S_ISREG(about.st_mode):
+        raise DataError(f"{path} is not a file; give a file of JSON")
+    return about
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -186,10 +191,12 @@ def read_json_lines(path: Path, *, step: bool = False) -> JsonLines:
 
     With `step` an object also needs a whole number `step` and a text `kind`, as the
     lines of a run's metrics have. A last line without an end, cut short by a kill or
-    a full disk, is left out and not counted.
+    a full disk, is left out and not counted. Raises DataError if it isn't a file.
     """
     found = JsonLines([], [], [])
-    *lines, rest = path.read_bytes().split(b"\n")
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        _check_regular(file, path)
+        *lines, rest = file.read().split(b"\n")
     for number, text in enumerate([*lines, rest], 1):
         try:
             record = parse_json(text, str(path))

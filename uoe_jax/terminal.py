@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_MOMENT = 0.02  # seconds
 
 
 class Sturdy:
@@ -129,11 +130,48 @@ def stop_on_signals() -> Iterator[None]:
         if signal.getsignal(number) is signal.SIG_DFL
     }
     try:
-        with end_at_second_signal():
+        with end_at_second_signal(), _raise_again():
             yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _raise_again() -> Iterator[None]:
+    """Raise a moment later what a signal raised where Python drops exceptions.
+
+    That is in callbacks of the garbage collector, of which JAX has one, of weak
+    references, and in `__del__`. The command would else go on as if nobody had asked.
+    Where somebody else uses the alarm, as a test with a time limit, it stays theirs.
+    """
+    if signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
+        yield
+        return
+    lost: list[BaseException] = []
+    before = sys.unraisablehook
+
+    def keep(dropped: Any) -> None:
+        if isinstance(dropped.exc_value, KeyboardInterrupt):
+            lost.append(dropped.exc_value)
+            # Not now: the callback is still running. An alarm isn't counted as the
+            # second signal of a person who is impatient.
+            signal.setitimer(signal.ITIMER_REAL, _MOMENT)
+        else:
+            before(dropped)
+
+    def again(number: int, frame: FrameType | None) -> None:
+        if lost:
+            raise lost.pop().with_traceback(None)
+
+    handler = signal.signal(signal.SIGALRM, again)
+    sys.unraisablehook = keep
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = before
+        signal.signal(signal.SIGALRM, handler)
 
 
 @contextmanager

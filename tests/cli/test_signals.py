@@ -17,12 +17,20 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 # A verb of its own, so that what it does when the signal comes is known.
 PROGRAM = """
-import hashlib, sys, time, types
+import gc, hashlib, sys, time, types
 from pathlib import Path
 from uoe_jax import cli
 from uoe_jax.files import write_atomically
 
 def work(args):
+    if args == ["callback"]:  # Python drops what is raised in there
+        def slow(phase, info):
+            gc.callbacks.clear()
+            print("ready", flush=True)
+            time.sleep(30)
+        gc.callbacks.append(slow)
+        gc.collect()
+        time.sleep(60)
     print("ready", flush=True)
     if args == ["write"]:
         Path.replace = lambda *a: (print("writing", flush=True), time.sleep(60))
@@ -51,9 +59,10 @@ def start(*args, program=PROGRAM, wait_for="ready\n", **options):
     return process
 
 
+@pytest.mark.parametrize("where", [(), ("callback",)], ids=["", "in a gc callback"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_verb_ends_in_one_line(number):
-    process = start()
+def test_a_verb_ends_in_one_line(number, where):
+    process = start(*where)
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 128 + number
