@@ -34,6 +34,7 @@ from flax import nnx
 from uoe_jax.bench.traffic import traffic
 from uoe_jax.bench.train import random_batch
 from uoe_jax.config import ExperimentConfig, LayoutConfig
+from uoe_jax.files import format_json
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.hardware.devices import Topology, find_device
 from uoe_jax.hardware.roofline import Prediction, predict
@@ -209,7 +210,7 @@ class Record:
         print(show(row), flush=True)
         if self.path:
             content = {**self.about, "results": self.rows}
-            self.path.write_text(json.dumps(content, indent=1) + "\n")
+            self.path.write_text(format_json(content, indent=1) + "\n")
 
 
 def show(row: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from uoe_jax.bench.gemm import run_once, time_in_turn
 from uoe_jax.bench.gemm_cases import UNTUNED
 from uoe_jax.bench.union import layer_config, layer_program
 from uoe_jax.config import UnionConfig
+from uoe_jax.files import format_json
 from uoe_jax.model.mlp import UnionMlp
 from uoe_jax.ops.grouped_matmul import triton_launch, triton_tiles
 
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
         print(row["union"], row["milliseconds"], row["spread"], flush=True)
         record["results"].append(row)
         if args.out:
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+            args.out.write_text(format_json(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

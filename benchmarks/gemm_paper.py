@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import lzma
 import math
 import sys
@@ -26,6 +25,7 @@ import numpy as np
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.metrics import r2_score
 
+from uoe_jax.files import format_json
 from uoe_jax.report.table import format_table
 
 # GeForce RTX 4070, data sheet: float32 without tensor cores, memory, multiprocessors.
@@ -277,7 +277,7 @@ def main(argv: list[str]) -> None:
     found = study(read(args.file))
     print(show(found))
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(format_json(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

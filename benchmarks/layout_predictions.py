@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import statistics
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 from bench_train import configure
 
 from uoe_jax.config import LayoutConfig
+from uoe_jax.files import format_json
 from uoe_jax.hardware import fit, gemm
 from uoe_jax.hardware.devices import Topology
 from uoe_jax.hardware.roofline import LEARNED, UNCALIBRATED, predict
@@ -71,14 +71,14 @@ def main(argv: list[str]) -> None:
         way: {"median": statistics.median(e), "worst": max(e)}
         for way, e in errors.items()
     }
-    print(json.dumps(found))
+    print(format_json(found))
     if args.out:
         record = {
             "command": "python benchmarks/layout_predictions.py " + " ".join(argv),
             "errors": found,
             "results": rows,
         }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        args.out.write_text(format_json(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

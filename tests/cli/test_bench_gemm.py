@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from compare import assert_close
 
 from uoe_jax.bench import gemm as sweep
 from uoe_jax.bench import gemm_command
@@ -111,7 +113,7 @@ def test_cost_lists_a_steps_products(capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)["products"]
     assert found["model"] == "products as timed on H200"
     total = sum(row["seconds"] * row["times"] for row in found["rows"])
-    assert found["seconds"] == pytest.approx(total)
+    assert_close(found["seconds"], total, 1e-9)
     assert all(r["low"] <= r["seconds"] <= r["high"] for r in found["rows"])
     assert main(["cost", "1b", "--gemm", "h300"]) == 2
     assert "--gemm is 'h300'; give a file of uoe bench gemm" in capsys.readouterr().err
@@ -124,6 +126,10 @@ def test_cost_lists_a_steps_products(capsys, tmp_path):
 
 def test_plan_says_which_it_used(capsys):
     assert main(["plan", "1b-union", "--topology", "h200:2"]) == 0
+    assert "products as timed on H200" in capsys.readouterr().out
+    shipped = str(Path(gemm.__file__).with_name("models") / "h200.json")
+    asked = ["plan", "1b-union", "--topology", "h200:2", "--gemm", shipped]
+    assert main(asked) == 0
     assert "products as timed on H200" in capsys.readouterr().out
     assert main(["plan", "1b-union", "--topology", "a100:2"]) == 0
     assert "typical shares of the peak, not measured" in capsys.readouterr().out

@@ -65,7 +65,8 @@ def small_demo(tiny_config, monkeypatch):
 
 def test_demo_writes_table_summary_page_and_sample(small_demo, tmp_path, capsys):
     folder = tmp_path / "demo"
-    assert main(["demo", "--run-dir", str(folder), "--quiet"]) == 0
+    asked = ["demo", "--run-dir", str(folder), "--quiet", "--steps", "4"]
+    assert main(asked) == 0
     out = capsys.readouterr().out
     rows = json.loads((folder / "summary.json").read_text())
     assert [set(row) for row in rows] == [set(demo.SUMMARY_KEYS)] * 2

@@ -123,7 +123,8 @@ def test_usage_names_every_verb():
 def test_light_commands_never_import_jax(args):
     code = (
         "import sys; from uoe_jax.cli import main; main(sys.argv[1:]);"
-        "heavy = {'jax', 'flax', 'numpy', 'matplotlib'} & set(sys.modules);"
+        # numpy may be there: the model of products is trees of arrays.
+        "heavy = {'jax', 'flax', 'matplotlib'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True)

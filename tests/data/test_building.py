@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+from uoe_jax.data import store
 from uoe_jax.data.store import build_folder, remove_abandoned
 
 PROGRAM = """
@@ -41,3 +42,18 @@ def test_a_folder_without_a_lock_goes_after_a_day(tmp_path):
     os.utime(old, (0, 0))
     remove_abandoned(tmp_path)
     assert list(tmp_path.iterdir()) == [new]
+
+
+def test_a_builder_that_has_just_begun_is_left_alone(tmp_path, monkeypatch):
+    """It is locked before it has the name by which it is judged."""
+    lock = store.fcntl.flock
+
+    def clean_first(file, how):
+        monkeypatch.setattr(store.fcntl, "flock", lock)
+        remove_abandoned(tmp_path)
+        lock(file, how)
+
+    monkeypatch.setattr(store.fcntl, "flock", clean_first)
+    with build_folder(tmp_path / "target", replace=False) as content:
+        (content / "file").write_text("x")
+    assert (tmp_path / "target" / "file").is_file()

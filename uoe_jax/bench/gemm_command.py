@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from uoe_jax.bench.gemm import Sweep, Timing, about
 from uoe_jax.bench.gemm_cases import Case, all_cases
 from uoe_jax.errors import ConfigError
-from uoe_jax.files import write_atomically
+from uoe_jax.files import format_json, write_atomically
 from uoe_jax.hardware import gemm, gemm_fit
 from uoe_jax.hardware.devices import DEVICES, Device, find_device
 from uoe_jax.hardware.product import roofline
@@ -120,8 +119,8 @@ def describe(timing: Timing) -> str:
 
 def write_rows(path: Path, found: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write a sweep as JSON, a row a line."""
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    text = f'{{"about": {json.dumps(found)},\n"rows": [\n{lines}\n]}}\n'
+    lines = ",\n".join(format_json(row) for row in rows)
+    text = f'{{"about": {format_json(found)},\n"rows": [\n{lines}\n]}}\n'
     write_atomically(path, text.encode())
 
 

@@ -84,9 +84,12 @@ def build_folder(target: Path, *, replace: bool) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=target.parent))
-        held = os.open(building / _BUILDER, os.O_RDWR | os.O_CREAT, 0o644)
+        # Locked before it has its name: whoever finds it unlocked deletes the folder.
+        unnamed = building / f"{_BUILDER}.new"
+        held = os.open(unnamed, os.O_RDWR | os.O_CREAT, 0o644)
         with suppress(OSError):  # a file system without locks
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unnamed.rename(building / _BUILDER)
         content = building / "content"
         content.mkdir()
         yield content

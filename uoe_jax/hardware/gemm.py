@@ -9,7 +9,6 @@ that loss carry over to shapes that were not timed.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from jaxtyping import Float
 
 from uoe_jax.errors import DataError
+from uoe_jax.files import format_json, read_json
 from uoe_jax.hardware.devices import DEVICES, Device, find_device
 from uoe_jax.hardware.product import (
     LIBRARY_TILE,
@@ -164,13 +164,13 @@ def save(model: GemmModel, path: Path) -> None:
         "tiles": {kernel: list(tiles) for kernel, tiles in model.tiles.items()},
         "trees": {kernel: trees.as_json() for kernel, trees in model.trees.items()},
     }
-    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    path.write_text(format_json(content) + "\n")
 
 
 def load(path: Path) -> GemmModel:
     """Return a model written by `save`; raise DataError on anything else."""
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         _device(content["device"])
         return GemmModel(
             device=content["device"],

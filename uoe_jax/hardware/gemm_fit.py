@@ -7,7 +7,6 @@ shape is predicted.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter, defaultdict
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from uoe_jax.errors import DataError
+from uoe_jax.files import read_json
 from uoe_jax.hardware.devices import Device, find_device
 from uoe_jax.hardware.gemm import (
     LEAST,
@@ -104,7 +104,7 @@ def read_rows(path: Path) -> tuple[Device, dict[str, Any], list[Timed]]:
       DataError: not a sweep, or of a device that isn't known.
     """
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         about, rows = content["about"], content["rows"]
         kind = about["device"]
     except (OSError, ValueError, KeyError, TypeError) as error:
