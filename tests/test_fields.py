@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 import typing
 from inspect import unwrap
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from uoe_jax.adapt.config import AdapterConfig, adapter_from_dict, check_adapter
@@ -104,13 +105,15 @@ def bare(hint):
     """Return an annotation's alternatives, without bounds and None."""
     if typing.get_origin(hint) is Annotated:
         return bare(typing.get_args(hint)[0])
-    if type(None) in (args := typing.get_args(hint)):
-        return [b for a in args if a is not type(None) for b in bare(a)]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        kinds = (a for a in typing.get_args(hint) if a is not type(None))
+        return [b for a in kinds for b in bare(a)]
     return [hint]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(FIELDS), PYTHON_VALUES)
+@example((Cut, "calibrate"), 3)  # of several kinds, none of them None
 def test_wrong_values_are_refused_when_a_config_is_made(place, value):
     cls, name = place
     found = {}
