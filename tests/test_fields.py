@@ -105,10 +105,16 @@ def bare(hint):
     """Return an annotation's alternatives, without bounds and None."""
     if typing.get_origin(hint) is Annotated:
         return bare(typing.get_args(hint)[0])
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        kinds = (a for a in typing.get_args(hint) if a is not type(None))
-        return [b for a in kinds for b in bare(a)]
+    if type(None) in (args := typing.get_args(hint)):
+        return [b for a in args if a is not type(None) for b in bare(a)]
     return [hint]
+
+
+def kinds_of(hint):
+    """Return the types a field may hold, those of unions without None too."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return [kind for a in typing.get_args(hint) for kind in kinds_of(a)]
+    return bare(hint)
 
 
 @settings(max_examples=200, deadline=None)
@@ -126,7 +132,7 @@ def test_wrong_values_are_refused_when_a_config_is_made(place, value):
         assert f"{cls.__name__}.{name}" in said
         return
     kept = getattr(found["made"], name)
-    kinds = bare(field_hints(cls)[name])
+    kinds = kinds_of(field_hints(cls)[name])
     # What is kept is of the annotated type, exactly.
     if kept is None:
         assert type(None) in typing.get_args(field_hints(cls)[name])
