@@ -19,7 +19,7 @@ from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.cli import main
 from uoe_jax.cli.adapt import AdaptOptions
 from uoe_jax.cli.notes import plain_warnings
-from uoe_jax.cli.parse import given_names, option_names
+from uoe_jax.cli.parse import option_names, typed_options
 from uoe_jax.evaluate import load_run
 from uoe_jax.model import make_model
 from uoe_jax.train.clock import Progress
@@ -47,6 +47,10 @@ def union_run(tiny_config, tmp_path_factory):
 
 
 USED = set()  # options that some command here was run with
+
+
+def given_names(words):
+    return {n[2:].replace("-", "_") for n in typed_options(words, AdaptOptions)}
 
 
 def adapt(*args):

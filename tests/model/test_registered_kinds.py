@@ -35,7 +35,7 @@ from uoe_jax.model import (
     register_router,
 )
 from uoe_jax.model.attention import AttentionWeights
-from uoe_jax.model.cache import attend_cache, dense_rows, written_rows
+from uoe_jax.model.cache import attend_cache, written_rows
 from uoe_jax.model.context import document_span
 from uoe_jax.model.mlp import DenseMlp
 from uoe_jax.model.routing.token import Router
@@ -83,10 +83,6 @@ class WindowAttention(AttentionWeights):
     def __init__(self, config, *, rngs):
         super().__init__(config, 1, rngs=rngs)
         self.tilt = nnx.Param(jnp.zeros(config.num_heads, config.param_dtype))
-
-    @staticmethod
-    def cache_shapes(config, max_len):
-        return dense_rows(config, max_len)
 
     def __call__(self, x, context):
         q, k, v = self.project_qkv(x, context.positions)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from uoe_jax.cli.parse import given_names, parse
+from uoe_jax.cli.parse import parse, typed_options
 from uoe_jax.cli.paths import RUNS, find_run
 from uoe_jax.config import LayoutConfig, MeshConfig
 from uoe_jax.errors import ConfigError
@@ -92,7 +92,8 @@ def adapt(args: list[str]) -> int:
     """Train an adapter of a run; print its parameters, memory, speed and gain."""
     options = parse(AdaptOptions, args, "adapt")
     folder = find_run(options.run)
-    given = given_names(args)
+    typed = typed_options(args, AdaptOptions)
+    given = {name[2:].replace("-", "_") for name in typed}
     check_load(options, given)
     name = f"{read_config(folder).name}-{options.method}{options.rank}"
     out = options.out or RUNS / name

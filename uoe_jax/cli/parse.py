@@ -192,12 +192,6 @@ def option_names(options: type, prefix: str = "--") -> Iterator[str]:
             yield f"{prefix}no-{name}"
 
 
-def given_names(args: Sequence[str]) -> set[str]:
-    """Return the fields that options on the command line name, whatever their value."""
-    names = {arg.split("=", 1)[0][2:] for arg in args if arg.startswith("--")}
-    return {name.replace("-", "_").removeprefix("no_") for name in names}
-
-
 def _annotated(hint: object) -> bool:
     return typing.get_origin(hint) is typing.Annotated
 

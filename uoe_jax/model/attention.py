@@ -6,6 +6,7 @@ expert with all K heads. Weights: wq [E,D,J,G,H], wk and wv [E,D,J,H], wo [E,J,G
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,6 @@ from uoe_jax.model.cache import (
     Slot,
     attend_cache,
     attend_log,
-    dense_rows,
     route_token,
     written_rows,
 )
@@ -70,6 +70,15 @@ class AttentionWeights(nnx.Module):
         self.bv = init_bias((e, j, h), config)
         self.bo = init_bias((d,), config)
 
+    @staticmethod
+    def cache_shapes(config: ModelConfig, max_len: int) -> dict[str, Any]:
+        """Return shape and dtype of what a row of the cache holds, by name.
+
+        Here k and v of every token; the dtype None stands for the cache's own.
+        """
+        shape = (max_len, config.num_kv_heads, config.head_dim)
+        return {"k": (shape, None), "v": (shape, None)}
+
     def rotate(self, x: Array, positions: Array) -> Array:
         """Apply rotary positions where the model has them; x ends in (heads, H)."""
         return x if self.theta is None else rotate(x, positions, self.theta)
@@ -95,6 +104,23 @@ class AttentionWeights(nnx.Module):
         matrix = self.wo[...].reshape(-1, self.wo.shape[-1])
         bias = None if self.bo is None else self.bo[...]
         return project(heads.reshape(*heads.shape[:-2], -1), matrix, bias)
+
+    def decode_visible(
+        self,
+        x: Float[Array, "B D"],
+        slot: Slot,
+        visible: Callable[[Array, Array], Array],
+    ) -> tuple[Float[Array, "B D"], Slot]:
+        """Return the output for one token a row, and its slot, with every head.
+
+        `visible(q, keys)` says which rows of the cache a query sees, for queries
+        [B, K, G, H] and keys [B, S, K, H].
+        """
+        q, k, v = self.project_qkv(x, slot.lengths)
+        slot, (keys, values) = slot.append_token(k, v)
+        q = q.reshape(*k.shape[:2], -1, k.shape[2])
+        out = attend_cache(q, keys, values, visible(q, keys))
+        return self.project_out(out.reshape(x.shape[0], -1, k.shape[2])), slot
 
     def project_keys(
         self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
@@ -129,11 +155,6 @@ class DenseAttention(AttentionWeights):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, 1, rngs=rngs)
 
-    @staticmethod
-    def cache_shapes(config: ModelConfig, max_len: int) -> dict[str, Any]:
-        """Return what a row of the cache holds: k and v of every token."""
-        return dense_rows(config, max_len)
-
     def __call__(
         self, x: Float[Array, "B T D"], context: Context
     ) -> tuple[Float[Array, "B T D"], Stats, KeyValue]:
@@ -146,11 +167,9 @@ class DenseAttention(AttentionWeights):
         self, x: Float[Array, "B D"], slot: Slot
     ) -> tuple[Float[Array, "B D"], Slot]:
         """Return the output for token `slot.lengths` of each row, and its slot."""
-        q, k, v = self.project_qkv(x, slot.lengths)
-        slot, (keys, values) = slot.append_token(k, v)
-        q = q.reshape(*k.shape[:2], -1, k.shape[2])
-        out = attend_cache(q, keys, values, written_rows(keys, slot.row))
-        return self.project_out(out.reshape(x.shape[0], -1, k.shape[2])), slot
+        return self.decode_visible(
+            x, slot, lambda q, keys: written_rows(keys, slot.row)
+        )
 
 
 class UnionAttention(AttentionWeights):
@@ -257,11 +276,6 @@ class SharedKvAttention(AttentionWeights):
         super().__init__(config, union.num_experts, rngs=rngs)
         make = make_router if router is None else router
         self.router = make(config.d_model, union, config.causal, rngs=rngs)
-
-    @staticmethod
-    def cache_shapes(config: ModelConfig, max_len: int) -> dict[str, Any]:
-        """Return what a row of the cache holds: k and v of every token."""
-        return dense_rows(config, max_len)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context

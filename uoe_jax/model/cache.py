@@ -80,15 +80,6 @@ def route_token(
     return routing, slot.remember(part, state)
 
 
-def dense_rows(config: Any, max_len: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Return the shapes of k and v of every token, with a row's batch axis left out.
-
-    The dtype None stands for the cache's own.
-    """
-    shape = (max_len, config.num_kv_heads, config.head_dim)
-    return {"k": (shape, None), "v": (shape, None)}
-
-
 def write_prompt(
     entry: Entry, index: int | Array, key_value: KeyValue, stats: dict[str, Stats]
 ) -> Entry:

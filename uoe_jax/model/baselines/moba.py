@@ -6,8 +6,6 @@ documents a query knows only its own.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.model.attention import AttentionWeights
-from uoe_jax.model.cache import KeyValue, Slot, attend_cache, dense_rows
+from uoe_jax.model.cache import KeyValue, Slot
 from uoe_jax.model.context import Context, document_span
 from uoe_jax.model.layers import picks_to_rows, row_experts, rows_to_picks
 from uoe_jax.model.routing.balance import Stats
@@ -37,11 +35,6 @@ class MobaAttention(AttentionWeights):
         super().__init__(config, 1, rngs=rngs)
         self.block_size, self.top_k = config.moba.block_size, config.moba.top_k
 
-    @staticmethod
-    def cache_shapes(config: ModelConfig, max_len: int) -> dict[str, Any]:
-        """Return what a row of the cache holds: k and v of every token."""
-        return dense_rows(config, max_len)
-
     def __call__(
         self, x: Float[Array, "B T D"], context: Context
     ) -> tuple[Float[Array, "B T D"], Stats, KeyValue]:
@@ -57,12 +50,10 @@ class MobaAttention(AttentionWeights):
         self, x: Float[Array, "B D"], slot: Slot
     ) -> tuple[Float[Array, "B D"], Slot]:
         """Return the output for token `slot.lengths` of each row, and its slot."""
-        q, k, v = self.project_qkv(x, slot.lengths)
-        slot, (keys, values) = slot.append_token(k, v)
-        q = q.reshape(*k.shape[:2], -1, k.shape[2])
-        visible = visible_rows(q, keys, slot.row, self.block_size, self.top_k)
-        out = attend_cache(q, keys, values, visible)
-        return self.project_out(out.reshape(x.shape[0], -1, k.shape[2])), slot
+        see = lambda q, keys: visible_rows(
+            q, keys, slot.row, self.block_size, self.top_k
+        )
+        return self.decode_visible(x, slot, see)
 
 
 def pick_blocks(
