@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, checked annotations, pytree-mode NNX for every test."""
 
+import functools
 import gc
 import hashlib
 import os
@@ -48,6 +49,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import pytest
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes of every annotated function are checked while tests run.
@@ -64,8 +66,24 @@ nnx.set_graph_mode(False)
 nnx.set_graph_updates(False)
 
 
-def pytest_runtest_setup():
-    """Let configs check themselves: they also convert, and say it in one line."""
+@functools.cache
+def _computes_in_float16() -> bool:
+    """Whether XLA compiles float16 here: not for x86 processors without F16C."""
+    try:
+        return bool(jax.jit(lambda x: x.astype("float16"))(jax.numpy.ones(())))
+    except jax.errors.JaxRuntimeError as error:
+        if "Failed to materialize symbols" not in str(error):
+            raise
+        return False
+
+
+def pytest_runtest_setup(item):
+    """Skip what this processor can't; let configs check themselves.
+
+    Configs also convert, and say in one line what they refuse.
+    """
+    if item.get_closest_marker("float16") and not _computes_in_float16():
+        pytest.skip("XLA can't compile float16 for this processor's instructions")
     from uoe_jax.fields import Checked
 
     classes = Checked.__subclasses__()

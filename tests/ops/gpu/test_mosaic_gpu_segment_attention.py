@@ -59,7 +59,9 @@ def value_and_grads(
         pytest.param(
             *(jnp.bfloat16, 1, 128, True, None, False, False), marks=pytest.mark.nightly
         ),
-        (jnp.float16, 2, 64, False, 70, True, True),
+        pytest.param(
+            *(jnp.float16, 2, 64, False, 70, True, True), marks=pytest.mark.float16
+        ),
     ],
 )
 def test_value_and_gradients_match_float64(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import ops_oracle
+import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from uoe_jax.ops import _triton
@@ -64,6 +65,7 @@ def test_on_hopper_kernels(capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
+@pytest.mark.float16
 def test_on_triton_kernels(monkeypatch):
     tiles = lambda kernel, shape: on_triton.TILES[kernel]
     monkeypatch.setattr(triton, "choose_tiles", tiles)

@@ -25,6 +25,8 @@ from uoe_jax.ops import _triton, segment_attention
 from uoe_jax.ops.segment_attention import triton
 
 ROWS, SEGMENTS, SCALE = 44, 3, 0.3
+FLOAT16 = pytest.mark.float16
+
 TILES = {
     "forward": triton.Tiles(32, 32, 4, 2),
     "query_gradient": triton.Tiles(32, 16, 4, 2),  # the forward schedule does
@@ -99,10 +101,10 @@ def value_and_grads(q, k, v, grad, offsets, bounds, causal, window):
 @pytest.mark.parametrize(
     ("dtype", "groups", "width", "causal", "window", "documents", "tiles"),
     [
-        ("float16", 2, 16, True, None, False, TILES),
+        pytest.param("float16", 2, 16, True, None, False, TILES, marks=FLOAT16),
         ("bfloat16", 1, 32, False, None, False, OTHERS),
-        ("float16", 1, 16, False, 9, False, OTHERS),
-        ("float16", 1, 16, True, 20, True, TILES),
+        pytest.param("float16", 1, 16, False, 9, False, OTHERS, marks=FLOAT16),
+        pytest.param("float16", 1, 16, True, 20, True, TILES, marks=FLOAT16),
     ],
 )
 def test_value_and_gradients_match_float64(
@@ -137,6 +139,7 @@ def test_value_and_gradients_match_float64(
     check()
 
 
+@FLOAT16
 def test_no_bit_depends_on_the_order_of_programs(on_cpu, monkeypatch):
     """No sum is shared by programs, so a GPU may run them in any order."""
     arrays = draw(np.random.default_rng(), 2, 16, "float16")
@@ -147,6 +150,7 @@ def test_no_bit_depends_on_the_order_of_programs(on_cpu, monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
+@FLOAT16
 def test_vmap_inside_shard_map_matches_float64(on_cpu):
     rng, cuts = np.random.default_rng(), ([0, 9, 9, 30], [0, 40, 44, 44])
     batch = [draw(rng, 1, 16, "float16") for _ in cuts]
