@@ -156,6 +156,8 @@ TESTED: dict[str, dict[str, str]] = {
         "--tol": "complete/test_complete_options.py",
     },
     "cost": {
+        "--device": "cli/test_cost_decode.py",
+        "--context": "cli/test_cost_decode.py",
         "--name": HERE,
         "--gemm": "cli/test_bench_gemm.py",
         "--batch": HERE,

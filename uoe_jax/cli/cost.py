@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from uoe_jax.cli import cost_products
+from uoe_jax.cli import cost_decode, cost_products
 from uoe_jax.cli.parse import Experiment, parse, take_preset
 from uoe_jax.config import ExperimentConfig
+from uoe_jax.errors import ConfigError
 from uoe_jax.fields import Count
 from uoe_jax.files import format_json
 from uoe_jax.hardware import count
@@ -23,6 +24,8 @@ class CostOptions:
     batch: Count | None = None  # sequences at a time; the preset's batch size
     seq_len: Count | None = None  # tokens in each; the preset's sequence length
     gemm: str | None = None  # h200, or a file of uoe bench gemm: a step's products
+    device: str | None = None  # decode there: aim-gddr6:8 (in memory), h200, t4, ...
+    context: Count | None = None  # tokens in the cache; the model's max_seq_len
     json: bool = False  # one JSON object instead of tables
 
 
@@ -34,6 +37,15 @@ def cost(args: list[str]) -> int:
     found = count_all(options.config, options.batch, options.seq_len)
     if options.gemm is not None:
         found["products"] = _products(options)
+    if options.device is not None:
+        model = options.config.model
+        found["decode"] = cost_decode.decode_costs(
+            model, options.device, options.context
+        )
+    elif options.context is not None:
+        raise ConfigError(
+            f"--context is {options.context}; it is for decoding, add --device"
+        )
     print(format_json(found, indent=2) if options.json else describe(found))
     return 0
 
@@ -102,6 +114,8 @@ def describe(found: dict) -> str:
     tables = []
     if "products" in found:
         tables.append(cost_products.describe(found["products"]))
+    if "decode" in found:
+        tables.append(cost_decode.describe(found["decode"]))
     return "\n\n".join(
         [
             f"{found['name']}: {total:,} parameters, {si(forward, 'FLOP')} a "
