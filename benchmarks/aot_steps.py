@@ -14,11 +14,11 @@ from flax import nnx
 
 from uoe_jax.config import ExperimentConfig, MeshConfig
 from uoe_jax.optim import make_optimizer
-from uoe_jax.partition import aot
 from uoe_jax.partition.mesh import mesh_for
+from uoe_jax.plan import aot
 from uoe_jax.presets import get_preset
+from uoe_jax.runs.state import abstract_state
 from uoe_jax.train.ahead import abstract_batch
-from uoe_jax.train.state import abstract_state
 from uoe_jax.train.step import make_step
 
 LAYOUTS = {

@@ -43,7 +43,7 @@ from uoe_jax.ops.segment_attention.mosaic_tpu_plan import (
     needed_pairs,
     visited,
 )
-from uoe_jax.partition import aot
+from uoe_jax.plan import aot
 
 BF16 = jnp.bfloat16
 

@@ -38,7 +38,7 @@ from uoe_jax.model import make_model
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh
 from uoe_jax.presets import get_preset
-from uoe_jax.train.state import init_state
+from uoe_jax.runs.state import init_state
 from uoe_jax.train.step import make_step
 
 STEPS = (

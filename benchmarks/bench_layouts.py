@@ -39,11 +39,11 @@ from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.hardware.devices import Topology, find_device
 from uoe_jax.hardware.roofline import Prediction, predict
 from uoe_jax.optim import make_optimizer
-from uoe_jax.partition.legal import layout_problems, verdicts
+from uoe_jax.partition.legal import layout_problems
 from uoe_jax.partition.mesh import mesh_for
-from uoe_jax.partition.plan import describe_sizes
+from uoe_jax.plan.layouts import describe_sizes, verdicts
+from uoe_jax.runs.state import abstract_state, init_state
 from uoe_jax.train.ahead import abstract_batch, with_mesh
-from uoe_jax.train.state import abstract_state, init_state
 from uoe_jax.train.step import make_step, put_batch
 
 ONE = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}

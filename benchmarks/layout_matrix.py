@@ -25,8 +25,7 @@ import numpy as np
 from flax import nnx
 
 from uoe_jax.files import format_json
-from uoe_jax.partition.legal import verdicts
-from uoe_jax.partition.plan import describe_sizes
+from uoe_jax.plan.layouts import describe_sizes, verdicts
 
 TOLERANCE = 1e-5
 # Nearly all of the time is compilation; code that runs once needn't be optimised.

@@ -85,10 +85,10 @@ def compare_restored(run_dir: Path, steps: int) -> dict[str, int] | None:
     """Restore on this stage's mesh and count the arrays that equal the file's bits."""
     from jax.experimental import multihost_utils
 
-    from uoe_jax.checkpoint import Checkpoints
     from uoe_jax.optim import make_optimizer
     from uoe_jax.partition.mesh import mesh_for
-    from uoe_jax.train.state import init_state, layout_of
+    from uoe_jax.runs.checkpoint import Checkpoints
+    from uoe_jax.runs.state import init_state, layout_of
     from uoe_jax.tree import fill_leaves, named_leaves
 
     store = Checkpoints(run_dir / "checkpoints")
@@ -142,7 +142,7 @@ def lines_of(run_dir: Path) -> list[dict[str, Any]]:
 
 def final_arrays(run_dir: Path) -> dict[str, np.ndarray]:
     """Return the arrays of the newest checkpoint by name."""
-    from uoe_jax.checkpoint import Checkpoints
+    from uoe_jax.runs.checkpoint import Checkpoints
 
     store = Checkpoints(run_dir / "checkpoints")
     step = store.steps()[-1]

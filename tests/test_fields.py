@@ -302,8 +302,8 @@ def test_seeds_that_repeat_another_are_refused(value):
 
 
 def test_a_run_whose_config_was_edited_is_refused_by_every_reader(tmp_path):
-    from uoe_jax.evaluate import load_run
     from uoe_jax.report.read import read_run
+    from uoe_jax.runs.load import load_run
 
     config = dataclasses.replace(
         get_preset("tiny-union"),

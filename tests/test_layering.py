@@ -7,63 +7,27 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "uoe_jax"
 
-LAYERS = {
-    0: {
-        "config",
-        "fields",
-        "kinds",
-        "validation",
-        "presets",
-        "errors",
-        "escape",
-        "files",
-        "terminal",
-        "weights",
-    },
-    1: {"hardware", "ops", "partition", "topology", "linalg", "cluster", "tree"},
-    2: {"model", "data", "optim"},
-    3: {
-        "decompose",
-        "compress",
-        "adapt",
-        "interop",
-        "train",
-        "checkpoint",
-        "integrity",
-        "evaluate",
-        "generate",
-        "report",
-        "leakcheck",
-        "complete",
-        "runs",
-    },
-    4: {"bench", "cli", "demo", "__main__"},
-}
-LEVEL = {room: level for level, rooms in LAYERS.items() for room in rooms}
-# Why: the trainer saves verified checkpoints; evaluation restores and reuses them.
-SAME_LEVEL = {
-    # A layout names its leaves.
-    ("partition", "tree"),
-    # A plan predicts what its layouts cost.
-    ("partition", "hardware"),
-    # Tiles that nobody timed are chosen by the device's model of products.
-    ("ops", "hardware"),
-    ("train", "checkpoint"),
-    ("train", "integrity"),
-    ("checkpoint", "integrity"),
-    ("evaluate", "checkpoint"),
-    ("evaluate", "train"),
-    # A decomposed run is read and written as the trainer's runs are.
-    ("decompose", "checkpoint"),
-    ("decompose", "evaluate"),
-    ("decompose", "integrity"),
-    ("decompose", "train"),
-    # So is a run that is adapted.
-    ("adapt", "checkpoint"),
-    ("adapt", "evaluate"),
-    ("adapt", "integrity"),
-    ("adapt", "train"),
-}
+# From the ground up: a room imports what is below it, nothing beside it.
+LAYERS = (
+    ("escape", "terminal", "tree"),
+    ("errors",),
+    ("files", "fields", "kinds"),
+    ("config",),
+    ("weights", "presets", "validation"),
+    ("hardware", "linalg", "cluster", "topology"),
+    ("ops", "partition"),
+    ("model", "data", "optim"),
+    ("runs", "plan", "generate", "leakcheck", "complete"),
+    ("train",),
+    ("evaluate",),
+    ("surgery",),
+    ("decompose", "compress", "adapt", "interop"),
+    ("report",),
+    ("bench", "demo"),
+    ("cli",),
+    ("__main__",),
+)
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 NO_JAX = (
     "config",
     "fields",
@@ -97,7 +61,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def upward_imports(path: Path) -> list[str]:
-    """What a file imports that is neither lower nor its own room nor allowed above."""
+    """What a file imports that is neither lower nor its own room."""
     room = room_of(path)
     if room == "__init__":
         return []
@@ -109,10 +73,7 @@ def upward_imports(path: Path) -> list[str]:
         if parts[0] != "uoe_jax" or len(parts) < 2 or parts[1] not in LEVEL:
             continue
         other = parts[1]
-        lower = LEVEL[other] < LEVEL[room]
-        allowed = lower or other == room or (room, other) in SAME_LEVEL
-        peers = LEVEL[other] == LEVEL[room] and LEVEL[room] in (0, 4)
-        if not (allowed or peers):
+        if other != room and LEVEL[other] >= LEVEL[room]:
             found.append(f"imports {name}: {other} isn't a lower layer than {room}")
     return found
 

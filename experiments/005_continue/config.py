@@ -16,10 +16,11 @@ from experiments.shared.case import HERE, change, load_config
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import make_dataset
 from uoe_jax.decompose.runs import Cut, decompose_run
-from uoe_jax.evaluate import evaluate_all, load_run
+from uoe_jax.evaluate import evaluate_all
 from uoe_jax.files import format_json, write_atomically
 from uoe_jax.presets import get_preset
 from uoe_jax.report.style import LIGHT, Theme, render
+from uoe_jax.runs.load import load_run
 from uoe_jax.train import train
 
 FURTHER = 200  # steps

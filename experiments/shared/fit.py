@@ -20,7 +20,6 @@ from jaxtyping import PyTree
 from experiments.shared.arrays import num_examples, train_rows
 from experiments.shared.programs import CHUNKS, Programs
 from experiments.shared.stats import badness
-from uoe_jax.checkpoint import snapshot
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.files import format_json, write_atomically
 from uoe_jax.hardware.count import (
@@ -29,7 +28,8 @@ from uoe_jax.hardware.count import (
     flops_per_token,
     num_tokens,
 )
-from uoe_jax.train.state import TrainState
+from uoe_jax.runs.checkpoint import snapshot
+from uoe_jax.runs.state import TrainState
 from uoe_jax.tree import fill_leaves
 
 CHECKS = 5  # validations of a run, the last at its end

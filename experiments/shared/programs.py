@@ -25,7 +25,7 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.model import make_model
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh, replicated
-from uoe_jax.train.state import TrainState
+from uoe_jax.runs.state import TrainState
 from uoe_jax.train.step import make_step
 from uoe_jax.train.validate import make_eval_step
 from uoe_jax.validation import validate

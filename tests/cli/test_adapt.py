@@ -15,14 +15,14 @@ from uoe_jax.adapt.files import digest_params, load_adapters
 from uoe_jax.adapt.merge import merge
 from uoe_jax.adapt.plan import make_plans, warn_of
 from uoe_jax.adapt.store import write_run
-from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.cli import main
 from uoe_jax.cli.adapt import AdaptOptions
 from uoe_jax.cli.notes import plain_warnings
 from uoe_jax.cli.parse import option_names, typed_options
-from uoe_jax.evaluate import load_run
 from uoe_jax.model import make_model
-from uoe_jax.train.clock import Progress
+from uoe_jax.runs.checkpoint import Checkpoints
+from uoe_jax.runs.load import load_run
+from uoe_jax.runs.state import Progress
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.tree import replace_leaves
 

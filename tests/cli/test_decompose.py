@@ -7,7 +7,7 @@ import pytest
 
 from uoe_jax.cli import main
 from uoe_jax.decompose.layers import flat_params
-from uoe_jax.evaluate import load_run
+from uoe_jax.runs.load import load_run
 
 
 @pytest.fixture(scope="session")

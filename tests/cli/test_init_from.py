@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.cli import main
+from uoe_jax.runs.checkpoint import Checkpoints
 
 SIZES = {"d-model": 16, "d-ff": 32, "num-layers": 1, "num-heads": 4,
          "num-kv-heads": 4, "head-dim": 4, "max-seq-len": 32,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from uoe_jax.checkpoint import Checkpoints
+from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.cli import main
+from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.train.metrics import read_metrics
 
 

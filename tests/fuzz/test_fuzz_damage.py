@@ -23,11 +23,11 @@ from uoe_jax.data import make_dataset
 from uoe_jax.data.entries import read_entries
 from uoe_jax.data.tokenize import load_tokenizer
 from uoe_jax.errors import UoeError
-from uoe_jax.evaluate import load_run
-from uoe_jax.integrity import digest_array
-from uoe_jax.partition.plan import read_layout
+from uoe_jax.plan.layouts import read_layout
 from uoe_jax.presets import get_preset
 from uoe_jax.report.read import read_run
+from uoe_jax.runs.integrity import digest_array
+from uoe_jax.runs.load import load_run
 from uoe_jax.train.metrics import MetricsLog, read_metrics
 from uoe_jax.tree import named_leaves
 

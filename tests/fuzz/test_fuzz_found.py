@@ -9,9 +9,9 @@ from uoe_jax.adapt.files import load_adapters
 from uoe_jax.cli import main
 from uoe_jax.data.entries import read_entries
 from uoe_jax.errors import CheckpointError, DataError
-from uoe_jax.evaluate import load_run
 from uoe_jax.linalg.completion import load_factors
 from uoe_jax.report.read import read_run
+from uoe_jax.runs.load import load_run
 from uoe_jax.train.metrics import MetricsLog
 
 

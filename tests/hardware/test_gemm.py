@@ -17,7 +17,7 @@ from uoe_jax.hardware.gemm import choose_tile
 from uoe_jax.hardware.product import Product, roofline
 from uoe_jax.hardware.roofline import LEARNED, UNCALIBRATED, predict
 from uoe_jax.hardware.step_products import step_products
-from uoe_jax.partition.plan import make_plan
+from uoe_jax.plan.layouts import make_plan
 from uoe_jax.presets import get_preset
 
 H200 = find_device("NVIDIA H200")
@@ -219,7 +219,7 @@ def test_a_plan_takes_less_than_two_seconds():
         "import time; from uoe_jax.hardware import gemm;"
         "from uoe_jax.hardware.devices import parse_topology;"
         "from uoe_jax.hardware.roofline import LEARNED;"
-        "from uoe_jax.partition.plan import make_plan;"
+        "from uoe_jax.plan.layouts import make_plan;"
         "from uoe_jax.presets import get_preset;"
         "start = time.process_time(); model = gemm.shipped('H200');"
         "config, chips = get_preset('1b-union'), parse_topology('h200:8');"

@@ -12,7 +12,7 @@ from uoe_jax.hardware.count import count_params, flops_per_token, state_bytes
 from uoe_jax.hardware.devices import parse_topology
 from uoe_jax.hardware.roofline import DEFAULT_FACTORS, Calibration, predict
 from uoe_jax.hardware.work import FLOP_KINDS, device_work, held_params
-from uoe_jax.partition.plan import make_plan
+from uoe_jax.plan.layouts import make_plan
 from uoe_jax.presets import get_preset
 
 pytestmark = pytest.mark.next_jax

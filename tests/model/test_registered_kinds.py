@@ -39,7 +39,7 @@ from uoe_jax.model.cache import attend_cache, written_rows
 from uoe_jax.model.context import document_span
 from uoe_jax.model.mlp import DenseMlp
 from uoe_jax.model.routing.token import Router
-from uoe_jax.partition.plan import make_plan
+from uoe_jax.plan.layouts import make_plan
 from uoe_jax.train import train
 from uoe_jax.validation import find_problems
 

@@ -13,7 +13,7 @@ from uoe_jax.model.sharded import gathered_attention, ring_attention
 from uoe_jax.ops.dense_attention.reference import dense_attention
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
-from uoe_jax.train.state import init_state, layout_of
+from uoe_jax.runs.state import init_state, layout_of
 from uoe_jax.tree import named_leaves
 
 EVERYTHING = {

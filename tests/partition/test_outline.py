@@ -6,7 +6,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.extend import core
 
-from uoe_jax.partition.aot import outlined
+from uoe_jax.plan.aot import outlined
 
 
 def double(x):

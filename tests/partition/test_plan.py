@@ -14,18 +14,19 @@ from uoe_jax.cli.plan import plan as run_plan
 from uoe_jax.config import LayoutConfig, MeshConfig, UnionConfig
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.hardware.devices import parse_topology
-from uoe_jax.partition.aot import topology_devices
 from uoe_jax.partition.collectives import stored_order
-from uoe_jax.partition.legal import (
-    AXES,
-    factorisations,
-    layout_problems,
-    mesh_sizes,
-    verdicts,
-)
+from uoe_jax.partition.legal import AXES, layout_problems, mesh_sizes
 from uoe_jax.partition.mesh import make_mesh
-from uoe_jax.partition.picture import holdings, movements, owned_experts
-from uoe_jax.partition.plan import make_plan, read_layout, reasons, write_layout
+from uoe_jax.plan.aot import topology_devices
+from uoe_jax.plan.layouts import (
+    factorisations,
+    make_plan,
+    read_layout,
+    reasons,
+    verdicts,
+    write_layout,
+)
+from uoe_jax.plan.picture import holdings, movements, owned_experts
 from uoe_jax.presets import get_preset
 
 

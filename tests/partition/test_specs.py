@@ -9,11 +9,11 @@ from tiny_layouts import make_config, trace
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import param_shapes
-from uoe_jax.partition.inspect import count_kinds, traffic_of
 from uoe_jax.partition.layout import make_layout
 from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.partition.specs import Rule, default_rules, param_specs
-from uoe_jax.train.state import layout_of
+from uoe_jax.plan.inspect import count_kinds, traffic_of
+from uoe_jax.runs.state import layout_of
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "layouts.json"
 SCATTER = {"tensor_reduce": "reduce_scatter"}

@@ -17,7 +17,7 @@ from uoe_jax.config import (
 )
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
-from uoe_jax.train.state import abstract_state, init_state, layout_of
+from uoe_jax.runs.state import abstract_state, init_state, layout_of
 from uoe_jax.train.step import make_gradients, put_batch
 from uoe_jax.tree import named_leaves
 

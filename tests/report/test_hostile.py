@@ -10,7 +10,7 @@ from synthetic_runs import make_run
 from uoe_jax.cli import main
 from uoe_jax.config import from_json, to_json
 from uoe_jax.partition.legal import mesh_sizes
-from uoe_jax.partition.picture import draw_layout
+from uoe_jax.plan.picture import draw_layout
 from uoe_jax.presets import get_preset
 from uoe_jax.report.build import write_report
 from uoe_jax.report.curves import health_figure, loss_figure

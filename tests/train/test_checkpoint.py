@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uoe_jax import integrity
-from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.errors import CheckpointError
+from uoe_jax.runs import integrity
+from uoe_jax.runs.checkpoint import Checkpoints, snapshot
 from uoe_jax.tree import fill_leaves, named_leaves
 
 pytestmark = pytest.mark.next_jax

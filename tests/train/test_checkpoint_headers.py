@@ -7,9 +7,9 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from uoe_jax import integrity
-from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.errors import CheckpointError
+from uoe_jax.runs import integrity
+from uoe_jax.runs.checkpoint import Checkpoints, snapshot
 from uoe_jax.tree import named_leaves
 
 TREE = {"wq": jnp.ones((8, 16)), "step": jnp.int32(7)}

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from uoe_jax.checkpoint import Checkpoints
+from uoe_jax.runs.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, shutil, signal, sys
 from pathlib import Path
 import numpy as np
-from uoe_jax.checkpoint import Checkpoints
+from uoe_jax.runs.checkpoint import Checkpoints
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)

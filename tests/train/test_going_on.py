@@ -11,9 +11,9 @@ import pytest
 from test_loop import assert_same_bits, lines_of, shared_programs
 from tiny_runs import with_train
 
-from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.data import prefetch
 from uoe_jax.errors import CheckpointError, ConfigError, DataError
+from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.train import loop, train
 from uoe_jax.train.metrics import MetricsLog, read_metrics
 

@@ -14,12 +14,13 @@ from test_loop import assert_same_bits, lines_of, shared_programs
 from test_step import changed, make_batch, run_steps
 from tiny_runs import make_tiny, with_train
 
-from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.config import TrainConfig
 from uoe_jax.errors import ConfigError
+from uoe_jax.runs.checkpoint import Checkpoints
+from uoe_jax.runs.state import first_level
 from uoe_jax.train import level as levels
 from uoe_jax.train import loop, train
-from uoe_jax.train.level import first_level, follow_loss, loss_limit
+from uoe_jax.train.level import follow_loss, loss_limit
 from uoe_jax.train.metrics import read_metrics
 
 shared_programs = shared_programs  # the fixture, for this module too

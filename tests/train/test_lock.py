@@ -12,9 +12,9 @@ import time
 import pytest
 from tiny_runs import make_tiny
 
-from uoe_jax.train import lock as lock_module
-from uoe_jax.train.lock import FolderLost, Locked, RunLock
-from uoe_jax.train.run_dir import open_run_dir
+from uoe_jax.runs import lock as lock_module
+from uoe_jax.runs.folder import open_run_dir
+from uoe_jax.runs.lock import FolderLost, Locked, RunLock
 
 CONFIG = make_tiny()
 

@@ -9,11 +9,12 @@ import pytest
 from compare import assert_close
 from tiny_runs import with_train
 
-from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.config import ModelConfig
 from uoe_jax.data import make_dataset
 from uoe_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from uoe_jax.evaluate import evaluate, load_run
+from uoe_jax.evaluate import evaluate
+from uoe_jax.runs.checkpoint import Checkpoints
+from uoe_jax.runs.load import load_run
 from uoe_jax.train import StopRun, loop, train
 from uoe_jax.train.metrics import MetricsLog, read_metrics
 

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from compare import assert_close
 
-from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.config import MeshConfig, to_json
 from uoe_jax.errors import CheckpointError, ConfigError
 from uoe_jax.partition.mesh import mesh_for
+from uoe_jax.runs.checkpoint import Checkpoints, snapshot
+from uoe_jax.runs.state import layout_of
 from uoe_jax.train import train, watch
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.train.peers import join
 from uoe_jax.train.signals import StopRun
-from uoe_jax.train.state import layout_of
 from uoe_jax.train.watch import Watch
 
 STEPS = 4

@@ -9,7 +9,7 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 from test_loop import lines_of
 
-from uoe_jax.checkpoint import Checkpoints
+from uoe_jax.runs.checkpoint import Checkpoints
 
 HERE = Path(__file__).parent
 SETUP = """

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from uoe_jax.checkpoint import Checkpoints
-from uoe_jax.evaluate import evaluate, load_run
+from uoe_jax.evaluate import evaluate
+from uoe_jax.runs.checkpoint import Checkpoints
+from uoe_jax.runs.load import load_run
 from uoe_jax.train import train
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.validation import validate

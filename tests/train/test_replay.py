@@ -11,9 +11,9 @@ from jax.experimental import io_callback
 from test_loop import assert_same_bits, lines_of, shared_programs
 from tiny_runs import make_tiny, with_train
 
-from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.config import MeshConfig
 from uoe_jax.errors import ReplayError
+from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.train import loop, replay, train
 from uoe_jax.train.replay import checksum
 from uoe_jax.tree import leaf_name

@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import make_tiny, with_train
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.train.run_dir import open_run_dir, write_environment
+from uoe_jax.runs.folder import open_run_dir, write_environment
 
 CONFIG = make_tiny()
 

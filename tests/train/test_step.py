@@ -14,8 +14,8 @@ from tiny_runs import make_tiny, with_train
 from uoe_jax.config import MeshConfig, ModelConfig
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh, replicated
+from uoe_jax.runs.state import init_state, layout_of
 from uoe_jax.train.diagnose import diagnose, hash_batch
-from uoe_jax.train.state import init_state, layout_of
 from uoe_jax.train.step import make_step, put_batch
 from uoe_jax.train.subject import Subject
 from uoe_jax.tree import named_leaves

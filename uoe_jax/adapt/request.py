@@ -15,9 +15,9 @@ from uoe_jax.adapt.config import Path as Forward
 from uoe_jax.config import DataConfig, ExperimentConfig, LayoutConfig, MeshConfig
 from uoe_jax.data.record import with_run_tokenizer
 from uoe_jax.errors import ConfigError
-from uoe_jax.evaluate import LoadedRun
 from uoe_jax.fields import Checked, Count, NotNegative, Seed, Whole, check_ranges
 from uoe_jax.partition.mesh import mesh_for
+from uoe_jax.runs.load import LoadedRun
 from uoe_jax.validation import validate
 
 

@@ -31,16 +31,16 @@ from uoe_jax.adapt.store import (
     write_request,
 )
 from uoe_jax.adapt.subject import adapter_subject
-from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.config import ExperimentConfig, MeshConfig
 from uoe_jax.data import Dataset
 from uoe_jax.errors import ConfigError
-from uoe_jax.evaluate import LoadedRun, load_run, run_dataset
 from uoe_jax.files import format_json, write_atomically
-from uoe_jax.train.clock import Progress
+from uoe_jax.runs.checkpoint import Checkpoints
+from uoe_jax.runs.folder import BEST, CHECKPOINTS, METRICS
+from uoe_jax.runs.load import LoadedRun, load_run, run_dataset
+from uoe_jax.runs.state import Progress
 from uoe_jax.train.loop import train
 from uoe_jax.train.metrics import read_metrics
-from uoe_jax.train.run_dir import BEST, CHECKPOINTS, METRICS
 from uoe_jax.train.subject import Subject
 
 REPORT, CURVE = "adapt.json", "adapt.png"

@@ -15,22 +15,21 @@ from jaxtyping import PyTree
 from uoe_jax.adapt.adapters import Adapters
 from uoe_jax.adapt.folder import WEIGHTS
 from uoe_jax.adapt.merge import kept_share, merge
-from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import Prepared
 from uoe_jax.data.record import record_of
 from uoe_jax.errors import ConfigError, DataError, NonFiniteError
-from uoe_jax.evaluate import ADAPTATION
 from uoe_jax.files import format_json, parse_json, read_json, write_atomically
 from uoe_jax.optim import make_optimizer
-from uoe_jax.train.clock import Progress
-from uoe_jax.train.run_dir import (
+from uoe_jax.runs.checkpoint import Checkpoints, snapshot
+from uoe_jax.runs.folder import (
     CHECKPOINTS,
     has_begun,
     open_run_dir,
     write_environment,
 )
-from uoe_jax.train.state import TrainState
+from uoe_jax.runs.load import ADAPTATION
+from uoe_jax.runs.state import Progress, TrainState
 from uoe_jax.tree import fill_leaves, named_leaves
 
 MERGED = "merged"

@@ -20,8 +20,7 @@ from uoe_jax.adapt.layout import adapter_specs
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.partition.layout import Layout
-from uoe_jax.train.level import first_level
-from uoe_jax.train.state import TrainState, layout_of
+from uoe_jax.runs.state import TrainState, first_level, layout_of
 from uoe_jax.train.subject import MakeKey, Objective, Subject
 from uoe_jax.tree import named_leaves, replace_leaves
 from uoe_jax.weights import EXPERT, find_weight

@@ -59,7 +59,7 @@ def leakcheck(args: list[str]) -> int:
     from uoe_jax.leakcheck import leakcheck as check
 
     if folder is not None:
-        from uoe_jax.evaluate import load_run
+        from uoe_jax.runs.load import load_run
 
         model, note = load_run(folder).model, ""
     else:

@@ -27,7 +27,7 @@ from uoe_jax.hardware.roofline import (
 )
 from uoe_jax.hardware.step_products import step_products
 from uoe_jax.partition.legal import AXES
-from uoe_jax.partition.plan import (
+from uoe_jax.plan.layouts import (
     Plan,
     as_json,
     describe_sizes,

@@ -67,9 +67,9 @@ def evaluate(args: list[str]) -> int:
 
     prepare()
     from uoe_jax.evaluate import evaluate as run_evaluation
-    from uoe_jax.evaluate import load_run, run_dataset
     from uoe_jax.report.read import routed_layers
     from uoe_jax.report.table import format_table
+    from uoe_jax.runs.load import load_run, run_dataset
 
     run = load_run(folder, which=options.checkpoint)
     dataset = run_dataset(folder, run.config, options.split, options.data)
@@ -153,10 +153,10 @@ def continue_bytes(folder: Path, options: GenerateOptions) -> bytes:
     import jax.numpy as jnp
 
     from uoe_jax.data.record import run_tokenizer
-    from uoe_jax.evaluate import load_run
     from uoe_jax.generate import continuation, encode_prompt
     from uoe_jax.generate import generate as sample
     from uoe_jax.model import Decoder
+    from uoe_jax.runs.load import load_run
 
     run = load_run(folder)
     if not isinstance(run.model, Decoder):
@@ -206,8 +206,8 @@ def write(
         from uoe_jax.cli.device import prepare
 
         prepare()
-        from uoe_jax.evaluate import ADAPTATION, load_run, run_dataset
         from uoe_jax.report.collect import collect_overlay
+        from uoe_jax.runs.load import ADAPTATION, load_run, run_dataset
 
         for folder in folders:
             if (folder / ADAPTATION).is_file():  # no whole model: its curves alone

@@ -9,7 +9,7 @@ from uoe_jax.cli.parse import Experiment, check_typed, parse, take_preset
 from uoe_jax.cli.paths import RUNS, find_run, is_run
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape_line
-from uoe_jax.partition.plan import read_layout
+from uoe_jax.plan.layouts import read_layout
 from uoe_jax.presets import PRESETS
 from uoe_jax.validation import read_config, validate
 
@@ -72,7 +72,7 @@ def train(args: list[str]) -> int:
 
         join()
         check_devices()
-    from uoe_jax.evaluate import ADAPTATION
+    from uoe_jax.runs.load import ADAPTATION
     from uoe_jax.train import train as run_training
     from uoe_jax.train.initial import recorded_start, start_from
 

@@ -2,13 +2,13 @@
 
 from uoe_jax.decompose.group import GROUPINGS, order_neurons
 from uoe_jax.decompose.layers import flat_params, with_params
-from uoe_jax.decompose.probe import ProbeResult, probe
 from uoe_jax.decompose.split import (
     merge_params,
     merged_config,
     split_params,
     union_config,
 )
+from uoe_jax.runs.probe import ProbeResult, probe
 
 __all__ = [
     "GROUPINGS",

@@ -11,13 +11,6 @@ import numpy as np
 from flax import nnx
 
 from uoe_jax.config import ExperimentConfig, ModelConfig
-from uoe_jax.decompose.batches import (
-    CALIBRATION_TOKENS,
-    Batch,
-    calibration_batch,
-    count_scored,
-    probe_batch,
-)
 from uoe_jax.decompose.group import Grouping
 from uoe_jax.decompose.layers import (
     Arrays,
@@ -26,7 +19,6 @@ from uoe_jax.decompose.layers import (
     with_params,
 )
 from uoe_jax.decompose.plan import Plan, make_plan, with_routers
-from uoe_jax.decompose.probe import TOLERANCE, in_float32, probe
 from uoe_jax.decompose.route import RouterStart
 from uoe_jax.decompose.split import (
     PARTS,
@@ -43,9 +35,17 @@ from uoe_jax.decompose.store import (
     write_result,
     write_run,
 )
-from uoe_jax.evaluate import LoadedRun, load_run, run_dataset
 from uoe_jax.fields import Checked, Count, Seed, check_ranges
-from uoe_jax.integrity import digest_array
+from uoe_jax.runs.batches import (
+    CALIBRATION_TOKENS,
+    Batch,
+    calibration_batch,
+    count_scored,
+    probe_batch,
+)
+from uoe_jax.runs.integrity import digest_array
+from uoe_jax.runs.load import LoadedRun, load_run, run_dataset
+from uoe_jax.runs.probe import TOLERANCE, in_float32, probe
 from uoe_jax.validation import validate
 
 

@@ -11,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data.record import carried_record
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.files import format_json, read_json, write_atomically
-from uoe_jax.integrity import digest_array
 from uoe_jax.optim import make_optimizer
-from uoe_jax.train.clock import Progress
-from uoe_jax.train.run_dir import BEST, CHECKPOINTS, open_run_dir, write_environment
-from uoe_jax.train.state import TrainState
+from uoe_jax.runs.checkpoint import Checkpoints, snapshot
+from uoe_jax.runs.folder import BEST, CHECKPOINTS, open_run_dir, write_environment
+from uoe_jax.runs.integrity import digest_array
+from uoe_jax.runs.state import Progress, TrainState
 
 RESULT, ORDER = "decompose.json", "neuron_order.npy"
 Which = Literal["last", "best"]

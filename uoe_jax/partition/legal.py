@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 from uoe_jax.config import ExperimentConfig, MeshConfig, ModelConfig
 from uoe_jax.errors import ConfigError, all_divisors, divisors
@@ -24,13 +23,6 @@ _KINDS: dict[str, Mapping[str, AttentionFacts | MlpFacts]] = {
     "attention": ATTENTIONS,
     "mlp": MLPS,
 }
-
-
-class Verdict(NamedTuple):
-    """One factorisation of the devices; legal where nothing speaks against it."""
-
-    sizes: dict[str, int]
-    problems: tuple[str, ...]
 
 
 def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -61,28 +53,6 @@ def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
             f"choose axes whose product is at most {num_devices}"
         )
     return sizes
-
-
-def factorisations(num_devices: int) -> Iterator[dict[str, int]]:
-    """Yield every way to write a number of devices as a product of the axes."""
-
-    def split(count: int, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
-        if len(axes) == 1:
-            yield {axes[0]: count}
-            return
-        for size in all_divisors(count):
-            for rest in split(count // size, axes[1:]):
-                yield {axes[0]: size, **rest}
-
-    yield from split(num_devices, AXES)
-
-
-def verdicts(config: ExperimentConfig, num_devices: int) -> list[Verdict]:
-    """Return every factorisation of the devices with what speaks against it."""
-    return [
-        Verdict(sizes, tuple(layout_problems(config, sizes)))
-        for sizes in factorisations(num_devices)
-    ]
 
 
 def check_layout(config: ExperimentConfig, sizes: Sizes) -> None:

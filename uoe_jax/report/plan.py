@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uoe_jax.hardware.roofline import Prediction
-from uoe_jax.partition.picture import draw_layout
-from uoe_jax.partition.plan import Plan, describe_sizes, reasons
+from uoe_jax.plan.layouts import Plan, describe_sizes, reasons
+from uoe_jax.plan.picture import draw_layout
 from uoe_jax.report.page import page
 from uoe_jax.report.table import si
 

@@ -12,10 +12,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from uoe_jax.config import ExperimentConfig, MeshConfig
 from uoe_jax.optim import make_optimizer
-from uoe_jax.partition.aot import Compiled, compile_for, topology_devices
 from uoe_jax.partition.layout import batch_spec
 from uoe_jax.partition.mesh import mesh_for
-from uoe_jax.train.state import abstract_state
+from uoe_jax.plan.aot import Compiled, compile_for, topology_devices
+from uoe_jax.runs.state import abstract_state
 from uoe_jax.train.step import make_step
 
 

@@ -4,27 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
-
-@dataclass
-class Progress:
-    """Totals that a resumed run continues; saved with every checkpoint."""
-
-    seconds: float = 0.0  # of training steps; compiling, validation, saving left out
-    elapsed: float = 0.0  # wall clock of everything, what max_seconds bounds
-    tokens: int = 0
-    flops: float = 0.0
-    skipped: int = 0  # steps whose update was dropped
-    train_loss: float | None = None
-    best_loss: float | None = None
-    best_step: int | None = None
-    valid: dict[str, Any] = field(default_factory=dict)  # the last validation's line
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the fields as a plain dict."""
-        return asdict(self)
+from uoe_jax.runs.state import Progress
 
 
 class Clock:

@@ -14,7 +14,7 @@ import numpy as np
 
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.files import format_json, write_atomically
-from uoe_jax.train.state import TrainState
+from uoe_jax.runs.state import TrainState
 from uoe_jax.train.step import Batch, make_gradients, put_batch
 from uoe_jax.train.subject import Subject
 from uoe_jax.tree import named_leaves

@@ -16,13 +16,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.config import ExperimentConfig, content_hash
 from uoe_jax.errors import CheckpointError, ConfigError
 from uoe_jax.files import format_json, read_json, write_atomically
 from uoe_jax.model import param_shapes
+from uoe_jax.runs.checkpoint import Checkpoints
+from uoe_jax.runs.folder import CHECKPOINTS
 from uoe_jax.train.peers import is_primary
-from uoe_jax.train.run_dir import CHECKPOINTS
 from uoe_jax.train.subject import MakeSubject, Subject, whole_model
 from uoe_jax.tree import named_leaves, replace_leaves
 

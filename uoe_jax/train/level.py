@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from uoe_jax.config import TrainConfig
+from uoe_jax.runs.state import LossLevel
 
 WINDOW = 100  # accepted losses that the running mean and deviation are about of
 WARMUP = 20  # losses that are accepted before any can jump
 PERSISTENT = 10  # jumps in a row that are left out; the next is the new level
 # Of the mean, the least deviation: a loss that stands still has none.
 _LEAST_DEVIATION = 1e-3
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class LossLevel:
-    """Exponential mean and variance of the losses accepted so far."""
-
-    mean: Any  # float32
-    variance: Any  # float32
-    accepted: Any  # int32, losses since the level began
-    jumps: Any  # int32, in a row
-
-
-def first_level(config: TrainConfig) -> LossLevel | None:
-    """Return the level of a run that begins; None where no jump is looked for."""
-    if config.max_loss_jump is None:
-        return None
-    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    return LossLevel(mean=zero, variance=zero, accepted=none, jumps=none)
 
 
 def loss_limit(level: LossLevel, factor: float) -> Float[Array, ""]:

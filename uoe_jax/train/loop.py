@@ -16,7 +16,6 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from uoe_jax.checkpoint import Checkpoints, snapshot
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import Dataset, make_dataset, prefetch
 from uoe_jax.data.record import record_of
@@ -25,10 +24,20 @@ from uoe_jax.files import check_local
 from uoe_jax.hardware.devices import peak_flops
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
-from uoe_jax.train.clock import Clock, Progress, Rate
+from uoe_jax.runs.checkpoint import Checkpoints, snapshot
+from uoe_jax.runs.folder import (
+    BEST,
+    CHECKPOINTS,
+    METRICS,
+    check_model,
+    open_run_dir,
+    write_environment,
+)
+from uoe_jax.runs.lock import RunLock
+from uoe_jax.runs.state import Progress, check_32_bits
+from uoe_jax.train.clock import Clock, Rate
 from uoe_jax.train.diagnose import diagnose, write_dump
 from uoe_jax.train.feed import flop_share, train_batch
-from uoe_jax.train.lock import RunLock
 from uoe_jax.train.memory import explain_memory
 from uoe_jax.train.metrics import MetricsLog
 from uoe_jax.train.peers import Votes, barrier, is_primary
@@ -40,16 +49,7 @@ from uoe_jax.train.resume import (
     describe_rate_jump,
     describe_resharding,
 )
-from uoe_jax.train.run_dir import (
-    BEST,
-    CHECKPOINTS,
-    METRICS,
-    check_model,
-    open_run_dir,
-    write_environment,
-)
 from uoe_jax.train.signals import StopRun, StopSignals
-from uoe_jax.train.state import check_32_bits
 from uoe_jax.train.step import make_step
 from uoe_jax.train.subject import MakeSubject, Subject, whole_model
 from uoe_jax.train.validate import make_eval_step, run_validation

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PyTree, UInt32
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ReplayError
 from uoe_jax.partition.layout import Layout
-from uoe_jax.train.state import TrainState
+from uoe_jax.runs.state import TrainState
 from uoe_jax.train.step import Batch, Held, local_gradients, on_mesh
 from uoe_jax.train.subject import Objective, Subject
 from uoe_jax.tree import named_leaves

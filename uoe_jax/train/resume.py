@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from uoe_jax.checkpoint import Checkpoints
 from uoe_jax.config import ExperimentConfig, OptimConfig
 from uoe_jax.errors import CheckpointError
 from uoe_jax.files import read_json_lines
 from uoe_jax.optim import make_schedule
-from uoe_jax.train.run_dir import METRICS
+from uoe_jax.runs.checkpoint import Checkpoints
+from uoe_jax.runs.folder import METRICS
 
 _SMALL_JUMP = 0.01  # of the larger rate
 

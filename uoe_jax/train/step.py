@@ -22,6 +22,7 @@ from uoe_jax.optim import make_schedule
 from uoe_jax.partition.collectives import Parallel, agreed, count_copies, total
 from uoe_jax.partition.layout import Layout, batch_spec
 from uoe_jax.partition.mesh import DATA_AXIS
+from uoe_jax.runs.state import TrainState, layout_of
 from uoe_jax.train.level import follow_loss, loss_limit
 from uoe_jax.train.loss import (
     LossSums,
@@ -29,7 +30,6 @@ from uoe_jax.train.loss import (
     linear_cross_entropy,
     output_layer,
 )
-from uoe_jax.train.state import TrainState, layout_of
 from uoe_jax.train.subject import WHOLE_MODEL, Objective
 
 Batch = Mapping[str, Array]

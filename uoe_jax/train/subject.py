@@ -16,7 +16,7 @@ from uoe_jax.config import ExperimentConfig
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.model import update_router_bias
 from uoe_jax.partition.layout import Layout
-from uoe_jax.train.state import TrainState, init_state, layout_of
+from uoe_jax.runs.state import TrainState, init_state, layout_of
 
 MakeKey = Callable[[], jax.Array]
 

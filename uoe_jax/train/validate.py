@@ -17,9 +17,9 @@ from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import Dataset, prefetch
 from uoe_jax.partition.collectives import Parallel, agreed
 from uoe_jax.partition.layout import Layout
+from uoe_jax.runs.state import layout_of
 from uoe_jax.train.feed import whole_batch
 from uoe_jax.train.loss import class_losses, output_layer, token_scores
-from uoe_jax.train.state import layout_of
 from uoe_jax.train.step import (
     Batch,
     example_weights,

@@ -15,7 +15,7 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.ops import Packing, _tpu, pack_choices
 from uoe_jax.ops.grouped_matmul import mosaic_tpu as grouped
 from uoe_jax.ops.segment_attention import mosaic_tpu as attention
-from uoe_jax.partition import aot
+from uoe_jax.plan import aot
 
 BF16 = jnp.bfloat16
 SMALL = dict.fromkeys(("rows", "chunk", "key_rows", "key_chunk"), 128)

@@ -24,9 +24,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from uoe_jax import integrity
 from uoe_jax.errors import CheckpointError
 from uoe_jax.files import read_json
+from uoe_jax.runs import integrity
 from uoe_jax.tree import named_leaves
 
 _LEAST_SHARE = 0.8  # of an array's bytes: compression saves less of trained weights

@@ -1,9 +1,9 @@
-"""The state of a run: one pytree of arrays, and the static half of its model."""
+"""A run's state: one pytree of arrays, its model's static half, and its totals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
@@ -13,17 +13,35 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from uoe_jax.config import ExperimentConfig
+from uoe_jax.config import ExperimentConfig, TrainConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import param_shapes, split_model
 from uoe_jax.partition.layout import Layout, make_layout
-from uoe_jax.train.level import first_level
 
 # Initialisation runs once: on a CPU compiling it well takes longer than running it.
 _COMPILE_FAST = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LossLevel:
+    """Exponential mean and variance of the losses accepted so far."""
+
+    mean: Any  # float32
+    variance: Any  # float32
+    accepted: Any  # int32, losses since the level began
+    jumps: Any  # int32, in a row
+
+
+def first_level(config: TrainConfig) -> LossLevel | None:
+    """Return the level of a run that begins; None where no jump is looked for."""
+    if config.max_loss_jump is None:
+        return None
+    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    return LossLevel(mean=zero, variance=zero, accepted=none, jumps=none)
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +55,25 @@ class TrainState:
     buffers: PyTree  # the routers' balance biases
     bad_steps: Any  # int32, non-finite steps in a row
     loss_level: Any = None  # LossLevel with train.max_loss_jump, None without
+
+
+@dataclass
+class Progress:
+    """Totals that a resumed run continues; saved with every checkpoint."""
+
+    seconds: float = 0.0  # of training steps; compiling, validation, saving left out
+    elapsed: float = 0.0  # wall clock of everything, what max_seconds bounds
+    tokens: int = 0
+    flops: float = 0.0
+    skipped: int = 0  # steps whose update was dropped
+    train_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    valid: dict[str, Any] = field(default_factory=dict)  # the last validation's line
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as a plain dict."""
+        return asdict(self)
 
 
 def check_32_bits() -> None:

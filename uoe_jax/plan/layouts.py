@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from uoe_jax.config import ExperimentConfig, LayoutConfig, MeshConfig, from_json
-from uoe_jax.errors import ConfigError, divisors
+from uoe_jax.errors import ConfigError, all_divisors, divisors
 from uoe_jax.files import format_json, read_json
 from uoe_jax.hardware.devices import Topology
 from uoe_jax.hardware.gemm import GemmModel
 from uoe_jax.hardware.gemm import describe as describe_gemm
 from uoe_jax.hardware.roofline import UNCALIBRATED, Calibration, Prediction, predict
-from uoe_jax.partition.legal import AXES, Sizes, Verdict, verdicts
+from uoe_jax.partition.legal import AXES, Sizes, layout_problems
+
+
+class Verdict(NamedTuple):
+    """One factorisation of the devices; legal where nothing speaks against it."""
+
+    sizes: dict[str, int]
+    problems: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,28 @@ class Plan:
     too_large: tuple[Prediction, ...]
     illegal: tuple[Verdict, ...]
     gemm: GemmModel | None = None  # that the products' seconds come from
+
+
+def factorisations(num_devices: int) -> Iterator[dict[str, int]]:
+    """Yield every way to write a number of devices as a product of the axes."""
+
+    def split(count: int, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
+        if len(axes) == 1:
+            yield {axes[0]: count}
+            return
+        for size in all_divisors(count):
+            for rest in split(count // size, axes[1:]):
+                yield {axes[0]: size, **rest}
+
+    yield from split(num_devices, AXES)
+
+
+def verdicts(config: ExperimentConfig, num_devices: int) -> list[Verdict]:
+    """Return every factorisation of the devices with what speaks against it."""
+    return [
+        Verdict(sizes, tuple(layout_problems(config, sizes)))
+        for sizes in factorisations(num_devices)
+    ]
 
 
 def make_plan(

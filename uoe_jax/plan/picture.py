@@ -11,7 +11,7 @@ from uoe_jax.config import ExperimentConfig
 from uoe_jax.hardware.work import collectives
 from uoe_jax.kinds import ATTENTIONS, MLPS
 from uoe_jax.partition.legal import AXES, Sizes
-from uoe_jax.partition.plan import describe_sizes
+from uoe_jax.plan.layouts import describe_sizes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,7 +19,7 @@ from uoe_jax.data.prepare import absolute_paths
 from uoe_jax.data.record import DataRecord, read_record, write_record
 from uoe_jax.errors import CheckpointError, ConfigError
 from uoe_jax.files import format_json, parse_json, read_json, write_atomically
-from uoe_jax.train.lock import RunLock
+from uoe_jax.runs.lock import RunLock
 from uoe_jax.validation import parse_config
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "env.json", "metrics.jsonl"

@@ -1,0 +1,1 @@
+"""Layouts of a model on machines that needn't be here, and what they cost."""
