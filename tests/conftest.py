@@ -5,6 +5,7 @@ import gc
 import hashlib
 import os
 import platform
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def _programs() -> Path:
     processor = hashlib.sha256(about.encode()).hexdigest()[:8]
     return Path(base) / "uoe_jax" / "test-programs" / f"{version('jaxlib')}-{processor}"
 
+
+# A shell in the background or `nohup` starts us with signals ignored, and so would be
+# the commands that tests start, of which some are about these signals.
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        default = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if default else signal.SIG_DFL)
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers and the processes that tests start inherit the variable.
