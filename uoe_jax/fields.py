@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from uoe_jax.errors import ConfigError, shown
+from uoe_jax.files import local_path
 
 INT32_MAX = 2**31 - 1  # sizes and ids are 32-bit integers on a device
 FLOAT_MAX, FLOAT_MIN = 1e30, 1e-30  # well within float32
@@ -169,11 +170,16 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
             return value if type(value) is int else int(value)
     elif hint is str:
         text = os.fspath(value) if isinstance(value, os.PathLike) else value
-        if isinstance(text, str) and "\0" not in text:
+        if isinstance(text, str):
+            if "\0" in text:
+                raise ConfigError(
+                    f"{where} is {shown(text)}; it holds a NUL character, which no "
+                    "name, path or text here can"
+                )
             return text
     elif hint is Path:
-        if isinstance(value, (str, os.PathLike)) and "\0" not in os.fspath(value):
-            return value if isinstance(value, Path) else Path(value)
+        if isinstance(value, (str, os.PathLike)):
+            return local_path(value, where)
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
     raise ConfigError(f"{where} is {shown(value)}; expected {describe(hint)}")

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.errors import ConfigError, DataError, shown
 from uoe_jax.escape import escape_line
 
 MAX_BYTES = 1 << 28  # of a JSON file; the largest tokenizers have 2^25
@@ -26,16 +26,38 @@ _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
-def check_local(path: str | os.PathLike[str], what: str) -> None:
-    """Raise ConfigError for an address such as `gs://bucket/run`: paths are local.
+def local_path(path: str | os.PathLike[str], what: str) -> Path:
+    """Return a path that `check_path` lets through; `what` names it in messages."""
+    check_path(path, what)
+    return Path(path)
 
-    `pathlib` makes one slash of two, so `gs:/` counts too.
+
+def check_path(path: str | os.PathLike[str], what: str) -> None:
+    """Raise ConfigError for what names no local file: "", `gs://bucket/run`, a NUL.
+
+    `Path("")` is the working folder, which nobody means by an empty text, such as an
+    unset variable of a shell. `pathlib` makes one slash of two, so `gs:/` counts too.
     """
-    found = _SCHEME.match(os.fspath(path))
+    try:
+        text = os.fspath(path)
+    except TypeError:
+        raise ConfigError(f"{what} is {shown(path)}; give a path") from None
+    if not isinstance(text, str):
+        raise ConfigError(f"{what} is {shown(text)}; give a path as text, not bytes")
+    if not text.strip():
+        raise ConfigError(
+            f"{what} is empty, which names no file or folder; give a path or leave it "
+            "out"
+        )
+    if "\0" in text:
+        raise ConfigError(
+            f"{what} is {shown(text)}; it holds a NUL character, which no path can"
+        )
+    found = _SCHEME.match(text)
     if found:
         scheme = f"{found[1]}://"
         root = "/" if found[1] == "file" else ""
-        given = scheme + root + os.fspath(path)[found.end() :].lstrip("/")
+        given = scheme + root + text[found.end() :].lstrip("/")
         raise ConfigError(
             f"{what} is {given}; {scheme} isn't read or written here: "
             "mount the store (gcsfuse, s3fs, NFS) and give the local folder"

@@ -15,7 +15,7 @@ from uoe_jax.config import (
 )
 from uoe_jax.errors import ConfigError, divisors, shown
 from uoe_jax.fields import range_problems
-from uoe_jax.files import check_local
+from uoe_jax.files import check_path
 from uoe_jax.kinds import ATTENTIONS, ROUTERS
 
 CONFIG = "config.json"  # of a run's folder
@@ -82,7 +82,8 @@ def find_problems(config: ExperimentConfig) -> Iterator[str]:
 def _paths(data: DataConfig) -> Iterator[str]:
     for name in ("path", "data_dir", "cache_dir", "tokenizer"):
         try:
-            check_local(getattr(data, name) or "", f"data.{name}")
+            if (path := getattr(data, name)) is not None:
+                check_path(path, f"data.{name}")
         except ConfigError as error:
             yield str(error)
 

@@ -34,7 +34,7 @@ from uoe_jax.adapt.subject import adapter_subject
 from uoe_jax.config import ExperimentConfig, MeshConfig
 from uoe_jax.data import Dataset
 from uoe_jax.errors import ConfigError
-from uoe_jax.files import format_json, write_atomically
+from uoe_jax.files import format_json, local_path, write_atomically
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import BEST, CHECKPOINTS, METRICS
 from uoe_jax.runs.load import LoadedRun, load_run, run_dataset
@@ -60,7 +60,7 @@ def adapt_run(
     NonFiniteError when training diverges, StopRun after a signal.
     """
     check_request(request)
-    folder, out = Path(folder), Path(out)
+    folder, out = local_path(folder, "the run"), local_path(out, "out")
     run = load_run(folder, which=request.which)
     config = adapted_experiment(run, request)
     graphdef, params, buffers = nnx.split(run.model, nnx.Param, ...)

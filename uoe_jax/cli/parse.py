@@ -17,23 +17,46 @@ import tyro
 from uoe_jax.config import DataConfig, ExperimentConfig
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.fields import field_hints, out_of_bounds
-from uoe_jax.files import check_local
+from uoe_jax.files import check_path
 from uoe_jax.presets import PRESETS, get_preset
 
 # Fields of text that name files or folders; those of type Path do anyway.
 _PATHS = (
-    "run",
-    "runs",
-    "target",
     "data",
     "path",
     "data_dir",
     "cache_dir",
     "load",
     "tokenizer",
+    "gemm",
+    "calibrate",
 )
+_RUNS = ("run", "runs", "target")  # names of runs too, which `find_run` looks for
+_UNNAMED = (*_RUNS, "file")  # typed without an option's name
 
 _TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _path_rule(
+    found: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Read a path as tyro does; but "" stays blank, to be refused by its option.
+
+    `Path("")` would be the working folder.
+    """
+    if found.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda args: Path(args[0] or " "),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
+
 
 # The experiment's own options carry no prefix: --model.d-model, not --config.model...
 Experiment = typing.Annotated[ExperimentConfig, tyro.conf.arg(name="")]
@@ -67,6 +90,7 @@ def parse[Options](
                 prog=f"uoe {verb}",
                 description=description,
                 default=tyro.MISSING_NONPROP if default is None else default,
+                registry=_REGISTRY,
             )
         except SystemExit as stop:
             if not stop.code:
@@ -87,7 +111,14 @@ def _as_options(text: str, options: type) -> str:
     prefix = dict(_prefixes(options)).get(found[1]) if found else None
     if found is None or prefix is None:
         return text
-    return f"{prefix}{found[2].replace('_', '-')} is {text[found.end() :]}"
+    return f"{_typed_as(prefix, found[2])} is {text[found.end() :]}"
+
+
+def _typed_as(prefix: str, field: str) -> str:
+    """Return how a field is typed: `--run-dir`, or RUN for what carries no name."""
+    if field in _UNNAMED:
+        return field.removesuffix("s").upper()
+    return f"{prefix}{field.replace('_', '-')}"
 
 
 def _prefixes(options: type, prefix: str = "--") -> Iterator[tuple[str, str]]:
@@ -131,19 +162,18 @@ def typed_options(args: Sequence[str], options: type) -> set[str]:
 
 
 def _check_paths(options: typing.Any, prefix: str = "--") -> None:
-    """Raise ConfigError for an address such as gs://... where a path belongs."""
+    """Raise ConfigError for "" and addresses such as gs://... where paths belong."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        name = f"{prefix}{field.name.replace('_', '-')}"
-        if field.name in ("run", "runs", "target"):  # which carry no name
-            name = field.name.removesuffix("s").upper()
+        name = _typed_as(prefix, field.name)
+        runs = field.name in _RUNS
         if dataclasses.is_dataclass(value):
             flat = isinstance(value, ExperimentConfig)
             _check_paths(value, prefix if flat else f"{name}.")
         for item in value if isinstance(value, tuple) else (value,):
             named = isinstance(item, str) and field.name in _PATHS
-            if isinstance(item, Path) or named:
-                check_local(item, name)
+            if isinstance(item, Path) or named or (runs and item):
+                check_path(item, name)
 
 
 def take_preset(

@@ -24,7 +24,8 @@ def find_run(name: str) -> Path:
 
 def is_run(name: str) -> bool:
     """Return whether `find_run` would find it."""
-    return any((f / "config.json").is_file() for f in (Path(name), RUNS / name))
+    places = (Path(name), RUNS / name) if name else ()  # Path("") is where we stand
+    return any((folder / "config.json").is_file() for folder in places)
 
 
 def run_or_preset(name: str) -> tuple[Path | None, ExperimentConfig]:

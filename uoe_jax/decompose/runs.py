@@ -36,6 +36,7 @@ from uoe_jax.decompose.store import (
     write_run,
 )
 from uoe_jax.fields import Checked, Count, Seed, check_ranges
+from uoe_jax.files import local_path
 from uoe_jax.runs.batches import (
     CALIBRATION_TOKENS,
     Batch,
@@ -93,6 +94,7 @@ def decompose_run(
     CheckpointError or DataError if the run or its data can't be read.
     """
     check_ranges(cut, "cut.")
+    out = local_path(out, "out")
     run = load_run(folder, which=which)
     model = union_config(
         run.config.model, cut.num_experts, cut.chosen, cut.parts, cut.attention_experts
@@ -156,6 +158,7 @@ def merge_run(folder: Path, out: Path, *, which: Which = "last") -> dict[str, An
     Routers are dropped; the neurons get the order back that they had before the split
     where the run still has it. Raises as `decompose_run` does.
     """
+    out = local_path(out, "out")
     run = load_run(folder, which=which)
     model = merged_config(run.config.model)
     config = renamed(run.config, model, "dense")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.files import write_atomically
+from uoe_jax.files import local_path, write_atomically
 from uoe_jax.report import curves, overlay, page, routers
 from uoe_jax.report.alarms import HEAVY, find_alarms
 from uoe_jax.report.overlay import Overlay
@@ -50,11 +50,12 @@ def write_report(
         DataError: a folder holds no metrics.
         ConfigError: `out` is a folder, or can't be written.
     """
+    out = None if out is None else local_path(out, "out")
     if out is not None and out.is_dir():
         raise ConfigError(
             f"{out} is a folder; name the page, such as {out / 'report.html'}"
         )
-    runs = read_runs([Path(d) for d in run_dirs])
+    runs = read_runs([local_path(d, "a run") for d in run_dirs])
     folders = _folders(runs, out)
     out = out or runs[0].path / "report.html"
     overlays = overlays or {}

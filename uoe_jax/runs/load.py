@@ -21,6 +21,7 @@ from uoe_jax.data.record import (
     with_run_tokenizer,
 )
 from uoe_jax.errors import CheckpointError, DataError
+from uoe_jax.files import local_path
 from uoe_jax.model import split_model
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import BEST, CHECKPOINTS, CONFIG, check_model
@@ -50,7 +51,7 @@ def load_run(
     Raises CheckpointError if `run_dir` isn't a run, has no such checkpoint or the
     checkpoint's checksums don't match, ConfigError if its config can't be.
     """
-    run_dir = Path(run_dir)
+    run_dir = local_path(run_dir, "the run")
     file = run_dir / CONFIG
     if not file.is_file():
         raise CheckpointError(

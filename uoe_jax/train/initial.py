@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from uoe_jax.config import ExperimentConfig, content_hash
 from uoe_jax.errors import CheckpointError, ConfigError
-from uoe_jax.files import format_json, read_json, write_atomically
+from uoe_jax.files import format_json, local_path, read_json, write_atomically
 from uoe_jax.model import param_shapes
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS
@@ -61,7 +61,7 @@ def start_from(
     both shapes), none does, or the source can't be read; ConfigError if the run in
     `run_dir` didn't start so.
     """
-    source, run_dir = Path(source), Path(run_dir)
+    source, run_dir = local_path(source, "source"), local_path(run_dir, "run_dir")
     record = _read_record(run_dir)
     asked = {"source": str(source.absolute()), "partial": partial}
     begun = bool(Checkpoints(run_dir / CHECKPOINTS).steps())

@@ -20,7 +20,7 @@ from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import Dataset, make_dataset, prefetch
 from uoe_jax.data.record import record_of
 from uoe_jax.errors import NonFiniteError, out_of_memory
-from uoe_jax.files import check_local
+from uoe_jax.files import local_path
 from uoe_jax.hardware.devices import peak_flops
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
@@ -84,7 +84,7 @@ def train(
     """
     validate(config)
     check_32_bits()
-    check_local(run_dir, "run_dir")
+    run_dir = local_path(run_dir, "run_dir")
     mesh = mesh_for(config)
     with ExitStack() as stack:
         quiet = quiet or not is_primary()
@@ -92,7 +92,6 @@ def train(
             Display(quiet=quiet, log_every=config.train.log_every)
         )
         stack.enter_context(watch_peers())
-        run_dir = Path(run_dir)
         # Before the folder is touched: data that can't serve leaves nothing behind.
         data = (make_dataset(config, "train"), make_dataset(config, "valid"))
         lock = None

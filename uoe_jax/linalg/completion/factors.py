@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import DataError
-from uoe_jax.files import write_atomically
+from uoe_jax.files import local_path, write_atomically
 from uoe_jax.linalg.completion.entries import as_indices
 
 
@@ -150,6 +150,7 @@ def save_factors(factors: Factors, path: str | Path, **extra: np.ndarray) -> Non
     """
     from safetensors.numpy import save
 
+    file = local_path(path, "path")
     tensors = {
         name: np.ascontiguousarray(getattr(factors, name))
         for name in ("u", "v", "row_bias", "col_bias")
@@ -162,7 +163,7 @@ def save_factors(factors: Factors, path: str | Path, **extra: np.ndarray) -> Non
             tensors[f"{name}.ends"] = np.cumsum([len(t) for t in texts], dtype=np.int64)
             array = np.frombuffer(b"".join(texts), np.uint8)
         tensors[name] = np.ascontiguousarray(array)
-    write_atomically(Path(path), save(tensors, {"blake2b": _digest(tensors)}))
+    write_atomically(file, save(tensors, {"blake2b": _digest(tensors)}))
 
 
 def _digest(tensors: Mapping[str, np.ndarray]) -> str:
@@ -182,7 +183,8 @@ def load_factors(path: str | Path) -> Factors:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():  # a pipe would wait for its writer for ever
+    # A pipe would wait for its writer for ever.
+    if not local_path(path, "path").is_file():
         raise DataError(f"{path} is no file; give a file of completed factors")
     try:
         with safe_open(str(path), framework="np") as file:
