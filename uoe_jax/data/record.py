@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from uoe_jax.config import DataConfig, ExperimentConfig
 from uoe_jax.data.prepare import Prepared, find_prepared
@@ -21,13 +22,28 @@ from uoe_jax.data.tokenize import (
     load_tokenizer,
     make_tokenizer,
 )
-from uoe_jax.errors import DataError
+from uoe_jax.errors import ConfigError, DataError, nearest, shown
+from uoe_jax.fields import INT32_MAX, convert
 from uoe_jax.files import format_json, read_json, write_atomically
 
 RECORD, TOKENIZER = "data.json", "tokenizer.json"
 _OLD_RECORD = "env.json"  # which in older runs holds the hash, under "data"
 # What a manifest says that a run keeps; the list of sources may be long.
 _KEPT = ("hash", "source", "path", "kind", "settings", "tokenizer", "classes")
+_LISTS = ("classes", "earlier")
+# What may stand in a record, and of which type; in `_LISTS` of each of their items.
+_HELD: dict[str, Any] = {
+    "hash": str | None,
+    "source": str,
+    "path": str | None,
+    "kind": Literal["text", "rows", "images"],
+    "settings": dict[str, Any],
+    "tokenizer": dict[str, Any] | None,  # None: of images
+    "classes": str,
+    "arrays": str | None,
+    "tokenizer_sha256": str,
+    "earlier": str | None,
+}
 # Options that say how rows are made and where things lie, not what the data is.
 _READING = ("batch_size", "seq_len", "pack", "seed", "cache_dir", "allow_changed")
 
@@ -114,7 +130,7 @@ def read_record(run_dir: Path) -> DataRecord | None:
     damaged or its tokenizer isn't the one that was recorded.
     """
     file = run_dir / RECORD
-    if not file.is_file():
+    if not os.path.lexists(file):
         return _read_old(run_dir)
     try:
         content = read_json(file)
@@ -148,19 +164,31 @@ def _broken(content: Any) -> str | None:
         return "it is no JSON object"
     if missing := [key for key in ("hash", "tokenizer") if key not in content]:
         return f"it has no {missing[0]}"
-    texts = [content["hash"], content.get("arrays"), content.get("tokenizer_sha256")]
-    if any(not isinstance(text, str | None) for text in texts):
-        return "its hashes must be texts"
-    entry = content["tokenizer"]
-    if entry is not None:  # of images
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-            return "its tokenizer has no name"
-        size = entry.get("vocab_size")
-        if entry["name"] == "ids" and (type(size) is not int or size < 1):
-            return f"its tokenizer has the vocab_size {size!r}"
-    return (
-        None if isinstance(content.get("earlier", []), list) else "earlier is no list"
-    )
+    for key, value in content.items():
+        if key not in _HELD:
+            return f"it has the field {shown(key)}; {nearest(key, _HELD)}"
+        if key in _LISTS and not isinstance(value, list):
+            return f"{key} is {shown(value)}; expected a list"
+        try:
+            for item in value if key in _LISTS else [value]:
+                convert(_HELD[key], item, key)
+        except ConfigError as error:
+            return str(error)
+    return None if content["tokenizer"] is None else _broken_entry(content["tokenizer"])
+
+
+def _broken_entry(entry: dict[str, Any]) -> str | None:
+    """Return in words what makes a tokenizer's entry unreadable, if anything."""
+    name, size = entry.get("name"), entry.get("vocab_size")
+    if not isinstance(name, str):
+        return "its tokenizer has no name"
+    whole = type(size) is int and 0 < size <= INT32_MAX
+    # Of a tokenizer in a file the file says the rest.
+    if not (whole or (size is None and name != "ids")):
+        return f"its tokenizer has the vocab_size {shown(size)}"
+    if name == "byte" and size not in (None, 256):
+        return f"its tokenizer of bytes has the vocab_size {size}; bytes are 256"
+    return None
 
 
 def _read_old(run_dir: Path) -> DataRecord | None:
