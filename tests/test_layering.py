@@ -17,14 +17,15 @@ LAYERS = (
     ("hardware", "linalg", "cluster", "topology"),
     ("ops", "partition"),
     ("model", "data", "optim"),
-    ("runs", "plan", "generate", "leakcheck", "complete"),
+    ("runs", "plan", "leakcheck", "complete"),
     ("train",),
-    ("evaluate",),
+    ("evaluate", "generate"),
     ("surgery",),
     ("decompose", "compress", "adapt", "interop"),
     ("report",),
     ("bench", "demo"),
     ("cli",),
+    ("api", "show"),
     ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

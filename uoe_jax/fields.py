@@ -101,8 +101,21 @@ class Checked:
     """Base of dataclasses whose fields hold what their annotations say.
 
     Scalars of numpy become Python's, whole numbers become floats where a float is due,
-    lists become tuples. Raises ConfigError for anything else.
+    lists become tuples. Raises ConfigError for anything else. What is printed of one is
+    what differs from the defaults.
     """
+
+    def __init_subclass__(cls) -> None:
+        # `dataclass` leaves a class the __repr__ that it has.
+        cls.__repr__ = Checked.__repr__
+
+    def __repr__(self) -> str:
+        given = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, field.name) != _default(field)
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def __post_init__(self) -> None:
         """Check and settle every field."""
@@ -111,6 +124,12 @@ class Checked:
             found = convert(hint, value, f"{type(self).__name__}.{name}")
             if found is not value:
                 object.__setattr__(self, name, found)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 @functools.cache

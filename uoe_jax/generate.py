@@ -12,8 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.data import Tokenizer
+from uoe_jax.data.record import run_tokenizer
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import Decoder, init_cache
+from uoe_jax.runs.load import LoadedRun
 
 
 def generate(
@@ -51,17 +53,54 @@ def generate(
     )
 
 
+def generate_text(
+    run: LoadedRun,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+    seed: int = 0,
+) -> bytes:
+    """Return a prompt and what a run makes of it, as the bytes it made.
+
+    Raises ConfigError for a run that isn't a decoder's, and as `generate` does.
+    """
+    model, config = run.model, run.config
+    if not isinstance(model, Decoder):
+        raise ConfigError(
+            f"{run.folder} is a {config.model.kind} model; only a decoder generates"
+        )
+    tokenizer = run_tokenizer(run.folder, config)
+    ids = encode_prompt(tokenizer, prompt, config.model)
+    tokens = generate(
+        model,
+        jnp.asarray(ids, jnp.int32)[None],
+        jnp.array([len(ids)], jnp.int32),
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        greedy=greedy,
+        key=jax.random.key(seed),
+    )
+    return continuation(tokenizer, prompt, ids, tokens[0])
+
+
 def encode_prompt(
     tokenizer: Tokenizer, prompt: str, config: ModelConfig
 ) -> Int[np.ndarray, " T"]:
     """Return a prompt's ids; raise ConfigError if it is empty or not the model's."""
     ids = tokenizer.encode(prompt)
     if not len(ids):
-        raise ConfigError("--prompt is empty; give at least one character")
+        raise ConfigError("the prompt is empty; give at least one character")
     if ids.min() < 0 or ids.max() >= config.vocab_size:
+        wrong = ids.max() if ids.min() >= 0 else ids.min()
         raise ConfigError(
-            f"--prompt has token id {ids.max() if ids.min() >= 0 else ids.min()}; the "
-            f"model's ids are 0 to {config.vocab_size - 1}"
+            f"the prompt has token id {wrong}; the model's ids are 0 to "
+            f"{config.vocab_size - 1}"
         )
     return ids
 

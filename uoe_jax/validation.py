@@ -36,6 +36,18 @@ def validate(config: ExperimentConfig) -> None:
         raise ConfigError("; ".join(problems))
 
 
+def validate_model(model: ModelConfig) -> None:
+    """Raise ConfigError with every rule that a model's config breaks, in one line."""
+    if not isinstance(model, ModelConfig):
+        raise ConfigError(
+            f"config is {shown(model)}; expected a ModelConfig, or the "
+            "ExperimentConfig of get_preset('tiny')"
+        )
+    out = list(range_problems(model, "model."))
+    if problems := out or list(_model_rules(model)):
+        raise ConfigError("; ".join(problems))
+
+
 def read_config(folder: Path) -> ExperimentConfig:
     """Return the config a run was started with, checked as a new one would be.
 
@@ -71,12 +83,16 @@ def find_problems(config: ExperimentConfig) -> Iterator[str]:
         yield from out
         return
     yield from _splits(config.data)
-    yield from _model(config.model)
-    yield from _union(config.model)
-    yield from _moe(config.model)
-    yield from _sparse(config.model)
+    yield from _model_rules(config.model)
     yield from _data(config)
     yield from _train(config)
+
+
+def _model_rules(model: ModelConfig) -> Iterator[str]:
+    yield from _model(model)
+    yield from _union(model)
+    yield from _moe(model)
+    yield from _sparse(model)
 
 
 def _paths(data: DataConfig) -> Iterator[str]:

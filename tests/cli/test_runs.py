@@ -1,6 +1,7 @@
 """The verbs on a real, tiny run."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 
@@ -85,14 +86,15 @@ def test_leakcheck_of_a_run_takes_its_trained_model_as_it_is(union_run, monkeypa
         seen.append((model.config, length))
         return []
 
-    monkeypatch.setattr("uoe_jax.leakcheck.leakcheck", check)
+    monkeypatch.setattr(
+        importlib.import_module("uoe_jax.leakcheck"), "leakcheck", check
+    )
     assert main(["leakcheck", str(union_run), "--length", "8"]) == 0
     assert seen == [(run_or_preset(str(union_run))[1].model, 8)]
 
 
 def test_leakcheck_exits_1_when_something_moved(capsys, monkeypatch):
-    from uoe_jax import leakcheck
-
+    leakcheck = importlib.import_module("uoe_jax.leakcheck")
     found = leakcheck.Finding("future", "tokens after t", "logits at 3", 0.5, False)
     monkeypatch.setattr(leakcheck, "leakcheck", lambda *a, **k: [found])
     assert main(["leakcheck", "digits-vit"]) == 1

@@ -49,7 +49,7 @@ VARIANTS = {
         num_layers=3,
         attention=("dense", "union"),
         mlp=("moe", "union"),
-        moe=MoeConfig(num_experts=5, top_k=3),
+        moe=MoeConfig(num_experts=5, top_k=3, d_expert=21),
         norm="layernorm",
         position="learned",
         tie_embeddings=False,

@@ -48,7 +48,7 @@ def leakcheck(args: list[str]) -> int:
     folder, config = run_or_preset(options.target)
     validate(config)
     structure = scaled_down(config.model) if folder is None else config.model
-    _check_length(options.length, structure)
+    check_length(options.length, structure)
 
     from uoe_jax.cli.device import prepare
 
@@ -67,7 +67,7 @@ def leakcheck(args: list[str]) -> int:
 
         note = " (scaled down)" if structure != config.model else ""
         model = make_model(structure, jax.random.key(options.seed))
-    length = options.length or min(structure.max_seq_len, _probe_length(structure))
+    length = options.length or min(structure.max_seq_len, probe_length(structure))
     findings = check(
         model, jax.random.fold_in(jax.random.key(options.seed), 1), length=length
     )
@@ -78,7 +78,8 @@ def leakcheck(args: list[str]) -> int:
     return 1 if moved else 0
 
 
-def _check_length(length: int | None, model: ModelConfig) -> None:
+def check_length(length: int | None, model: ModelConfig) -> None:
+    """Raise ConfigError for a length that a model's probes can't have."""
     if length is None:
         return
     if model.kind == "vision":
@@ -93,7 +94,7 @@ def _check_length(length: int | None, model: ModelConfig) -> None:
         )
 
 
-def _probe_length(model: ModelConfig) -> int:
+def probe_length(model: ModelConfig) -> int:
     """Return how many tokens it takes for every router to decide a few times."""
     units = [8]
     for attention, mlp in set(model.layer_kinds):

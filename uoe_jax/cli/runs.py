@@ -149,34 +149,19 @@ def continue_text(folder: Path, options: GenerateOptions) -> str:
 
 def continue_bytes(folder: Path, options: GenerateOptions) -> bytes:
     """Return the prompt followed by what a run makes of it, as the bytes it made."""
-    import jax
-    import jax.numpy as jnp
-
-    from uoe_jax.data.record import run_tokenizer
-    from uoe_jax.generate import continuation, encode_prompt
-    from uoe_jax.generate import generate as sample
-    from uoe_jax.model import Decoder
+    from uoe_jax.generate import generate_text
     from uoe_jax.runs.load import load_run
 
-    run = load_run(folder)
-    if not isinstance(run.model, Decoder):
-        raise ConfigError(
-            f"{folder} is a {run.config.model.kind} model; only a decoder generates"
-        )
-    tokenizer = run_tokenizer(folder, run.config)
-    prompt = encode_prompt(tokenizer, options.prompt, run.config.model)
-    tokens = sample(
-        run.model,
-        jnp.asarray(prompt, jnp.int32)[None],
-        jnp.array([len(prompt)], jnp.int32),
+    return generate_text(
+        load_run(folder),
+        options.prompt,
         options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         greedy=options.greedy,
-        key=jax.random.key(options.seed),
+        seed=options.seed,
     )
-    return continuation(tokenizer, options.prompt, prompt, tokens[0])
 
 
 def report(args: list[str]) -> int:

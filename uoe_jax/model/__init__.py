@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from uoe_jax import kinds
-from uoe_jax.config import ModelConfig
+from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.errors import ConfigError, choose, shown
 from uoe_jax.kinds import AttentionFacts, MlpFacts, RouterFacts
 from uoe_jax.model.cache import Cache
@@ -27,6 +27,7 @@ from uoe_jax.model.transformer import (
     routing_choices,
 )
 from uoe_jax.tree import named_leaves
+from uoe_jax.validation import validate_model
 
 __all__ = [
     "Aux",
@@ -50,9 +51,39 @@ __all__ = [
 KINDS = {"decoder": Decoder, "encoder": Encoder, "vision": VisionTransformer}
 
 
-def make_model(config: ModelConfig, key: jax.Array) -> nnx.Module:
-    """Return the model a config describes, initialised from a `jax.random.key`."""
+def make_model(
+    config: ModelConfig | ExperimentConfig, key: jax.Array | int | None = None
+) -> Decoder | Encoder | VisionTransformer:
+    """Return the model a config describes, initialised from a key or a seed.
+
+    Args:
+      config: of a model, or of an experiment.
+      key: a `jax.random.key`, or a seed. Without one the experiment's own seed is
+        taken, so that this is the model its training starts with; 0 for a model.
+
+    Raises:
+      ConfigError: a config or a seed that can't be.
+    """
+    if isinstance(config, ExperimentConfig):
+        key = config.train.seed if key is None else key
+        config = config.model
+    validate_model(config)
+    return _build(config, _as_key(0 if key is None else key))
+
+
+def _build(config: ModelConfig, key: jax.Array) -> Any:
     return choose("kind", config.kind, KINDS)(config, rngs=nnx.Rngs(key))
+
+
+def _as_key(key: jax.Array | int) -> jax.Array:
+    if isinstance(key, jax.Array):
+        return key
+    if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2**32:
+        raise ConfigError(
+            f"key is {shown(key)}; give jax.random.key(0), or a seed from 0 to "
+            f"{2**32 - 1}"
+        )
+    return jax.random.key(key)
 
 
 def split_model(
@@ -61,7 +92,7 @@ def split_model(
     """Return a model's static half and a function that makes (params, buffers)."""
 
     def make() -> Any:
-        return nnx.split(make_model(config, jax.random.key(seed)), nnx.Param, ...)
+        return nnx.split(_build(config, jax.random.key(seed)), nnx.Param, ...)
 
     return jax.eval_shape(make)[0], lambda: make()[1:]
 

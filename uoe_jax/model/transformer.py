@@ -117,7 +117,8 @@ class Trunk(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
+        self.num_layers, self.dropout = config.num_layers, config.dropout
+        self.remat, self.scan_layers = config.remat, config.scan_layers
         keys = jax.random.split(rngs.params(), config.num_layers)
         period = layer_period(config)
         self.blocks = nnx.List(
@@ -132,10 +133,10 @@ class Trunk(nnx.Module):
 
         T2 is T, or this device's share where a layout spreads tokens over tensor.
         """
-        config, period, parallel = self.config, len(self.blocks), context.parallel
+        period, parallel = len(self.blocks), context.parallel
         if parallel is not None:
             x = parallel.enter(x)
-        x = dropout(x, config.dropout, fold_key(context.key, config.num_layers))
+        x = dropout(x, self.dropout, fold_key(context.key, self.num_layers))
 
         def apply(x: Array, block: Block, key: jax.Array | None) -> tuple[Array, Any]:
             if parallel is not None:
@@ -144,13 +145,13 @@ class Trunk(nnx.Module):
             return x, stats
 
         gathers = parallel is not None and parallel.has("fsdp")
-        apply = _remat(apply, config, gathers)
+        apply = _remat(apply, self.remat, self.scan_layers, gathers)
 
         def body(x: Array, block: Block, stack: int, index: Any) -> tuple[Array, Any]:
             return apply(x, block, fold_key(context.key, index * period + stack))
 
         x, outs = self.scan(body, x)
-        return self.norm(x), stack_stats(outs, config.num_layers)
+        return self.norm(x), stack_stats(outs, self.num_layers)
 
     def prefill(
         self, x: Float[Array, "B T D"], context: Context, layers: tuple[Entry, ...]
@@ -188,7 +189,7 @@ class Trunk(nnx.Module):
 
     def scan(self, body: Body, carry: Any) -> tuple[Any, list[Any]]:
         """Run `body` over the layers; return the carry and the outputs by stack."""
-        return scan_blocks(body, carry, self.blocks, self.config.scan_layers)
+        return scan_blocks(body, carry, self.blocks, self.scan_layers)
 
 
 def scan_blocks(
@@ -256,7 +257,7 @@ def _stack(config: ModelConfig, layer: int, keys: jax.Array) -> Block:
     return jax.vmap(make)(keys)
 
 
-def _remat(apply: Callable, config: ModelConfig, gathers: bool) -> Callable:
+def _remat(apply: Callable, remat: str, scanned: bool, gathers: bool) -> Callable:
     """Recompute activations in the backward pass, all or all but the projections'.
 
     Weights that were gathered are gathered again, never kept.
@@ -267,11 +268,11 @@ def _remat(apply: Callable, config: ModelConfig, gathers: bool) -> Callable:
         "dots": policies.save_only_these_names(PROJECTION),
         "full": policies.nothing_saveable,
     }
-    policy = choose("remat", config.remat, kept)
-    if config.remat == "none" and not gathers:
+    policy = choose("remat", remat, kept)
+    if remat == "none" and not gathers:
         return apply
     # Inside a scan XLA can't merge the recomputation with the forward pass anyway.
-    return jax.checkpoint(apply, policy=policy, prevent_cse=not config.scan_layers)
+    return jax.checkpoint(apply, policy=policy, prevent_cse=not scanned)
 
 
 def init_cache(

@@ -33,7 +33,7 @@ class DepthRouter(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config.mod
+        self.keep, self.capacity_factor = config.mod.keep, config.mod.capacity_factor
         shape = (config.d_model, 1)
         std = config.mod.router_init_std
         self.weight = nnx.Param(truncated_normal(rngs, shape, std))
@@ -50,7 +50,7 @@ class DepthRouter(nnx.Module):
     @property
     def share(self) -> float:
         """Share of a training sample's tokens that there is room for."""
-        return min(self.config.capacity_factor * self.config.keep, 1.0)
+        return min(self.capacity_factor * self.keep, 1.0)
 
     def stats(
         self,
@@ -81,7 +81,7 @@ class DepthRouter(nnx.Module):
             "dropped": lost / jnp.maximum(means["asked"], 1e-9),
             "balance_loss": jnp.ones(()),
             "z_loss": means["z"],
-            "threshold": exceeded_by(scores, self.config.keep, context),
+            "threshold": exceeded_by(scores, self.keep, context),
         }
         if context.collect_choices:
             stats["choices"] = jnp.where(entered, 0, 1)[..., None]
