@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
+
+Arrays = dict[str, np.ndarray]  # by name, on the host
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:

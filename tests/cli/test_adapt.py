@@ -14,17 +14,16 @@ from uoe_jax.adapt import AdapterConfig, adapted_params
 from uoe_jax.adapt.files import digest_params, load_adapters
 from uoe_jax.adapt.merge import merge
 from uoe_jax.adapt.plan import make_plans, warn_of
-from uoe_jax.adapt.store import write_run
 from uoe_jax.cli import main
 from uoe_jax.cli.adapt import AdaptOptions
 from uoe_jax.cli.notes import plain_warnings
 from uoe_jax.cli.parse import option_names, typed_options
-from uoe_jax.model import make_model
+from uoe_jax.model import flat_params, make_model
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.load import load_run
 from uoe_jax.runs.state import Progress
+from uoe_jax.runs.write import Origin, write_run
 from uoe_jax.train.metrics import read_metrics
-from uoe_jax.tree import replace_leaves
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +38,9 @@ def union_run(tiny_config, tmp_path_factory):
     """A union as it starts: what it has learned plays no part here."""
     config, folder = tiny_config(), tmp_path_factory.mktemp("runs") / "fresh"
     model = make_model(config.model, jax.random.key(0))
-    _, params, buffers = nnx.split(model, nnx.Param, ...)
     spent = Progress(seconds=5.0, tokens=700, flops=9e9)
-    write_run(folder, config, (params, buffers, 0), spent=spent)
+    origin = Origin(made_by="test", source="nothing", spent=spent)
+    write_run(folder, config, flat_params(model), origin)
     shutil.copytree(folder / "checkpoints", folder / "best")
     return folder
 
@@ -253,9 +252,9 @@ def test_an_adapter_of_other_weights_is_said_to_be(adapted, union_run, tmp_path)
 def test_training_that_diverges_stops_with_a_diagnosis(union_run, tmp_path, capsys):
     out, broken = tmp_path / "out", tmp_path / "broken"
     run = load_run(union_run)
-    _, params, buffers = nnx.split(run.model, nnx.Param, ...)
-    spoiled = replace_leaves(params, {"embed.embedding": jnp.full((256, 16), jnp.nan)})
-    write_run(broken, run.config, (spoiled, buffers, 0))
+    spoiled = flat_params(run.model) | {"embed.embedding": np.full((256, 16), np.nan)}
+    origin = Origin(made_by="test", source=str(union_run))
+    write_run(broken, run.config, spoiled, origin)
     options = ["--method", "lora", "--targets", "*.wq", "--steps", "9", "--quiet"]
     assert adapt(broken, *options, "--out", out) == 3
     said = capsys.readouterr().err

@@ -11,11 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file
 
-from uoe_jax.adapt.store import write_run
-from uoe_jax.model import make_model
+from uoe_jax.model import flat_params, make_model
+from uoe_jax.runs.write import Origin, write_run
 from uoe_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -39,8 +38,8 @@ for out in outs:
 def base(tiny_config, tmp_path_factory):
     config, folder = tiny_config("tiny"), tmp_path_factory.mktemp("runs") / "base"
     model = make_model(config.model, jax.random.key(0))
-    _, params, buffers = nnx.split(model, nnx.Param, ...)
-    write_run(folder, config, (params, buffers, 0))
+    origin = Origin(made_by="test", source="nothing")
+    write_run(folder, config, flat_params(model), origin)
     return folder
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from uoe_jax.cli import main
-from uoe_jax.decompose.layers import flat_params
+from uoe_jax.model import flat_params
 from uoe_jax.runs.load import load_run
 
 
@@ -35,7 +35,7 @@ def halved_run(dense_run):
 
 
 def read(folder):
-    return json.loads((folder / "decompose.json").read_text())
+    return json.loads((folder / "surgery.json").read_text())
 
 
 def test_all_experts_compute_what_the_dense_run_does(dense_run, tmp_path, capsys):

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.decompose.layers import flat_params, with_params
 from uoe_jax.decompose.split import (
     merge_params,
     merged_config,
@@ -19,7 +18,7 @@ from uoe_jax.decompose.split import (
     union_config,
 )
 from uoe_jax.errors import ConfigError
-from uoe_jax.model import make_model, param_shapes
+from uoe_jax.model import flat_params, make_model, param_shapes, with_params
 
 DENSE = ModelConfig(
     vocab_size=48,

@@ -17,11 +17,11 @@ from uoe_jax.decompose.group import (
     coactivation_order,
     order_neurons,
 )
-from uoe_jax.decompose.layers import with_params
 from uoe_jax.decompose.plan import make_plan, with_routers
 from uoe_jax.decompose.route import SCORE_DEVIATION, expert_lengths, fit_router
 from uoe_jax.decompose.split import union_config
 from uoe_jax.errors import ConfigError
+from uoe_jax.model import with_params
 from uoe_jax.runs.probe import logits
 
 

@@ -117,9 +117,9 @@ def test_a_decomposed_run_needs_no_metrics(tmp_path):
     config = get_preset("tiny-union")
     (run / "config.json").write_text(to_json(config))
     found = {"did": "split", "max_logit_difference": 1.5e-6, "exact": True}
-    (run / "decompose.json").write_text(json.dumps(found))
+    (run / "surgery.json").write_text(json.dumps(found))
     text = write_report([run]).read_text()
-    assert "Decomposition" in text and "1.5e-06" in text
+    assert "Made from another model" in text and "1.5e-06" in text
 
 
 def test_depth_has_its_picture(tmp_path):

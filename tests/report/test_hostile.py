@@ -91,7 +91,7 @@ def test_damaged_lines_change_nothing_of_a_report(run, where):
         assert (before == after).all()
 
 
-@pytest.mark.parametrize("name", ["env.json", "decompose.json"])
+@pytest.mark.parametrize("name", ["env.json", "decompose.json", "surgery.json"])
 def test_a_damaged_file_is_refused_by_name(run, name, capsys):
     (run / name).write_text("{broken")
     assert main(["report", str(run), "--no-overlay"]) == 2

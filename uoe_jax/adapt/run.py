@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PyTree
 
@@ -26,19 +25,21 @@ from uoe_jax.adapt.request import AdaptRequest, adapted_experiment, check_reques
 from uoe_jax.adapt.store import (
     MERGED,
     check_out,
+    merging,
     read_trained,
-    write_merged,
     write_request,
 )
 from uoe_jax.adapt.subject import adapter_subject
 from uoe_jax.config import ExperimentConfig, MeshConfig
 from uoe_jax.data import Dataset
+from uoe_jax.data.record import record_of
 from uoe_jax.errors import ConfigError
 from uoe_jax.files import format_json, local_path, write_atomically
 from uoe_jax.runs.checkpoint import Checkpoints
-from uoe_jax.runs.folder import BEST, CHECKPOINTS, METRICS
+from uoe_jax.runs.folder import CHECKPOINTS, METRICS
 from uoe_jax.runs.load import LoadedRun, load_run, run_dataset
-from uoe_jax.runs.state import Progress
+from uoe_jax.runs.result import read_result
+from uoe_jax.surgery import operate
 from uoe_jax.train.loop import train
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.train.subject import Subject
@@ -101,8 +102,7 @@ def adapt_run(
         **_measured(out, summary, sizes),
     }
     if request.merge:
-        model = (params, buffers, run.step)
-        report |= _merge(run, out, config, model, trained, request, sets[0])
+        report |= _merge(run, out, config, trained, request, sets[0])
     save_adapters(out, trained, adapter, base=str(folder), digest=digest)
     report["file_bytes"] = (out / WEIGHTS).stat().st_size
     write_atomically(out / REPORT, format_json(report, indent=2) + "\n")
@@ -198,30 +198,24 @@ def _merge(
     run: LoadedRun,
     out: Path,
     config: ExperimentConfig,
-    model: tuple[PyTree, PyTree, int],
     trained: Adapters,
     request: AdaptRequest,
     data: Dataset,
 ) -> dict[str, Any]:
-    """Write the merged run; warn where its weights round much of the deltas away."""
-    store = Checkpoints(run.folder / (BEST if request.which == "best" else CHECKPOINTS))
-    template = {"step": jax.ShapeDtypeStruct((), jnp.int32)}
-    before = Progress(**store.restore(template, step=run.step)[2])
+    """Write the merged run; warn where its weights round much of the deltas away.
+
+    It has spent what the source spent; the adapter's own is in the adapter's report.
+    """
     config = dataclasses.replace(
         config, name=f"{run.config.name}-merged", mesh=MeshConfig()
     )
-    kept = write_merged(
-        out / MERGED,
-        config,
-        model,
-        trained,
-        prepared=data.prepared,
-        # What the source spent on the model; the adapter's own is in its report.
-        spent=Progress(
-            seconds=before.seconds, tokens=before.tokens, flops=before.flops
-        ),
-        about={"merged_from": str(out)},
-    )
+    change = merging(trained, config, record_of(data.prepared))
+    merged = out / MERGED
+    if Checkpoints(merged / CHECKPOINTS).steps():  # by the same command, before
+        found = read_result(merged)
+    else:
+        found = operate(run.folder, merged, change, verb="adapt", which=request.which)
+    kept = found.get("merged_kept", {})
     for dtype, share in kept.items():
         if share < KEPT_WARNING:
             warnings.warn(
@@ -229,7 +223,7 @@ def _merge(
                 "the rest is below their last bit: keep the adapter apart",
                 skip_file_prefixes=(PACKAGE,),
             )
-    return {"merged": str(out / MERGED), "merged_kept": kept}
+    return {"merged": str(merged), "merged_kept": kept}
 
 
 def _sizes(subject: Subject) -> dict[str, int]:

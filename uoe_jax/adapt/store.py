@@ -1,4 +1,4 @@
-"""The folder of an adapter's run: its request, its factors, and the merged run."""
+"""The folder of an adapter's run: its request, its factors, and what is merged."""
 
 from __future__ import annotations
 
@@ -10,27 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from uoe_jax.adapt.adapters import Adapters
 from uoe_jax.adapt.folder import WEIGHTS
 from uoe_jax.adapt.merge import kept_share, merge
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.data import Prepared
-from uoe_jax.data.record import record_of
+from uoe_jax.data.record import DataRecord
 from uoe_jax.errors import ConfigError, DataError, NonFiniteError
 from uoe_jax.files import format_json, parse_json, read_json, write_atomically
-from uoe_jax.optim import make_optimizer
-from uoe_jax.runs.checkpoint import Checkpoints, snapshot
-from uoe_jax.runs.folder import (
-    CHECKPOINTS,
-    has_begun,
-    open_run_dir,
-    write_environment,
-)
+from uoe_jax.runs.checkpoint import Checkpoints
+from uoe_jax.runs.folder import CHECKPOINTS, has_begun
 from uoe_jax.runs.load import ADAPTATION
-from uoe_jax.runs.state import Progress, TrainState
-from uoe_jax.tree import fill_leaves, named_leaves
+from uoe_jax.surgery import Changed, Form, Source, Surgery
+from uoe_jax.tree import Arrays, fill_leaves, named_leaves
 
 MERGED = "merged"
 
@@ -79,75 +71,42 @@ def read_trained(out: Path, adapters: Adapters) -> Adapters:
     )
 
 
-def write_merged(
-    folder: Path,
-    config: ExperimentConfig,
-    base: tuple[PyTree, PyTree, int],
-    adapters: Adapters,
-    *,
-    prepared: Prepared,
-    spent: Progress,
-    about: Mapping[str, Any],
-) -> dict[str, float]:
-    """Write a run whose weights have the deltas in them, added in float32.
+def merging(adapters: Adapters, config: ExperimentConfig, data: DataRecord) -> Surgery:
+    """Return the change that adds an adapter's deltas into the weights, in float32.
 
-    `base` is (params, buffers, step). Returns the share of the deltas that is left by
-    the dtypes that round: of the weights, and of the products that they are cast for.
-    Raises NonFiniteError, before anything is written, if a merged weight isn't finite.
+    `config` is the new run's, `data` what it keeps of its data. The change reports the
+    share of the deltas that is left by the dtypes that round: of the weights, and of
+    the products that they are cast for. It raises NonFiniteError if a merged weight
+    isn't finite.
     """
-    params, buffers, step = base
-    merged = jax.jit(lambda p, a: merge(p, a).params)(params, adapters)
-    leaves = named_leaves(merged)
-    for plan in adapters.plans:
-        if not np.all(np.isfinite(np.asarray(leaves[plan.name], np.float32))):
-            raise NonFiniteError(
-                f"{plan.name} isn't finite with its delta; the adapter's factors are "
-                "too large to merge"
-            )
-    share = jax.jit(kept_share, static_argnums=2)
-    stored = str(jnp.result_type(leaves[adapters.plans[0].name]))
-    dtypes = {stored, config.model.compute_dtype} - {"float32"}
-    kept = {dtype: float(share(params, adapters, dtype)) for dtype in sorted(dtypes)}
-    if not Checkpoints(folder / CHECKPOINTS).steps():
-        write_run(
-            folder,
-            config,
-            (merged, buffers, step),
-            prepared=prepared,
-            spent=spent,
-            about=about,
+
+    def change(_: ExperimentConfig, params: Arrays, source: Source) -> Changed:
+        base = {name: jnp.asarray(array) for name, array in params.items()}
+        merged = jax.jit(lambda p, a: merge(p, a).params)(base, adapters)
+        for plan in adapters.plans:
+            if not np.all(np.isfinite(np.asarray(merged[plan.name], np.float32))):
+                raise NonFiniteError(
+                    f"{plan.name} isn't finite with its delta; the adapter's factors "
+                    "are too large to merge"
+                )
+        return Changed(
+            did="merge an adapter",
+            config=config,
+            params=merged,
+            buffers=source.buffers,
+            report={"merged_kept": _kept(base, adapters, config)},
+            forms={"merged": Form(config.model, merged, source.buffers)},
+            same=False,
+            data=data,
         )
-    return kept
+
+    return change
 
 
-def write_run(
-    folder: Path,
-    config: ExperimentConfig,
-    model: tuple[PyTree, PyTree, int],
-    *,
-    prepared: Prepared | None = None,
-    spent: Progress | None = None,
-    about: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a model (params, buffers, step) as a run of one checkpoint.
-
-    The optimizer starts anew; `spent` is what was spent on the model so far, `about`
-    goes into env.json. Raises what `open_run_dir` does for a folder that is in use.
-    """
-    params, buffers, step = model
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    state = TrainState(
-        step=jnp.int32(step),
-        params=params,
-        opt_state=optimizer.init(params),
-        buffers=buffers,
-        bad_steps=jnp.int32(0),
-    )
-    data = None if prepared is None else record_of(prepared)
-    with open_run_dir(folder, config, data=data):
-        write_environment(folder, about or {})
-        checkpoints = Checkpoints(folder / CHECKPOINTS)
-        described = dataclasses.asdict(config)
-        progress = (spent or Progress()).as_json()
-        checkpoints.save(step, snapshot(state), described, progress)
-        checkpoints.close()
+def _kept(
+    base: Mapping[str, Any], adapters: Adapters, config: ExperimentConfig
+) -> dict[str, float]:
+    share = jax.jit(kept_share, static_argnums=2)
+    stored = str(jnp.result_type(base[adapters.plans[0].name]))
+    dtypes = {stored, config.model.compute_dtype} - {"float32"}
+    return {dtype: float(share(base, adapters, dtype)) for dtype in sorted(dtypes)}

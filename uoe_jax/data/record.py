@@ -116,6 +116,19 @@ def record_of(prepared: Prepared) -> DataRecord:
     return DataRecord(content | {"tokenizer_sha256": _digest(text)}, text)
 
 
+def record_of_tokenizer(text: str | None) -> DataRecord:
+    """Return what a run keeps whose model came without its data.
+
+    `text` is that of a tokenizer.json; None where the model takes bytes. Any data that
+    is prepared with this tokenizer is the run's.
+    """
+    if text is None:
+        return DataRecord({"hash": None, "tokenizer": {"name": "byte"}})
+    make_tokenizer({"name": TOKENIZER}, text)  # refuses what isn't one
+    content = {"hash": None, "tokenizer": {"name": TOKENIZER}}
+    return DataRecord(content | {"tokenizer_sha256": _digest(text)}, text)
+
+
 def write_record(run_dir: Path, record: DataRecord) -> None:
     """Write a record into a run's folder, the tokenizer first."""
     if record.tokenizer_text is not None:

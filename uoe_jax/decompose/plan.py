@@ -12,8 +12,6 @@ from uoe_jax.config import ModelConfig
 from uoe_jax.decompose.calibrate import LayerValues, layer_values
 from uoe_jax.decompose.group import Grouping, contributions, order_neurons
 from uoe_jax.decompose.layers import (
-    Arrays,
-    flat_params,
     from_layers,
     to_layers,
 )
@@ -24,6 +22,8 @@ from uoe_jax.decompose.route import (
     fit_router,
 )
 from uoe_jax.decompose.split import PARTS, split_params
+from uoe_jax.model import flat_params
+from uoe_jax.tree import Arrays
 
 
 class Plan(NamedTuple):

@@ -8,17 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.decompose.group import Grouping
-from uoe_jax.decompose.layers import (
-    Arrays,
-    flat_buffers,
-    flat_params,
-    with_params,
-)
-from uoe_jax.decompose.plan import Plan, make_plan, with_routers
+from uoe_jax.decompose.plan import make_plan, with_routers
 from uoe_jax.decompose.route import RouterStart
 from uoe_jax.decompose.split import (
     PARTS,
@@ -27,27 +20,18 @@ from uoe_jax.decompose.split import (
     merged_config,
     union_config,
 )
-from uoe_jax.decompose.store import (
-    ORDER,
-    Which,
-    check_free,
-    find_order,
-    write_result,
-    write_run,
-)
+from uoe_jax.errors import DataError
 from uoe_jax.fields import Checked, Count, Seed, check_ranges
-from uoe_jax.files import local_path
-from uoe_jax.runs.batches import (
-    CALIBRATION_TOKENS,
-    Batch,
-    calibration_batch,
-    count_scored,
-    probe_batch,
-)
+from uoe_jax.model import with_params
+from uoe_jax.runs.batches import CALIBRATION_TOKENS
 from uoe_jax.runs.integrity import digest_array
-from uoe_jax.runs.load import LoadedRun, load_run, run_dataset
-from uoe_jax.runs.probe import TOLERANCE, in_float32, probe
+from uoe_jax.runs.probe import in_float32
+from uoe_jax.runs.result import RESULT, read_result
+from uoe_jax.surgery import Changed, Form, Source, Surgery, Which, operate
+from uoe_jax.tree import Arrays
 from uoe_jax.validation import validate
+
+ORDER = "neuron_order.npy"  # in a union's folder: its neurons, as the dense model's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,107 +74,98 @@ def decompose_run(
 ) -> dict[str, Any]:
     """Write a dense run's checkpoint as a union run into `out`; return what was found.
 
-    Raises ConfigError if the run can't be cut so or `out` holds something, and
-    CheckpointError or DataError if the run or its data can't be read.
+    Raises what `operate` does, and ConfigError for a cut that can't be.
     """
     check_ranges(cut, "cut.")
-    out = local_path(out, "out")
-    run = load_run(folder, which=which)
-    model = union_config(
-        run.config.model, cut.num_experts, cut.chosen, cut.parts, cut.attention_experts
-    )
-    config = renamed(run.config, model, f"union{cut.num_experts}")
-    validate(config)
-    check_free(out)
-    batch = calibration_batch(run.config, cut.calibrate) if cut.calibrates else None
-    plan = make_plan(
-        in_own_float32(run), model, cut.grouping, cut.start, batch, cut.seed
-    )
-    params, biases = with_routers(plan, model)
-    result = {
-        "did": "split",
-        "run": str(folder),
-        "step": run.step,
-        **{k: v for k, v in dataclasses.asdict(cut).items() if k != "calibrate"},
-        "top_k": cut.chosen,
-        "router": cut.start,
-        "calibration": str(cut.calibrate) if cut.calibrates else None,
-        **_compare_split(run, plan, model, params, biases),
-        "router_explains": {
-            f"{part} {number}": fit.explained
-            for (number, part), fit in plan.routers.items()
-        },
-        "neuron_order": digest_array(plan.order),
-    }
-    union = with_params(model, params, biases)
-    write_run(out, config, union, Path(folder), run.step, which)
-    np.save(out / ORDER, plan.order, allow_pickle=False)
-    write_result(out, result)
-    return result
-
-
-def _compare_split(
-    run: LoadedRun, plan: Plan, model: ModelConfig, params: Arrays, biases: Arrays
-) -> dict[str, Any]:
-    """Return how far the union is from the dense model, weights and logits.
-
-    First with every expert and zero routers, where it is the same function; then as
-    it is written, with the chosen experts and the routers it starts from.
-    """
-    dense = in_own_float32(run)
-    merged = merge_params(plan.params, model, run.config.model, plan.order)
-    found = probe_batch(run_dataset(run.folder, run.config, "valid"))
-    whole = with_params(in_float32(all_chosen(model)), plan.params)
-    exact = probe(dense, whole, found)
-    chosen = probe(dense, with_params(in_float32(model), params, biases), found)
-    return {
-        "weights_bitwise": same_bits(flat_params(run.model), merged),
-        **_difference(exact, found),
-        "loss_dense": exact.reference_loss,
-        "loss_all_experts": exact.loss,
-        "loss_as_written": chosen.loss,
-    }
+    return operate(folder, out, splitting(cut), verb="decompose", which=which)
 
 
 def merge_run(folder: Path, out: Path, *, which: Which = "last") -> dict[str, Any]:
     """Write a union run's checkpoint as a dense run into `out`; return what was found.
 
     Routers are dropped; the neurons get the order back that they had before the split
-    where the run still has it. Raises as `decompose_run` does.
+    where the run still has it. Raises what `operate` does.
     """
-    out = local_path(out, "out")
-    run = load_run(folder, which=which)
-    model = merged_config(run.config.model)
-    config = renamed(run.config, model, "dense")
-    check_free(out)
-    order = find_order(Path(folder))
-    params = merge_params(flat_params(run.model), run.config.model, model, order)
-    found = probe_batch(run_dataset(run.folder, run.config, "valid"))
-    merged = with_params(in_float32(model), params)
-    seen = probe(in_own_float32(run), merged, found)
-    result = {
-        "did": "merge",
-        "run": str(folder),
-        "step": run.step,
-        "neuron_order_restored": order is not None,
-        **_difference(seen, found),
-        "loss_union": seen.reference_loss,
-        "loss_dense": seen.loss,
-    }
-    written = with_params(model, params)
-    write_run(out, config, written, Path(folder), run.step, which)
-    write_result(out, result)
-    return result
+    return operate(folder, out, merging, verb="decompose", which=which)
 
 
-def _difference(seen: Any, batch: Batch) -> dict[str, Any]:
-    return {
-        "probe_tokens": count_scored(batch),
-        "max_logit_difference": seen.max_logit_difference,
-        "max_logit": seen.max_logit,
-        "tolerance": TOLERANCE,
-        "exact": seen.exact,
-    }
+def splitting(cut: Cut) -> Surgery:
+    """Return the change that cuts a dense model into experts.
+
+    Compared first with every expert and zero routers, where it is the same function;
+    then as it is written, with the chosen experts and the routers it starts from.
+    """
+
+    def change(config: ExperimentConfig, params: Arrays, source: Source) -> Changed:
+        model = union_config(
+            config.model, cut.num_experts, cut.chosen, cut.parts, cut.attention_experts
+        )
+        new = renamed(config, model, f"union{cut.num_experts}")
+        validate(new)
+        batch = source.calibration(cut.calibrate) if cut.calibrates else None
+        dense = with_params(in_float32(config.model), params, source.buffers)
+        plan = make_plan(dense, model, cut.grouping, cut.start, batch, cut.seed)
+        routed, biases = with_routers(plan, model)
+        merged = merge_params(plan.params, model, config.model, plan.order)
+        report = {
+            **{k: v for k, v in dataclasses.asdict(cut).items() if k != "calibrate"},
+            "top_k": cut.chosen,
+            "router": cut.start,
+            "calibration": str(cut.calibrate) if cut.calibrates else None,
+            "weights_bitwise": same_bits(params, merged),
+            "router_explains": {
+                f"{part} {number}": fit.explained
+                for (number, part), fit in plan.routers.items()
+            },
+            "neuron_order": digest_array(plan.order),
+        }
+        return Changed(
+            did="split",
+            config=new,
+            params=routed,
+            buffers=biases,
+            report=report,
+            source_name="dense",
+            forms={
+                "all_experts": Form(all_chosen(model), plan.params, {}),
+                "as_written": Form(model, routed, biases),
+            },
+            arrays={ORDER: plan.order},
+        )
+
+    return change
+
+
+def merging(config: ExperimentConfig, params: Arrays, source: Source) -> Changed:
+    """Return a union with every layer dense, its neurons in their order of before."""
+    model = merged_config(config.model)
+    order = find_order(source.folder)
+    merged = merge_params(params, config.model, model, order)
+    return Changed(
+        did="merge",
+        config=renamed(config, model, "dense"),
+        params=merged,
+        report={"neuron_order_restored": order is not None},
+        source_name="union",
+        forms={"dense": Form(model, merged, {})},
+    )
+
+
+def find_order(folder: Path) -> np.ndarray | None:
+    """Return the order of neurons a union run was split with; None if it has none.
+
+    Raises DataError if the file isn't the one that was written.
+    """
+    file, result = folder / ORDER, read_result(folder)
+    if not result or not file.is_file():
+        return None
+    try:
+        order = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{file} can't be read ({error}); restore it") from None
+    if digest_array(order) != result.get("neuron_order"):
+        raise DataError(f"{file} isn't what {RESULT} says; restore it")
+    return order
 
 
 def all_chosen(model: ModelConfig) -> ModelConfig:
@@ -206,12 +181,6 @@ def renamed(
 ) -> ExperimentConfig:
     """Return an experiment with another model, its name with an ending."""
     return dataclasses.replace(config, name=f"{config.name}-{ending}", model=model)
-
-
-def in_own_float32(run: LoadedRun) -> nnx.Module:
-    """Return a run's model computing in float32."""
-    config = in_float32(run.config.model)
-    return with_params(config, flat_params(run.model), flat_buffers(run.model))
 
 
 def same_bits(

@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Int
 
 from uoe_jax.config import ModelConfig, UnionOverrides
-from uoe_jax.decompose.layers import Arrays, from_layers, to_layers
+from uoe_jax.decompose.layers import from_layers, to_layers
 from uoe_jax.errors import ConfigError
-from uoe_jax.model import param_shapes
+from uoe_jax.model import check_params, param_shapes
+from uoe_jax.tree import Arrays
 from uoe_jax.weights import ATTENTION, MLP
 
 Part = Literal["attention", "mlp"]
@@ -195,20 +196,11 @@ def _check_order(order: np.ndarray | None, config: ModelConfig) -> None:
 
 def _fit(params: Arrays, config: ModelConfig) -> Arrays:
     """Return the parameters of `config`'s model, routers added as zeros."""
-    wanted = param_shapes(config)
-    fitted: Arrays = {}
-    for name, leaf in wanted.items():
-        if name not in params and _ROUTER in name:
-            fitted[name] = np.zeros(leaf.shape, leaf.dtype)
-            continue
-        have = params[name].shape if name in params else None
-        if have != leaf.shape:
-            found = "absent" if have is None else list(have)
-            raise ConfigError(
-                f"{name} is {found}, expected {list(leaf.shape)}; the two configs must "
-                "describe the same sizes"
-            )
-        fitted[name] = np.ascontiguousarray(params[name])
-    if extra := sorted(set(params) - set(wanted)):
-        raise ConfigError(f"{extra[0]} has no place in the other model")
-    return fitted
+    routers = {
+        name: np.zeros(leaf.shape, leaf.dtype)
+        for name, leaf in param_shapes(config).items()
+        if _ROUTER in name
+    }
+    fitted = routers | {n: np.ascontiguousarray(a) for n, a in params.items()}
+    check_params(config, fitted)
+    return {name: fitted[name] for name in param_shapes(config)}

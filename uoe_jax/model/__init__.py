@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from uoe_jax import kinds
@@ -26,7 +28,7 @@ from uoe_jax.model.transformer import (
     init_cache,
     routing_choices,
 )
-from uoe_jax.tree import named_leaves
+from uoe_jax.tree import Arrays, fill_leaves, named_leaves
 from uoe_jax.validation import validate_model
 
 __all__ = [
@@ -36,6 +38,9 @@ __all__ = [
     "Encoder",
     "RouterBias",
     "VisionTransformer",
+    "check_params",
+    "flat_buffers",
+    "flat_params",
     "init_cache",
     "make_model",
     "param_shapes",
@@ -46,6 +51,7 @@ __all__ = [
     "routing_choices",
     "split_model",
     "update_router_bias",
+    "with_params",
 ]
 
 KINDS = {"decoder": Decoder, "encoder": Encoder, "vision": VisionTransformer}
@@ -101,6 +107,61 @@ def split_model(
 def param_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shape and dtype of every parameter by name; nothing is computed."""
     return named_leaves(jax.eval_shape(split_model(config)[1])[0])
+
+
+def flat_params(model: nnx.Module) -> Arrays:
+    """Return host copies of a model's parameters by name."""
+    params = named_leaves(nnx.split(model, nnx.Param, ...)[1])
+    return {name: np.asarray(leaf) for name, leaf in params.items()}
+
+
+def flat_buffers(model: nnx.Module) -> Arrays:
+    """Return host copies of a model's router biases by name."""
+    rest = named_leaves(nnx.split(model, nnx.Param, ...)[2])
+    return {name: np.asarray(leaf) for name, leaf in rest.items()}
+
+
+def with_params(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    buffers: Mapping[str, Any] | None = None,
+) -> Any:
+    """Return a config's model with the given parameters, and zero or given buffers.
+
+    Buffers are the routers' balance biases, by name. Raises ConfigError for parameters
+    that are missing, too many or of another shape.
+    """
+    check_params(config, params)
+    graphdef, make = split_model(config)
+    shapes, biases = jax.eval_shape(make)
+    cast = lambda tree, arrays: {
+        name: jnp.asarray(arrays[name], leaf.dtype)
+        for name, leaf in named_leaves(tree).items()
+    }
+    zeros = {n: np.zeros(a.shape) for n, a in named_leaves(biases).items()}
+    filled = (
+        fill_leaves(shapes, cast(shapes, params)),
+        fill_leaves(biases, cast(biases, zeros | dict(buffers or {}))),
+    )
+    return nnx.merge(graphdef, *filled)
+
+
+def check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless parameters by name are those of a config's model."""
+    wanted = {name: leaf.shape for name, leaf in param_shapes(config).items()}
+    found = {name: tuple(np.shape(array)) for name, array in params.items()}
+    show = lambda shapes, name: list(shapes[name]) if name in shapes else "absent"
+    problems = [
+        f"{name} is {show(found, name)}, expected {show(wanted, name)}"
+        for name in [*wanted, *(n for n in found if n not in wanted)]
+        if found.get(name) != wanted.get(name)
+    ]
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ConfigError(
+            f"these aren't the model's parameters: {'; '.join(problems[:6])}{more}; "
+            "they and the config must describe the same sizes"
+        )
 
 
 def register_router(name: str, router: type, facts: RouterFacts) -> None:

@@ -70,7 +70,7 @@ def write_report(
     sections = [
         ("Summary", _summary(runs)),
         ("Learning", "".join(page.picture(p, n) for n, p in shared.items())),
-        ("Decomposition", "".join(_decomposition(run) for run in runs)),
+        ("Made from another model", "".join(_made_from(run) for run in runs)),
         (
             "Routers",
             "".join(
@@ -159,11 +159,11 @@ def _alarms(run: Run) -> str:
     return page.alarms(found)
 
 
-def _decomposition(run: Run) -> str:
-    """Return how a decomposed run differs from what it came from."""
-    if not run.decomposed:
+def _made_from(run: Run) -> str:
+    """Return how a run that was made of another model differs from it."""
+    if not run.made:
         return ""
-    shown = {k: v for k, v in run.decomposed.items() if not isinstance(v, (dict, list))}
+    shown = {k: v for k, v in run.made.items() if not isinstance(v, (dict, list))}
     rows = [[k.replace("_", " "), _plain(v)] for k, v in shown.items()]
     return f"<h3>{html.escape(run.name)}</h3>" + page.table(["", "found"], rows)
 

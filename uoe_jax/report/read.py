@@ -20,6 +20,7 @@ from uoe_jax.escape import escape_line
 from uoe_jax.files import read_json, read_json_lines
 from uoe_jax.hardware.count import count_active_params, count_params, flops_per_token
 from uoe_jax.kinds import router_of
+from uoe_jax.runs.result import read_result
 from uoe_jax.validation import read_config
 
 BLOCKS = ("attention", "mlp", "depth")  # where a layer may route
@@ -35,7 +36,7 @@ class Run:
     env: dict[str, Any] = field(default_factory=dict)
     train: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
-    decomposed: dict[str, Any] = field(default_factory=dict)  # what that found, if so
+    made: dict[str, Any] = field(default_factory=dict)  # `runs/result.py`
 
     def series(self, key: str, x: str, kind: str = "train") -> np.ndarray:
         """Return [2, n]: `x` (step, seconds, flops) and `key` where both are there."""
@@ -150,10 +151,7 @@ def _router(
 def read_run(path: Path) -> Run:
     """Return the run in a folder; raises DataError if it holds no metrics."""
     config = read_config(path)
-    env, written = (
-        _read_object(path / "env.json"),
-        _read_object(path / "decompose.json"),
-    )
+    env, written = _read_object(path / "env.json"), read_result(path)
     train, evals = _read_metrics(path / "metrics.jsonl", required=not written)
     return Run(path, escape_line(config.name), config, env, train, evals, written)
 

@@ -24,8 +24,9 @@ from uoe_jax.validation import parse_config
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "env.json", "metrics.jsonl"
 CHECKPOINTS, BEST = "checkpoints", "best"
-# In the environment of a run that was made of another one, and hasn't trained yet.
-MADE_FROM = ("decomposed_from", "merged_from")
+# In the environment of a run that `write_run` wrote, and that hasn't trained yet; the
+# others are names of older versions.
+MADE_FROM = ("made_from", "decomposed_from", "merged_from")
 
 # What a resumed run may change: budgets, cadence, where things go. The rest decides
 # which numbers come out.
@@ -90,14 +91,22 @@ def open_run_dir(
             lock.acquire()
             _remove_leftovers(path)
             data = _check_config(path, config, resume, data)
-            write_atomically(path / CONFIG, to_json(config))
-            if data is not None:
-                write_record(path, data)
+            write_settings(path, config, data)
         except OSError as error:
             raise _unwritable(path, error) from None
         yield lock
     finally:
         lock.release()
+
+
+def write_settings(
+    path: Path, config: ExperimentConfig, data: DataRecord | None
+) -> None:
+    """Write a run's config, with absolute paths, and what it keeps of its data."""
+    config = dataclasses.replace(config, data=absolute_paths(config.data))
+    write_atomically(path / CONFIG, to_json(config))
+    if data is not None:
+        write_record(path, data)
 
 
 def _remove_leftovers(path: Path) -> None:

@@ -25,6 +25,7 @@ from uoe_jax.files import local_path
 from uoe_jax.model import split_model
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import BEST, CHECKPOINTS, CONFIG, check_model
+from uoe_jax.runs.state import Progress
 from uoe_jax.tree import fill_leaves, named_leaves
 from uoe_jax.validation import read_config
 
@@ -38,6 +39,7 @@ class LoadedRun(NamedTuple):
     model: nnx.Module
     step: int
     folder: Path
+    progress: Progress  # the totals at that step
 
 
 def load_run(
@@ -68,10 +70,11 @@ def load_run(
     params, buffers = jax.eval_shape(make)
     template = {"params": params, "buffers": buffers}
     store = Checkpoints(run_dir / (BEST if which == "best" else CHECKPOINTS))
-    step, arrays, _ = store.restore(named_leaves(template), step=step)
+    step, arrays, progress = store.restore(named_leaves(template), step=step)
     check_model(run_dir, config, store.config(step))
     state = jax.device_put(fill_leaves(template, arrays))
-    return LoadedRun(config, nnx.merge(graphdef, *state.values()), step, run_dir)
+    model = nnx.merge(graphdef, *state.values())
+    return LoadedRun(config, model, step, run_dir, Progress(**progress))
 
 
 def run_dataset(

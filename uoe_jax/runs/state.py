@@ -71,6 +71,10 @@ class Progress:
     best_step: int | None = None
     valid: dict[str, Any] = field(default_factory=dict)  # the last validation's line
 
+    def spent(self) -> Progress:
+        """Return what went into a model: seconds, tokens, FLOPs; no scores."""
+        return Progress(seconds=self.seconds, tokens=self.tokens, flops=self.flops)
+
     def as_json(self) -> dict[str, Any]:
         """Return the fields as a plain dict."""
         return asdict(self)

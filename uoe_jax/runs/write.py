@@ -1,0 +1,132 @@
+"""A model written as a run that nobody trained: the one writer of derived runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.data.progress import note_once
+from uoe_jax.data.record import DataRecord
+from uoe_jax.errors import CheckpointError, ConfigError
+from uoe_jax.files import local_path
+from uoe_jax.model import with_params
+from uoe_jax.optim import make_optimizer
+from uoe_jax.runs.checkpoint import Checkpoints, snapshot
+from uoe_jax.runs.folder import CHECKPOINTS, write_environment, write_settings
+from uoe_jax.runs.lock import NAME, RunLock
+from uoe_jax.runs.result import write_result
+from uoe_jax.runs.state import Progress, TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a new run's model comes from, and what it has cost so far."""
+
+    made_by: str  # the verb: decompose, adapt, import
+    source: str  # a run's folder, or a file
+    step: int = 0  # that the new run stands at
+    spent: Progress = field(default_factory=Progress)  # on the model, by whoever
+    # The tokenizer and hashes that the run keeps; `record_of_tokenizer` without data.
+    data: DataRecord | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)  # of `runs/result.py`
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)  # by file name, .npy
+
+
+def check_free(out: Path) -> None:
+    """Raise ConfigError if a folder holds anything."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} isn't empty; choose another --out")
+
+
+def write_run(
+    folder: Path,
+    config: ExperimentConfig,
+    params: Mapping[str, Any],
+    origin: Origin,
+    *,
+    buffers: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model as the checkpoint of a run, which trains and evaluates as any does.
+
+    `params` are the model's by name (`trunk.blocks.0.attention.wq`); they are stored in
+    the config's dtype. `buffers` are the routers' biases, zero where they are missing.
+    The optimizer starts anew. There are no metrics yet, so the first `uoe train` may
+    change any field. The folder appears whole or not at all.
+
+    Raises ConfigError if the folder isn't free or can't be written, or the parameters
+    aren't the config's; CheckpointError if there is no room.
+    """
+    folder = local_path(folder, "out")
+    check_free(folder)
+    _, weights, biases = nnx.split(
+        with_params(config.model, params, buffers), nnx.Param, ...
+    )
+    state = TrainState(
+        step=jnp.int32(origin.step),
+        params=weights,
+        opt_state=make_optimizer(config.optim, config.train.steps).init(weights),
+        buffers=biases,
+        bad_steps=jnp.int32(0),
+    )
+    with _appearing(folder) as unfinished:
+        write_settings(unfinished, config, origin.data)
+        about = {"by": origin.made_by, "source": origin.source}
+        write_environment(unfinished, {"made_from": about})
+        for name, array in origin.arrays.items():
+            np.save(unfinished / name, array, allow_pickle=False)
+        if origin.report:
+            write_result(unfinished, origin.report)
+        checkpoints = Checkpoints(unfinished / CHECKPOINTS)
+        described = dataclasses.asdict(config)
+        spent = origin.spent.as_json()
+        checkpoints.save(origin.step, snapshot(state), described, spent)
+        checkpoints.close()
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """Yield a locked folder beside the wanted one, which it becomes at the end.
+
+    What a killed process left in it is removed; so is everything after an error.
+    """
+    folder = folder.resolve()
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(unfinished, note_once)
+        try:
+            lock.acquire()
+            try:
+                _clear(unfinished)
+                yield unfinished
+                unfinished.rename(folder)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+        finally:
+            lock.release()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} can't be written ({error.strerror}); choose another --out"
+        ) from None
+    except (CheckpointError, ConfigError) as error:
+        text = str(error).replace(str(unfinished), str(folder))
+        raise type(error)(text.replace("--run-dir", "--out")) from None
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != NAME:
+            path.unlink()
