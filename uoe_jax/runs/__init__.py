@@ -1,1 +1,1 @@
-"""The folder of a run: read, written, locked and checked, below what trains."""
+"""The folder of a run: read, written, locked, checked and searched, below training."""

@@ -1,0 +1,86 @@
+"""Every setting has a kind; scales and their inverses; light imports."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.runs.leaves import LENGTH, find_setting, parse_path, settings_of
+from uoe_jax.runs.scales import KINDS, from_scale, kind_of, to_scale
+
+
+def test_every_field_of_a_config_has_a_kind_and_no_other():
+    fields = set(settings_of(dataclasses.asdict(ExperimentConfig())))
+    assert set(KINDS) == fields
+
+
+def test_numbers_have_a_scale_and_words_have_none():
+    for path, value in settings_of(dataclasses.asdict(ExperimentConfig())).items():
+        if isinstance(value, float):
+            assert KINDS[path] in ("log", "share"), path
+        if isinstance(value, (str, bool, tuple)):
+            assert KINDS[path] in ("category", "label"), path
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        (("optim", "beta2"), "share"),
+        (("train", "seed"), "category"),
+        (("a", "user_id"), "category"),
+        (("a", "seed", 2), "category"),
+        (("width",), "log"),
+        (("ids", LENGTH), "log"),
+        ((), "log"),
+    ],
+)
+def test_kinds_of_foreign_numbers(path, kind):
+    assert kind_of(path) == kind
+
+
+@settings(max_examples=50, deadline=None)
+@given(x=st.floats(-1e30, 1e30))
+def test_scales_have_inverses(x):
+    back = float(from_scale("log", to_scale("log", np.array([x])))[0])
+    # Zero is a doubling wide: 2^-100.
+    assert abs(back - x) <= 1e-9 * abs(x) + 2.0**-100
+    share = float(from_scale("share", to_scale("share", np.array([abs(x) / 2e30])))[0])
+    assert abs(share - abs(x) / 2e30) < 2e-6
+
+
+@given(x=st.floats(1e-20, 1e20), y=st.floats(1e-20, 1e20))
+def test_what_is_larger_lies_higher(x, y):
+    u, v = to_scale("log", np.array([x, y]))
+    assert (u <= v) == (x <= y) or abs(u - v) < 1e-9
+    assert to_scale("log", np.array([-x]))[0] == -u
+
+
+def test_settings_are_named_as_a_person_writes_them():
+    known = settings_of({"optim": {"rate": 1, "beta": 2}, "a": {"beta": [1, 2]}})
+    assert known["a", "beta"] == (1, 2)
+    assert find_setting("rate", known) == ("optim", "rate")
+    assert find_setting("a.beta", known) == ("a", "beta")
+    for name, part in [("beta", "write which"), ("rates", "did you mean optim.rate")]:
+        with pytest.raises(ValueError, match=part):
+            find_setting(name, known)
+    with pytest.raises(ValueError, match="can't be read"):
+        parse_path("a[x]")
+
+
+def test_searching_imports_no_jax():
+    code = (
+        "import importlib, pkgutil, sys, uoe_jax.runs as runs\n"
+        "light = 'leaves binding scales vector decode read index search'.split()\n"
+        "there = {m.name for m in pkgutil.iter_modules(runs.__path__)}\n"
+        "for name in light:\n"
+        "    if name in there: importlib.import_module(f'uoe_jax.runs.{name}')\n"
+        "heavy = {'jax', 'flax', 'optax', 'matplotlib', 'sklearn', 'scipy'}\n"
+        "found = heavy & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
