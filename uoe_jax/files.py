@@ -176,12 +176,13 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; raise ValueError for a key that is there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
+        raise ValueError(f"the key {shown(twice)} is there twice")
     return found
 
 
@@ -196,7 +197,7 @@ def _refuse(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_float=_number, parse_constant=_refuse
+    object_pairs_hook=unique_keys, parse_float=_number, parse_constant=_refuse
 )
 
 
@@ -211,9 +212,10 @@ class JsonLines(NamedTuple):
 def read_json_lines(path: Path, *, step: bool = False) -> JsonLines:
     """Return the objects of a file, and which of its lines aren't any.
 
-    With `step` an object also needs a whole number `step` and a text `kind`, as the
-    lines of a run's metrics have. A last line without an end, cut short by a kill or
-    a full disk, is left out and not counted. Raises DataError if it isn't a file.
+    With `step` an object must be a line of a run's metrics: a whole number `step`, a
+    text `kind`, an object `router`, else numbers. A last line without an end, cut short
+    by a kill or a full disk, is left out and not counted. Raises DataError if it isn't
+    a file.
     """
     found = JsonLines([], [], [])
     with open(path, "rb", opener=_open_without_waiting) as file:
@@ -224,17 +226,25 @@ def read_json_lines(path: Path, *, step: bool = False) -> JsonLines:
             record = parse_json(text, str(path))
         except DataError:
             record = None
-        whole = isinstance(record, dict) and (
-            not step
-            or (
-                type(record.get("step")) is int
-                and abs(record["step"]) < 2**63
-                and isinstance(record.get("kind"), str)
-            )
-        )
-        if isinstance(record, dict) and whole:
+        if isinstance(record, dict) and (not step or _is_metrics(record)):
             found.records.append(record)
             found.texts.append(text + b"\n")
         elif number <= len(lines):
             found.broken.append(number)
     return found
+
+
+_WORDS = {"kind": str, "split": str, "router": dict}  # what isn't a number in metrics
+
+
+def _is_metrics(record: dict[str, Any]) -> bool:
+    """Whether an object has the types of a line of metrics; null is for no number."""
+    step = record.get("step")
+    if type(step) is not int or not 0 <= step < 2**63 or "kind" not in record:
+        return False
+    return all(
+        isinstance(value, _WORDS[key])
+        if key in _WORDS
+        else value is None or type(value) in (int, float)
+        for key, value in record.items()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import re
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from uoe_jax.config import DataConfig
+from uoe_jax.data.progress import note_once
 from uoe_jax.data.split import (
     SPLITS,
     assign_splits,
@@ -23,6 +25,8 @@ from uoe_jax.data.text import Document, TextSource
 from uoe_jax.errors import DataError
 
 _SURROGATE = re.compile(b"\xed[\xa0-\xbf][\x80-\xbf]")  # half a pair, encoded alone
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+_PIECE = 1 << 20  # bytes that are decoded at once to see whether they can be
 
 Documents = Callable[[], Iterator[Document]]
 
@@ -40,28 +44,54 @@ class Plan:
 
 
 def clean_documents(
-    documents: Iterator[Document], policy: str | None, counts: dict[str, int]
+    documents: Iterator[Document], policy: str, counts: dict[str, int]
 ) -> Iterator[Document]:
-    """Yield documents that are UTF-8; a policy of None looks at nothing.
+    """Yield documents that are UTF-8, or what a policy makes of them.
 
     Args:
       documents: as read.
       policy: "error" raises DataError with file and byte, "replace" puts U+FFFD for
-        what can't be read, "skip" leaves the whole document out.
+        what can't be read, "skip" leaves the whole document out, "keep" says once
+        that there is some.
       counts: "skipped" and "replaced" documents are added to it.
     """
+    told = False
     for document in documents:
-        try:
-            if policy is not None:
-                str(document.data, "utf-8")
-        except UnicodeDecodeError as error:
+        bad = None if told else find_bad_utf8(document.data)
+        if bad is not None:
+            where = _describe_bad(document, bad)
             if policy == "error":
-                raise DataError(_describe_bad(document, error.start)) from None
+                fix = "set data.bad_utf8 to replace or skip"
+                raise DataError(f"{where}; {fix}")
+            if policy == "keep":
+                told = True
+                note_once(
+                    f"{where}: its bytes are taken as they are; if it is text, say in "
+                    "what encoding: --data.encoding latin-1, cp1252, ..."
+                )
+                yield document
+                continue
             counts["skipped" if policy == "skip" else "replaced"] += 1
             if policy == "skip":
                 continue
             document = document._replace(data=_replace_bad(document.data))
         yield document
+
+
+def find_bad_utf8(data: bytes | memoryview) -> int | None:
+    """Return the place of the first byte that isn't UTF-8, None if all are.
+
+    Piece by piece: as one text, a long document would take several times its memory.
+    """
+    decoder = _Utf8Decoder()
+    for start in range(0, len(data), _PIECE):
+        begun = len(decoder.getstate()[0])  # bytes of a character that goes on
+        piece = data[start : start + _PIECE]
+        try:
+            decoder.decode(piece, final=start + len(piece) == len(data))
+        except UnicodeDecodeError as error:
+            return start - begun + error.start
+    return None
 
 
 def _describe_bad(document: Document, start: int) -> str:
@@ -73,7 +103,7 @@ def _describe_bad(document: Document, start: int) -> str:
         half = f", half a surrogate pair (\\u{code:04x})"
     return (
         f"{document.name} byte {document.offset + start} is not UTF-8 "
-        f"({document.data[start]:#04x}){half}; set data.bad_utf8 to replace or skip"
+        f"({document.data[start]:#04x}){half}"
     )
 
 

@@ -11,7 +11,8 @@ from uoe_jax.data.arrays import MAX_CLASSES
 from uoe_jax.data.encoding import open_text
 from uoe_jax.data.files import SourceFile, named_splits
 from uoe_jax.data.text import Document, TextSource, limit_bytes, unless_train
-from uoe_jax.errors import DataError, nearest
+from uoe_jax.errors import DataError, nearest, shown
+from uoe_jax.files import unique_keys
 
 _AT_ONCE = 256 << 20  # longest line, or file that is one array
 _TOO_LONG = (
@@ -81,11 +82,11 @@ class RecordSource(TextSource):
         labelled = self.labelled and isinstance(record, dict)
         label = record.get("label") if labelled else None
         is_class = isinstance(label, str) or (
-            isinstance(label, int) and 0 <= label < MAX_CLASSES
+            type(label) is int and 0 <= label < MAX_CLASSES  # true is no number
         )
         if self.labelled and not is_class:
             raise _BadRecordError(
-                f"{where} has label {label!r}; an encoder needs a name or a class "
+                f"{where} has label {shown(label)}; an encoder needs a name or a class "
                 f"number from 0 to {MAX_CLASSES - 1:,}"
             )
         # A lone surrogate ("\ud800") has no UTF-8; surrogatepass keeps it for the
@@ -157,7 +158,7 @@ class JsonSource(RecordSource):
     ) -> Iterator[tuple[str, int, Any]]:
         errors = "replace" if self.config.bad_utf8 == "replace" else "strict"
         try:
-            yield where, offset, json.loads(line.decode("utf-8", errors))
+            yield where, offset, _parse(line.decode("utf-8", errors))
         except UnicodeDecodeError as error:
             yield where, offset + error.start, line[error.start :]
         except (ValueError, RecursionError) as error:
@@ -177,7 +178,7 @@ class JsonSource(RecordSource):
             raise DataError(f"{name} holds one JSON value that is {_TOO_LONG}")
         errors = "replace" if self.config.bad_utf8 == "replace" else "strict"
         try:
-            content = json.loads(text.decode("utf-8", errors))
+            content = _parse(text.decode("utf-8", errors))
         except (ValueError, RecursionError) as error:
             reason = "nested too deep" if isinstance(error, RecursionError) else error
             raise DataError(f"{name} is not JSON ({reason}); mend the file") from None
@@ -190,6 +191,11 @@ class JsonSource(RecordSource):
             raise DataError(f"{name} holds {_name(content)}, not objects")
         for number, record in enumerate(content, 1):
             yield f"{name} record {number}", 0, record
+
+
+def _parse(text: str) -> Any:
+    """Return what JSON says; NaN is taken, as many write it. Raises ValueError."""
+    return json.loads(text, object_pairs_hook=unique_keys)
 
 
 def _goes_on(line: bytes) -> bool:

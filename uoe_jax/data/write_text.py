@@ -35,7 +35,7 @@ def write_text(source: TextSource, config: DataConfig, folder: Path) -> dict[str
     decodes = source.decodes or config.tokenizer != "byte"
     counts = {"skipped": 0, "replaced": 0}
     # Bytes needn't be decoded, but do what is asked for.
-    policy = config.bad_utf8 if decodes or config.bad_utf8 != "error" else None
+    policy = config.bad_utf8 if decodes or config.bad_utf8 != "error" else "keep"
     documents = lambda: clean_documents(source.documents(), policy, counts)
     plan = plan_documents(source, documents(), config, counts.copy)
     if not source.labelled and too_few(plan, config):
