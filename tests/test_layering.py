@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "uoe_jax"
 LAYERS = (
     ("escape", "terminal", "tree"),
     ("errors",),
-    ("files", "fields", "kinds"),
+    ("files", "kinds"),
+    ("fields",),
     ("config",),
     ("weights", "presets", "validation"),
     ("hardware", "linalg", "cluster", "topology"),

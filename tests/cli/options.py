@@ -64,6 +64,8 @@ TESTED: dict[str, dict[str, str]] = {
         "--overlay": "cli/test_printable.py",
     },
     "decompose": {
+        "--shared": "cli/test_decompose.py",
+        "--refit": "cli/test_decompose.py",
         "--attention-experts": "cli/test_rest_of_options.py",
         "--checkpoint": "cli/test_rest_of_options.py",
         "--parts": "cli/test_rest_of_options.py",

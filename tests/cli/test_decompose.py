@@ -72,6 +72,24 @@ def test_half_of_the_experts_go_on_training(halved_run, capsys):
     assert json.loads(capsys.readouterr().out)["step"] == 6
 
 
+def test_an_always_on_core_and_fitted_projections(dense_run, tmp_path, capsys):
+    losses = {}
+    for name, more in (("plain", []), ("both", ["--shared", "2", "--refit"])):
+        out = tmp_path / name
+        args = ["decompose", str(dense_run), "--experts", "8", "--top-k", "4"]
+        assert main([*args, "--parts", "mlp", *more, "--out", str(out)]) == 0
+        said = capsys.readouterr().out
+        assert ("fitted again" in said) == bool(more)
+        losses[name] = read(out)["loss_as_written"] - read(out)["loss_dense"]
+    assert losses["both"] < losses["plain"]
+    found = read(out)
+    assert found["exact"] and found["weights_bitwise"] and found["shared"] == 2
+    before, after = found["refits"]["mlp 0"]
+    assert after < before
+    union = load_run(out).config.model.union
+    assert (union.num_shared, union.top_k) == (2, 4)
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
@@ -80,6 +98,10 @@ def test_half_of_the_experts_go_on_training(halved_run, capsys):
         (["--experts", "3"], "num_experts 3"),
         (["--experts", "4", "--top-k", "5"], "--top-k is 5"),
         (["--merge", "--experts", "4"], "leave out --experts"),
+        (["--merge", "--refit"], "leave out --refit"),
+        (["--experts", "4", "--top-k", "2", "--shared", "2"], "use 0 to 1"),
+        (["--experts", "4", "--refit"], "a token uses all 4"),
+        (["--experts", "4", "--shared", "1", "--parts", "attention"], "the MLP's"),
         (["--merge"], "dense already"),
         (["--experts", "4", "--top-k", "2", "--calibrate", "0"], "calibrate is 0"),
         (["--experts", "4", "--top-k", "2", "--calibrate", "no.txt"], "no.txt"),

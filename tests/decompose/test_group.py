@@ -17,7 +17,7 @@ from uoe_jax.decompose.group import (
     coactivation_order,
     order_neurons,
 )
-from uoe_jax.decompose.plan import make_plan, with_routers
+from uoe_jax.decompose.plan import Cut, as_written, make_plan
 from uoe_jax.decompose.route import SCORE_DEVIATION, expert_lengths, fit_router
 from uoe_jax.decompose.split import union_config
 from uoe_jax.errors import ConfigError
@@ -112,8 +112,9 @@ def test_least_squares_routers_leave_out_less_than_the_last_experts(dense):
     whole = np.asarray(logits(model, inputs | {"labels": 0}))
     error = {}
     for router in ("zero", "least_squares"):
-        plan = make_plan(model, union, "coactivation", router, batch)
-        params, biases = with_routers(plan, union)
+        cut = Cut(num_experts=4, top_k=2, grouping="coactivation", router=router)
+        plan = make_plan(model, union, cut, batch)
+        params, biases = as_written(plan, union)
         cut = with_params(union, params, biases)
         away = np.asarray(logits(cut, inputs | {"labels": 0})) - whole
         error[router] = np.square(away[batch["segments"] != 0]).mean()

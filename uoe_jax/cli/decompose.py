@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
@@ -41,6 +42,8 @@ class DecomposeOptions:
 
     attention_experts: int | None = None  # where heads need another number
 
+    shared: int = 0  # MLP experts always on, of --top-k: the neurons that write most
+
     parts: Literal["both", "attention", "mlp"] = "both"
 
     grouping: Grouping = "contiguous"  # which neurons become an expert together
@@ -48,6 +51,8 @@ class DecomposeOptions:
     # How routers start: at zero every gate is 1; least squares fits the experts' share
     # of each token. By default zero where all experts are used.
     router: Literal["auto", "zero", "least-squares"] = "auto"
+
+    refit: bool = False  # fit the MLP's down-projections to the experts left on
 
     # A text file, or tokens of the run's training data, for co-activation and fits.
     calibrate: str = "16384"
@@ -88,6 +93,8 @@ def _check(options: DecomposeOptions) -> None:
             "--experts": options.experts,
             "--top-k": options.top_k,
             "--attention-experts": options.attention_experts,
+            "--shared": options.shared or None,
+            "--refit": options.refit or None,
         }
         if names := [name for name, value in given.items() if value is not None]:
             raise ConfigError(
@@ -119,9 +126,11 @@ def _work(options: DecomposeOptions, folder: Path, out: Path) -> dict[str, Any]:
         num_experts=options.experts,
         top_k=options.top_k,
         attention_experts=options.attention_experts,
+        shared=options.shared,
         parts=_PARTS[options.parts],
         grouping=options.grouping,
         router=_ROUTERS[options.router],
+        refit=options.refit,
         calibrate=int(source) if source.lstrip("-").isdigit() else Path(source),
         seed=options.seed,
     )
@@ -141,6 +150,12 @@ def _lines(found: dict[str, Any], out: Path) -> list[str]:
     if split:
         bits = "the same bits" if found["weights_bitwise"] else "OTHER WEIGHTS"
         lines.append(f"merged back: {bits}")
+        if found["refits"]:
+            before, after = map(fmean, zip(*found["refits"].values(), strict=True))
+            lines.append(
+                "down-projections fitted again: relative error of an MLP's output "
+                f"{before:.3f} -> {after:.3f}, mean of {len(found['refits'])} layers"
+            )
         lines.append(
             f"loss: dense {found['loss_dense']:.4f}, every expert "
             f"{found['loss_all_experts']:.4f}, as written (top {found['top_k']} of "

@@ -23,34 +23,61 @@ class LayerValues(NamedTuple):
 
     attention_input: Float[np.ndarray, "N D"]  # normalised
     heads: Float[np.ndarray, "N Q H"]  # each head's weighted values
+    residual: Float[np.ndarray, "N D"]  # what the MLP's output is added to
     mlp_input: Float[np.ndarray, "N D"]  # normalised
     neurons: Float[np.ndarray, "N F"]  # activations, as w_down reads them
+    output: Float[np.ndarray, "N D"]  # the MLP's
 
 
-def layer_values(model: Any, batch: Mapping[str, np.ndarray]) -> Iterator[LayerValues]:
-    """Yield the values of each layer of a dense model on a batch, in order.
+class Stream:
+    """A batch on its way through a dense model, one layer after another.
 
     The batch is one of the run's datasets. One layer is in memory at a time.
     """
-    config = model.config
-    if "images" in batch:
-        x = model.embed(jnp.asarray(batch["images"]))
-        context = make_context(config, x.shape[:2])
-        valid = np.ones(x.shape[:2], bool)
-    else:
-        tokens = jnp.asarray(batch["tokens"])
-        known: dict[str, Any] = {
-            k: jnp.asarray(v) for k, v in batch.items() if k in _OPTIONS
-        }
-        context = make_context(config, tokens.shape, **known)
-        x = model.embed(tokens, context.positions)
-        valid = np.asarray(batch["segments"]) != 0
-    blocks, period = model.trunk.blocks, layer_period(config)
-    for number in range(config.num_layers):
-        stack, index = number % period, number // period
-        block = jax.tree.map(lambda a, index=index: a[index], blocks[stack])
-        x, values = _run_layer(block, x, context)
-        yield LayerValues(*(np.asarray(value)[valid] for value in values))
+
+    def __init__(self, model: Any, batch: Mapping[str, np.ndarray]):
+        config = model.config
+        if "images" in batch:
+            x = model.embed(jnp.asarray(batch["images"]))
+            context = make_context(config, x.shape[:2])
+            valid = np.ones(x.shape[:2], bool)
+        else:
+            tokens = jnp.asarray(batch["tokens"])
+            known: dict[str, Any] = {
+                k: jnp.asarray(v) for k, v in batch.items() if k in _OPTIONS
+            }
+            context = make_context(config, tokens.shape, **known)
+            x = model.embed(tokens, context.positions)
+            valid = np.asarray(batch["segments"]) != 0
+        self._model, self._context, self._valid = model, context, valid
+        self._number, self._residual, self._output = 0, x, jnp.zeros_like(x)
+
+    def run_layer(self) -> LayerValues:
+        """Return what the next layer computes."""
+        blocks = self._model.trunk.blocks
+        stack, index = self._place()
+        block = jax.tree.map(lambda a: a[index], blocks[stack])
+        x = self._residual + self._output
+        self._residual, self._output, values = _run_layer(block, x, self._context)
+        self._number += 1
+        return LayerValues(*(np.asarray(value)[self._valid] for value in values))
+
+    def replace_output(self, output: Float[np.ndarray, "N D"]) -> None:
+        """Let the last layer's MLP have written something else."""
+        whole = np.zeros(self._output.shape, np.float32)
+        whole[self._valid] = output
+        self._output = jnp.asarray(whole, self._output.dtype)
+
+    def _place(self) -> tuple[int, int]:
+        period = layer_period(self._model.config)
+        return self._number % period, self._number // period
+
+
+def layer_values(model: Any, batch: Mapping[str, np.ndarray]) -> Iterator[LayerValues]:
+    """Yield the values of each layer of a dense model on a batch, in order."""
+    stream = Stream(model, batch)
+    for _ in range(model.config.num_layers):
+        yield stream.run_layer()
 
 
 _OPTIONS = ("positions", "segments")
@@ -59,8 +86,8 @@ _OPTIONS = ("positions", "segments")
 @jax.jit
 def _run_layer(
     block: Block, x: Float[Array, "B T D"], context: Context
-) -> tuple[Array, tuple[Array, ...]]:
-    """Return the block's output and what `LayerValues` holds."""
+) -> tuple[Array, Array, tuple[Array, ...]]:
+    """Return what the MLP adds to and its output, and what `LayerValues` holds."""
     attention: Any = block.attention
     first = block.attention_norm(x)
     q, k, v = attention.project_qkv(first, context.positions)
@@ -69,7 +96,7 @@ def _run_layer(
     x = x + attention.project_out(heads)
     second = block.mlp_norm(x)
     neurons, output = _run_mlp(block.mlp, second)
-    return x + output, (first, heads, second, neurons)
+    return x, output, (first, heads, x, second, neurons, output)
 
 
 def _run_mlp(mlp: Any, x: Array) -> tuple[Array, Array]:

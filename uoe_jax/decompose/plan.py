@@ -1,76 +1,193 @@
-"""How to cut a dense model: the order of its neurons and the routers to start with."""
+"""How to cut a dense model: its neurons' order, routers, fitted down-projections."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.decompose.calibrate import LayerValues, layer_values
+from uoe_jax.decompose.calibrate import LayerValues, Stream
 from uoe_jax.decompose.group import Grouping, contributions, order_neurons
 from uoe_jax.decompose.layers import (
     from_layers,
     to_layers,
 )
+from uoe_jax.decompose.refit import Refit, chosen_gates, core_first, fit_down
 from uoe_jax.decompose.route import (
     RouterFit,
     RouterStart,
     expert_lengths,
     fit_router,
 )
-from uoe_jax.decompose.split import PARTS, split_params
+from uoe_jax.decompose.split import PARTS, Part, split_params
+from uoe_jax.errors import ConfigError
+from uoe_jax.fields import Checked, Count, Seed, Whole
 from uoe_jax.model import flat_params
+from uoe_jax.runs.batches import CALIBRATION_TOKENS
 from uoe_jax.tree import Arrays
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cut(Checked):
+    """How a dense run becomes a union run.
+
+    `router` None means zero where every expert is used (then every gate is 1), else
+    least squares. `attention_experts` None means as many as `num_experts`. `shared`
+    experts of the MLP are always on: the neurons that write most. `refit` fits the
+    MLP's down-projections to the experts that are left on. `calibrate` is a text file,
+    or tokens of the run's own training data.
+    """
+
+    num_experts: Count
+    top_k: Count | None = None  # None: all of them
+    attention_experts: Count | None = None
+    shared: Whole = 0  # of num_experts and of top_k
+    parts: tuple[Part, ...] = PARTS
+    grouping: Grouping = "contiguous"
+    router: RouterStart | None = None
+    refit: bool = False
+    calibrate: Path | Count = CALIBRATION_TOKENS
+    seed: Seed = 0
+
+    @property
+    def chosen(self) -> int:
+        """Experts that a token uses."""
+        return self.top_k or self.num_experts
+
+    @property
+    def start(self) -> RouterStart:
+        """How the routers start."""
+        exact = self.chosen == self.num_experts
+        return self.router or ("zero" if exact else "least_squares")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether data decides on anything."""
+        grouped = self.grouping == "coactivation" or self.shared > 0
+        return self.start != "zero" or grouped or self.refit
+
+    def check(self) -> None:
+        """Raise ConfigError for wishes that contradict each other."""
+        if (self.shared or self.refit) and "mlp" not in self.parts:
+            name = "shared" if self.shared else "refit"
+            raise ConfigError(
+                f"{name} is about the MLP's neurons and parts is {list(self.parts)}; "
+                "cut the MLP too, or leave it out"
+            )
+        if self.shared >= self.chosen and self.shared:
+            raise ConfigError(
+                f"shared is {self.shared}; always-on experts are part of the "
+                f"{self.chosen} a token uses and one must be left to route: use 0 to "
+                f"{self.chosen - 1}"
+            )
+        if self.refit and self.chosen == self.num_experts:
+            raise ConfigError(
+                f"refit is for experts that are off and a token uses all "
+                f"{self.num_experts}; give a smaller top_k, or leave it out"
+            )
+
+
 class Plan(NamedTuple):
-    """A union's parameters, its neurons' order, and the routers fitted for it."""
+    """A union's parameters, its neurons' order, and what was fitted for it."""
 
     params: Arrays  # routers zero: with every expert chosen, exactly the dense model
     order: Int[np.ndarray, "L F"]
     routers: dict[tuple[int, str], RouterFit]  # by layer and part
+    refits: dict[int, Refit]  # by layer
 
 
 def make_plan(
-    model: Any,
-    union: ModelConfig,
-    grouping: Grouping,
-    router: RouterStart,
-    batch: Mapping[str, np.ndarray] | None,
-    seed: int = 0,
+    model: Any, union: ModelConfig, cut: Cut, batch: Mapping[str, np.ndarray] | None
 ) -> Plan:
     """Return a dense model cut into `union`; `batch` is for what calibrates.
 
-    The neurons of layers whose MLP stays dense keep their order.
+    The neurons of layers whose MLP stays dense keep their order. Refitted layers see
+    what the layers before them write once they are cut, and make up for it, unless
+    heads are routed too: then each layer is fitted on the dense model's values.
     """
     config, params = model.config, flat_params(model)
     layers = to_layers(params, config)[1]
-    calibrates = router != "zero" or grouping == "coactivation"
-    values = layer_values(model, batch) if calibrates and batch is not None else None
-    orders, routers = [], {}
-    for number, kinds in enumerate(union.layer_kinds):
-        seen = next(values) if values is not None else None
+    if not cut.calibrates:
+        batch = None
+    dense = None if batch is None else Stream(model, batch)
+    follows = cut.refit and "union" not in union.attention
+    after_cuts = Stream(model, batch) if batch is not None and follows else None
+    orders, routers, refits = [], {}, {}
+    for number, (_, kind) in enumerate(union.layer_kinds):
+        seen = None if dense is None else dense.run_layer()
+        now = seen if after_cuts is None else after_cuts.run_layer()
         order = np.arange(config.d_ff)
-        if kinds[PARTS.index("mlp")] == "union":
-            written = None
-            if seen is not None:
-                w_down = layers[number]["mlp.w_down"][0].astype(np.float32)
-                written = contributions(seen.neurons, w_down)
-            order = order_neurons(
-                grouping,
-                union.union_for("mlp").num_experts,
-                config.d_ff,
-                seed=seed + number,
-                contributions=written,
-            )
+        if kind == "union":
+            order = _order(layers[number], union, cut, number, seen)
         orders.append(order)
-        if router != "zero" and seen is not None:
-            routers |= _fit_layer(layers[number], union, number, order, seen)
+        if now is None or seen is None:
+            continue
+        if cut.start != "zero":
+            routers |= _fit_layer(layers[number], union, number, order, now)
+        if cut.refit and kind == "union":
+            router = routers.get((number, "mlp"))
+            found = _refit_layer(layers[number], union, order, router, (seen, now))
+            refits[number] = found
+            if after_cuts is not None:
+                after_cuts.replace_output(found.outputs + _bias(layers[number]))
     order = np.stack(orders).astype(np.int32)
-    return Plan(split_params(params, config, union, order), order, routers)
+    return Plan(split_params(params, config, union, order), order, routers, refits)
+
+
+def _order(
+    layer: Mapping[str, np.ndarray],
+    union: ModelConfig,
+    cut: Cut,
+    number: int,
+    seen: LayerValues | None,
+) -> Int[np.ndarray, " F"]:
+    """Return one layer's neurons in the order in which they are cut: the core first."""
+    width, rest = union.d_ff // cut.num_experts, np.arange(union.d_ff)
+    written, core = None, rest[:0]
+    if seen is not None:
+        w_down = layer["mlp.w_down"][0].astype(np.float32)
+        written = contributions(seen.neurons, w_down)
+        if cut.shared:
+            mask = core_first(written, cut.shared * width)
+            core, rest = np.flatnonzero(mask), np.flatnonzero(~mask)
+            written = written[:, rest]
+    order = order_neurons(
+        cut.grouping,
+        cut.num_experts - cut.shared,
+        len(rest),
+        seed=cut.seed + number,
+        contributions=written,
+    )
+    return np.concatenate([core, rest[order]])
+
+
+def _bias(layer: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the MLP's output bias, which belongs to no expert; 0 without one."""
+    found = layer.get("mlp.b_down")
+    return np.zeros((), np.float32) if found is None else found.astype(np.float32)
+
+
+def _refit_layer(
+    layer: Mapping[str, np.ndarray],
+    union: ModelConfig,
+    order: Int[np.ndarray, " F"],
+    router: RouterFit | None,
+    values: tuple[LayerValues, LayerValues],
+) -> Refit:
+    """Return the down-projection that brings the stream back to the dense model's.
+
+    `values` are the dense model's and those after the cuts so far.
+    """
+    seen, now = values
+    gates = chosen_gates(now.mlp_input, router, union.union_for("mlp"))
+    wanted = seen.residual + seen.output - now.residual - _bias(layer)
+    w_down = layer["mlp.w_down"][0].astype(np.float32)
+    return fit_down(now.neurons[:, order], gates, w_down[order], wanted)
 
 
 def _fit_layer(
@@ -98,12 +215,15 @@ def _fit_layer(
     return fits
 
 
-def with_routers(plan: Plan, union: ModelConfig) -> tuple[Arrays, Arrays]:
-    """Return a plan's parameters with its routers in place, and their biases."""
+def as_written(plan: Plan, union: ModelConfig) -> tuple[Arrays, Arrays]:
+    """Return a plan's parameters with all that was fitted, and the routers' biases."""
     rest, layers = to_layers(plan.params, union)
     biases: list[dict[str, Any]] = [{} for _ in layers]
     for (number, part), fit in plan.routers.items():
         name = f"{part}.router"
         layers[number][f"{name}.weight"] = fit.weight.astype(np.float32)
         biases[number][f"{name}.bias"] = fit.bias.astype(np.float32)
+    for number, refit in plan.refits.items():
+        old = layers[number]["mlp.w_down"]
+        layers[number]["mlp.w_down"] = refit.w_down.reshape(old.shape).astype(old.dtype)
     return from_layers(rest, layers, union), from_layers({}, biases, union)

@@ -10,20 +10,11 @@ from typing import Any
 import numpy as np
 
 from uoe_jax.config import ExperimentConfig, ModelConfig
-from uoe_jax.decompose.group import Grouping
-from uoe_jax.decompose.plan import make_plan, with_routers
-from uoe_jax.decompose.route import RouterStart
-from uoe_jax.decompose.split import (
-    PARTS,
-    Part,
-    merge_params,
-    merged_config,
-    union_config,
-)
+from uoe_jax.decompose.plan import Cut, as_written, make_plan
+from uoe_jax.decompose.split import merge_params, merged_config, union_config
 from uoe_jax.errors import DataError
-from uoe_jax.fields import Checked, Count, Seed, check_ranges
+from uoe_jax.fields import check_ranges
 from uoe_jax.model import with_params
-from uoe_jax.runs.batches import CALIBRATION_TOKENS
 from uoe_jax.runs.integrity import digest_array
 from uoe_jax.runs.probe import in_float32
 from uoe_jax.runs.result import RESULT, read_result
@@ -34,41 +25,6 @@ from uoe_jax.validation import validate
 ORDER = "neuron_order.npy"  # in a union's folder: its neurons, as the dense model's
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cut(Checked):
-    """How a dense run becomes a union run.
-
-    `router` None means zero where every expert is used (then every gate is 1), else
-    least squares. `attention_experts` None means as many as `num_experts`.
-    `calibrate` is a text file, or tokens of the run's own training data.
-    """
-
-    num_experts: Count
-    top_k: Count | None = None  # None: all of them
-    attention_experts: Count | None = None
-    parts: tuple[Part, ...] = PARTS
-    grouping: Grouping = "contiguous"
-    router: RouterStart | None = None
-    calibrate: Path | Count = CALIBRATION_TOKENS
-    seed: Seed = 0
-
-    @property
-    def chosen(self) -> int:
-        """Experts that a token uses."""
-        return self.top_k or self.num_experts
-
-    @property
-    def start(self) -> RouterStart:
-        """How the routers start."""
-        exact = self.chosen == self.num_experts
-        return self.router or ("zero" if exact else "least_squares")
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether data decides on anything."""
-        return self.start != "zero" or self.grouping == "coactivation"
-
-
 def decompose_run(
     folder: Path, out: Path, cut: Cut, *, which: Which = "last"
 ) -> dict[str, Any]:
@@ -77,6 +33,7 @@ def decompose_run(
     Raises what `operate` does, and ConfigError for a cut that can't be.
     """
     check_ranges(cut, "cut.")
+    cut.check()
     return operate(folder, out, splitting(cut), verb="decompose", which=which)
 
 
@@ -98,14 +55,19 @@ def splitting(cut: Cut) -> Surgery:
 
     def change(config: ExperimentConfig, params: Arrays, source: Source) -> Changed:
         model = union_config(
-            config.model, cut.num_experts, cut.chosen, cut.parts, cut.attention_experts
+            config.model,
+            cut.num_experts,
+            cut.chosen,
+            cut.parts,
+            cut.attention_experts,
+            cut.shared,
         )
         new = renamed(config, model, f"union{cut.num_experts}")
         validate(new)
         batch = source.calibration(cut.calibrate) if cut.calibrates else None
         dense = with_params(in_float32(config.model), params, source.buffers)
-        plan = make_plan(dense, model, cut.grouping, cut.start, batch, cut.seed)
-        routed, biases = with_routers(plan, model)
+        plan = make_plan(dense, model, cut, batch)
+        routed, biases = as_written(plan, model)
         merged = merge_params(plan.params, model, config.model, plan.order)
         report = {
             **{k: v for k, v in dataclasses.asdict(cut).items() if k != "calibrate"},
@@ -116,6 +78,10 @@ def splitting(cut: Cut) -> Surgery:
             "router_explains": {
                 f"{part} {number}": fit.explained
                 for (number, part), fit in plan.routers.items()
+            },
+            "refits": {
+                f"mlp {number}": [fit.before, fit.after]
+                for number, fit in plan.refits.items()
             },
             "neuron_order": digest_array(plan.order),
         }

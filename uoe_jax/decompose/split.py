@@ -35,21 +35,25 @@ def union_config(
     top_k: int,
     parts: Iterable[Part] = PARTS,
     attention_experts: int | None = None,
+    shared: int = 0,
 ) -> ModelConfig:
     """Return a dense model's config with the given parts of every layer a union.
 
     Attention may have another number of experts; a token then uses the same share of
-    them, rounded. Raises ConfigError if some part of the model isn't dense.
+    them, rounded. `shared` experts of the MLP are always on, none of attention. Raises
+    ConfigError if some part of the model isn't dense.
     """
     check_dense(config)
     parts = tuple(parts)
     if not parts:
         raise ConfigError("no part to decompose; name attention, mlp or both")
-    union = dataclasses.replace(config.union, num_experts=num_experts, top_k=top_k)
-    own = UnionOverrides()
+    union = dataclasses.replace(
+        config.union, num_experts=num_experts, top_k=top_k, num_shared=shared
+    )
+    own = UnionOverrides(num_shared=0 if shared else None)
     if attention_experts is not None and attention_experts != num_experts:
         share = max(round(attention_experts * top_k / max(num_experts, 1)), 1)
-        own = UnionOverrides(num_experts=attention_experts, top_k=share)
+        own = dataclasses.replace(own, num_experts=attention_experts, top_k=share)
     kinds: dict[str, Any] = {part: ("union",) for part in parts}
     return dataclasses.replace(config, union=union, union_attention=own, **kinds)
 
