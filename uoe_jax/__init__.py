@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         register_mlp,
         register_router,
     )
+    from uoe_jax.model.capture import capture
     from uoe_jax.presets import get_preset
     from uoe_jax.show import show
 
@@ -68,6 +69,7 @@ __all__ = [
     "UnionConfig",
     "UoeError",
     "adapt",
+    "capture",
     "complete",
     "decompose",
     "evaluate",
@@ -92,6 +94,7 @@ _FILES = {
     "errors": ("UoeError",),
     "presets": ("get_preset",),
     "model": ("make_model", *(n for n in __all__ if n.startswith("register_"))),
+    "model.capture": ("capture",),
     "linalg.completion.fit": ("complete",),
     "show": ("show",),
     "api": ("adapt", "decompose", "evaluate", "generate", "leakcheck", "load_run",
