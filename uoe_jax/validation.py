@@ -19,6 +19,9 @@ from uoe_jax.files import check_path
 from uoe_jax.kinds import ATTENTIONS, ROUTERS
 
 CONFIG = "config.json"  # of a run's folder
+# What else lies there as a file; and as a folder.
+_FILES = ("data.json", "env.json", "metrics.jsonl", "tokenizer.json")
+_FOLDERS = ("checkpoints", "best")
 
 
 def validate(config: ExperimentConfig) -> None:
@@ -64,15 +67,28 @@ def read_config(folder: Path) -> ExperimentConfig:
 def parse_config(folder: Path) -> ExperimentConfig:
     """Return the config in a run's folder as it is, its types checked, not its rules.
 
-    Raises ConfigError, naming the file, for one that holds no config.
+    Raises ConfigError, naming the file, for one that holds no config, and where what
+    else a run has isn't of its kind, such as a folder under the name of a file.
     """
     path = folder / CONFIG
+    _check_kinds(folder)
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} isn't text ({error.reason}); restore it") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _check_kinds(folder: Path) -> None:
+    """Raise ConfigError for a folder in a file's place, or the other way round."""
+    for name in (*_FILES, *_FOLDERS):
+        place, file = folder / name, name in _FILES
+        if place.exists() and not (place.is_file() if file else place.is_dir()):
+            raise ConfigError(
+                f"{place} is not a {'file' if file else 'folder'}, as a run has there; "
+                "move it away, or restore what was there"
+            )
 
 
 def find_problems(config: ExperimentConfig) -> Iterator[str]:

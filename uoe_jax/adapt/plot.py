@@ -20,7 +20,9 @@ def plot_adaptation(report: dict[str, Any], path: Path) -> None:
     steps = np.arange(1, len(losses) + 1)
     axes.plot(steps, losses, color="#3b6ea5", linewidth=1, label="training")
     for when, style in (("before", ":"), ("after", "--")):
-        loss = report[when]["loss"]
+        loss = report.get(when, {}).get("loss")
+        if loss is None:  # its line of the metrics is lost
+            continue
         label = f"validation {when}: {loss:.3f}"
         axes.axhline(loss, color="#c44e52", linestyle=style, label=label)
     params = report["params"]

@@ -175,17 +175,20 @@ def _measured(
 ) -> dict[str, Any]:
     """Return the report's numbers: before and after, and what the training took."""
     lines = list(read_metrics(out / METRICS))
-    scores = lambda line: {key: line[key] for key in SCORES}
     evaluated = {line["step"]: line for line in lines if line["kind"] == "eval"}
-    found: dict[str, Any] = {"before": scores(evaluated[0])}
     steps = summary["step"]
+    # A line that was damaged has been left out, with a word.
+    found: dict[str, Any] = {
+        when: {key: evaluated[step].get(key) for key in SCORES}
+        for when, step in {"before": 0, **({"after": steps} if steps else {})}.items()
+        if step in evaluated
+    }
     if not steps:
         return found
     seconds, memory = summary["seconds"], summary.get("temporary_bytes")
     return found | {
-        "after": scores(evaluated[steps]),
         "steps": steps,
-        "losses": [line["loss"] for line in lines if line["kind"] == "train"],
+        "losses": [line.get("loss") for line in lines if line["kind"] == "train"],
         "seconds": seconds,
         "compile_seconds": summary.get("compile_seconds"),
         "tokens_per_second": summary["tokens"] / seconds,

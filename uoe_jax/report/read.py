@@ -15,6 +15,7 @@ from uoe_jax.config import (
     MoeConfig,
     UnionConfig,
 )
+from uoe_jax.data.progress import note_once
 from uoe_jax.errors import DataError
 from uoe_jax.escape import escape_line
 from uoe_jax.files import read_json, read_json_lines
@@ -173,7 +174,12 @@ def _read_metrics(file: Path, *, required: bool) -> tuple[list[dict], list[dict]
             return [], []
         raise DataError(f"{file.parent} has no metrics.jsonl; train the run first")
     train, evals = [], []
-    for record in read_json_lines(file, step=True).records:
+    lines = read_json_lines(file, step=True)
+    if lines.broken:
+        which = ", ".join(map(str, lines.broken[:5]))
+        more = ", ..." if len(lines.broken) > 5 else ""
+        note_once(f"{file}: lines {which}{more} hold no metrics and are left out")
+    for record in lines.records:
         if record["kind"] == "train":
             train.append(record)
         elif record["kind"] == "eval" and record.get("split", "valid") == "valid":

@@ -18,7 +18,13 @@ from uoe_jax.config import ExperimentConfig, to_json
 from uoe_jax.data.prepare import absolute_paths
 from uoe_jax.data.record import DataRecord, read_record, write_record
 from uoe_jax.errors import CheckpointError, ConfigError
-from uoe_jax.files import format_json, parse_json, read_json, write_atomically
+from uoe_jax.files import (
+    format_json,
+    parse_json,
+    read_json,
+    read_json_lines,
+    write_atomically,
+)
 from uoe_jax.runs.lock import RunLock
 from uoe_jax.validation import parse_config
 
@@ -59,6 +65,9 @@ FREE_FIELDS = frozenset(
         "train.profile",
     }
 )
+# Where data and tokenizer lie, and how a tokenizer was asked for: a run's record of
+# its data has the hashes of both.
+_MOVED_FIELDS = frozenset({"data.path", "data.tokenizer", "data.bpe_vocab_size"})
 _PACKAGES = ("uoe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -156,30 +165,51 @@ def _check_config(
     return record.followed_by(data, path, accept=config.data.allow_changed or not begun)
 
 
-def check_model(path: Path, config: ExperimentConfig, saved: Mapping[str, Any]) -> None:
-    """Refuse another model than `saved`, the config of a run's checkpoint, has.
+def check_saved(
+    path: Path, config: ExperimentConfig, saved: Mapping[str, Any], step: int
+) -> None:
+    """Refuse another config than `saved`, which a run's checkpoint of `step` has.
 
-    A config.json has no checksum: one flipped digit of it can give other numbers.
-    Fields that an older version didn't save aren't compared. Raises CheckpointError.
+    A config.json has no checksum: one flipped digit of it can give other numbers. What
+    a run may change as it goes on may differ, and where its data lies, as the data's
+    record says whether it is the same. A checkpoint that the run was made with, of
+    another run, settles the model alone. Fields that an older version didn't save
+    aren't compared. Raises CheckpointError.
     """
-    before = saved.get("model")
-    if not isinstance(before, dict) or not has_begun(path):
+    if not has_begun(path):
         return
-    now = parse_json(format_json(dataclasses.asdict(config.model)), CONFIG)
-    differing = list(_differing(now, before, "model"))
+    now = parse_json(format_json(dataclasses.asdict(config)), CONFIG)
+    if not _has_trained_to(path, step):
+        now = {"model": now["model"]}
+    free = FREE_FIELDS | _MOVED_FIELDS
+    differing = [text for name, text in _differing(now, saved) if name not in free]
     if differing:
         raise CheckpointError(
-            f"{path / CONFIG} isn't of the model that was trained: "
+            f"{path / CONFIG} isn't of the run that was trained: "
             f"{'; '.join(differing[:8])}; restore the file"
         )
 
 
-def _differing(now: Any, before: Any, name: str) -> Iterator[str]:
-    if isinstance(now, dict) and isinstance(before, dict):
-        for key in now.keys() & before.keys():
-            yield from _differing(now[key], before[key], f"{name}.{key}")
+def _has_trained_to(path: Path, step: int) -> bool:
+    """Whether the run itself saved the checkpoint of a step, after training to it.
+
+    True where its metrics are lost: then nobody can say.
+    """
+    file = path / METRICS
+    if not file.is_file():
+        return True
+    lines = read_json_lines(file, step=True).records
+    return any(line["kind"] == "train" and line["step"] <= step for line in lines)
+
+
+def _differing(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted name of each field that both have and that differs, and how."""
+    if isinstance(now, dict) and isinstance(before, Mapping):
+        for key in [key for key in now if key in before]:
+            inner = f"{name}.{key}" if name else key
+            yield from _differing(now[key], before[key], inner)
     elif now != before:
-        yield f"{name} is {now!r}, was {before!r}"
+        yield name, f"{name} is {now!r}, was {before!r}"
 
 
 def has_begun(path: Path) -> bool:

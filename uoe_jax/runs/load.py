@@ -24,7 +24,7 @@ from uoe_jax.errors import CheckpointError, DataError
 from uoe_jax.files import local_path
 from uoe_jax.model import split_model
 from uoe_jax.runs.checkpoint import Checkpoints
-from uoe_jax.runs.folder import BEST, CHECKPOINTS, CONFIG, check_model
+from uoe_jax.runs.folder import BEST, CHECKPOINTS, CONFIG, check_saved
 from uoe_jax.runs.state import Progress
 from uoe_jax.tree import fill_leaves, named_leaves
 from uoe_jax.validation import read_config
@@ -71,7 +71,7 @@ def load_run(
     template = {"params": params, "buffers": buffers}
     store = Checkpoints(run_dir / (BEST if which == "best" else CHECKPOINTS))
     step, arrays, progress = store.restore(named_leaves(template), step=step)
-    check_model(run_dir, config, store.config(step))
+    check_saved(run_dir, config, store.config(step), step)
     state = jax.device_put(fill_leaves(template, arrays))
     model = nnx.merge(graphdef, *state.values())
     return LoadedRun(config, model, step, run_dir, Progress(**progress))

@@ -29,7 +29,7 @@ from uoe_jax.runs.folder import (
     BEST,
     CHECKPOINTS,
     METRICS,
-    check_model,
+    check_saved,
     open_run_dir,
     write_environment,
 )
@@ -180,7 +180,8 @@ class _Run:
             template, step=step, optional=level
         )
         self.fresh = False
-        check_model(self.run_dir, self.config, self.checkpoints.config(self.step))
+        saved = self.checkpoints.config(self.step)
+        check_saved(self.run_dir, self.config, saved, self.step)
         barrier("checkpoint is read")
         # A checkpoint of a run without `max_loss_jump` has no level: it begins anew.
         begun = {name: template[name] for name in level - arrays.keys()}
@@ -192,9 +193,7 @@ class _Run:
         for text in (
             describe_newer(self.step, self.checkpoints, self.best),
             describe_resharding(about, self.mesh.shape),
-            describe_rate_jump(
-                self.step, self.checkpoints.config(self.step), self.config
-            ),
+            describe_rate_jump(self.step, saved, self.config),
         ):
             if text:
                 self.display.note(text)
