@@ -40,6 +40,22 @@ CASES = {
     "depths": small(blocks=("all", "mod"), attention=("moba",)),
     "encoder": small(kind="encoder", num_classes=7),
     "vision": small(kind="vision", image_channels=3, position="learned"),
+    "qkv bias": small(attention_bias="qkv", mlp_bias=True, qk_norm=True),
+    "windows": small(attention=("union",), window=(0, 4), qk_norm=True),
+    "post norm": small(
+        kind="encoder",
+        norm_place="post",
+        norm="layernorm",
+        embed_norm=True,
+        token_types=2,
+        pooling="tanh",
+        encoder_head="tokens",
+        position="learned",
+    ),
+    "hidden": small(kind="encoder", encoder_head="none", pooling="tanh"),
+    "class token": small(
+        kind="vision", class_token=True, position="learned", pooling="first"
+    ),
     **{
         f"router {name}": small(
             kind="encoder", mlp=("union",), attention=("union",), union={"router": name}

@@ -147,8 +147,23 @@ class MoeConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling(Checked):
+    """How rotary frequencies are stretched for longer texts than a model began with.
+
+    linear: all by `factor` (Chen et al. 2023). llama3: those whose waves are longer
+    than `original_max_seq_len` / `low_freq_factor`, and by parts down to / `high`.
+    """
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    factor: Positive = 1.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_seq_len: Length = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig(Checked):
-    """A decoder language model, encoder classifier or vision transformer."""
+    """A decoder language model, an encoder or a vision transformer."""
 
     kind: Literal["decoder", "encoder", "vision"] = "decoder"
     vocab_size: Count = 256
@@ -170,11 +185,27 @@ class ModelConfig(Checked):
     mod: ModConfig = field(default_factory=ModConfig)
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: Positive = 1e-6
+    norm_place: Literal["pre", "post"] = "pre"  # post: after each residual sum
+    embed_norm: bool = False  # of the embeddings too
+    qk_norm: bool = False  # RMS norm of each query and key head, before rotation
     position: Literal["rope", "learned"] = "rope"
     rope_theta: Positive = 10_000.0
-    activation: Literal["gelu", "swiglu"] = "gelu"
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    # Tokens that attention sees, itself and those before it; 0: all. Cycled as kinds.
+    window: tuple[Whole, ...] = (0,)
+    # gelu: the tanh form (Hendrycks and Gimpel 2016); gelu_erf: the exact one.
+    activation: Literal["gelu", "gelu_erf", "swiglu"] = "gelu"
     use_bias: bool = False
+    # Where attention and MLP differ from `use_bias`; qkv: no bias of the output.
+    attention_bias: Literal["none", "qkv", "all"] | None = None
+    mlp_bias: bool | None = None
     tie_embeddings: bool = True
+    token_types: Whole = 0  # learned vectors of token types, such as BERT's sentences
+    class_token: bool = False  # vision: a learned token before the patches
+    # What classes are read from; tanh: a layer of the first token (BERT's pooler).
+    pooling: Literal["mean", "first", "tanh"] = "mean"
+    # encoder: classes of a text, a token at each place, or nothing (hidden states).
+    encoder_head: Literal["classes", "tokens", "none"] = "classes"
     dropout: Fraction = 0.0
     num_classes: Count = 10  # encoder and vision
     image_size: Pixels = 8  # vision: square images, pixels a side
@@ -203,7 +234,48 @@ class ModelConfig(Checked):
     @property
     def gated(self) -> bool:
         """Whether an MLP has a gate beside its up projection."""
-        return choose("activation", self.activation, {"gelu": False, "swiglu": True})
+        known = {"gelu": False, "gelu_erf": False, "swiglu": True}
+        return choose("activation", self.activation, known)
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        known = {"none": False, "qkv": True, "all": True}
+        given = self.attention_bias
+        return self.use_bias if given is None else choose("bias", given, known)
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether attention's output has a bias."""
+        given = self.attention_bias
+        return self.use_bias if given is None else given == "all"
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        """Whether MLPs have biases."""
+        return self.use_bias if self.mlp_bias is None else self.mlp_bias
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether norms come after the residual sums, not before the parts."""
+        return choose("norm_place", self.norm_place, {"pre": False, "post": True})
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of an image: its patches, and the class token."""
+        patches = (self.image_size // self.image_patch) ** 2
+        return patches + self.class_token
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The window of every layer, the pattern cycled."""
+        return tuple(self.window[i % len(self.window)] for i in range(self.num_layers))
+
+    def with_window(self, window: int) -> ModelConfig:
+        """Return the config of a model all of whose layers have this window."""
+        if self.window == (window,):
+            return self
+        return dataclasses.replace(self, window=(window,))
 
     @property
     def num_query_groups(self) -> int:

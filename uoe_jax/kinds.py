@@ -32,6 +32,19 @@ def causal_mean(length: float, causal: bool) -> float:
     return (length + 1) / 2 if causal else length
 
 
+def seen_mean(model: Any, length: float, share: float = 1.0) -> float:
+    """Return how many keys a token sees on average where it sees its window only.
+
+    Of a sample of `length` tokens, of which those that meet are a share. The window is
+    the first of the model's: facts are of one layer.
+    """
+    window, length = model.window[0] * share, length * share
+    if not window or window >= length:
+        return causal_mean(length, model.causal)
+    # The first `window` tokens see what is before them, the others a whole window.
+    return window - window * (window - 1) / (2 * length)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterFacts:
     """What is known of a kind of router without building it."""
@@ -65,9 +78,8 @@ class AttentionFacts:
     # and values.
     shares: Callable[[Any], tuple[float, float]] = lambda model: (1.0, 1.0)
     # Keys that meet a token's queries in a sample of some length, mean over all heads.
-    keys_seen: Callable[[Any, float], float] = lambda model, length: causal_mean(
-        length, model.causal
-    )
+    keys_seen: Callable[[Any, float], float] = seen_mean
+    windows: bool = False  # sees no more than the model's `window` says
     # FLOPs a token spends on choosing what it attends to, beside a router's product.
     choosing: Callable[[Any, float], float] = lambda model, length: 0.0
     # Parameters of its own beside `weights.ATTENTION`: name -> `weights.Param`.
@@ -164,13 +176,13 @@ def _union_keys(model: Any, length: float) -> float:
     # Every token is in an always-on expert's set, and a balanced share in another's.
     picks = union.top_k - union.num_shared
     share = picks / ROUTERS[union.router].experts_in_use(union)
-    keys = union.num_shared * causal_mean(length, model.causal)
-    keys += picks * causal_mean(length * share, model.causal)
+    keys = union.num_shared * seen_mean(model, length)
+    keys += picks * seen_mean(model, length, share)
     return keys / union.num_experts
 
 
 def _shared_keys(model: Any, length: float) -> float:
-    return _attention_union(model).keep * causal_mean(length, model.causal)
+    return _attention_union(model).keep * seen_mean(model, length)
 
 
 def _moh_columns(router: Any) -> dict[str, int]:
@@ -203,11 +215,12 @@ def _block_choice(model: Any, length: float) -> float:
 
 
 ATTENTIONS: dict[str, AttentionFacts] = {
-    "dense": AttentionFacts(splits=True),
+    "dense": AttentionFacts(splits=True, windows=True),
     "union": AttentionFacts(
         router=_attention_union,
         shares=_union_shares,
         keys_seen=_union_keys,
+        windows=True,
         splits=True,
         gathers=True,
     ),
@@ -222,6 +235,7 @@ ATTENTIONS: dict[str, AttentionFacts] = {
         more_columns=_moh_columns,
         shares=lambda model: (_attention_union(model).keep, 1.0),
         keys_seen=_shared_keys,
+        windows=True,
         gathers=True,
     ),
 }

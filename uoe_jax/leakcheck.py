@@ -162,10 +162,10 @@ def leakcheck(
     tokens, other = (
         jax.random.randint(k, shape, 0, config.vocab_size) for k in keys[:2]
     )
-    causal = config.causal
+    per_token = config.causal or config.encoder_head != "classes"
     findings = [
         check_rows(forward, tokens, other, tolerance),
-        check_padding(forward, tokens, other, tolerance, per_token=causal),
+        check_padding(forward, tokens, other, tolerance, per_token=per_token),
     ]
     if isinstance(model, Decoder):
         positions = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)

@@ -106,6 +106,8 @@ def find_problems(config: ExperimentConfig) -> Iterator[str]:
 
 def _model_rules(model: ModelConfig) -> Iterator[str]:
     yield from _model(model)
+    yield from _positions(model)
+    yield from _ends(model)
     yield from _union(model)
     yield from _moe(model)
     yield from _sparse(model)
@@ -145,7 +147,7 @@ def _model(model: ModelConfig) -> Iterator[str]:
             f"model.head_dim is {model.head_dim}; rotary positions need an even width, "
             f"use {model.head_dim + 1}"
         )
-    for name in ("attention", "mlp", "blocks"):
+    for name in ("attention", "mlp", "blocks", "window"):
         pattern = getattr(model, name)
         if not pattern:
             yield f"model.{name} is empty; name at least one kind"
@@ -161,12 +163,70 @@ def _model(model: ModelConfig) -> Iterator[str]:
                 f"model.image_size {model.image_size}; use one of "
                 f"{divisors(model.image_size)}"
             )
-        tokens = (model.image_size // model.image_patch) ** 2
+        tokens = model.num_image_tokens
         if tokens > model.max_seq_len:
             yield (
                 f"model.max_seq_len is {model.max_seq_len} but an image is {tokens} "
                 f"tokens; set it to {tokens}"
             )
+
+
+def _positions(model: ModelConfig) -> Iterator[str]:
+    """Yield what is wrong with windows and with the scaling of rotary positions."""
+    scaling = model.rope_scaling
+    if scaling.kind != "none" and not model.rotates:
+        yield (
+            f"model.rope_scaling.kind is {scaling.kind!r} and model.position "
+            f"{model.position!r}; only rotary positions are scaled, use none"
+        )
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if scaling.kind == "llama3" and low >= high:
+        yield (
+            f"model.rope_scaling.low_freq_factor is {low} and high_freq_factor {high}; "
+            "the second must be the larger one"
+        )
+    if not any(model.window):
+        return
+    if model.kind != "decoder":
+        yield (
+            f"model.window is {list(model.window)} and model.kind {model.kind!r}; only "
+            "a decoder has windows, use 0"
+        )
+    for kind in sorted(set(model.attention)):
+        if kind in ATTENTIONS and not ATTENTIONS[kind].windows:
+            yield (
+                f"model.window is {list(model.window)} with {kind!r} attention, which "
+                "chooses what it sees; use 0"
+            )
+    if "mod" in model.blocks:
+        yield (
+            f"model.window is {list(model.window)} with 'mod' blocks, in which only "
+            "tokens that entered see each other; use 0"
+        )
+
+
+def _ends(model: ModelConfig) -> Iterator[str]:
+    """Yield what doesn't fit the kind of model at its embeddings, norms and heads."""
+    if model.post_norm and "mod" in model.blocks:
+        yield (
+            "model.norm_place is 'post' with 'mod' blocks, whose tokens go around "
+            "norms; use pre"
+        )
+    vision, encoder = model.kind == "vision", model.kind == "encoder"
+    wrong = {
+        "class_token": model.class_token and not vision,
+        "token_types": model.token_types and vision,
+        "embed_norm": model.embed_norm and vision,
+        "pooling": model.pooling != "mean"
+        and not (encoder or vision)
+        or (model.pooling == "tanh" and vision),
+        "encoder_head": model.encoder_head != "classes" and not encoder,
+    }
+    for name in (name for name, found in wrong.items() if found):
+        yield (
+            f"model.{name} is {getattr(model, name)!r} and model.kind {model.kind!r}, "
+            "which has no such part; leave it at its default"
+        )
 
 
 def _union(model: ModelConfig) -> Iterator[str]:

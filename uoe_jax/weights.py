@@ -7,8 +7,8 @@ One letter an axis:
 
     l  layers of a stack          d  model width           v  vocabulary, or classes
     e  experts (1 when dense)     j  key/value heads       p  numbers of an image patch
-    x  experts that are scored    g  query heads of each   t  positions
-    f  neurons                    h  width of a head
+    x  experts that are scored    g  query heads of each   t  positions, types of tokens
+    f  neurons                    h  width of a head       w  model width, going out
 """
 
 from __future__ import annotations
@@ -137,6 +137,8 @@ NORM = {
     "scale": Weight(axes="d", ins="", outs="d"),
     "bias": Weight(axes="d", ins="", outs="d"),
 }
+HEAD_NORM = {"scale": Weight(axes="h", ins="", outs="h")}  # of every head
+_SQUARE = Weight(axes="dw", ins="d", outs="w", fsdp="d", cast=True)
 OUTER = {
     "embed.embedding": Weight(axes="vd", ins="v", outs="d", fsdp="d", cast=True),
     "embed.weight": Weight(axes="pd", ins="p", outs="d", fsdp="d"),
@@ -144,8 +146,16 @@ OUTER = {
     "embed.position.embedding": Weight(
         axes="td", ins="t", outs="d", fsdp="d", cast=True
     ),
+    "embed.token_type.embedding": Weight(
+        axes="td", ins="t", outs="d", fsdp="d", cast=True
+    ),
+    "embed.class_token": Weight(axes="d", ins="", outs="d"),
+    "pool.weight": _SQUARE,
+    "pool.bias": Weight(axes="w", ins="", outs="w"),
     "head.weight": Weight(axes="dv", ins="d", outs="v", fsdp="d", cast=True),
     "head.bias": Weight(axes="v", ins="", outs="v"),
+    "head.transform.weight": _SQUARE,
+    "head.transform.bias": Weight(axes="w", ins="", outs="w"),
 }
 
 
@@ -160,6 +170,7 @@ def find_weight(name: str) -> Weight | None:
     part = folder.rpartition(".")[2]
     tables = {"attention": ATTENTION, "mlp": MLP, "router": ROUTER}
     table = NORM if part.endswith("norm") else tables.get(part, {})
+    table = HEAD_NORM if part in ("q_norm", "k_norm") else table
     weight = table.get(last)
     return weight.stacked() if weight and "blocks." in name else weight
 
@@ -186,7 +197,8 @@ class Param:
 
 def layer_period(model: ModelConfig) -> int:
     """Return after how many layers the pattern of kinds repeats: the stacks."""
-    period = math.lcm(len(model.attention), len(model.mlp), len(model.blocks))
+    patterns = (model.attention, model.mlp, model.blocks, model.window)
+    period = math.lcm(*map(len, patterns))
     return min(period, model.num_layers)
 
 
@@ -196,7 +208,13 @@ def model_params(model: ModelConfig) -> dict[str, Param]:
         name: Param(weight=OUTER[name], shape=_shape(OUTER[name], sizes))
         for name, sizes in _outer_sizes(model).items()
     }
-    params |= _norm("trunk.norm", model, {"d": model.d_model})
+    width = {"d": model.d_model}
+    if not model.post_norm:
+        params |= _norm("trunk.norm", model, width)
+    if model.embed_norm and model.kind != "vision":
+        params |= _norm("embed.norm", model, width)
+    if model.kind == "encoder" and model.encoder_head == "tokens":
+        params |= _norm("head.norm", model, width)
     period = layer_period(model)
     for stack in range(period):
         layers = len(range(stack, model.num_layers, period))
@@ -210,8 +228,6 @@ def model_params(model: ModelConfig) -> dict[str, Param]:
 def _outer_sizes(model: ModelConfig) -> dict[str, dict[str, int]]:
     """Return the weights outside the blocks, with the sizes of their axes."""
     d, vision = model.d_model, model.kind == "vision"
-    patches = (model.image_size // model.image_patch) ** 2
-    classes = model.vocab_size if model.kind == "decoder" else model.num_classes
     names: dict[str, dict[str, int]] = {}
     if vision:
         pixels = model.image_patch**2 * model.image_channels
@@ -220,12 +236,31 @@ def _outer_sizes(model: ModelConfig) -> dict[str, dict[str, int]]:
     else:
         names["embed.embedding"] = {"v": model.vocab_size, "d": d}
     if not model.rotates:
-        length = patches if vision else model.max_seq_len
+        length = model.num_image_tokens if vision else model.max_seq_len
         names["embed.position.embedding"] = {"t": length, "d": d}
-    if model.kind != "decoder" or not model.tie_embeddings:
-        names["head.weight"] = {"d": d, "v": classes}
-    if model.kind != "decoder":
-        names["head.bias"] = {"v": classes}
+    if vision and model.class_token:
+        names["embed.class_token"] = {"d": d}
+    if not vision and model.token_types:
+        names["embed.token_type.embedding"] = {"t": model.token_types, "d": d}
+    return names | _head_sizes(model)
+
+
+def _head_sizes(model: ModelConfig) -> dict[str, dict[str, int]]:
+    """Return the weights after the blocks, with the sizes of their axes."""
+    d, names = model.d_model, {}
+    if model.kind == "decoder":
+        if not model.tie_embeddings:
+            names["head.weight"] = {"d": d, "v": model.vocab_size}
+        return names
+    if model.kind == "encoder" and model.pooling == "tanh":
+        names |= {"pool.weight": {"d": d, "w": d}, "pool.bias": {"w": d}}
+    if model.kind == "encoder" and model.encoder_head == "tokens":
+        names["head.transform.weight"] = {"d": d, "w": d}
+        names["head.transform.bias"] = {"w": d}
+        names["head.bias"] = {"v": model.vocab_size}
+    elif model.kind == "vision" or model.encoder_head == "classes":
+        names["head.weight"] = {"d": d, "v": model.num_classes}
+        names["head.bias"] = {"v": model.num_classes}
     return names
 
 
@@ -263,8 +298,15 @@ def _attention(model: ModelConfig, kind: str) -> dict[str, Param]:
             weight=weight, shape=_shape(weight, sizes), routed=router is not None
         )
         for name, weight in ATTENTION.items()
-        if model.use_bias or name.startswith("w")
+        if name.startswith("w")
+        or (model.output_bias if name == "bo" else model.qkv_bias)
     }
+    if model.qk_norm:
+        scale = HEAD_NORM["scale"]
+        params |= {
+            f"{name}.scale": Param(weight=scale, shape=_shape(scale, sizes))
+            for name in ("q_norm", "k_norm")
+        }
     columns = router_columns(model, "attention", kind)
     params |= _router("router", columns, model.d_model)
     params |= ATTENTIONS[kind].params(model)
@@ -279,7 +321,7 @@ def _mlp(model: ModelConfig, kind: str) -> dict[str, Param]:
     params = {
         name: Param(weight=weight, shape=_shape(weight, sizes), routed=routed)
         for name, weight in MLP.items()
-        if name not in left_out and (model.use_bias or name.startswith("w"))
+        if name not in left_out and (model.has_mlp_bias or name.startswith("w"))
     }
     params |= _router("router", router_columns(model, "mlp", kind), model.d_model)
     params |= MLPS[kind].params(model)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from tiny_layouts import compute, first_state, make_config, one_device
 
-from uoe_jax.model.sharded import gathered_attention, ring_attention
+from uoe_jax.model.sharded import Sees, gathered_attention, ring_attention
 from uoe_jax.ops.dense_attention.reference import dense_attention
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
@@ -27,6 +27,12 @@ CASES = {
     "dense": ("dense", {"fsdp": 2, "sequence": 2, "tensor": 2}, {}),
     "moe": ("moe", {"fsdp": 2, "tensor": 4}, {"experts": "round_robin"}),
     "union": ("union", {"data": 2, "sequence": 2, "tensor": 2}, EVERYTHING),
+    "family": ("family dense", {"fsdp": 2, "sequence": 2, "tensor": 2}, {}),
+    "family union": (
+        "family union",
+        {"data": 2, "sequence": 2, "tensor": 2},
+        EVERYTHING,
+    ),
 }
 
 
@@ -52,20 +58,20 @@ def test_a_model_starts_the_same_on_every_mesh():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_rings_and_gathers_attend_as_one_device_does(causal):
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 5), (False, None)])
+def test_rings_and_gathers_attend_as_one_device_does(causal, window):
     rng = np.random.default_rng(0)
     draw = lambda heads: jnp.asarray(rng.normal(size=(2, 16, heads, 4)), jnp.float32)
     q, k, v = draw(4), draw(2), draw(2)
     segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, 16)), axis=1), jnp.int32)
     expected = dense_attention(
-        q, k, v, causal=causal, segments=segments, window=None, scale=0.5
+        q, k, v, causal=causal, segments=segments, window=window, scale=0.5
     )
     mesh = jax.make_mesh((4,), ("sequence",))
     split = PartitionSpec(None, "sequence")
     for attend in (ring_attention, gathered_attention):
         run = jax.shard_map(
-            partial(attend, causal=causal, axis="sequence", size=4),
+            partial(attend, sees=Sees(causal, window), axis="sequence", size=4),
             mesh=mesh,
             in_specs=split,
             out_specs=split,

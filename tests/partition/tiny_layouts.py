@@ -13,6 +13,7 @@ from uoe_jax.config import (
     MeshConfig,
     ModelConfig,
     MoeConfig,
+    RopeScaling,
     UnionConfig,
 )
 from uoe_jax.optim import make_optimizer
@@ -26,6 +27,14 @@ KINDS = {
     "moe": {"attention": ("dense",), "mlp": ("moe",)},
     "union": {"attention": ("union",), "mlp": ("union",)},
 }
+# What imported families have: norms of heads, windows, scaled rotation, fewer biases.
+FAMILY = {
+    "qk_norm": True,
+    "window": (5,),
+    "attention_bias": "qkv",
+    "rope_scaling": RopeScaling(kind="linear", factor=2.0),
+}
+KINDS |= {f"family {kind}": KINDS[kind] | FAMILY for kind in ("dense", "union")}
 
 
 def make_config(kind, mesh=None, layout=None, **model):

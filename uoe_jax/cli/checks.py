@@ -99,6 +99,7 @@ def probe_length(model: ModelConfig) -> int:
     units = [8]
     for attention, mlp in set(model.layer_kinds):
         units.append(ATTENTIONS[attention].span(model))
+        units.append(min(max(model.window), 64))
         for router in (ATTENTIONS[attention].router(model), MLPS[mlp].router(model)):
             if router is not None:
                 units.append(ROUTERS[router.router].span(router))
@@ -116,7 +117,9 @@ def scaled_down(model: ModelConfig) -> ModelConfig:
     experts = model.union_for("attention").num_experts if routed else 1
     per_expert = min(model.num_kv_heads // experts, 2)
     kv_heads = experts * per_expert
-    pattern = max(len(model.attention), len(model.mlp), len(model.blocks))
+    pattern = max(
+        len(model.attention), len(model.mlp), len(model.blocks), len(model.window)
+    )
     width = min(model.d_model, 64)
     # Divisible by the union's experts and by the mixture's choices.
     d_ff = 4 * model.union.num_experts * model.moe.top_k
@@ -137,6 +140,7 @@ def scaled_down(model: ModelConfig) -> ModelConfig:
         num_kv_heads=kv_heads,
         num_heads=kv_heads * model.num_query_groups,
         head_dim=min(model.head_dim, 16),
+        window=tuple(min(window, 8) for window in model.window),
         moe=moe,
     )
 

@@ -51,13 +51,17 @@ class Stream:
             valid = np.asarray(batch["segments"]) != 0
         self._model, self._context, self._valid = model, context, valid
         self._number, self._residual, self._output = 0, x, jnp.zeros_like(x)
+        self._last: Any = None  # the block before the next
 
     def run_layer(self) -> LayerValues:
         """Return what the next layer computes."""
         blocks = self._model.trunk.blocks
         stack, index = self._place()
         block = jax.tree.map(lambda a: a[index], blocks[stack])
-        x = self._residual + self._output
+        x, last = self._residual, self._last
+        if last is not None:
+            x = last.add(last.mlp_norm, x, self._output)
+        self._last = block
         self._residual, self._output, values = _run_layer(block, x, self._context)
         self._number += 1
         return LayerValues(*(np.asarray(value)[self._valid] for value in values))
@@ -89,12 +93,18 @@ def _run_layer(
 ) -> tuple[Array, Array, tuple[Array, ...]]:
     """Return what the MLP adds to and its output, and what `LayerValues` holds."""
     attention: Any = block.attention
-    first = block.attention_norm(x)
+    first = block.before(block.attention_norm, x)
     q, k, v = attention.project_qkv(first, context.positions)
-    causal = attention.causal
-    heads = dense_attention(q, k, v, causal=causal, segments=context.segments)
-    x = x + attention.project_out(heads)
-    second = block.mlp_norm(x)
+    heads = dense_attention(
+        q,
+        k,
+        v,
+        causal=attention.causal,
+        segments=context.segments,
+        window=attention.window,
+    )
+    x = block.add(block.attention_norm, x, attention.project_out(heads))
+    second = block.before(block.mlp_norm, x)
     neurons, output = _run_mlp(block.mlp, second)
     return x, output, (first, heads, x, second, neurons, output)
 
@@ -104,6 +114,6 @@ def _run_mlp(mlp: Any, x: Array) -> tuple[Array, Array]:
     dense: DenseMlp = mlp
     part = lambda weight, bias: project(x, weight[0], None if bias is None else bias[0])
     gate = None if dense.w_gate is None else part(dense.w_gate, dense.b_gate)
-    neurons = activate(part(dense.w_up, dense.b_up), gate)
+    neurons = activate(part(dense.w_up, dense.b_up), gate, dense.exact)
     bias = None if dense.b_down is None else dense.b_down[...]
     return neurons, project(neurons, dense.w_down[0], bias)

@@ -42,7 +42,7 @@ class FlopCount:
 def num_tokens(model: ModelConfig, seq_len: int | None = None) -> int:
     """Return the sequence length the model works on: patches for vision."""
     if model.kind == "vision":
-        return (model.image_size // model.image_patch) ** 2
+        return model.num_image_tokens
     return seq_len or model.max_seq_len
 
 
@@ -75,8 +75,10 @@ def _attention(model: ModelConfig, kind: str) -> _Attention:
     d, h = model.d_model, model.head_dim
     heads, kv = model.num_heads, model.num_kv_heads
     side, keys = 2 * d * heads * h, 2 * d * kv * h
-    if model.use_bias:
-        side, keys = side + heads * h + d, keys + 2 * kv * h
+    if model.qkv_bias:
+        side, keys = side + heads * h, keys + 2 * kv * h
+    if model.output_bias:
+        side += d
     return _Attention(side, keys, *ATTENTIONS[kind].shares(model))
 
 
@@ -89,7 +91,7 @@ def _mlp_width(model: ModelConfig, kind: str) -> tuple[int, float]:
 def _mlp_params(model: ModelConfig, kind: str) -> int:
     d, matrices = model.d_model, _mlp_matrices(model)
     width, _ = _mlp_width(model, kind)
-    biases = (matrices - 1) * width + d if model.use_bias else 0
+    biases = (matrices - 1) * width + d if model.has_mlp_bias else 0
     return matrices * d * width + biases
 
 
@@ -165,8 +167,9 @@ def flops_per_token(model: ModelConfig, seq_len: int | None = None) -> FlopCount
     """
     length = num_tokens(model, seq_len)
     parts: dict[str, float] = defaultdict(float)
-    for attention, mlp, inside in _layers(model):
-        layer = _attention_flops(model, attention, length * inside)
+    for number, (attention, mlp, inside) in enumerate(_layers(model)):
+        own = _with_window(model, model.windows[number])
+        layer = _attention_flops(own, attention, length * inside)
         width = _mlp_width(model, mlp)[1]
         layer["mlp"] = 2 * model.d_model * _mlp_matrices(model) * width
         columns = _scored(model, attention, mlp)
@@ -175,16 +178,32 @@ def flops_per_token(model: ModelConfig, seq_len: int | None = None) -> FlopCount
             parts[name] += inside * flops
         if inside < 1:
             parts["routers"] += 2 * model.d_model
-    if model.kind == "decoder":
-        parts["head"] = 2.0 * model.d_model * model.vocab_size
-    else:
-        parts["head"] = 2 * model.d_model * model.num_classes / length
+    parts["head"] = _head_flops(model, length)
     if model.kind == "vision":
         pixels = model.image_patch**2 * model.image_channels
-        parts["embedding"] = 2.0 * pixels * model.d_model
+        patches = (length - model.class_token) / length
+        parts["embedding"] = 2.0 * pixels * model.d_model * patches
     return FlopCount(
         parts={name: n for name, n in parts.items() if n or name != "routers"}
     )
+
+
+def _head_flops(model: ModelConfig, length: int) -> float:
+    """Return the FLOPs after the blocks, per token."""
+    d = model.d_model
+    if model.kind == "decoder":
+        return 2.0 * d * model.vocab_size
+    pooler = 2 * d * d / length if model.pooling == "tanh" else 0.0
+    if model.kind == "encoder" and model.encoder_head == "tokens":
+        return pooler + 2.0 * d * (d + model.vocab_size)
+    if model.kind == "encoder" and model.encoder_head == "none":
+        return pooler
+    return pooler + 2 * d * model.num_classes / length
+
+
+@functools.lru_cache(256)
+def _with_window(model: ModelConfig, window: int) -> ModelConfig:
+    return model.with_window(window)
 
 
 def flop_share(model: ModelConfig, seq_len: int, lengths: Sequence[int]) -> float:

@@ -27,6 +27,7 @@ from uoe_jax.model.cache import (
 from uoe_jax.model.context import Context, document_span
 from uoe_jax.model.layers import (
     PROJECTION,
+    HeadNorm,
     add_expert_bias,
     init_bias,
     init_weight,
@@ -60,15 +61,20 @@ class AttentionWeights(nnx.Module):
         fan_out = config.num_heads * h
         scale = residual_scale(config)
         self.causal = config.causal
+        self.window = config.window[0] or None  # of a block: see Block
         self.theta = config.rope_theta if config.rotates else None
+        scaling = config.rope_scaling
+        self.scaling = None if scaling.kind == "none" else scaling
         self.wq = init_weight(rngs, (e, d, j, g, h), d, config)
         self.wk = init_weight(rngs, (e, d, j, h), d, config)
         self.wv = init_weight(rngs, (e, d, j, h), d, config)
         self.wo = init_weight(rngs, (e, j, g, h, d), fan_out, config, scale)
-        self.bq = init_bias((e, j, g, h), config)
-        self.bk = init_bias((e, j, h), config)
-        self.bv = init_bias((e, j, h), config)
-        self.bo = init_bias((d,), config)
+        self.bq = init_bias((e, j, g, h), config, config.qkv_bias)
+        self.bk = init_bias((e, j, h), config, config.qkv_bias)
+        self.bv = init_bias((e, j, h), config, config.qkv_bias)
+        self.bo = init_bias((d,), config, config.output_bias)
+        self.q_norm = HeadNorm(config) if config.qk_norm else None
+        self.k_norm = HeadNorm(config) if config.qk_norm else None
 
     @staticmethod
     def cache_shapes(config: ModelConfig, max_len: int) -> dict[str, Any]:
@@ -79,9 +85,13 @@ class AttentionWeights(nnx.Module):
         shape = (max_len, config.num_kv_heads, config.head_dim)
         return {"k": (shape, None), "v": (shape, None)}
 
-    def rotate(self, x: Array, positions: Array) -> Array:
-        """Apply rotary positions where the model has them; x ends in (heads, H)."""
-        return x if self.theta is None else rotate(x, positions, self.theta)
+    def settle(self, x: Array, norm: HeadNorm | None, positions: Array) -> Array:
+        """Return heads [*N, heads, H] normalised and rotated, where the model does."""
+        if norm is not None:
+            x = norm(x)
+        if self.theta is None:
+            return x
+        return rotate(x, positions, self.theta, self.scaling)
 
     def project_qkv(
         self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
@@ -97,7 +107,8 @@ class AttentionWeights(nnx.Module):
             part = project(x, matrix, vector)
             parts.append(part.reshape(*x.shape[:-1], -1, weight.shape[-1]))
         q, k, v = parts
-        return self.rotate(q, positions), self.rotate(k, positions), v
+        q = self.settle(q, self.q_norm, positions)
+        return q, self.settle(k, self.k_norm, positions), v
 
     def project_out(self, heads: Float[Array, "*N Q H"]) -> Float[Array, "*N D"]:
         """Return the heads' outputs projected to the model width."""
@@ -132,7 +143,7 @@ class AttentionWeights(nnx.Module):
             vector = None if bias is None else bias[...].reshape(-1)
             part = project(x, matrix, vector)
             parts.append(part.reshape(*x.shape[:-1], -1, weight.shape[-1]))
-        return self.rotate(parts[0], positions), parts[1]
+        return self.settle(parts[0], self.k_norm, positions), parts[1]
 
     def project_picks(
         self, heads: Float[Array, "J M G H"], routing: Routing, packing: Packing
@@ -160,7 +171,7 @@ class DenseAttention(AttentionWeights):
     ) -> tuple[Float[Array, "B T D"], Stats, KeyValue]:
         """Return the output, no statistics, and keys and values [B, T, K, H]."""
         q, k, v = self.project_qkv(x, context.positions)
-        out = attend(q, k, v, context, self.causal)
+        out = attend(q, k, v, context, self.causal, self.window)
         return self.project_out(out), {}, (k, v)
 
     def decode(
@@ -168,7 +179,7 @@ class DenseAttention(AttentionWeights):
     ) -> tuple[Float[Array, "B D"], Slot]:
         """Return the output for token `slot.lengths` of each row, and its slot."""
         return self.decode_visible(
-            x, slot, lambda q, keys: written_rows(keys, slot.row)
+            x, slot, lambda q, keys: written_rows(keys, slot.row, self.window)
         )
 
 
@@ -207,6 +218,14 @@ class UnionAttention(AttentionWeights):
         bounds = None
         if context.segments is not None:
             bounds = document_bounds(packing, context.segments)
+        if self.window is not None and self.window < x.shape[1]:
+            near = window_rows(packing, x.shape[1], self.window)
+            last = jnp.arange(near.shape[0], dtype=near.dtype)
+            bounds = (
+                (near, last)
+                if bounds is None
+                else (jnp.maximum(bounds[0], near), bounds[1])
+            )
         out = self._attend(q, k, v, packing.segment_offsets, bounds)
         y = self.project_picks(out, routing, packing).reshape(x.shape)
         log = lambda a: head_picks(a, packing).reshape(
@@ -225,7 +244,8 @@ class UnionAttention(AttentionWeights):
         q, k, v = (head_picks(part, packing) for part in heads)
         first = slot.lengths * choices.shape[1]
         slot, (keys, values, experts) = slot.append(first, k=k, v=v, experts=choices)
-        out = attend_log(q, choices, keys, values, experts, slot.lengths)
+        log = (keys, values, experts)
+        out = attend_log(q, choices, *log, slot.lengths, self.window)
         y = self.project_picks(pick_heads(out, packing), routing, packing)
         return y, slot
 
@@ -244,9 +264,20 @@ class UnionAttention(AttentionWeights):
             rows = add_expert_bias(rows, jnp.concatenate(biases, axis=-1), packing)
         rows = checkpoint_name(rows, PROJECTION)
         places = positions.reshape(-1)
-        return split_heads(
-            rows, places, packing.token_ids, kv_heads=j, groups=g, theta=self.theta
+        plain = self.q_norm is None and self.scaling is None
+        q, k, v = split_heads(
+            rows,
+            places,
+            packing.token_ids,
+            kv_heads=j,
+            groups=g,
+            theta=self.theta if plain else None,
         )
+        if plain:
+            return q, k, v
+        places = jnp.broadcast_to(places[packing.token_ids][None], k.shape[:2])
+        q = self.settle(q, self.q_norm, places)
+        return q, self.settle(k[:, :, None], self.k_norm, places)[:, :, 0], v
 
     def _attend(
         self, q: Array, k: Array, v: Array, offsets: Array, bounds: Any
@@ -311,7 +342,8 @@ class SharedKvAttention(AttentionWeights):
 
         keys, values = map(chosen, cached)
         q = q.reshape(batch, picks * j, groups, width)
-        out = attend_cache(q, keys, values, written_rows(keys, slot.row))
+        visible = written_rows(keys, slot.row, self.window)
+        out = attend_cache(q, keys, values, visible)
         out = out.reshape(batch, picks, j, groups, width)
         y = self.project_picks(pick_heads(out, packing), routing, packing)
         return y, slot
@@ -327,7 +359,7 @@ class SharedKvAttention(AttentionWeights):
             rows = add_expert_bias(rows, self.bq[...].reshape(e, -1), packing)
         rows = checkpoint_name(rows, PROJECTION).reshape(-1, j * g, h)
         places = positions.reshape(-1)[packing.token_ids]
-        return self.rotate(rows, places).reshape(-1, j, g, h)
+        return self.settle(rows, self.q_norm, places).reshape(-1, j, g, h)
 
     def _look(
         self, q: Array, k: Array, v: Array, packing: Packing, context: Context
@@ -338,8 +370,11 @@ class SharedKvAttention(AttentionWeights):
         # One list of keys for each (expert, sample), as the rows are sorted.
         lists = lambda a: a.reshape(batch, length, e, j, h).transpose(3, 2, 0, 1, 4)
         keys, values = (lists(a).reshape(j, e * batch, length, h) for a in (k, v))
-        span = document_span(k.shape[:2], context.segments, self.causal)
-        first, last = (a.reshape(-1)[packing.token_ids] for a in span)
+        seen, last = document_span(k.shape[:2], context.segments, self.causal)
+        if self.window is not None:
+            index = jnp.arange(length)[None]
+            seen = jnp.maximum(seen, index - self.window + 1)
+        first, last = (a.reshape(-1)[packing.token_ids] for a in (seen, last))
         segments = packing.segment_offsets
         # A bridge to kernels has no rule for vmap.
         outs = [
@@ -399,3 +434,21 @@ def document_bounds(
     first = jax.lax.cummax(jnp.where(starts, row, 0))
     last = jax.lax.cummin(jnp.where(ends, row, rows), reverse=True)
     return first, last
+
+
+def window_rows(packing: Packing, length: int, window: int) -> Int[Array, " M"]:
+    """Return each row's first packed row in its segment whose token is in its window.
+
+    A segment's tokens ascend; the window counts all tokens of the sample, whether the
+    expert has them or not.
+    """
+    row = jnp.arange(packing.token_ids.shape[0], dtype=jnp.int32)
+    segment = jnp.searchsorted(packing.segment_offsets[1:], row, side="right")
+    place = packing.token_ids % length
+    start = segment.astype(jnp.int32) * length
+    inside = row < packing.segment_offsets[-1]
+    # Rows past the last segment are nobody's: they stay behind the others.
+    key = jnp.where(inside, start + place, jnp.iinfo(jnp.int32).max)
+    wanted = jnp.where(inside, start + jnp.maximum(place - window + 1, 0), key)
+    first = jnp.searchsorted(key, wanted, side="left").astype(jnp.int32)
+    return jnp.minimum(first, row)

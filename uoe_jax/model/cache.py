@@ -133,10 +133,17 @@ def attend_cache(
 
 
 def written_rows(
-    keys: Float[Array, "B S K H"], last: Int[Array, " B"]
+    keys: Float[Array, "B S K H"],
+    last: Int[Array, " B"],
+    window: int | None = None,
 ) -> Bool[Array, "B 1 1 S"]:
-    """Return which rows of a cache hold something: 0 to `last`."""
-    return (jnp.arange(keys.shape[1])[None] <= last[:, None])[:, None, None]
+    """Return which rows of a cache are seen: 0 to `last`, or the last `window` of
+    these."""
+    row = jnp.arange(keys.shape[1])[None]
+    seen = row <= last[:, None]
+    if window is not None:
+        seen &= row > last[:, None] - window
+    return seen[:, None, None]
 
 
 def attend_log(
@@ -146,8 +153,10 @@ def attend_log(
     values: Float[Array, "B R J H"],
     experts: Int[Array, "B R"],
     position: Int[Array, " B"],
+    window: int | None = None,
 ) -> Float[Array, "B X J G H"]:
-    """Return the attention of each pick over the log rows of its expert.
+    """Return the attention of each pick over the log rows of its expert, of the last
+    `window` tokens.
 
     Each row is multiplied by the one query of its expert, so scores cost X/E of dense.
     """
@@ -155,6 +164,8 @@ def attend_log(
     match = experts[:, :, None] == choices[:, None]
     token = jnp.arange(keys.shape[1]) // top_k
     match = match & (token[None] <= position[:, None])[..., None]
+    if window is not None:
+        match = match & (token[None] > position[:, None] - window)[..., None]
     pick = jnp.argmax(match, axis=-1)
     q_rows = jnp.take_along_axis(q, pick[:, :, None, None, None], axis=1)
     scores = jnp.sum(q_rows * keys[:, :, :, None], axis=-1, dtype=jnp.float32)

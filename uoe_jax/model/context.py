@@ -54,15 +54,19 @@ def _check_call(given: dict[str, Any], name: str, check_input: Any) -> None:
                 f"the model has no option {word!r}; {nearest(word, known)}"
             )
     check_input(given)
-    for option in ("positions", "segments"):
-        if options.get(option) is None:
+    for option in ("positions", "segments", "token_types"):
+        values = given if option in given else options
+        if values.get(option) is None:
             continue
-        _checks.ints(options, option, "B T")
-        if options[option].shape != given[name].shape[:2]:
+        _checks.ints(values, option, "B T")
+        if values[option].shape != given[name].shape[:2]:
             raise ConfigError(
-                f"{option} is {list(options[option].shape)} beside {name} "
+                f"{option} is {list(values[option].shape)} beside {name} "
                 f"{list(given[name].shape)}; each token needs one"
             )
+    if given.get("token_types") is not None:
+        count = given["self"].config.token_types
+        _checks.within(given, "token_types", count, "types of model.token_types")
 
 
 def _check_tokens(given: dict[str, Any]) -> None:

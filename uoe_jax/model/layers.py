@@ -50,10 +50,10 @@ def truncated_normal(
 
 
 def init_bias(
-    shape: tuple[int, ...], config: ModelConfig, use: bool | None = None
+    shape: tuple[int, ...], config: ModelConfig, use: bool
 ) -> nnx.Param | None:
-    """Return zeros, or None where the config has no biases."""
-    if not (config.use_bias if use is None else use):
+    """Return zeros, or None where there is no bias to `use`."""
+    if not use:
         return None
     return nnx.Param(jnp.zeros(shape, config.param_dtype))
 
@@ -229,6 +229,18 @@ class Norm(nnx.Module):
         return layer_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
+class HeadNorm(nnx.Module):
+    """RMS norm of each head, with one scale for all (Qwen3, OLMo 2)."""
+
+    def __init__(self, config: ModelConfig):
+        self.eps = config.norm_eps
+        self.scale = nnx.Param(jnp.ones((config.head_dim,), config.param_dtype))
+
+    def __call__(self, x: Float[Array, "*N H"]) -> Float[Array, "*N H"]:
+        """Return x normalised, in its own dtype."""
+        return rms_norm(x, self.scale[...], self.eps)
+
+
 class LearnedPosition(nnx.Module):
     """A learned vector for each position, added to the embeddings."""
 
@@ -252,21 +264,46 @@ def learned_position(
     return LearnedPosition(config, length, rngs=rngs)
 
 
+class TypeEmbedding(nnx.Module):
+    """A learned vector for each type of token, added to the embeddings."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        shape = (config.token_types, config.d_model)
+        self.embedding = init_weight(rngs, shape, config.d_model, config)
+
+    def __call__(
+        self, x: Float[Array, "*N D"], types: Int[Array, "*N"] | None
+    ) -> Float[Array, "*N D"]:
+        """Return x plus the vectors of its types; None: all are of type 0."""
+        table = self.embedding[...].astype(x.dtype)
+        return x + (_expand(table[0], x.ndim) if types is None else table[types])
+
+
 class TokenEmbedding(nnx.Module):
-    """Vectors of tokens, and of positions where these are learned."""
+    """Vectors of tokens, and of positions and types where these are learned."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.d_model)
         self.dtype = config.compute_dtype
         self.embedding = init_weight(rngs, shape, config.d_model, config)
         self.position = learned_position(config, config.max_seq_len, rngs=rngs)
+        types = config.token_types
+        self.token_type = TypeEmbedding(config, rngs=rngs) if types else None
+        self.norm = Norm(config) if config.embed_norm else None
 
     def __call__(
-        self, tokens: Int[Array, "*N"], positions: Int[Array, "*N"]
+        self,
+        tokens: Int[Array, "*N"],
+        positions: Int[Array, "*N"],
+        types: Int[Array, "*N"] | None = None,
     ) -> Float[Array, "*N D"]:
         """Return the embeddings in the compute dtype."""
         x = self.embedding[...][tokens].astype(self.dtype)
-        return x if self.position is None else self.position(x, positions)
+        if self.token_type is not None:
+            x = self.token_type(x, types)
+        if self.position is not None:
+            x = self.position(x, positions)
+        return x if self.norm is None else self.norm(x)
 
 
 class PatchEmbedding(nnx.Module):
@@ -278,17 +315,22 @@ class PatchEmbedding(nnx.Module):
         shape = (width, config.d_model)
         self.weight = init_weight(rngs, shape, width, config)
         self.bias = nnx.Param(jnp.zeros(config.d_model, config.param_dtype))
-        length = (config.image_size // config.image_patch) ** 2
-        self.position = learned_position(config, length, rngs=rngs)
+        make = lambda: init_weight(rngs, shape[1:], config.d_model, config)
+        self.class_token = make() if config.class_token else None
+        self.position = learned_position(config, config.num_image_tokens, rngs=rngs)
 
     def __call__(self, images: Float[Array, "B Hi Wi Ci"]) -> Float[Array, "B T D"]:
-        """Return one token per patch, row by row."""
+        """Return one token per patch, row by row; before them the class token's."""
         batch, height, width, channels = images.shape
         side = self.side
         rows, columns = height // side, width // side
         x = images.reshape(batch, rows, side, columns, side, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
         x = project(x.astype(self.dtype), self.weight[...], self.bias[...])
+        if self.class_token is not None:
+            first = _expand(self.class_token[...].astype(x.dtype), x.ndim)
+            first = jnp.broadcast_to(first, (batch, 1, x.shape[-1]))
+            x = jnp.concatenate([first, x], axis=1)
         if self.position is None:
             return x
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])

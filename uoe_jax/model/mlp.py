@@ -34,11 +34,16 @@ from uoe_jax.ops.swiglu.api import swiglu
 
 
 def activate(
-    up: Float[Array, "*N F"], gate: Float[Array, "*N F"] | None
+    up: Float[Array, "*N F"],
+    gate: Float[Array, "*N F"] | None,
+    exact: bool = False,
 ) -> Float[Array, "*N F"]:
-    """Return gelu(up), or silu(gate) * up (Shazeer 2020) where there is a gate."""
+    """Return gelu(up), or silu(gate) * up (Shazeer 2020) where there is a gate.
+
+    Gelu is the tanh form, or with `exact` the one of the error function.
+    """
     if gate is None:
-        return jax.nn.gelu(up, approximate=True)
+        return jax.nn.gelu(up, approximate=not exact)
     return jax.nn.silu(gate) * up
 
 
@@ -47,13 +52,14 @@ class DenseMlp(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, f = config.d_model, config.d_ff
+        self.exact = config.activation == "gelu_erf"
         self.w_up = init_weight(rngs, (1, d, f), d, config)
-        gated = config.gated
+        gated, biased = config.gated, config.has_mlp_bias
         self.w_gate = init_weight(rngs, (1, d, f), d, config) if gated else None
         self.w_down = init_weight(rngs, (1, f, d), f, config, residual_scale(config))
-        self.b_up = init_bias((1, f), config)
-        self.b_gate = init_bias((1, f), config) if gated else None
-        self.b_down = init_bias((d,), config)
+        self.b_up = init_bias((1, f), config, biased)
+        self.b_gate = init_bias((1, f), config, gated and biased)
+        self.b_down = init_bias((d,), config, biased)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context
@@ -76,7 +82,7 @@ class DenseMlp(nnx.Module):
             bias = None if self.b_gate is None else self.b_gate[0]
             gate = project(x, self.w_gate[0], bias)
         bias = None if self.b_down is None else self.b_down[...]
-        return project(activate(up, gate), self.w_down[0], bias)
+        return project(activate(up, gate, self.exact), self.w_down[0], bias)
 
 
 class RoutedMlp(nnx.Module):
@@ -94,14 +100,15 @@ class RoutedMlp(nnx.Module):
         rngs: nnx.Rngs,
     ):
         e, d, f = num_experts, config.d_model, width
+        self.exact = config.activation == "gelu_erf"
         self.w_up = init_weight(rngs, (e, d, f), d, config)
-        gated = config.gated
+        gated, biased = config.gated, config.has_mlp_bias
         self.w_gate = init_weight(rngs, (e, d, f), d, config) if gated else None
         scale = residual_scale(config)
         self.w_down = init_weight(rngs, (e, f, d), fan_in, config, scale)
-        self.b_up = init_bias((e, f), config)
-        self.b_gate = init_bias((e, f), config) if gated else None
-        self.b_down = init_bias((d,), config)
+        self.b_up = init_bias((e, f), config, biased)
+        self.b_gate = init_bias((e, f), config, gated and biased)
+        self.b_down = init_bias((d,), config, biased)
 
     def decode(
         self, x: Float[Array, "B D"], slot: Slot
@@ -150,7 +157,7 @@ class RoutedMlp(nnx.Module):
         if self.w_gate is not None and factors is not None:
             return swiglu(rows, factors)
         up, gate = (rows, None) if self.w_gate is None else jnp.split(rows, 2, axis=-1)
-        hidden = activate(up, gate)
+        hidden = activate(up, gate, self.exact)
         return hidden if factors is None else scale_rows(hidden, factors[:, None])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,16 +47,25 @@ def attend(
     v: Float[Array, "B T K H"],
     context: Context,
     causal: bool,
+    window: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Return dense attention, to the tokens of all sequence devices."""
     parallel, segments = context.parallel, context.segments
     if parallel is None or not parallel.has("sequence"):
-        return dense_attention(q, k, v, causal=causal, segments=segments)
+        return dense_attention(q, k, v, causal=causal, segments=segments, window=window)
     runs = {"ring": ring_attention, "gather": gathered_attention}
     how = parallel.layout.sequence_attention
     run = choose("layout.sequence_attention", how, runs)
     size = parallel.size("sequence")
-    return run(q, k, v, segments, causal=causal, axis="sequence", size=size)
+    sees = Sees(causal, window)
+    return run(q, k, v, segments, sees=sees, axis="sequence", size=size)
+
+
+class Sees(NamedTuple):
+    """Which tokens of its document a token sees; windows are of causal models."""
+
+    causal: bool
+    window: int | None
 
 
 def splits_tokens(context: Context) -> Parallel | None:
@@ -110,7 +119,7 @@ def share_experts(
 
     def own(path: Any, leaf: Array) -> Array:
         name = leaf_name(path)
-        if name.startswith("router"):
+        if name.startswith(("router", "q_norm", "k_norm")):
             return leaf
         if name == "bo":
             return parallel.only_first("sequence", leaf)
@@ -213,7 +222,7 @@ def ring_attention(
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"] | None,
     *,
-    causal: bool,
+    sees: Sees,
     axis: str,
     size: int,
 ) -> Float[Array, "B T N H"]:
@@ -231,7 +240,7 @@ def ring_attention(
 
     @jax.checkpoint  # scores are worked out again rather than kept for every visit
     def visit(k: Array, v: Array, theirs: Array, source: Array) -> tuple[Array, ...]:
-        visible = _visible(segments, theirs, rank, source, causal)
+        visible = _visible(segments, theirs, rank, source, sees)
         scores = _scores(q, k)
         scores = jnp.where(visible[:, None, None], scores, _NEVER)
         top = jnp.max(scores, axis=-1, keepdims=True)
@@ -263,7 +272,7 @@ def gathered_attention(
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"] | None,
     *,
-    causal: bool,
+    sees: Sees,
     axis: str,
     size: int,
 ) -> Float[Array, "B T N H"]:
@@ -273,7 +282,7 @@ def gathered_attention(
     rank = jax.lax.axis_index(axis)
     gather = lambda a: jax.lax.all_gather(a, axis, axis=1, tiled=True)
     theirs = gather(segments + jnp.zeros_like(rank))
-    visible = _visible(segments, theirs, rank, 0, causal)
+    visible = _visible(segments, theirs, rank, 0, sees)
     return jax.nn.dot_product_attention(
         q, gather(k), gather(v), mask=visible[:, None], implementation="xla"
     )
@@ -292,14 +301,15 @@ def _visible(
     theirs: Int[Array, "B S"],
     rank: Int[Array, ""],
     source: Int[Array, ""] | int,
-    causal: bool,
+    sees: Sees,
 ) -> Bool[Array, "B T S"]:
     """Return which keys, from device `source` on, each of device `rank`'s tokens sees:
-    those of its document, and where causal none after it."""
+    those of its document, where causal none after it, and none before its window."""
     visible = mine[:, :, None] == theirs[:, None]
-    if not causal:
+    if not sees.causal:
         return visible
     length = mine.shape[1]
-    place = rank * length + jnp.arange(length)
-    other = source * length + jnp.arange(theirs.shape[1])
-    return visible & (other[None, None] <= place[None, :, None])
+    place = (rank * length + jnp.arange(length))[None, :, None]
+    other = (source * length + jnp.arange(theirs.shape[1]))[None, None]
+    visible &= other <= place
+    return visible if sees.window is None else visible & (other > place - sees.window)

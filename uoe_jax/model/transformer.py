@@ -19,6 +19,7 @@ from uoe_jax.model.baselines.moe import MoeMlp
 from uoe_jax.model.baselines.moh import MohAttention
 from uoe_jax.model.cache import Cache, Entry, KeyValue, Slot, write_prompt
 from uoe_jax.model.context import Context, make_context, takes_images, takes_tokens
+from uoe_jax.model.heads import Pooler, TokenHead
 from uoe_jax.model.layers import (
     PROJECTION,
     Head,
@@ -59,14 +60,18 @@ def attention_class(config: ModelConfig, kind: str) -> Any:
 class Block(nnx.Module):
     """Pre-norm block: normalise, attend, add; normalise, apply the MLP, add.
 
-    The kinds of its parts are those that the config has for layer number `layer`.
+    A post-norm block normalises each of the two sums instead (Vaswani et al. 2017). The
+    kinds of its parts are those that the config has for layer number `layer`, and the
+    config that its parts are given has that layer's window.
     """
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
         attention, mlp = config.layer_kinds[layer]
         self.rate, self.causal = config.dropout, config.causal
+        self.post_norm = config.post_norm
         self.attention_norm = Norm(config)
-        self.attention = attention_class(config, attention)(config, rngs=rngs)
+        own = config.with_window(config.windows[layer])
+        self.attention = attention_class(config, attention)(own, rngs=rngs)
         self.mlp_norm = Norm(config)
         self.mlp = MLP[mlp](config, rngs=rngs)
         around = config.block_kinds[layer] == "mod"
@@ -84,11 +89,13 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], context: Context, key: jax.Array | None = None
     ) -> tuple[Float[Array, "B T D"], dict[str, Stats], KeyValue]:
         """Return what the call does, with every token inside."""
-        normed = self.attention_norm(x)
+        normed = self.before(self.attention_norm, x)
         y, attention, key_value = run_part(self.attention, normed, context)
-        x = x + dropout(y, self.rate, fold_key(key, 0))
-        y, mlp = run_part(self.mlp, self.mlp_norm(x), context)
-        x = x + dropout(y, self.rate, fold_key(key, 1))
+        y = dropout(y, self.rate, fold_key(key, 0))
+        x = self.add(self.attention_norm, x, y)
+        y, mlp = run_part(self.mlp, self.before(self.mlp_norm, x), context)
+        y = dropout(y, self.rate, fold_key(key, 1))
+        x = self.add(self.mlp_norm, x, y)
         parts = {"attention": attention, "mlp": mlp}
         return x, {name: part for name, part in parts.items() if part}, key_value
 
@@ -104,10 +111,18 @@ class Block(nnx.Module):
         self, x: Float[Array, "B D"], slot: Slot
     ) -> tuple[Float[Array, "B D"], Slot]:
         """Return what `decode` does, with every token inside."""
-        y, slot = self.attention.decode(self.attention_norm(x), slot)
-        x = x + y
-        y, slot = self.mlp.decode(self.mlp_norm(x), slot)
-        return x + y, slot
+        y, slot = self.attention.decode(self.before(self.attention_norm, x), slot)
+        x = self.add(self.attention_norm, x, y)
+        y, slot = self.mlp.decode(self.before(self.mlp_norm, x), slot)
+        return self.add(self.mlp_norm, x, y), slot
+
+    def before(self, norm: Norm, x: Array) -> Array:
+        """Return what a part reads of the residual x."""
+        return x if self.post_norm else norm(x)
+
+    def add(self, norm: Norm, x: Array, y: Array) -> Array:
+        """Return the residual x with a part's output y added."""
+        return norm(x + y) if self.post_norm else x + y
 
 
 class Trunk(nnx.Module):
@@ -124,7 +139,11 @@ class Trunk(nnx.Module):
         self.blocks = nnx.List(
             [_stack(config, i, keys[i::period]) for i in range(period)]
         )
-        self.norm = Norm(config)
+        self.norm = None if config.post_norm else Norm(config)
+
+    def finish(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        """Return the last hidden state; post-norm blocks have normalised it."""
+        return x if self.norm is None else self.norm(x)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context
@@ -151,7 +170,7 @@ class Trunk(nnx.Module):
             return apply(x, block, fold_key(context.key, index * period + stack))
 
         x, outs = self.scan(body, x)
-        return self.norm(x), stack_stats(outs, self.num_layers)
+        return self.finish(x), stack_stats(outs, self.num_layers)
 
     def prefill(
         self, x: Float[Array, "B T D"], context: Context, layers: tuple[Entry, ...]
@@ -168,7 +187,7 @@ class Trunk(nnx.Module):
             return (x, _replace(layers, stack, entry)), None
 
         (x, layers), _ = self.scan(body, (x, layers))
-        return self.norm(x), layers
+        return self.finish(x), layers
 
     def decode(
         self,
@@ -185,7 +204,7 @@ class Trunk(nnx.Module):
             return (x, _replace(layers, stack, slot.entry)), None
 
         (x, layers), _ = self.scan(body, (x, layers))
-        return self.norm(x), layers
+        return self.finish(x), layers
 
     def scan(self, body: Body, carry: Any) -> tuple[Any, list[Any]]:
         """Run `body` over the layers; return the carry and the outputs by stack."""
@@ -387,31 +406,60 @@ class Decoder(nnx.Module):
         return make_context(self.config, shape, **options)
 
 
-class Encoder(nnx.Module):
-    """Bidirectional transformer, mean over the tokens that are not padding, classes.
+_ENCODER_HEADS: dict[str, Callable[[ModelConfig, nnx.Rngs], Any]] = {
+    "classes": lambda c, rngs: Head(c, c.num_classes, True, rngs=rngs),
+    "tokens": lambda c, rngs: TokenHead(c, rngs=rngs),
+    "none": lambda c, rngs: None,
+}
 
-    Takes the options of `Decoder`.
+
+class Encoder(nnx.Module):
+    """Bidirectional transformer over tokens, with a head by `encoder_head`.
+
+    Takes the options of `Decoder`, and `token_types` [B, T] (default: all 0) where the
+    config has any.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = TokenEmbedding(config, rngs=rngs)
         self.trunk = Trunk(config, rngs=rngs)
-        self.head = Head(config, config.num_classes, True, rngs=rngs)
+        self.pool = Pooler(config, rngs=rngs) if config.pooling == "tanh" else None
+        make = choose("encoder_head", config.encoder_head, _ENCODER_HEADS)
+        self.head = make(config, rngs)
 
     @takes_tokens
     def __call__(
-        self, tokens: Int[Array, "B T"], **options: Any
-    ) -> tuple[Float[Array, "B C"], Aux]:
-        """Return float32 logits of the classes and router statistics."""
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        token_types: Int[Array, "B T"] | None = None,
+        **options: Any,
+    ) -> tuple[Float[Array, "B *T2 C"], Aux]:
+        """Return float32 logits and router statistics.
+
+        Logits of the classes [B, C], of tokens [B, T, V], or hidden states [B, T, D].
+        """
         context = make_context(self.config, tokens.shape, **options)
-        x = self.embed(tokens, context.positions)
+        x = self.embed(tokens, context.positions, token_types)
         x, aux = self.trunk(x, context)
-        return self.head(mean_pool(x, context.segments)), aux
+        if self.head is None:
+            return x.astype(jnp.promote_types(x.dtype, jnp.float32)), aux
+        if isinstance(self.head, TokenHead):
+            return self.head(x, self.embed.embedding[...]), aux
+        return self.head(self.pooled(x, context.segments)), aux
+
+    def pooled(
+        self, x: Float[Array, "B T D"], segments: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B D"]:
+        """Return the one vector of each sample that classes are read from."""
+        if self.config.pooling == "mean":
+            return mean_pool(x, segments)
+        return x[:, 0] if self.pool is None else self.pool(x[:, 0])
 
 
 class VisionTransformer(nnx.Module):
-    """Bidirectional transformer over square patches of an image, mean pooled.
+    """Bidirectional transformer over square patches of an image, pooled to classes.
 
     Takes the options of `Decoder` but for positions and segments.
     """
@@ -430,7 +478,8 @@ class VisionTransformer(nnx.Module):
         x = self.embed(images)
         context = make_context(self.config, x.shape[:2], **options)
         x, aux = self.trunk(x, context)
-        return self.head(mean_pool(x, None)), aux
+        first = self.config.pooling != "mean"
+        return self.head(x[:, 0] if first else mean_pool(x, None)), aux
 
 
 def routing_choices(

@@ -43,6 +43,7 @@ def collect_overlay(
 
     found = choose(state, jnp.asarray(inputs))
     model = config.model
+    first = int(vision and model.class_token)  # a picture shows patches
     shared = {b: num_shared(model, b, rows[0]) for b, rows in layers.items()}
     number = {
         b: max(num_shared(model, b, i) + num_experts(model, b, i) for i in rows)
@@ -50,7 +51,7 @@ def collect_overlay(
     }
     return Overlay(
         choices={
-            block: _join_rows(np.asarray(found[block])[..., shared[block] :])
+            block: _join_rows(np.asarray(found[block])[:, :, first:, shared[block] :])
             for block in layers
         },
         layers=layers,
