@@ -31,7 +31,8 @@ def test_numbers_have_a_scale_and_words_have_none():
     ("path", "kind"),
     [
         (("optim", "beta2"), "share"),
-        (("train", "seed"), "category"),
+        (("train", "seed"), "label"),
+        (("data", "seed"), "category"),
         (("a", "user_id"), "category"),
         (("a", "seed", 2), "category"),
         (("width",), "log"),

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from uoe_jax.runs.leaves import LENGTH, Leaf, Path, leaves_of, parse_path
-from uoe_jax.runs.scales import CATEGORY, from_scale, to_scale
+from uoe_jax.runs.scales import LOG, SHARE, from_scale, to_scale
 from uoe_jax.runs.vector import JsonVector
 
 _GRID = 512  # places of a number's scale that are tried
@@ -52,8 +52,7 @@ class Codebook:
                 self._rows = None
 
     def _is_number(self, leaf: Leaf) -> bool:
-        kind = self.encoder.kind_of(leaf.path) if leaf.kind == "number" else CATEGORY
-        return kind != CATEGORY
+        return leaf.kind == "number" and self.encoder.kind_of(leaf.path) in (LOG, SHARE)
 
     def get(self, vector: Float32[np.ndarray, " D"], path: Path | str) -> Answer | None:
         """Return what a vector holds at a path, or None where nothing stands out.

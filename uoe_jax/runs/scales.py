@@ -17,7 +17,8 @@ from uoe_jax.runs.leaves import LENGTH, Path
 
 # Kinds of settings. log: what counts is the ratio; twice as large is one apart. share:
 # of a whole, so .9 and .99 are as far apart as .1 and .01. category: equal or not.
-# label: names and places, and what decides nothing that a run finds out; left out.
+# label: names and places, what decides nothing that a run finds out, and the seed: runs
+# that differ in it are repeats. Labels are left out.
 LOG, SHARE, CATEGORY, LABEL = "log", "share", "category", "label"
 
 _TINY = 2.0**-100  # zero lies this far down, in doublings
@@ -26,9 +27,10 @@ _THRESHOLDS = 32  # of a thermometer, for each sign
 _LABELS = """
 name data.data_dir data.cache_dir data.allow_changed train.log_every train.save_every
 train.keep_checkpoints train.tensorboard train.wandb train.profile train.replay_every
+train.seed
 """
 _CATEGORIES = """
-data.seed train.seed model.kind model.attention model.mlp model.blocks
+data.seed model.kind model.attention model.mlp model.blocks
 model.union.router model.union.gate model.union.shared_kv model.union_attention.router
 model.union_attention.gate model.union_attention.shared_kv model.moe.router
 model.moe.gate model.norm model.position model.activation model.use_bias

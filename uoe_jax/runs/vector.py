@@ -25,7 +25,7 @@ from uoe_jax.runs.binding import (
     atom,
 )
 from uoe_jax.runs.leaves import LENGTH, Leaf, Path, leaves_of, parse_path
-from uoe_jax.runs.scales import CATEGORY, Fourier, Thermometer, kind_of
+from uoe_jax.runs.scales import LOG, SHARE, Fourier, Thermometer, kind_of
 
 _CHUNK = 512  # leaves bound at once: 4 MB, which stays in a core's cache
 _KEPT_BYTES = 1 << 26  # of bound leaves in memory
@@ -172,7 +172,7 @@ class JsonVector:
         numbers: dict[tuple[str, Path], list[int]] = {}
         for i, leaf in enumerate(leaves):
             kind = self.kind_of(leaf.path) if leaf.kind == "number" else ""
-            if kind and kind != CATEGORY:
+            if kind in (LOG, SHARE):
                 own = leaf.path if self.number == "thermometer" else ()
                 numbers.setdefault((kind, own), []).append(i)
             else:
