@@ -37,7 +37,9 @@ model.moe.gate model.norm model.position model.activation model.use_bias
 model.tie_embeddings model.remat model.scan_layers model.param_dtype
 model.compute_dtype data.source data.path data.encoding data.tokenizer data.text_key
 data.bad_records data.pack data.bad_utf8 optim.schedule layout.tensor_reduce
-layout.experts layout.dispatch layout.sequence_attention
+layout.experts layout.dispatch layout.sequence_attention model.norm_place
+model.embed_norm model.qk_norm model.rope_scaling.kind model.attention_bias
+model.mlp_bias model.class_token model.pooling model.encoder_head
 """
 _SHARES = """
 model.mod.keep model.mod.bias_update_rate model.dropout data.valid_fraction
@@ -59,7 +61,9 @@ model.mod.router_z_loss model.mod.router_init_std model.moe.num_experts
 model.moe.top_k model.moe.num_shared model.moe.capacity_factor model.moe.d_expert
 model.moe.balance_loss model.moe.router_z_loss model.moe.bias_update_rate
 model.moe.router_init_std model.norm_eps model.rope_theta model.num_classes
-model.image_size model.image_channels model.image_patch data.bpe_vocab_size
+model.window model.token_types model.rope_scaling.factor
+model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor
+model.rope_scaling.original_max_seq_len model.image_size model.image_channels model.image_patch data.bpe_vocab_size
 data.seq_len data.batch_size data.max_bytes data.num_examples data.min_length
 data.max_length optim.learning_rate optim.warmup_steps optim.eps optim.weight_decay
 optim.clip_norm optim.router_lr_scale mesh.data mesh.fsdp mesh.tensor mesh.sequence
