@@ -20,7 +20,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@python=$$(sh .ci/find-python) && \
 	  echo "Making $(VENV) with $$python (once, about a minute) ..." && \
 	  { [ -x $(PY) ] || "$$python" -m venv $(VENV); }
-	@$(INSTALL) --constraint constraints.txt --editable .
+	@$(INSTALL) --constraint constraints.txt --editable '.[all]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base

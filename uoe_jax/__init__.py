@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from uoe_jax.presets import get_preset
     from uoe_jax.show import show
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionFacts",

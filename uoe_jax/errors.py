@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from uoe_jax.escape import escape_line
 
@@ -22,6 +23,10 @@ class ConfigError(UoeError, ValueError):
     """A request that can't be carried out; found before anything compiles."""
 
     exit_code = 2
+
+
+class MissingExtra(ConfigError, ImportError):
+    """A package that only an extra installs, and that isn't there."""
 
 
 class DataError(UoeError, ValueError):
@@ -44,6 +49,43 @@ class NonFiniteError(UoeError, FloatingPointError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
     exit_code = 3
+
+
+# Which extra of pyproject.toml brings a package.
+EXTRAS = {
+    "array_record": "data",
+    "huggingface_hub": "hf",
+    "importlib_resources": "data",
+    "jax_triton": "kernels",
+    "matplotlib": "report",
+    "PIL": "data",
+    "pyarrow": "data",
+    "scipy": "data",
+    "sklearn": "data",
+    "tensorboardX": "tensorboard",
+    "tensorflow_datasets": "data",
+    "tokenizers": "data",
+    "wandb": "wandb",
+}
+
+
+@contextmanager
+def extra_packages() -> Iterator[None]:
+    """Around imports: a package that isn't there is named with the extra it is in.
+
+    Raises:
+      MissingExtra: one line with what to install.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise MissingExtra(
+            f"this needs {package}, which isn't installed; "
+            f"pip install 'uoe_jax[{EXTRAS[package]}]' (or 'uoe_jax[all]')"
+        ) from error
 
 
 def shown(value: object, limit: int = 80) -> str:

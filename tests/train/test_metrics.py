@@ -57,7 +57,7 @@ def test_a_missing_writer_costs_one_line(tmp_path, monkeypatch, sink, module):
     log.write({"kind": "train", "step": 1, "loss": 1.0})
     log.close()
     (note,) = notes
-    assert f"pip install {module}" in note and "\n" not in note
+    assert f"pip install 'uoe_jax[{sink}]'" in note and "\n" not in note
 
 
 def test_tensorboard_events_are_written(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from uoe_jax.adapt.folder import WEIGHTS, read_config
 from uoe_jax.adapt.foreign import read_peft
 from uoe_jax.adapt.place import llama_names, place_modules
 from uoe_jax.adapt.plan import EMBEDDING, PACKAGE
-from uoe_jax.adapt.plot import plot_adaptation
 from uoe_jax.adapt.request import AdaptRequest, adapted_experiment, check_request
 from uoe_jax.adapt.store import (
     MERGED,
@@ -33,7 +33,7 @@ from uoe_jax.adapt.subject import adapter_subject
 from uoe_jax.config import ExperimentConfig, MeshConfig
 from uoe_jax.data import Dataset
 from uoe_jax.data.record import record_of
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.files import format_json, local_path, write_atomically
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS, METRICS
@@ -107,8 +107,18 @@ def adapt_run(
     report["file_bytes"] = (out / WEIGHTS).stat().st_size
     write_atomically(out / REPORT, format_json(report, indent=2) + "\n")
     if request.steps:
-        plot_adaptation(report, out / CURVE)
+        _draw(report, out / CURVE)
     return report
+
+
+def _draw(report: dict[str, Any], path: Path) -> None:
+    """Write the curve; without matplotlib say so, for the adapter is there."""
+    try:
+        from uoe_jax.adapt.plot import plot_adaptation
+    except MissingExtra as error:
+        print(f"no {path.name}: {error}", file=sys.stderr)
+        return
+    plot_adaptation(report, path)
 
 
 def _start(request: AdaptRequest, params: PyTree) -> tuple[Adapters, AdapterConfig]:

@@ -10,12 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from uoe_jax.bench.gemm import Sweep, Timing, about
 from uoe_jax.bench.gemm_cases import Case, all_cases
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import ConfigError, extra_packages
 from uoe_jax.files import format_json, write_atomically
 from uoe_jax.hardware import gemm, gemm_fit
 from uoe_jax.hardware.devices import DEVICES, Device, find_device
@@ -23,6 +21,10 @@ from uoe_jax.hardware.product import roofline
 from uoe_jax.ops import _triton
 from uoe_jax.report.style import LIGHT, MARKERS, styled
 from uoe_jax.report.table import format_table
+
+with extra_packages():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 CHUNK = 24  # cases compiled at a time
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from uoe_jax.bench.timing import Row
+from uoe_jax.errors import extra_packages
 from uoe_jax.report.style import LIGHT, MARKERS, styled
+
+with extra_packages():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 
 def plot_sweep(rows: Sequence[Row], path: Path) -> None:

@@ -55,6 +55,7 @@ def _train_and_sample(
     options: DemoOptions, configs: Sequence[ExperimentConfig]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Train, sample and write the report; return the table's rows and the samples."""
+    import uoe_jax.report.build  # noqa: F401  what the demo ends with, asked for first
     from uoe_jax import demo as parts
     from uoe_jax.cli import device
     from uoe_jax.cli.runs import GenerateOptions, continue_text, write

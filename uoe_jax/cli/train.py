@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from uoe_jax.cli.parse import Experiment, check_typed, parse, take_preset
 from uoe_jax.cli.paths import RUNS, find_run, is_run
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.escape import escape_line
 from uoe_jax.plan.layouts import read_layout
 from uoe_jax.presets import PRESETS
@@ -99,7 +100,11 @@ def train(args: list[str]) -> int:
     if options.report and is_primary():
         from uoe_jax.cli.runs import write
 
-        page = write([run_dir])
+        try:
+            page = write([run_dir])
+        except MissingExtra as error:  # the run is there all the same
+            print(f"uoe: no report: {error}", file=sys.stderr)
+            return 0
         if not options.quiet:
             print(escape_line(f"report: {page}"))
     return 0

@@ -15,7 +15,7 @@ import numpy as np
 from uoe_jax.config import DataConfig
 from uoe_jax.data.files import SourceFile
 from uoe_jax.data.split import SPLITS, assign_splits, hash_fraction, range_cuts
-from uoe_jax.errors import DataError
+from uoe_jax.errors import DataError, extra_packages
 
 # Names of (inputs, labels) in .npz files, by split.
 _PAIRS = {
@@ -110,7 +110,8 @@ def digits_source(config: DataConfig) -> ArraySource:
 
 
 def _load_digits() -> Pairs:
-    from sklearn.datasets import load_digits
+    with extra_packages():
+        from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
     images = pixels.astype(np.uint8).reshape(-1, 8, 8, 1)

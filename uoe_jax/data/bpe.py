@@ -9,6 +9,7 @@ from typing import Any
 
 from uoe_jax.data.progress import note
 from uoe_jax.data.split import end_of_character
+from uoe_jax.errors import extra_packages
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # Longer texts are encoded in pieces, so that one long file uses every core; a line
@@ -28,8 +29,9 @@ def train_bpe(documents: Iterable[bytes | memoryview], vocab_size: int) -> str:
     Sennrich, Haddow and Birch 2016, over bytes as in GPT-2: any UTF-8 text survives
     encode and decode. Token 0 ends a document. Ctrl-C stops it at once.
     """
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Backend
+    with extra_packages():
+        from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer as Backend
 
     backend = Backend(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
-from uoe_jax.errors import DataError
+from uoe_jax.errors import DataError, extra_packages
+
+with extra_packages():
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def open_binary(path: Path, data: bytes) -> Columns | Matrix | None:
     if data.startswith(b"\x93NUMPY"):
         return _open_array(path, "array", np.load(io.BytesIO(data), allow_pickle=False))
     if data.startswith(b"%%MatrixMarket"):
-        from scipy.io import mmread
+        with extra_packages():
+            from scipy.io import mmread
 
         return _open_sparse("matrix", mmread(io.BytesIO(data), spmatrix=False))
     if data.startswith(b"PAR1"):
@@ -80,7 +83,8 @@ def _open_npz(path: Path, data: bytes) -> Columns | Matrix:
     file = np.load(io.BytesIO(data), allow_pickle=False)
     names = list(file.files)
     if {"format", "shape", "data"} <= {*names}:
-        import scipy.sparse
+        with extra_packages():
+            import scipy.sparse
 
         return _open_sparse("sparse matrix", scipy.sparse.load_npz(io.BytesIO(data)))
     if len(names) == 1:

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-
 from uoe_jax.data.columns import Columns
-from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.errors import ConfigError, DataError, extra_packages
+
+with extra_packages():
+    import pyarrow as pa
 
 SAMPLE = 1 << 16  # bytes by which a text is judged
 # Ties go to the first: what more rarely stands inside a field.

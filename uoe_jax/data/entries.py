@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute
 
 from uoe_jax.data.columns import Columns, Matrix, entry_name, open_binary, to_arrow
 from uoe_jax.data.delimited import is_number, read_delimited
 from uoe_jax.data.fields import distinct_ids, finite_values
-from uoe_jax.errors import ConfigError, DataError, UoeError, nearest
+from uoe_jax.errors import ConfigError, DataError, UoeError, extra_packages, nearest
+
+with extra_packages():
+    import pyarrow as pa
+    import pyarrow.compute
 
 pc: Any = pyarrow.compute  # whose functions are made at run time
 

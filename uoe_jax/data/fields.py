@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute
 
 from uoe_jax.data.columns import Columns
-from uoe_jax.errors import DataError
+from uoe_jax.errors import DataError, extra_packages
+
+with extra_packages():
+    import pyarrow as pa
+    import pyarrow.compute
 
 pc: Any = pyarrow.compute  # whose functions are made at run time
 

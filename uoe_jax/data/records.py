@@ -11,7 +11,7 @@ from uoe_jax.data.arrays import MAX_CLASSES
 from uoe_jax.data.encoding import open_text
 from uoe_jax.data.files import SourceFile, named_splits
 from uoe_jax.data.text import Document, TextSource, limit_bytes, unless_train
-from uoe_jax.errors import DataError, nearest, shown
+from uoe_jax.errors import DataError, extra_packages, nearest, shown
 from uoe_jax.files import unique_keys
 
 _AT_ONCE = 256 << 20  # longest line, or file that is one array
@@ -211,14 +211,9 @@ class ParquetSource(RecordSource):
 
     def records(self, file: SourceFile) -> Iterator[tuple[str, int, Any]]:
         """Yield every row, of the columns that are needed."""
-        try:
+        with extra_packages():
             import pyarrow
             import pyarrow.parquet as parquet
-        except ImportError as error:
-            raise DataError(
-                f"{file.name} is Parquet, which needs pyarrow ({error}); "
-                "pip install pyarrow"
-            ) from None
         number = 0
         try:
             with parquet.ParquetFile(file.path) as opened:

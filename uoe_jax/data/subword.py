@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from uoe_jax.data.bpe import END_OF_DOCUMENT, split_pieces
-from uoe_jax.errors import DataError
+from uoe_jax.errors import DataError, extra_packages
 from uoe_jax.files import parse_json
 
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
@@ -21,7 +21,8 @@ class SubwordTokenizer:
     """A tokenizer of the `tokenizers` package, whatever its algorithm."""
 
     def __init__(self, text: str, name: str):
-        from tokenizers import Tokenizer as Backend
+        with extra_packages():
+            from tokenizers import Tokenizer as Backend
 
         try:
             self._backend = Backend.from_str(text)
@@ -202,7 +203,8 @@ def _set_decoder(backend: Any, spec: dict[str, Any]) -> dict[str, Any] | None:
 
     Without any, the package joins tokens with blanks. Returns the decoder as JSON.
     """
-    from tokenizers import decoders
+    with extra_packages():
+        from tokenizers import decoders
 
     model, cuts = spec["model"], spec.get("pre_tokenizer") or {}
     kinds = {c.get("type"): c for c in cuts.get("pretokenizers", [cuts])}

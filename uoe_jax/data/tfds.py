@@ -13,7 +13,7 @@ from uoe_jax.config import DataConfig
 from uoe_jax.data.arrays import ArraySource, Pairs, check_labels
 from uoe_jax.data.files import SourceFile
 from uoe_jax.data.text import Document, TextSource, limit_bytes
-from uoe_jax.errors import DataError, nearest
+from uoe_jax.errors import DataError, extra_packages, nearest
 
 _SPLIT_NAMES = {
     "train": "train",
@@ -62,13 +62,8 @@ def tfds_source(config: DataConfig, kind: str) -> TextSource | ArraySource:
 
 
 def _open_builder(config: DataConfig) -> Any:
-    try:
+    with extra_packages():
         import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise DataError(
-            f"data.source tfds needs tensorflow-datasets ({error}); "
-            "pip install tensorflow-datasets array-record"
-        ) from None
     name = (config.path or "").removeprefix("tfds:")
     folder = config.data_dir or str(tfds.core.constants.DATA_PATH)
     try:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from uoe_jax.errors import DataError
+from uoe_jax.errors import DataError, extra_packages
 from uoe_jax.files import read_json
 from uoe_jax.hardware.devices import Device, find_device
 from uoe_jax.hardware.gemm import (
@@ -224,7 +224,8 @@ def _held_out(x: np.ndarray, y: np.ndarray, shapes: Sequence[int]) -> np.ndarray
 
 def _boost(x: np.ndarray, y: np.ndarray) -> Trees:
     """Return boosted trees as plain arrays."""
-    from sklearn.ensemble import GradientBoostingRegressor
+    with extra_packages():
+        from sklearn.ensemble import GradientBoostingRegressor
 
     start = float(np.median(y))
     model = GradientBoostingRegressor(init="zero", **_SETTINGS).fit(x, y - start)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from uoe_jax.config import ExperimentConfig
+from uoe_jax.errors import extra_packages
 from uoe_jax.hardware.work import collectives
 from uoe_jax.kinds import ATTENTIONS, MLPS
 from uoe_jax.partition.legal import AXES, Sizes
@@ -122,7 +123,8 @@ def draw_layout(config: ExperimentConfig, sizes: Sizes) -> Figure:
 
     Boxes of one batch share, its sequence and tensor devices, lie side by side.
     """
-    from matplotlib.figure import Figure
+    with extra_packages():
+        from matplotlib.figure import Figure
 
     group = sizes["sequence"] * sizes["tensor"]
     held = holdings(config, sizes)
@@ -149,7 +151,8 @@ def draw_layout(config: ExperimentConfig, sizes: Sizes) -> Figure:
 
 
 def _draw_device(grid: Any, index: int, column: int, row: int, held: Holding) -> None:
-    from matplotlib.patches import FancyBboxPatch
+    with extra_packages():
+        from matplotlib.patches import FancyBboxPatch
 
     color = _COLORS[held.place["tensor"] % len(_COLORS)]
     grid.add_patch(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from uoe_jax.errors import extra_packages
 from uoe_jax.report.read import Run
 from uoe_jax.report.style import MARKERS, Theme, as_label
+
+with extra_packages():
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
 # x of every comparison: record key, axis label, unit of its ticks.
 AXES = (

@@ -7,17 +7,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import matplotlib
 import numpy as np
-from matplotlib.collections import PatchCollection
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
-from matplotlib.patheffects import withStroke
 
+from uoe_jax.errors import extra_packages
 from uoe_jax.report.alarms import NAMES
 from uoe_jax.report.routers import some_layers
 from uoe_jax.report.style import LIGHT, Theme
+
+with extra_packages():
+    import matplotlib
+    from matplotlib.collections import PatchCollection
+    from matplotlib.colors import to_hex
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.patheffects import withStroke
 
 _COLUMNS = 60  # characters in a line of the picture
 _PANELS = 4  # layers shown

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from uoe_jax.errors import extra_packages
 from uoe_jax.report.alarms import NAMES, find_alarms, latest
 from uoe_jax.report.read import Run
 from uoe_jax.report.style import Theme
+
+with extra_packages():
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
 _COLORS = "cividis"  # same order of lightness for every kind of colour vision
 _PARTS = ("attention", "mlp")  # where experts share the load

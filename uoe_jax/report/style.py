@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import matplotlib
-from matplotlib.figure import Figure
+from uoe_jax.errors import extra_packages
+
+with extra_packages():
+    import matplotlib
+    from matplotlib.figure import Figure
+
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from uoe_jax.errors import extra_packages
 from uoe_jax.files import write_atomically
 
 _LENGTH = struct.Struct("<Q")
@@ -19,7 +20,8 @@ def drop_events_after(folder: Path, step: int) -> None:
     An event whose end a kill cut off goes too. A file is a sequence of records: length,
     its checksum, the event, its checksum (TensorFlow's TFRecord).
     """
-    from tensorboardX.proto import event_pb2
+    with extra_packages():
+        from tensorboardX.proto import event_pb2
 
     make: Any = event_pb2.Event.FromString  # pyrefly: ignore[missing-attribute]
     for path in sorted(folder.glob("*tfevents*")):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.errors import first_line
+from uoe_jax.errors import extra_packages, first_line
 from uoe_jax.files import format_json, read_json_lines, write_atomically
 from uoe_jax.train.events import drop_events_after
 
@@ -92,10 +92,7 @@ class MetricsLog:
         try:
             self._sinks[name] = make()
         except ImportError as error:
-            note(
-                f"train.{name} is on but {error.name} isn't installed; going on "
-                f"without (pip install {package})"
-            )
+            note(f"train.{name} is off: {error}")
         except Exception as error:  # no network, no account: whatever it raises
             reason = " ".join(str(error).split())[:200]
             note(f"train.{name} is on but {package} fails ({reason}); going on without")
@@ -181,7 +178,8 @@ def tensorboard_sink(run_dir: Path, step: int) -> Sink:
     What an earlier process wrote after `step`, the one the run goes on from, is
     dropped, also by a TensorBoard that has read it already.
     """
-    from tensorboardX import SummaryWriter
+    with extra_packages():
+        from tensorboardX import SummaryWriter
 
     folder = run_dir / "tensorboard"
     drop_events_after(folder, step)
@@ -210,7 +208,8 @@ def tensorboard_sink(run_dir: Path, step: int) -> Sink:
 
 def wandb_sink(config: ExperimentConfig, run_dir: Path) -> Sink:
     """Return a writer to a W&B run named as the run's folder; resumed runs continue."""
-    import wandb  # pyrefly: ignore[missing-import]
+    with extra_packages():
+        import wandb  # pyrefly: ignore[missing-import]
 
     run = wandb.init(
         project="uoe_jax",

@@ -8,15 +8,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.exceptions import NotFittedError
-from sklearn.utils import check_random_state, column_or_1d
 
-from uoe_jax.errors import ConfigError, DataError, first_line, nearest
+from uoe_jax.errors import ConfigError, DataError, extra_packages, first_line, nearest
 from uoe_jax.linalg.completion.choose import Ratings, choose, draw_positions, fit_again
 from uoe_jax.linalg.completion.defaults import DEFAULTS, FitOptions, default_rank
 from uoe_jax.linalg.completion.factors import predict_known
 from uoe_jax.linalg.completion.update import partial_fit
+
+with extra_packages():
+    from sklearn.base import BaseEstimator, RegressorMixin
+    from sklearn.exceptions import NotFittedError
+    from sklearn.utils import check_random_state, column_or_1d
 
 
 class NotFitted(ConfigError, NotFittedError):
