@@ -72,7 +72,7 @@ def segment_attention(
 
     With `deterministic` gradients are the same bits on every run, from two kernels that
     each compute the scores. Otherwise one kernel adds up the queries' gradient in any
-    order: 5 products instead of 7, but measured slower (docs/kernels.md).
+    order: 5 products instead of 7, but measured slower (docs/kernels/attention.md).
 
     Raises:
       NotImplementedError: no Hopper GPU, or a dtype, head width or scale that the

@@ -121,7 +121,7 @@ def choose_tiles(kernel: str, shape: dict[str, Any]) -> Tiles:
     """Return the tile that measured fastest near this shape, or one that must fit.
 
     Outside the tables it is the first of `DEFAULTS` that shared memory holds; all of
-    them compile without spilled registers (docs/kernels.md).
+    them compile without spilled registers (docs/kernels/attention.md).
     """
     found = _tuning.tiles(f"segment_attention_{kernel}", shape)
     if found is not None:
