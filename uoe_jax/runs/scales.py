@@ -63,7 +63,8 @@ model.moe.balance_loss model.moe.router_z_loss model.moe.bias_update_rate
 model.moe.router_init_std model.norm_eps model.rope_theta model.num_classes
 model.window model.token_types model.rope_scaling.factor
 model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor
-model.rope_scaling.original_max_seq_len model.image_size model.image_channels model.image_patch data.bpe_vocab_size
+model.rope_scaling.original_max_seq_len model.image_size model.image_channels
+model.image_patch data.bpe_vocab_size
 data.seq_len data.batch_size data.max_bytes data.num_examples data.min_length
 data.max_length optim.learning_rate optim.warmup_steps optim.eps optim.weight_decay
 optim.clip_norm optim.router_lr_scale mesh.data mesh.fsdp mesh.tensor mesh.sequence
