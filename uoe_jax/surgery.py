@@ -83,7 +83,7 @@ def operate(
     Raises ConfigError if `out` holds something or the run can't be changed so,
     CheckpointError or DataError if the run or its data can't be read.
     """
-    folder, out = Path(folder), local_path(out, "out")
+    folder, out = local_path(folder, "the run"), local_path(out, "out")
     run = load_run(folder, which=which)
     check_free(out)
     params, buffers = flat_params(run.model), flat_buffers(run.model)

@@ -10,7 +10,7 @@ from uoe_jax.adapt.request import AdaptRequest
 from uoe_jax.adapt.run import adapt_run
 from uoe_jax.cli import main
 from uoe_jax.cli.parse import _PATHS, option_names
-from uoe_jax.decompose.runs import Cut, decompose_run, merge_run
+from uoe_jax.decompose.runs import merging
 from uoe_jax.errors import ConfigError
 from uoe_jax.fields import field_hints
 from uoe_jax.files import check_path
@@ -18,6 +18,7 @@ from uoe_jax.linalg.completion.factors import load_factors
 from uoe_jax.presets import get_preset
 from uoe_jax.report.build import write_report
 from uoe_jax.runs.load import load_run
+from uoe_jax.surgery import operate
 from uoe_jax.train import train
 from uoe_jax.train.initial import start_from
 
@@ -96,10 +97,8 @@ def test_python_refuses_them_too(tmp_path, monkeypatch, union_run):
         "AdaptRequest.load": lambda: AdaptRequest(load=""),
         "out": lambda: unwrapped(write_report)([union_run], ""),
     }
-    cut = Cut(num_experts=2)
     again = [
-        lambda: unwrapped(decompose_run)(union_run, "", cut),
-        lambda: unwrapped(merge_run)(union_run, ""),
+        lambda: unwrapped(operate)(union_run, "", merging, verb="decompose"),
         lambda: unwrapped(adapt_run)(union_run, "", AdaptRequest(load=union_run)),
     ]
     for what, call in [*calls.items(), *(("out", call) for call in again)]:
