@@ -56,21 +56,21 @@ class UnionConfig(Checked):
     query heads; in the MLP it is a slice of `d_ff / num_experts` neurons.
     """
 
-    num_experts: Count = 8
-    top_k: Count = 4
-    router: RouterKind = "token"
+    num_experts: Count = 8  # parts of each attention and MLP
+    top_k: Count = 4  # parts that a token uses
+    router: RouterKind = "token"  # who decides, and from what
     patch_size: PatchSize = 1  # consecutive tokens that share one routing decision
-    num_shared: Whole = 0  # always-on experts, counted in num_experts and in top_k
+    num_shared: Whole = 0  # always-on parts, counted in num_experts and in top_k
     segment_size: Count = 64  # selection: tokens between a causal model's decisions
     selected: Whole = 0  # hierarchical: experts a segment keeps for its tokens' top_k
     shared_kv: bool = False  # attention: route queries, keys and values of all tokens
-    # Training: rows an expert takes, over T*X/E; documents packed in a row share them.
+    # Training: rows a part takes, over T*X/E; documents packed in a row share them.
     capacity_factor: Capacity | None = None
-    gate: Gate = "sigmoid"
+    gate: Gate = "sigmoid"  # what a part's output is multiplied with
     balance_loss: NotNegative = 0.01  # weight of the Switch load-balance loss
-    router_z_loss: NotNegative = 0.001
+    router_z_loss: NotNegative = 0.001  # weight of log(sum exp scores)^2
     bias_update_rate: NotNegative = 0.0  # loss-free balancing; 0 switches it off
-    router_init_std: NotNegative = 0.02
+    router_init_std: NotNegative = 0.02  # deviation of the router's first weights
 
     @property
     def keep(self) -> float:
@@ -85,16 +85,17 @@ class UnionOverrides(Checked):
     A router that has no capacity leaves the union's out.
     """
 
-    num_experts: Count | None = None
-    top_k: Count | None = None
-    router: RouterKind | None = None
-    patch_size: PatchSize | None = None
-    num_shared: Whole | None = None
-    segment_size: Count | None = None
+    num_experts: Count | None = None  # parts of attention
+    top_k: Count | None = None  # parts of attention that a token uses
+    router: RouterKind | None = None  # of attention
+    patch_size: PatchSize | None = None  # tokens that share a decision of attention
+    num_shared: Whole | None = None  # always-on parts of attention
+    segment_size: Count | None = None  # tokens between decisions of attention
+    # Parts of attention that a segment keeps for its tokens.
     selected: Whole | None = None
-    shared_kv: bool | None = None
-    gate: Gate | None = None
-    balance_loss: NotNegative | None = None
+    shared_kv: bool | None = None  # route queries alone
+    gate: Gate | None = None  # of attention's parts
+    balance_loss: NotNegative | None = None  # weight of attention's balance loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +106,8 @@ class MobaConfig(Checked):
     key of the block; in a causal model earlier ones.
     """
 
-    block_size: Count = 64
-    top_k: Count = 3
+    block_size: Count = 64  # keys in a block
+    top_k: Count = 3  # blocks that a query sees, its own among them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,28 +123,29 @@ class ModConfig(Checked):
     capacity_factor: Capacity = 1.25
     # Of the way to the bias at which `keep` of a batch's tokens enter, each step.
     bias_update_rate: UpToOne = 0.2
-    router_z_loss: NotNegative = 0.0
-    router_init_std: NotNegative = 0.02
+    router_z_loss: NotNegative = 0.0  # weight of the squared scores
+    router_init_std: NotNegative = 0.02  # deviation of the first weights that score
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig(Checked):
     """Mixture-of-experts baseline: whole MLPs as experts, `top_k` of them per token."""
 
-    num_experts: Count = 8
-    top_k: Count = 2
+    num_experts: Count = 8  # whole MLPs
+    top_k: Count = 2  # MLPs that a token uses
+    # Tokens choose experts, or experts tokens (not for decoders).
     router: Literal["token", "expert_choice"] = "token"
     # softmax: over the chosen; softmax_all: over all experts (Switch); sigmoid: scores
     # normalised over the chosen (DeepSeek-V3).
     gate: MoeGate = "softmax"
-    num_shared: Whole = 0  # always-on experts, counted in num_experts and in top_k
-    # Training: rows an expert takes, over T*X/E; documents packed in a row share them.
+    num_shared: Whole = 0  # always-on MLPs, counted in num_experts and top_k
+    # Training: rows an MLP takes, over T*X/E; documents packed in a row share them.
     capacity_factor: Capacity | None = None
     d_expert: Count | None = None  # None: d_ff / top_k, so active FLOPs equal dense's
-    balance_loss: NotNegative = 0.01
-    router_z_loss: NotNegative = 0.001
-    bias_update_rate: NotNegative = 0.0
-    router_init_std: NotNegative = 0.02
+    balance_loss: NotNegative = 0.01  # weight of the mixture's load-balance loss
+    router_z_loss: NotNegative = 0.001  # weight of log(sum exp scores of MLPs)^2
+    bias_update_rate: NotNegative = 0.0  # DeepSeek-V3's loss-free balancing; 0: off
+    router_init_std: NotNegative = 0.02  # deviation of the mixture's first scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,67 +156,73 @@ class RopeScaling(Checked):
     than `original_max_seq_len` / `low_freq_factor`, and by parts down to / `high`.
     """
 
-    kind: Literal["none", "linear", "llama3"] = "none"
-    factor: Positive = 1.0
-    low_freq_factor: Positive = 1.0
-    high_freq_factor: Positive = 4.0
-    original_max_seq_len: Length = 8192
+    kind: Literal["none", "linear", "llama3"] = "none"  # which stretching
+    factor: Positive = 1.0  # by which frequencies are divided
+    low_freq_factor: Positive = 1.0  # llama3: waves that fit less often are stretched
+    high_freq_factor: Positive = 4.0  # llama3: waves that fit more often stay
+    original_max_seq_len: Length = 8192  # llama3: tokens that the model began with
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Checked):
     """A decoder language model, an encoder or a vision transformer."""
 
+    # decoder: predicts the next token; encoder: reads texts; vision: images.
     kind: Literal["decoder", "encoder", "vision"] = "decoder"
-    vocab_size: Count = 256
-    max_seq_len: Length = 256
-    d_model: Count = 128
-    d_ff: Count = 512
-    num_layers: Depth = 4
-    num_heads: Count = 8
-    num_kv_heads: Count = 8
-    head_dim: Count = 16
-    # Kinds are cycled over the layers: ("dense", "union") alternates.
+    vocab_size: Count = 256  # token ids
+    max_seq_len: Length = 256  # tokens of the longest input
+    d_model: Count = 128  # width
+    d_ff: Count = 512  # neurons of an MLP
+    num_layers: Depth = 4  # blocks of attention and MLP
+    num_heads: Count = 8  # query heads
+    num_kv_heads: Count = 8  # key and value heads; fewer: shared by query heads
+    head_dim: Count = 16  # width of a head
+    # Kinds of attention, cycled over the layers: dense union alternates.
     attention: tuple[AttentionKind, ...] = ("dense",)
+    # Kinds of MLP, cycled likewise.
     mlp: tuple[MlpKind, ...] = ("dense",)
+    # all: every token enters; mod: some do. Cycled likewise.
     blocks: tuple[BlockKind, ...] = ("all",)
     union: UnionConfig = field(default_factory=UnionConfig)
     union_attention: UnionOverrides = field(default_factory=UnionOverrides)
     moe: MoeConfig = field(default_factory=MoeConfig)
     moba: MobaConfig = field(default_factory=MobaConfig)
     mod: ModConfig = field(default_factory=ModConfig)
+    # Before attention, MLP and head.
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: Positive = 1e-6
+    norm_eps: Positive = 1e-6  # added to variances
     norm_place: Literal["pre", "post"] = "pre"  # post: after each residual sum
     embed_norm: bool = False  # of the embeddings too
     qk_norm: bool = False  # RMS norm of each query and key head, before rotation
+    # Rotated queries and keys, or a learned vector a position.
     position: Literal["rope", "learned"] = "rope"
-    rope_theta: Positive = 10_000.0
+    rope_theta: Positive = 10_000.0  # base of the rotation's wavelengths
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     # Tokens that attention sees, itself and those before it; 0: all. Cycled as kinds.
     window: tuple[Whole, ...] = (0,)
     # gelu: the tanh form (Hendrycks and Gimpel 2016); gelu_erf: the exact one.
     activation: Literal["gelu", "gelu_erf", "swiglu"] = "gelu"
-    use_bias: bool = False
+    use_bias: bool = False  # of attention and MLP
     # Where attention and MLP differ from `use_bias`; qkv: no bias of the output.
     attention_bias: Literal["none", "qkv", "all"] | None = None
-    mlp_bias: bool | None = None
-    tie_embeddings: bool = True
+    mlp_bias: bool | None = None  # None: as use_bias
+    tie_embeddings: bool = True  # the head's weights are the embedding's
     token_types: Whole = 0  # learned vectors of token types, such as BERT's sentences
     class_token: bool = False  # vision: a learned token before the patches
     # What classes are read from; tanh: a layer of the first token (BERT's pooler).
     pooling: Literal["mean", "first", "tanh"] = "mean"
     # encoder: classes of a text, a token at each place, or nothing (hidden states).
     encoder_head: Literal["classes", "tokens", "none"] = "classes"
-    dropout: Fraction = 0.0
-    num_classes: Count = 10  # encoder and vision
+    dropout: Fraction = 0.0  # of embeddings and of what is added, in training
+    num_classes: Count = 10  # encoder and vision: what is told apart
     image_size: Pixels = 8  # vision: square images, pixels a side
-    image_channels: Count = 1
+    image_channels: Count = 1  # vision: numbers of a pixel
     image_patch: Pixels = 2  # vision: pixels a side of one token
+    # Activations computed again in the backward pass: none, all, or all but products.
     remat: Literal["none", "full", "dots"] = "none"
-    scan_layers: bool = True
-    param_dtype: DType = "float32"
-    compute_dtype: DType = "float32"
+    scan_layers: bool = True  # compile one layer of each kind, not all
+    param_dtype: DType = "float32"  # of weights
+    compute_dtype: DType = "float32"  # of activations and products
 
     @property
     def causal(self) -> bool:
@@ -315,6 +323,7 @@ class ModelConfig(Checked):
 class DataConfig(Checked):
     """Where examples come from and how they become batches."""
 
+    # What `path` holds; auto: as its name and content say.
     source: Literal[
         "auto",
         "stdlib",
@@ -331,38 +340,41 @@ class DataConfig(Checked):
     encoding: str = "auto"  # auto: UTF-8, or what the first bytes say; else a name
     data_dir: str | None = None  # tfds: folder of built datasets
     tokenizer: str = "byte"  # "byte", "bpe" (trained on the data) or a tokenizer.json
-    bpe_vocab_size: Count = 4096
+    bpe_vocab_size: Count = 4096  # entries of a trained tokenizer
     text_key: str = "text"  # field that holds the text; a.b is field b of field a
     bad_records: Literal["error", "skip"] = "error"  # jsonl, parquet: without a text
     seq_len: Length | None = None  # None: the model's max_seq_len
     batch_size: Count = 16  # global, in sequences (or images)
+    # Rows cut from one stream, or of whole documents that don't see each other.
     pack: Literal["stream", "documents"] = "stream"
+    # Text files with bytes that aren't UTF-8.
     bad_utf8: Literal["error", "replace", "skip"] = "error"
-    valid_fraction: Fraction = 0.05
-    test_fraction: Fraction = 0.05
+    valid_fraction: Fraction = 0.05  # held out for validation
+    test_fraction: Fraction = 0.05  # held out for a test at the end
     max_bytes: Bytes | None = None  # use only the first so many bytes of text
     num_examples: Count | None = None  # listops, pathfinder: of train; None: all
-    min_length: Whole = 500  # listops: tokens, excluded
-    max_length: Whole = 2000  # listops: tokens, excluded
+    min_length: Whole = 500  # listops: tokens of the shortest, excluded
+    max_length: Whole = 2000  # listops: tokens of the longest, excluded
     cache_dir: str | None = None  # prepared arrays; None: a folder in the user's cache
     allow_changed: bool = False  # accept a source that differs from its manifest
-    seed: Seed = 0
+    seed: Seed = 0  # of the split and the order of examples
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Checked):
     """AdamW with a schedule and clipping."""
 
-    learning_rate: NotNegative = 1e-3
+    learning_rate: NotNegative = 1e-3  # the highest, after the warm-up
+    # How the rate falls; wsd: in the last fifth only.
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup_steps: Whole = 50
-    final_lr_fraction: NotNegative = 0.1
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    eps: Positive = 1e-8
-    weight_decay: NotNegative = 0.1
+    warmup_steps: Whole = 50  # while the rate rises
+    final_lr_fraction: NotNegative = 0.1  # of the highest rate, at the end
+    beta1: Fraction = 0.9  # decay of the mean of gradients
+    beta2: Fraction = 0.95  # decay of the mean of their squares
+    eps: Positive = 1e-8  # added to the root of that
+    weight_decay: NotNegative = 0.1  # a step of rate r shrinks weights by r times this
     clip_norm: NotNegative = 1.0  # global gradient norm; 0 switches clipping off
-    router_lr_scale: NotNegative = 1.0
+    router_lr_scale: NotNegative = 1.0  # routers' rate over the others'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,16 +424,16 @@ class LayoutConfig(Checked):
 class TrainConfig(Checked):
     """Budgets, cadence and safety of one run."""
 
-    steps: Whole = 300
+    steps: Whole = 300  # updates of the weights
     max_seconds: Positive | None = None  # wall-clock budget; the run ends cleanly
     accumulate: Count = 1  # microbatches per step
     z_loss: NotNegative = 0.0  # weight of log(sum exp logits)^2
-    label_smoothing: Fraction = 0.0
-    log_every: Count = 10
-    eval_every: Count = 100
-    eval_batches: Count = 8
-    save_every: Count = 100
-    keep_checkpoints: Count = 2
+    label_smoothing: Fraction = 0.0  # probability given to all classes alike
+    log_every: Count = 10  # steps between printed lines
+    eval_every: Count = 100  # steps between validations
+    eval_batches: Count = 8  # of each validation
+    save_every: Count = 100  # steps between checkpoints
+    keep_checkpoints: Count = 2  # how many of the newest stay
     max_bad_steps: Count = 5  # non-finite steps in a row before the run stops
     # Leave out a step whose loss is above the running mean of the last 100 or so by
     # more than this many of their deviations; after 10 in a row, that is the new level.
@@ -430,17 +442,17 @@ class TrainConfig(Checked):
     # 0: never. Only for kernels that are deterministic.
     replay_every: Whole = 0
     loss_chunk: Count = 4096  # tokens whose logits are alive at once
-    tensorboard: bool = False
-    wandb: bool = False
+    tensorboard: bool = False  # event files in RUN/tensorboard
+    wandb: bool = False  # send metrics to Weights & Biases
     profile: bool = False  # trace a few steps into RUN/profile
-    seed: Seed = 0
+    seed: Seed = 0  # of weights and dropout
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig(Checked):
     """Everything one run depends on."""
 
-    name: Name = "run"  # its folder's too
+    name: Name = "run"  # of the run and, under runs/, of its folder
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

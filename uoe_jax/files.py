@@ -12,6 +12,7 @@ import math
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -248,3 +249,15 @@ def _is_metrics(record: dict[str, Any]) -> bool:
         else value is None or type(value) in (int, float)
         for key, value in record.items()
     )
+
+
+def user_cache() -> Path:
+    """Return the folder of the user's cache that is this package's.
+
+    A user without a home has one among the temporary files.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "uoe_jax"
+    except RuntimeError:  # no HOME, and a user without an entry
+        return Path(tempfile.gettempdir()) / f"uoe_jax-{os.getuid()}"

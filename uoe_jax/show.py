@@ -115,26 +115,25 @@ def model_table(
 
 
 def _rows(model: ModelConfig, length: int) -> Iterator[Row]:
-    outer = {n: p for n, p in model_params(model).items() if not n.startswith(BLOCKS)}
     flops = flops_per_token(model, length).parts
-    told = {"embed": flops.get("embedding", 0.0), "head": flops["head"]}
-    for name in sorted(outer, key=lambda n: not n.startswith("embed")):
-        if name.startswith("head") or "norm" in name:
-            continue
-        part, _, weight = name.rpartition(".")
-        yield _row(part, weight, outer[name].shape, "", told.pop(part, 0.0))
+    told = {"embed": flops.get("embedding", 0.0), "head": flops.get("head", 0.0)}
+    outer = {n: p for n, p in model_params(model).items() if not n.startswith(BLOCKS)}
+    first = [name for name in outer if name.startswith("embed")]
+    for name in first:
+        yield _outer(name, outer[name].shape, told)
     for stack in range(layer_period(model)):
         yield from _layer_rows(model, stack, length)
     for name in outer:
-        part, _, weight = name.rpartition(".")
-        if "norm" in name:
-            yield _row("norm", weight, outer[name].shape, "", 0.0)
-    heads = [name for name in outer if name.startswith("head")]
-    for name in heads:
-        yield _row("head", name[5:], outer[name].shape, "", told.pop("head", 0.0))
-    if not heads:
-        cost = si(told["head"], "FLOP")
-        yield "head", "the embedding's", "", "", "", cost
+        if name not in first:
+            yield _outer(name, outer[name].shape, told)
+    if cost := told.pop("head", 0.0):
+        yield "head", "the embedding's", "", "", "", si(cost, "FLOP")
+
+
+def _outer(name: str, shape: tuple[int, ...], told: dict[str, float]) -> Row:
+    """Return the row of a weight that is in no block; its part's FLOPs once."""
+    part, _, weight = name.removeprefix("trunk.").rpartition(".")
+    return _row(part, weight, shape, "", told.pop(part, 0.0))
 
 
 def _layer_rows(model: ModelConfig, stack: int, length: int) -> Iterator[Row]:

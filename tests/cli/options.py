@@ -21,12 +21,16 @@ CLASSES = {
     "adapt": "uoe_jax.cli.adapt:AdaptOptions",
     "complete": "uoe_jax.complete.options:CompleteArgs",
     "cost": "uoe_jax.cli.cost:CostOptions",
+    "presets": "uoe_jax.cli.presets:PresetsOptions",
+    "config": "uoe_jax.cli.presets:ConfigOptions",
 }
 
 HERE = "cli/test_options.py"
 
 # verb -> option -> the test file that types it.
 TESTED: dict[str, dict[str, str]] = {
+    "presets": {"--json": "cli/test_help.py"},
+    "config": {"--name": "cli/test_help.py"},
     "demo": {
         "--steps": "cli/test_demo.py",
         "--quiet": "cli/test_demo.py",

@@ -50,10 +50,13 @@ def options_of(verb):
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setenv("COLUMNS", "2000")
-        main([verb, "--help"])
-    # In a box of lines, or under a rule where there are none.
-    line = r"^[│ ]*(--[a-z][\w.-]*)(?:, --[\w.-]+)* ?(.*?) *│?$"
-    found = re.findall(line, said.getvalue(), re.MULTILINE)
+        main([verb, "--help-all"])
+    # Beside what it takes, two blanks and what it means.
+    line = r"^  (--[a-z\[][\w.\[\]-]*)((?: \S+)*)(?:  .*)?$"
+    found = [
+        (name.replace("[no-]", ""), takes.strip())
+        for name, takes in re.findall(line, said.getvalue(), re.MULTILINE)
+    ]
     assert found or verb == "demo", said.getvalue()
     return found
 
@@ -66,9 +69,9 @@ def value_for(rng, takes):
         c for part in re.findall(r"\{([^{}]*)\}", takes) for c in part.split(",")
     ]
     choices = [c.strip() for c in choices if c.strip() not in ("", "None")]
-    if choices and "INT" not in takes and "FLOAT" not in takes and "STR" not in takes:
+    if choices and "INT" not in takes and "FLOAT" not in takes and "TEXT" not in takes:
         return rng.choice(choices)
-    if "PATH" in takes or "STR" in takes:
+    if "PATH" in takes or "TEXT" in takes:
         return rng.choice([*FILES, *TOPOLOGIES, *PRESETS, "byte", "bpe", "auto", "x"])
     if "INT" in takes or "FLOAT" in takes:
         plain = ["0", "1", "2", "3", "4", "8", "16", "64", "0.5", "1e-3", "-1"]

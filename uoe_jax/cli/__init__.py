@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from uoe_jax.cli.device import settings
 from uoe_jax.cli.notes import plain_warnings
 from uoe_jax.errors import (
     ConfigError,
@@ -40,6 +41,8 @@ class Verb(NamedTuple):
 VERBS: dict[str, Verb] = {
     "demo": Verb("cli.demo:demo", "train dense, MoE and union side by side, here, now"),
     "train": Verb("cli.train:train", "train a preset, options changing any field"),
+    "presets": Verb("cli.presets:presets", "what can be trained: sizes and kinds"),
+    "config": Verb("cli.presets:config", "a preset as JSON, for train --config FILE"),
     "eval": Verb("cli.runs:evaluate", "loss, perplexity, bits per byte of a run"),
     "generate": Verb("cli.runs:generate", "sample text from a run"),
     "report": Verb("cli.runs:report", "plots and a page for one run or several"),
@@ -58,15 +61,48 @@ VERBS: dict[str, Verb] = {
 }
 
 
+# What the verbs are called elsewhere.
+_USUAL = {
+    "list": "presets",
+    "ls": "presets",
+    "models": "presets",
+    "fit": "train",
+    "pretrain": "train",
+    "run": "train",
+    "resume": "train",
+    "evaluate": "eval",
+    "test": "eval",
+    "validate": "eval",
+    "sample": "generate",
+    "chat": "generate",
+    "infer": "generate",
+    "inference": "generate",
+    "plot": "report",
+    "compare": "report",
+    "split": "decompose",
+    "merge": "decompose",
+    "finetune": "adapt",
+    "fine-tune": "adapt",
+    "lora": "adapt",
+    "benchmark": "bench",
+    "tune": "bench",
+    "flops": "cost",
+    "params": "cost",
+    "init": "config",
+}
+
+
 def usage() -> str:
     """Return the text of `uoe --help`."""
     width = max(map(len, VERBS))
     lines = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
     return (
-        "usage: uoe VERB [ARGUMENTS] [--help] [--debug]\n\n"
+        "usage: uoe VERB [ARGUMENTS] [OPTIONS]\n\n"
         "Union of Experts transformers in JAX.\n\n"
         + "\n".join(lines)
-        + "\n\n`uoe VERB --help` lists a verb's options; --debug shows tracebacks.\n"
+        + "\n\n`uoe help VERB` lists a verb's usual options, `uoe VERB --help-all` "
+        "all.\n--devices cpu:8, --no-compile-cache and --debug (tracebacks) suit every "
+        "verb.\n"
     )
 
 
@@ -91,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: list[str], debug: bool) -> int:
     try:
-        with stop_on_signals(), plain_warnings():
-            return _dispatch(args)
+        with stop_on_signals(), plain_warnings(), settings(args) as rest:
+            return _dispatch(rest)
     except SystemExit as stop:  # a parser printed its help
         if isinstance(stop.code, str):
             return _fail(stop.code, 1, debug)
@@ -118,7 +154,9 @@ def _run(args: list[str], debug: bool) -> int:
 
 
 def _dispatch(args: list[str]) -> int:
-    if not args or args[0] in ("-h", "--help", "help"):
+    if args[:1] == ["help"] and len(args) > 1 and not args[1].startswith("-"):
+        args = [args[1], "--help", *args[2:]]
+    if not args or args[0] in ("-h", "--help", "--help-all", "help"):
         print(usage(), end="")
         return 0
     if args[0] == "--version":
@@ -126,7 +164,9 @@ def _dispatch(args: list[str]) -> int:
         return 0
     name, *rest = args
     if name not in VERBS:
-        raise ConfigError(f"no verb {name!r}; {nearest(name, VERBS)}")
+        usual = _USUAL.get(name.lower())
+        fix = f"did you mean {usual}?" if usual else nearest(name, VERBS)
+        raise ConfigError(f"no verb {name!r}; {fix}")
     module, function = VERBS[name].target.split(":")
     return getattr(importlib.import_module(f"uoe_jax.{module}"), function)(rest)
 

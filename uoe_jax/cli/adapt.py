@@ -24,7 +24,7 @@ class AdaptOptions:
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]  # its folder, or a name in runs
 
-    method: Literal["tucker", "lora"] = "tucker"
+    method: Literal["tucker", "lora"] = "tucker"  # three factors, or two
 
     rank: int = 8  # of the factors; cut where a weight has less
 
@@ -44,6 +44,7 @@ class AdaptOptions:
 
     alpha: float | None = None  # scale; the init's published default if not given
 
+    # How factors start, as published; docs/adapters.md has what each draws.
     init: Literal["flora", "loralib", "peft", "gaussian", "orthonormal", "hosvd"] = (
         "peft"
     )

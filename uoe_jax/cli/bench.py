@@ -29,7 +29,7 @@ class BenchOptions:
     ] = ("attention", "union")
     size: str | None = None  # full or small; None: small on a CPU
     rounds: Count = 5  # a time is the median of this many
-    tune: bool = False
+    tune: bool = False  # first measure which backends and tiles are fastest here
     out: Path | None = None  # JSON file of all rows
     plot: Path | None = None  # PNG file of the sweep, or of gemm's predictions
     products: Count = 300  # of gemm: random ones, beside the presets' own

@@ -30,7 +30,7 @@ class LeakOptions:
 
     target: Positional[Annotated[str, arg(metavar="PRESET|RUN")]]
     length: Count | None = None  # tokens of the probe sequences
-    seed: Seed = 0
+    seed: Seed = 0  # of weights and probes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,8 @@ def scaled_down(model: ModelConfig) -> ModelConfig:
 def data(args: list[str]) -> int:
     """Prepare the data of `[PRESET] [options]` and print a description."""
     preset, rest = take_preset(args, "data", default="tiny")
-    options = parse(DataOptions, rest, "data", default=DataOptions(config=preset))
+    default = DataOptions(config=preset)
+    options = parse(DataOptions, rest, "data", default=default, first="[PRESET]")
     validate(options.config)
     check_typed(rest, options.config.data, options.config.model.kind)
 

@@ -44,7 +44,7 @@ class DecomposeOptions:
 
     shared: int = 0  # MLP experts always on, of --top-k: the neurons that write most
 
-    parts: Literal["both", "attention", "mlp"] = "both"
+    parts: Literal["both", "attention", "mlp"] = "both"  # what is cut
 
     grouping: Grouping = "contiguous"  # which neurons become an expert together
 
@@ -59,11 +59,11 @@ class DecomposeOptions:
 
     merge: bool = False  # a union run back into a dense one
 
-    checkpoint: Literal["last", "best"] = "last"
+    checkpoint: Literal["last", "best"] = "last"  # of the run
 
     out: Path | None = None  # folder of the new run; runs/<name>-union<E> or -dense
 
-    seed: Seed = 0
+    seed: Seed = 0  # of random groups and of fits
 
     json: bool = False  # one JSON object instead of lines
 

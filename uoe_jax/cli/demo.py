@@ -23,7 +23,7 @@ class DemoOptions:
     and sampled code. Finished runs are reused, unfinished ones continue.
     """
 
-    run_dir: Path = RUNS / "demo"
+    run_dir: Path = RUNS / "demo"  # folder of the three runs
     steps: int | None = None  # training steps of each model
     quiet: bool = False  # no training progress
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import tyro
 
-from uoe_jax.config import DataConfig, ExperimentConfig
+from uoe_jax.cli.help import asks_for_help, print_help
+from uoe_jax.config import DataConfig, ExperimentConfig, from_json
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.fields import field_hints, out_of_bounds
 from uoe_jax.files import check_path
@@ -33,6 +34,64 @@ _PATHS = (
 )
 _RUNS = ("run", "runs", "target")  # names of runs too, which `find_run` looks for
 _UNNAMED = (*_RUNS, "file")  # typed without an option's name
+
+# The field's other words for options, and what they are here, where a verb has it.
+USUAL: dict[str, tuple[str, ...]] = {
+    "lr": ("--optim.learning-rate", "--learning-rate"),
+    "learning-rate": ("--optim.learning-rate", "--learning-rate"),
+    "bs": ("--data.batch-size", "--batch-size", "--batch"),
+    "batch": ("--data.batch-size", "--batch-size"),
+    "batch-size": ("--data.batch-size", "--batch-size"),
+    "micro-batch-size": ("--train.accumulate",),
+    "grad-accum": ("--train.accumulate",),
+    "gradient-accumulation-steps": ("--train.accumulate",),
+    "epochs": ("--train.steps", "--steps", "--iters"),
+    "num-epochs": ("--train.steps", "--steps", "--iters"),
+    "steps": ("--train.steps", "--steps"),
+    "max-steps": ("--train.steps", "--steps"),
+    "num-steps": ("--train.steps", "--steps"),
+    "iterations": ("--train.steps", "--steps", "--iters"),
+    "layers": ("--model.num-layers",),
+    "depth": ("--model.num-layers",),
+    "n-layer": ("--model.num-layers",),
+    "heads": ("--model.num-heads",),
+    "n-head": ("--model.num-heads",),
+    "kv-heads": ("--model.num-kv-heads",),
+    "hidden-size": ("--model.d-model",),
+    "n-embd": ("--model.d-model",),
+    "dim": ("--model.d-model",),
+    "width": ("--model.d-model",),
+    "experts": ("--experts", "--model.union.num-experts", "--model.moe.num-experts"),
+    "num-experts": (
+        "--experts",
+        "--model.union.num-experts",
+        "--model.moe.num-experts",
+    ),
+    "top-k": ("--top-k", "--model.union.top-k", "--model.moe.top-k"),
+    "context-length": ("--data.seq-len", "--seq-len"),
+    "ctx": ("--data.seq-len", "--seq-len"),
+    "block-size": ("--data.seq-len", "--seq-len", "--model.moba.block-size"),
+    "seq-len": ("--data.seq-len", "--seq-len"),
+    "dataset": ("--data.path", "--data"),
+    "warmup": ("--optim.warmup-steps",),
+    "wd": ("--optim.weight-decay",),
+    "grad-clip": ("--optim.clip-norm",),
+    "precision": ("--model.compute-dtype",),
+    "dtype": ("--model.compute-dtype",),
+    "seed": ("--train.seed", "--seed"),
+    "out": ("--run-dir", "--out"),
+    "out-dir": ("--run-dir", "--out"),
+    "output": ("--run-dir", "--out"),
+    "output-dir": ("--run-dir", "--out"),
+    "device": ("--devices",),
+    "gpus": ("--devices",),
+    "num-gpus": ("--devices",),
+    "cpu": ("--devices",),
+    "max-tokens": ("--max-new-tokens",),
+    "temp": ("--temperature",),
+    "verbose": ("--debug",),
+    "tp": ("--mesh.tensor",),
+}
 
 _TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
@@ -68,17 +127,21 @@ def parse[Options](
     verb: str,
     *,
     default: Options | None = None,
-    description: str | None = None,
+    first: str | None = None,
 ) -> Options:
     """Return `options` filled from the command line.
+
+    `first` is what the usage line has before the options, if it isn't PRESET or what
+    is positional.
 
     Raises:
         ConfigError: an unknown option, or a value that is missing or of the wrong type.
         SystemExit: after printing help.
     """
-    wants_help = "-h" in args or "--help" in args
-    if not wants_help:
-        _check_names(args, set(option_names(options)), verb)
+    if asks_for_help(args):
+        print_help(options, verb, args, default, first)
+        raise SystemExit(0)
+    _check_names(args, set(option_names(options)), verb)
     said = io.StringIO()
     # tyro draws a box over many lines; it is caught and flattened below.
     found = None
@@ -88,13 +151,11 @@ def parse[Options](
                 options,
                 args=list(args),
                 prog=f"uoe {verb}",
-                description=description,
                 default=tyro.MISSING_NONPROP if default is None else default,
                 registry=_REGISTRY,
             )
-        except SystemExit as stop:
-            if not stop.code:
-                raise
+        except SystemExit:
+            pass
         except ConfigError as error:  # a config's own refusal
             raise ConfigError(_as_options(str(error), options)) from None
     if found is None:
@@ -181,17 +242,53 @@ def take_preset(
 ) -> tuple[ExperimentConfig, list[str]]:
     """Split `PRESET [options]` into the preset's config and the rest.
 
-    Help without a preset is shown for `tiny`. Raises ConfigError without a preset where
-    there is no default.
+    `--config FILE` stands for a preset: JSON, as `uoe config PRESET` prints it. Help
+    without a preset is shown for `tiny`. Raises ConfigError without either where there
+    is no default.
     """
+    file, rest = _take_option(args, "--config")
+    if file is not None:
+        if rest and not rest[0].startswith("-"):
+            raise ConfigError(
+                f"{rest[0]} with --config {file}; give a preset or a file, not both"
+            )
+        return _read_file(Path(file)), rest
     if args and not args[0].startswith("-"):
         return get_preset(args[0]), list(args[1:])
-    if default or "-h" in args or "--help" in args:
+    if default or asks_for_help(args):
         return get_preset(default or "tiny"), list(args)
     raise ConfigError(
         f"uoe {verb} takes a preset first: uoe {verb} PRESET; presets: "
         + ", ".join(PRESETS)
     )
+
+
+def _take_option(args: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Return an option's value, None without it, and the other arguments."""
+    for place, arg in enumerate(args):
+        if arg == name:
+            if place + 1 == len(args):
+                raise ConfigError(f"{name} has no value; give a file: {name} FILE")
+            return args[place + 1], [*args[:place], *args[place + 2 :]]
+        if arg.startswith(f"{name}="):
+            value = arg.removeprefix(f"{name}=")
+            return value, [*args[:place], *args[place + 1 :]]
+    return None, list(args)
+
+
+def _read_file(path: Path) -> ExperimentConfig:
+    check_path(path, "--config")
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} isn't text ({error.reason})") from None
+    except OSError as error:
+        raise ConfigError(
+            f"--config {path} can't be read ({error.strerror}); uoe config PRESET "
+            "writes one"
+        ) from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def check_typed(args: Sequence[str], data: DataConfig, kind: str) -> None:
@@ -241,8 +338,12 @@ def _check_names(args: Sequence[str], known: set[str], verb: str) -> None:
         if not name.startswith("--") or len(name) == 2 or " " in name or name in known:
             continue
         leaf = name.lstrip("-").rsplit(".", 1)[-1]
+        here = {*known, "--devices", "--debug"}  # these two every verb takes
+        usual = [option for option in USUAL.get(leaf, ()) if option in here]
         same = sorted(k for k in known if k.lstrip("-").rsplit(".", 1)[-1] == leaf)
-        if same:
+        if usual:
+            fix = "did you mean " + " or ".join(usual[:3]) + "?"
+        elif same:
             fix = "did you mean " + " or ".join(same[:3]) + "?"
         elif difflib.get_close_matches(name, known, cutoff=0.5):
             fix = nearest(name, known)

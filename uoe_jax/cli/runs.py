@@ -27,8 +27,8 @@ class EvalOptions:
 
     run: Positional[Annotated[str, arg(metavar="RUN")]] = ""  # or runs/RUN
     data: DataConfig = field(default_factory=DataConfig)  # given: other data
-    split: Literal["train", "valid", "test"] = "valid"
-    checkpoint: Literal["last", "best"] = "last"
+    split: Literal["train", "valid", "test"] = "valid"  # of the data
+    checkpoint: Literal["last", "best"] = "last"  # of the run
     max_batches: int | None = None  # only the first batches of the split
     json: bool = False  # one JSON object instead of tables
 
@@ -38,13 +38,13 @@ class GenerateOptions:
     """Sample text from a run, after a prompt."""
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
-    prompt: str
-    max_new_tokens: int = 128
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
+    prompt: str  # text to go on with
+    max_new_tokens: int = 128  # made after the prompt
+    temperature: float = 0.8  # 0: always the likeliest; 1: as the model has it
+    top_k: int | None = None  # sample among so many likeliest tokens
+    top_p: float | None = None  # among the fewest that have so much probability
     greedy: bool = False  # always the likeliest token
-    seed: Seed = 0
+    seed: Seed = 0  # the same one samples the same text
     raw: bool = False  # control characters and broken UTF-8 as they are, not escaped
 
 

@@ -17,7 +17,10 @@ from uoe_jax.validation import read_config, validate
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Train a preset."""
+    """Train a preset, or go on with a run; the same command again continues.
+
+    `uoe presets` lists PRESETs, `uoe config PRESET` prints one to edit.
+    """
 
     config: Experiment
 
@@ -53,7 +56,7 @@ def train(args: list[str]) -> int:
         rest,
         "train",
         default=TrainOptions(config=preset),
-        description="Train PRESET (the first argument): " + ", ".join(PRESETS) + ".",
+        first="PRESET|RUN|--config FILE",
     )
     config = options.config
     if options.layout is not None:

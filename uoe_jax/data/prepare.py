@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,7 @@ from uoe_jax.data.tokenize import (
 from uoe_jax.data.write_arrays import write_arrays
 from uoe_jax.data.write_text import write_text
 from uoe_jax.errors import DataError
-from uoe_jax.files import format_json
+from uoe_jax.files import format_json, user_cache
 
 # Of the prepared folder; another format is prepared again. Format 1 took some files
 # (UTF-16, archives, JSON under other endings) for bytes.
@@ -209,8 +207,4 @@ def _cache_folder(data: DataConfig) -> Path:
     """Return where prepared data goes: data.cache_dir or the user's cache."""
     if data.cache_dir is not None:
         return Path(data.cache_dir).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "uoe_jax"
-    except RuntimeError:  # no HOME, and a user without an entry
-        return Path(tempfile.gettempdir()) / f"uoe_jax-{os.getuid()}"
+    return user_cache()

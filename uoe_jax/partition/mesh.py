@@ -29,7 +29,14 @@ def make_mesh(
     Raises ConfigError when there are too few devices or the batch doesn't divide.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = mesh_sizes(config, len(devices))
+    try:
+        sizes = mesh_sizes(config, len(devices))
+    except ConfigError as error:
+        if "are visible" in str(error) and devices[0].platform == "cpu":
+            needed = math.prod(max(getattr(config, axis), 1) for axis in AXES)
+            hint = f"; uoe's --devices cpu:{needed} makes {needed} of a CPU"
+            raise ConfigError(f"{error}{hint}") from None
+        raise
     rows = sizes["data"] * sizes["fsdp"]
     if batch_size is not None and batch_size % rows:
         fits = [n for n in range(1, len(devices) + 1) if batch_size % n == 0]
