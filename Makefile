@@ -7,13 +7,14 @@ NEXT := $(VENV)/jax-next
 # The TPU compiler lies beside the packages: among them, jax would look for TPUs first.
 LIBTPU := $(VENV)/libtpu
 
-.PHONY: help venv demo test nightly lint aot clean
+.PHONY: help venv demo test nightly lint docs aot clean
 help:
 	@echo "make venv   the project's own .venv"
 	@echo "make demo   train a dense, an MoE and a union model on this machine; table and report"
 	@echo "make test   the tests on jax 0.11, the marked ones on jax 0.12, coverage"
 	@echo "make nightly  the tests that take long and repeat what shorter ones hold"
 	@echo "make lint   ruff and pyrefly"
+	@echo "make docs   the site, into site/; NOTEBOOKS=run executes the notebooks for it (minutes)"
 	@echo "make aot    compile kernels and training steps for TPUs that aren't here; hours"
 
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -55,6 +56,16 @@ nightly: $(VENV)/.dev $(NEXT)/.done $(LIBTPU)/.done
 lint: $(VENV)/.dev
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/pyrefly check
+
+$(VENV)/.docs: $(VENV)/.dev
+	@echo "Installing what makes the site into $(VENV) ..."
+	@$(INSTALL) --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	@JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 UOE_NOTEBOOKS=$(NOTEBOOKS) \
+	  $(PY) -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 aot: $(LIBTPU)/.done
 	@PYTHONPATH=$(LIBTPU) $(PY) benchmarks/aot_tpu.py --out benchmarks/results/aot_tpu.json

@@ -18,15 +18,15 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 # Okabe and Ito's colour-blind-safe set, one colour an expert.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 INK, FAINT, PAPER = "#1f2328", "#8b949e", "#ffffff"
-OUT = Path(__file__).parent / "images" / "union.svg"
+IMAGES = Path(__file__).parent / "images"
 
 
-def arrow(axes, start, end, color=INK):
+def arrow(axes, start, end, color=INK, *, thin=False):
     """Draw where something goes."""
     axes.add_patch(
         FancyArrowPatch(
-            start, end, arrowstyle="-|>", mutation_scale=11, color=color,
-            linewidth=1.4, shrinkA=1, shrinkB=1,
+            start, end, arrowstyle="-|>", mutation_scale=8 if thin else 11, color=color,
+            linewidth=0.8 if thin else 1.4, shrinkA=1, shrinkB=1,
         )
     )  # fmt: skip
 
@@ -120,14 +120,19 @@ def draw() -> Figure:
     return figure
 
 
+def save(figure: Figure, name: str) -> None:
+    """Write a picture into docs/images, the same bytes every time."""
+    matplotlib.rcParams["svg.hashsalt"] = name
+    matplotlib.rcParams["svg.fonttype"] = "path"  # the same shapes everywhere
+    path = IMAGES / name
+    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    lines = [line.rstrip() for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     """Write the picture."""
-    matplotlib.rcParams["svg.hashsalt"] = "union"  # the same bytes every time
-    matplotlib.rcParams["svg.fonttype"] = "path"  # the same shapes everywhere
-    matplotlib.rcParams["font.family"] = "DejaVu Sans"
-    draw().savefig(OUT, format="svg", metadata={"Date": None, "Creator": None})
-    # A file ends its lines as the others do: no blanks at their ends.
-    OUT.write_text("\n".join(x.rstrip() for x in OUT.read_text().splitlines()) + "\n")
+    save(draw(), "union.svg")
 
 
 if __name__ == "__main__":
