@@ -8,6 +8,7 @@ Imports no jax.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import math
 import numbers
@@ -167,7 +168,9 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return a scalar of numpy as Python's; anything else as it is."""
+    """Return a scalar of numpy as Python's, an enum's member as its value."""
+    if isinstance(value, enum.Enum):
+        value = value.value
     # By name, as this module doesn't import numpy.
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         return value.item()

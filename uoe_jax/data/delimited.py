@@ -80,6 +80,7 @@ def read_delimited(
         len(LINE_END.findall(data[:start])) * b"\n" + body
     )  # lines keep their numbers
     rows = [fields for _, fields in itertools.islice(_rows(path, body, single), 50)]
+    _check_quotes(path, rows)
     first = [name.strip() for name in rows[0]]
     header = are_names(first) or not any(map(is_number, first))
     names = first if header else [str(place + 1) for place in range(len(first))]
@@ -210,6 +211,18 @@ def _check_text(path: Path, data: bytes, delimiter: str | None) -> None:
         )
     if re.match(rb"\s*(\{\s*\"|\[\s*[\[{]|<[?!a-zA-Z])", sample):
         raise DataError(f"{path} holds JSON or XML; give a table with a line an entry")
+
+
+def _check_quotes(path: Path, rows: list[list[str]]) -> None:
+    """Raise DataError for a table whose first or last fields are in single quotes."""
+    for place in (0, -1):
+        column = [fields[place].strip() for fields in rows]
+        data = column[1:] or column  # a header may have none
+        if all(len(c) > 1 and c[0] == c[-1] == "'" for c in data):
+            raise DataError(
+                f"{path} has fields in single quotes, such as {data[-1]}; only double "
+                "quotes hold a field together: write those, or none"
+            )
 
 
 def _check_delimiter(delimiter: str) -> str:

@@ -321,16 +321,29 @@ def _pick(
             raise choose
         return list(range(need))
     known = [_known(names, role) for role in range(need)]
-    if None not in known:
-        return [place for place in known if place is not None]
     rest = [place for place in range(width) if place not in known]
     in_place = all(place in (None, role) for role, place in enumerate(known))
     # Three are taken in order; of more, a guess would take a time for a value. Where
     # the value is known, which of the others is called a row makes no difference.
     sure = known[-1] is not None or known.count(None) == 1 or in_place
-    if width > need and not (need == 2 and in_place) or not sure:
+    if None in known and (width > need and not (need == 2 and in_place) or not sure):
         raise choose
-    return [rest.pop(0) if place is None else place for place in known]
+    chosen = [rest.pop(0) if place is None else place for place in known]
+    for place in chosen:
+        _check_single(path, names, names[place])
+    return chosen
+
+
+def _check_single(path: Path, names: Sequence[str], name: str) -> None:
+    """Raise DataError for a name that several columns have."""
+    plain = name.strip().lower()
+    places = [i for i, other in enumerate(names, 1) if other.strip().lower() == plain]
+    if len(places) > 1:
+        raise DataError(
+            f"{path} has {len(places)} columns called {name!r}, "
+            f"{' and '.join(map(str, places))}; say which are row, column and value by "
+            "number: --columns 1,2,3"
+        )
 
 
 def _is_rating(columns: list[list[str]]) -> bool:
@@ -377,6 +390,7 @@ def _asked(
     places, width = [], len(found.names)
     for name in wanted[:need]:
         if name in found.names:
+            _check_single(path, found.names, name)
             places.append(found.names.index(name))
         elif name.isdecimal() and 1 <= int(name) <= width:
             places.append(int(name) - 1)

@@ -18,6 +18,8 @@ with extra_packages():
 pc: Any = pyarrow.compute  # whose functions are made at run time
 
 MISSING = ["", "nan", "na", "n/a", "#n/a", "null", "none", "\\n", "?"]  # lower case
+# A number in groups of three digits: 1.234,5, 1,234.5, 1 234,5, 1'234.5.
+GROUPED = re.compile(r"[+-]?\d{1,3}([.,' \u00a0\u202f\u2019])\d{3}(\1\d{3})*([.,]\d*)?")
 NUMBER = r"^[+-]?((\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?|inf|infinity)$"
 
 
@@ -200,6 +202,11 @@ def _numbers(
             numbers[place] = float(word.replace(",", "."))
         elif word.lower() not in MISSING:
             row = int(np.argmax(index == place))
+            if GROUPED.fullmatch(word):
+                raise DataError(
+                    f"{path} {found.where(row)}: column {name!r} holds {word!r}, whose "
+                    "thousands are marked; write numbers with one mark, the decimal"
+                )
             raise DataError(
                 f"{path} {found.where(row)}: column {name!r} holds {word!r}; it must "
                 "be numbers"

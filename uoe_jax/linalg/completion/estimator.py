@@ -13,6 +13,7 @@ from uoe_jax.errors import ConfigError, DataError, extra_packages, first_line, n
 from uoe_jax.linalg.completion.choose import Ratings, choose, draw_positions, fit_again
 from uoe_jax.linalg.completion.defaults import DEFAULTS, FitOptions, default_rank
 from uoe_jax.linalg.completion.factors import predict_known
+from uoe_jax.linalg.completion.method import Solver
 from uoe_jax.linalg.completion.update import partial_fit
 
 with extra_packages():
@@ -23,6 +24,14 @@ with extra_packages():
 
 class NotFitted(ConfigError, NotFittedError):
     """A completer that was asked before it was fitted."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompleterOptions(FitOptions):
+    """Options of a fit, whose solver can be given with everything set."""
+
+    # Wider than the command's.
+    solver: str | Solver = DEFAULTS.solver  # pyrefly: ignore[bad-override]
 
 
 class MatrixCompleter(RegressorMixin, BaseEstimator):
@@ -38,7 +47,7 @@ class MatrixCompleter(RegressorMixin, BaseEstimator):
       bias_ridge: penalty of the biases; None: `ridge`.
       ridge_power: penalties grow with a row's summed weight to this power.
       biases: fit an offset, row and column biases.
-      solver: "auto", "exact", "gram", "cg" or "sketch".
+      solver: "auto", "exact", "gram", "cg" or "sketch", or a `Solver`.
       tol: accuracy of each half-step, and of the last sweep's gain.
       iters: sweeps at most.
       holdout: fraction of the entries that choose; where it leaves none, none choose.
@@ -62,7 +71,7 @@ class MatrixCompleter(RegressorMixin, BaseEstimator):
         bias_ridge: float | None = DEFAULTS.bias_ridge,
         ridge_power: float = DEFAULTS.ridge_power,
         biases: bool = DEFAULTS.biases,
-        solver: str = DEFAULTS.solver,
+        solver: str | Solver = DEFAULTS.solver,
         tol: float = DEFAULTS.tol,
         iters: int = DEFAULTS.iters,
         holdout: float = DEFAULTS.holdout,
@@ -176,9 +185,9 @@ class MatrixCompleter(RegressorMixin, BaseEstimator):
         rows, cols = _places(self.row_ids_, X[:, 0]), _places(self.col_ids_, X[:, 1])
         return predict_known(self.factors_, rows, cols)
 
-    def _options(self) -> FitOptions:
-        names = [field.name for field in dataclasses.fields(FitOptions)]
-        return FitOptions(**{name: getattr(self, name) for name in names})
+    def _options(self) -> CompleterOptions:
+        names = [field.name for field in dataclasses.fields(CompleterOptions)]
+        return CompleterOptions(**{name: getattr(self, name) for name in names})
 
     def _seed(self) -> int:
         draw = check_random_state(self.random_state)
