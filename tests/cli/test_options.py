@@ -26,7 +26,7 @@ TESTS = Path(__file__).parents[1]
 def own_options(verb):
     """Return a verb's own options: not those of a config, flags without their no-."""
     names = option_names(load(verb))
-    positional = {"--run", "--runs", "--target", "--benchmarks", "--file"}
+    positional = {"--run", "--runs", "--target", "--benchmarks", "--file", "--folders"}
     return {n for n in names if "." not in n and "--no-" not in n} - positional
 
 

@@ -26,7 +26,7 @@ def test_a_run_tells_its_settings_and_its_end(tmp_path):
     assert run.status == OK and run.name == "a" and run.seed == 7
     assert run.settings == config_record(get_preset("tiny"), "plan").settings
     assert run["loss"] == 1.25 and run["steps"] == 300 and run["seconds"] == 10.0
-    assert run["tokens"] == 300 * 4096 and run["parameters"] is None
+    assert run["tokens"] == 300 * 4096 and run["parameters"] == 820_352
 
 
 def test_an_experiments_result_is_a_run_and_a_summary_is_none(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from uoe_jax.cli.parse import Experiment, check_typed, parse, take_preset
 from uoe_jax.cli.paths import RUNS, find_run, is_run
+from uoe_jax.cli.recall import recall_line, remember
 from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.escape import escape_line
 from uoe_jax.plan.layouts import read_layout
@@ -39,6 +40,8 @@ class TrainOptions:
     resume_step: int | None = None  # go on from this saved step, not the newest
 
     report: bool = True  # write the run's page and plots at the end
+
+    recall: bool = True  # say which run below runs/ is most like this one
 
     quiet: bool = False  # no progress, only errors
 
@@ -90,6 +93,11 @@ def train(args: list[str]) -> int:
         make_subject = recorded_start(run_dir, config)
     else:
         make_subject = start_from(source, config, run_dir, partial=options.init_partial)
+    from uoe_jax.train.peers import is_primary
+
+    recalls = options.recall and not options.quiet and is_primary()
+    if recalls and (line := recall_line(config, run_dir)):
+        print(escape_line(line))
     run_training(
         config,
         run_dir,
@@ -98,8 +106,8 @@ def train(args: list[str]) -> int:
         resume_step=options.resume_step,
         quiet=options.quiet,
     )
-    from uoe_jax.train.peers import is_primary
-
+    if recalls:
+        remember(run_dir)
     if options.report and is_primary():
         from uoe_jax.cli.runs import write
 

@@ -6,7 +6,6 @@ have there (and of those without it): how likely two runs differ in it.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
@@ -115,6 +114,15 @@ class RunIndex:
         """Return the record of a path, if it is in the index."""
         return next((r for r in self.records if r.path == path), None)
 
+    def subset(self, records: Sequence[RunRecord]) -> RunIndex:
+        """Return an index of some of the records, with the same vectors."""
+        places = {id(record): i for i, record in enumerate(self.records)}
+        made = RunIndex.__new__(RunIndex)
+        made.records, made.broken = list(records), self.broken
+        made.encoder = self.encoder
+        made.vectors = self.vectors[[places[id(record)] for record in records]]
+        return made
+
     def save(self, path: Path) -> int:
         """Write the index whole or not at all; return its bytes."""
         weights = self.encoder.weights
@@ -128,8 +136,8 @@ class RunIndex:
             "dim": self.encoder.dim,
             "number": self.encoder.number,
             "weights": listed,
-            "records": [dataclasses.asdict(r) for r in self.records],
-            "broken": [dataclasses.asdict(r) for r in self.broken],
+            **_as_json(self.records),
+            "broken": [vars(r) for r in self.broken],
         }
         text = json.dumps(about, separators=(",", ":")).encode()
         buffer = io.BytesIO()
@@ -147,7 +155,11 @@ class RunIndex:
             if about["version"] != VERSION:
                 raise ValueError(f"version {about['version']}")
             made = cls.__new__(cls)
-            made.records = [RunRecord(**r) for r in about["records"]]
+            settings = about["settings"]
+            made.records = [
+                RunRecord(**{**r, "settings": settings[r["settings"]]})
+                for r in about["records"]
+            ]
             made.broken = [RunRecord(**r) for r in about["broken"]]
             weights = about["weights"]
             if not isinstance(weights, str):
@@ -158,11 +170,32 @@ class RunIndex:
             if vectors.shape != (len(made.records), made.encoder.dim):
                 raise ValueError(f"{vectors.shape} vectors")
             made.vectors = vectors
-        except (ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError) as error:
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            zipfile.BadZipFile,
+            EOFError,
+        ) as error:
             raise DataError(
                 f"{path} is not an index of this version ({error}); delete it"
             ) from None
         return made
+
+
+def _as_json(records: Sequence[RunRecord]) -> dict[str, Any]:
+    """Return records as JSON, settings that repeat once: most of a file is them."""
+    distinct: dict[str, int] = {}
+    texts = [json.dumps(r.settings, sort_keys=True) for r in records]
+    numbers = [distinct.setdefault(text, len(distinct)) for text in texts]
+    firsts = {n: r.settings for n, r in zip(numbers[::-1], records[::-1], strict=True)}
+    return {
+        "settings": [firsts[i] for i in range(len(distinct))],
+        "records": [
+            vars(record) | {"settings": number}
+            for record, number in zip(records, numbers, strict=True)
+        ],
+    }
 
 
 def encode_rows(

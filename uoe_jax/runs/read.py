@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uoe_jax.config import ExperimentConfig, to_json
+from uoe_jax.config import ExperimentConfig, ModelConfig, from_json, to_json
 from uoe_jax.errors import DataError, first_line
 from uoe_jax.files import parse_json, read_json
+from uoe_jax.hardware.count import count_params
 from uoe_jax.runs.leaves import leaves_of
 from uoe_jax.runs.scales import LABELS
 
@@ -138,8 +139,16 @@ def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
     raw = read_json(path / CONFIG)
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
         raise DataError(f"{path / CONFIG} is not the config of a run; restore it")
-    outcome = _ending(path / METRICS)
-    return raw, outcome
+    return raw, _count(raw["model"]) | _ending(path / METRICS)
+
+
+def _count(model: dict[str, Any]) -> dict[str, float]:
+    """Return a model's parameters, or nothing where this version can't make it."""
+    try:
+        config = from_json(json.dumps(model), ModelConfig)
+        return {"parameters": float(sum(count_params(config).values()))}
+    except (ValueError, TypeError, ArithmeticError, LookupError):
+        return {}
 
 
 def _read_result(path: Path) -> tuple[dict[str, Any], dict[str, float]] | None:
@@ -245,7 +254,7 @@ def _with_defaults(given: Mapping[str, Any], known: Mapping[str, Any]) -> dict:
 
 def _as_json(config: ExperimentConfig) -> dict[str, Any]:
     """Return a config as its file has it: lists, not tuples."""
-    return json.loads(to_json(config))
+    return parse_json(to_json(config), "the config")
 
 
 _DEFAULTS = _as_json(ExperimentConfig())

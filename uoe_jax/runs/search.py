@@ -57,6 +57,11 @@ def show_value(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def setting(value: Any, path: Place) -> Any:
+    """Return a setting of a JSON value, or ABSENT."""
+    return settings_of(value).get(path, ABSENT)
+
+
 def differing(first: Any, second: Any) -> list[Place]:
     """Return the settings in which two JSON values differ, sorted by name."""
     a, b = settings_of(first), settings_of(second)
