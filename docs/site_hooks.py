@@ -51,8 +51,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
-    """Lead links out of docs/ to what was added."""
+    """Lead links out of docs/ to what was added; keep deviations in one line."""
     del kwargs
+    markdown = markdown.replace(" ± ", "\u00a0±\u00a0")
     if page.file.generated_by:
         return markdown
     return lead_inside(markdown, f"docs/{page.file.src_uri}")
