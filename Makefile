@@ -15,6 +15,7 @@ help:
 	@echo "make nightly  the tests that take long and repeat what shorter ones hold"
 	@echo "make lint   ruff and pyrefly"
 	@echo "make docs   the site, into site/; NOTEBOOKS=run executes the notebooks for it (minutes)"
+	@echo "make clean  all that make made; trained runs stay"
 	@echo "make aot    compile kernels and training steps for TPUs that aren't here; hours"
 
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -71,4 +72,4 @@ aot: $(LIBTPU)/.done
 	@PYTHONPATH=$(LIBTPU) $(PY) benchmarks/aot_tpu.py --out benchmarks/results/aot_tpu.json
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis

@@ -239,3 +239,12 @@ def test_the_version_is_the_same_everywhere():
         1
     ]
     assert uoe.__version__ == cited == changed
+
+
+def test_make_clean_leaves_trained_runs_and_make_help_lists_it():
+    lines = (ROOT / "Makefile").read_text()
+    removed = re.search(r"^clean:\n\t(rm .*)$", lines, re.M)[1].split()
+    assert not {"runs", "/runs", "runs/"} & set(removed) and "$(VENV)" in removed
+    listed = set(re.findall(r'@echo "make (\w+) ', lines))
+    phony = set(re.search(r"^\.PHONY: (.*)$", lines, re.M)[1].split())
+    assert listed == phony - {"help"}
