@@ -96,7 +96,7 @@ def test_no_token_sees_its_batch_padding_or_another_document(kind, name):
 
 def test_expert_choice_in_a_causal_model_is_refused_in_one_line():
     config = config_of("decoder", "expert choice")
-    with pytest.raises(ConfigError, match="looks at the whole sample.*causal"):
+    with pytest.raises(ConfigError, match="every token of the sample.*causal"):
         make_model(config, jax.random.key(0))
     config = dataclasses.replace(config, vocab_size=256)
     problems = list(find_problems(ExperimentConfig(model=config)))
