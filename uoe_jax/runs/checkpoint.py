@@ -126,7 +126,8 @@ class Checkpoints:
     """The checkpoints in one folder; saves run on one background thread.
 
     `keep` complete steps stay on disk; an older one is deleted only when a newer one
-    is complete. `about` is written into each step's manifest. `poll` reports failed
+    is complete. `about` is written into each step's manifest. Without `compress` saving
+    takes half the memory; trained weights hardly get smaller. `poll` reports failed
     saves, `close` the last one if it failed.
     """
 
@@ -134,8 +135,14 @@ class Checkpoints:
     _together: Future[None] | None = None
 
     def __init__(
-        self, folder: Path, *, keep: int = 1, about: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        *,
+        keep: int = 1,
+        about: Mapping[str, Any] | None = None,
+        compress: bool = True,
     ):
+        self._compress = compress
         self.folder, self.keep, self._about = folder, keep, dict(about or {})
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -298,7 +305,9 @@ class Checkpoints:
             self.folder.absolute(),
             options=ocp.CheckpointManagerOptions(enable_async_checkpointing=background),
             item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False),
+                "state": ocp.PyTreeCheckpointHandler(
+                    use_ocdbt=False, use_compression=self._compress
+                ),
                 "config": ocp.JsonCheckpointHandler(),
                 "progress": ocp.JsonCheckpointHandler(),
             },

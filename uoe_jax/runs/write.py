@@ -10,22 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-from flax import nnx
 
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data.progress import note_once
 from uoe_jax.data.record import DataRecord
 from uoe_jax.errors import CheckpointError, ConfigError
-from uoe_jax.files import local_path
-from uoe_jax.model import with_params
-from uoe_jax.optim import make_optimizer
-from uoe_jax.runs.checkpoint import Checkpoints, snapshot
+from uoe_jax.files import local_path, write_atomically
+from uoe_jax.model import check_params, split_model
+from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS, write_environment, write_settings
 from uoe_jax.runs.lock import NAME, RunLock
 from uoe_jax.runs.result import write_result
-from uoe_jax.runs.state import Progress, TrainState
+from uoe_jax.runs.state import Progress
+from uoe_jax.tree import named_leaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,7 @@ class Origin:
     # The tokenizer and hashes that the run keeps; `record_of_tokenizer` without data.
     data: DataRecord | None = None
     report: Mapping[str, Any] = field(default_factory=dict)  # of `runs/result.py`
+    texts: Mapping[str, str] = field(default_factory=dict)  # kept beside it, by name
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)  # by file name, .npy
 
 
@@ -60,24 +60,16 @@ def write_run(
 
     `params` are the model's by name (`trunk.blocks.0.attention.wq`); they are stored in
     the config's dtype. `buffers` are the routers' biases, zero where they are missing.
-    The optimizer starts anew. There are no metrics yet, so the first `uoe train` may
-    change any field. The folder appears whole or not at all.
+    The optimizer has no state yet: it starts when the run trains. There are no metrics
+    either, so the first `uoe train` may change any field. The folder appears whole or
+    not at all.
 
     Raises ConfigError if the folder isn't free or can't be written, or the parameters
     aren't the config's; CheckpointError if there is no room.
     """
     folder = local_path(folder, "out")
     check_free(folder)
-    _, weights, biases = nnx.split(
-        with_params(config.model, params, buffers), nnx.Param, ...
-    )
-    state = TrainState(
-        step=jnp.int32(origin.step),
-        params=weights,
-        opt_state=make_optimizer(config.optim, config.train.steps).init(weights),
-        buffers=biases,
-        bad_steps=jnp.int32(0),
-    )
+    arrays = _arrays(config, params, buffers or {}, origin.step)
     with _appearing(folder) as unfinished:
         write_settings(unfinished, config, origin.data)
         about = {"by": origin.made_by, "source": origin.source}
@@ -86,11 +78,39 @@ def write_run(
             np.save(unfinished / name, array, allow_pickle=False)
         if origin.report:
             write_result(unfinished, origin.report)
-        checkpoints = Checkpoints(unfinished / CHECKPOINTS)
+        for name, text in origin.texts.items():
+            (unfinished / name).parent.mkdir(exist_ok=True)
+            write_atomically(unfinished / name, text)
+        checkpoints = Checkpoints(unfinished / CHECKPOINTS, compress=False)
         described = dataclasses.asdict(config)
         spent = origin.spent.as_json()
-        checkpoints.save(origin.step, snapshot(state), described, spent)
+        checkpoints.save(origin.step, arrays, described, spent)
         checkpoints.close()
+
+
+def _arrays(
+    config: ExperimentConfig,
+    params: Mapping[str, Any],
+    buffers: Mapping[str, Any],
+    step: int,
+) -> dict[str, np.ndarray]:
+    """Return what a checkpoint holds of a model that hasn't trained, by name.
+
+    Arrays that have their dtype aren't copied: a large model is in memory once.
+    """
+    check_params(config.model, params)
+    weights, biases = jax.eval_shape(split_model(config.model)[1])
+    arrays = {name: np.asarray(n, np.int32) for name, n in _counts(step).items()}
+    for name, leaf in named_leaves(weights).items():
+        arrays[f"params.{name}"] = np.asarray(params[name], leaf.dtype)
+    for name, leaf in named_leaves(biases).items():
+        value = buffers.get(name, np.zeros(leaf.shape))
+        arrays[f"buffers.{name}"] = np.asarray(value, leaf.dtype)
+    return arrays
+
+
+def _counts(step: int) -> dict[str, int]:
+    return {"step": step, "bad_steps": 0}
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from uoe_jax.runs.folder import (
     CHECKPOINTS,
     METRICS,
     check_saved,
+    has_begun,
     open_run_dir,
     write_environment,
 )
@@ -175,16 +176,18 @@ class _Run:
         if not self.checkpoints.steps() and step is None:
             return
         template = named_leaves(self.state)
-        level = {name for name in template if name.startswith("loss_level.")}
+        optional = {name for name in template if name.startswith("loss_level.")}
+        if not has_begun(self.run_dir):  # an imported model has no optimizer's state
+            optional |= {name for name in template if name.startswith("opt_state.")}
         self.step, arrays, progress = self.checkpoints.restore(
-            template, step=step, optional=level
+            template, step=step, optional=optional
         )
         self.fresh = False
         saved = self.checkpoints.config(self.step)
         check_saved(self.run_dir, self.config, saved, self.step)
         barrier("checkpoint is read")
         # A checkpoint of a run without `max_loss_jump` has no level: it begins anew.
-        begun = {name: template[name] for name in level - arrays.keys()}
+        begun = {name: template[name] for name in optional - arrays.keys()}
         state = fill_leaves(self.state, self.layout.to_memory(arrays) | begun)
         self.state = self.layout.place(state)
         self.progress = self.clock.resume(Progress(**progress))
