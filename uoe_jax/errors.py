@@ -54,9 +54,11 @@ class NonFiniteError(UoeError, FloatingPointError):
 # Which extra of pyproject.toml brings a package.
 EXTRAS = {
     "array_record": "data",
+    "gguf": "gguf",
     "huggingface_hub": "hf",
     "importlib_resources": "data",
     "jax_triton": "kernels",
+    "jinja2": "hf",
     "matplotlib": "report",
     "PIL": "data",
     "pyarrow": "data",

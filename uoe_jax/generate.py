@@ -93,7 +93,8 @@ def encode_prompt(
     tokenizer: Tokenizer, prompt: str, config: ModelConfig
 ) -> Int[np.ndarray, " T"]:
     """Return a prompt's ids; raise ConfigError if it is empty or not the model's."""
-    ids = tokenizer.encode(prompt)
+    encode = getattr(tokenizer, "encode_prompt", tokenizer.encode)
+    ids = encode(prompt)
     if not len(ids):
         raise ConfigError("the prompt is empty; give at least one character")
     if ids.min() < 0 or ids.max() >= config.vocab_size:

@@ -13,9 +13,9 @@ from uoe_jax.config import (
     UnionConfig,
     from_json,
 )
-from uoe_jax.errors import ConfigError, divisors, shown
+from uoe_jax.errors import ConfigError, DataError, divisors, shown
 from uoe_jax.fields import range_problems
-from uoe_jax.files import check_path
+from uoe_jax.files import check_path, parse_json
 from uoe_jax.kinds import ATTENTIONS, ROUTERS
 
 CONFIG = "config.json"  # of a run's folder
@@ -73,10 +73,18 @@ def parse_config(folder: Path) -> ExperimentConfig:
     path = folder / CONFIG
     _check_kinds(folder)
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if _is_foreign(text):
+            raise ConfigError(
+                f"{folder} holds a model of another library; read it first: uoe import "
+                f"{folder}"
+            )
+        return from_json(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} isn't text ({error.reason}); restore it") from None
     except ConfigError as error:
+        if str(error).startswith(str(folder)):
+            raise
         raise ConfigError(f"{path}: {error}") from None
 
 
@@ -89,6 +97,16 @@ def _check_kinds(folder: Path) -> None:
                 f"{place} is not a {'file' if file else 'folder'}, as a run has there; "
                 "move it away, or restore what was there"
             )
+
+
+def _is_foreign(text: str) -> bool:
+    """Whether a config.json is Hugging Face's."""
+    try:
+        raw = parse_json(text, CONFIG)
+    except DataError:
+        return False
+    mark = isinstance(raw, dict) and ("architectures" in raw or "model_type" in raw)
+    return mark and "model" not in raw
 
 
 def find_problems(config: ExperimentConfig) -> Iterator[str]:

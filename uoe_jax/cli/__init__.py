@@ -27,7 +27,16 @@ from uoe_jax.terminal import (
     what_failed,
 )
 
-_LEAVES_FILES = ("train", "demo", "report", "decompose", "adapt", "complete")
+_LEAVES_FILES = (
+    "train",
+    "demo",
+    "report",
+    "decompose",
+    "adapt",
+    "complete",
+    "import",
+    "export",
+)
 
 
 class Verb(NamedTuple):
@@ -50,6 +59,8 @@ VERBS: dict[str, Verb] = {
     "decompose": Verb(
         "cli.decompose:decompose", "a dense run into a union run, exactly, and back"
     ),
+    "import": Verb("cli.interop:import_model", "a Hugging Face or GGUF model as a run"),
+    "export": Verb("cli.interop:export_model", "a run as a Hugging Face model"),
     "leakcheck": Verb(
         "cli.checks:leakcheck", "perturb what must not matter; what moved?"
     ),

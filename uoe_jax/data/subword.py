@@ -84,6 +84,14 @@ class SubwordTokenizer:
         )
         return np.array(found.ids, np.int32)
 
+    def encode_prompt(self, text: str) -> Int[np.ndarray, " T"]:
+        """Return the ids of a text with what its post-processor puts around it.
+
+        Tokenizers of Llama's kind begin a text with a token of its own.
+        """
+        found = self._encode(lambda: self._backend.encode(text))
+        return np.array(found.ids, np.int32)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of ids; special and unknown ids don't show."""
         known = np.asarray(ids).ravel()

@@ -1,0 +1,89 @@
+"""`uoe import` and `uoe export`: other libraries' models in, runs out as theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from uoe_jax.cli.parse import parse
+from uoe_jax.cli.paths import RUNS, find_run
+from uoe_jax.config import DType
+from uoe_jax.errors import ConfigError
+from uoe_jax.escape import escape
+from uoe_jax.files import format_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Read a Hugging Face model or a GGUF file into a run that every verb opens."""
+
+    # A folder of safetensors, a .gguf file, or hf:ORG/NAME[@REVISION] of the hub.
+    source: Positional[Annotated[str, arg(metavar="FOLDER|FILE.gguf|hf:ORG/NAME")]]
+    run_dir: Path | None = None  # folder of the run; runs/<name of the model> if not
+    dtype: DType | None = None  # of the weights here; as they are in the file if not
+    json: bool = False  # one JSON object instead of a table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a run as a folder that transformers opens, without remote code."""
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
+    out: Positional[Annotated[Path, arg(metavar="FOLDER")]]  # new or empty
+    checkpoint: Literal["last", "best"] = "last"
+    json: bool = False  # one JSON object instead of a table
+
+
+def import_model(args: list[str]) -> int:
+    """Write another library's model as a run and print what it is."""
+    options = parse(ImportOptions, args, "import")
+
+    from uoe_jax.cli.device import prepare
+
+    prepare()
+    from uoe_jax.interop import hub
+    from uoe_jax.interop.importing import import_run, run_name
+
+    source = options.source
+    out = options.run_dir or RUNS / run_name(source)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} isn't empty; choose another --run-dir")
+    path = hub.fetch(source) if source.startswith(hub.MARK) else Path(source)
+    found = import_run(path, out, dtype=options.dtype, source=source)
+    _show(found, options.json)
+    if not options.json:
+        print(f"run: {escape(str(out))}")
+    return 0
+
+
+def export_model(args: list[str]) -> int:
+    """Write a run as another library's model and print what it is."""
+    options = parse(ExportOptions, args, "export")
+    folder = find_run(options.run)
+
+    from uoe_jax.cli.device import prepare
+
+    prepare()
+    from uoe_jax.interop.exporting import export_run
+
+    found = export_run(folder, options.out, which=options.checkpoint)
+    _show(found, options.json)
+    return 0
+
+
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(format_json(found, indent=2))
+        return
+    words = {name: value for name, value in found.items() if name != "did"}
+    width = max(map(len, words))
+    for name, value in words.items():
+        if isinstance(value, list):
+            value = ", ".join(map(str, value)) or "nothing"
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        shown = f"{value:,}" if isinstance(value, int) else str(value or "none")
+        print(f"{name:<{width}}  {escape(shown)}")

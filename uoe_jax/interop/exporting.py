@@ -1,0 +1,242 @@
+"""A run written as another library's model: config.json, safetensors, tokenizer."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from uoe_jax.config import ModelConfig
+from uoe_jax.data.record import TOKENIZER, read_record
+from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.files import format_json, local_path, write_atomically
+from uoe_jax.interop.families import FAMILIES
+from uoe_jax.interop.folder import CONFIG, KEPT, read_object
+from uoe_jax.interop.function import dense_form, differences
+from uoe_jax.interop.importing import KEPT_FOLDER
+from uoe_jax.interop.names import Family, Source, by_tensor, find_sources
+from uoe_jax.interop.safetensors import INDEX, WEIGHTS
+from uoe_jax.model import split_model
+from uoe_jax.runs.checkpoint import Checkpoints
+from uoe_jax.runs.folder import BEST, CHECKPOINTS, check_model
+from uoe_jax.runs.result import read_result
+from uoe_jax.tree import named_leaves
+from uoe_jax.validation import read_config
+
+SHARD_BYTES = 5_000_000_000
+
+
+def export_run(
+    folder: Path,
+    out: Path,
+    *,
+    which: Literal["last", "best"] = "last",
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write a run's checkpoint as a folder that transformers opens; say what it is.
+
+    Unions whose experts are all on, with gates of 1, are written dense, which is the
+    same function. Raises ConfigError for one that isn't, for a model that no family
+    has, and if `out` holds anything.
+    """
+    folder, out = Path(folder), local_path(out, "out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} isn't empty; choose another folder")
+    config = read_config(folder)
+    model = dense_form(config.model)
+    weights, biases = jax.eval_shape(split_model(config.model)[1])
+    template = {"params": weights, "buffers": biases}
+    store = Checkpoints(folder / (BEST if which == "best" else CHECKPOINTS))
+    step, arrays, _ = store.restore(named_leaves(template))
+    check_model(folder, config, store.config(step))
+    params = _params(arrays)
+    check_gates(config.model, params, arrays)
+    before = _kept_config(folder)
+    family = choose_family(model, before, read_result(folder).get("architecture"))
+    sources = find_sources(config.model, family)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        files = write_tensors(unfinished, sources, params, shard_bytes)
+        raw = family_config(family, model, before)
+        write_atomically(unfinished / CONFIG, format_json(raw, indent=2) + "\n")
+        _copy_others(folder, unfinished)
+        if out.is_dir():
+            out.rmdir()
+        unfinished.rename(out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return {
+        "did": "export",
+        "run": str(folder),
+        "step": step,
+        "architecture": family.architecture,
+        "parameters": sum(math.prod(s[0].shape) for s in by_tensor(sources).values()),
+        "dtype": model.param_dtype,
+        "files": files,
+    }
+
+
+def _params(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        name.removeprefix("params."): array
+        for name, array in arrays.items()
+        if name.startswith("params.")
+    }
+
+
+def check_gates(
+    model: ModelConfig,
+    params: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray],
+) -> None:
+    """Raise ConfigError for routing that a file of another library can't hold.
+
+    A dense file has no routers: unions must use every expert, with gates of 1, which
+    routers of zeros give. A mixture's router is there, but no bias of its balance.
+    """
+    for part, kinds in (("attention", model.attention), ("mlp", model.mlp)):
+        if "union" not in kinds:
+            continue
+        union = model.union_for(part)  # pyrefly: ignore[bad-argument-type]
+        fix = "uoe decompose RUN --merge drops the routing, if that is what you want"
+        if union.top_k < union.num_experts:
+            raise ConfigError(
+                f"{part} uses {union.top_k} of {union.num_experts} experts a token and "
+                f"a dense file would use all of them: another function; {fix}"
+            )
+        routers = [n for n in params if f".{part}.router." in n and params[n].any()]
+        if routers:
+            raise ConfigError(
+                f"{routers[0]} isn't zero, so the gates of {part} aren't 1, and a "
+                f"dense file has none; {fix}"
+            )
+    biased = [n for n, a in arrays.items() if n.startswith("buffers.") and a.any()]
+    if biased and "moe" in model.mlp:
+        raise ConfigError(
+            f"{biased[0]} isn't zero: balance chooses experts with a bias that a "
+            "Mixtral file can't hold; train with model.moe.bias_update_rate 0"
+        )
+
+
+def choose_family(
+    model: ModelConfig, before: Mapping[str, Any] | None, architecture: Any
+) -> Family:
+    """Return the family that computes what a model does, the one it came from first.
+
+    Raises ConfigError, with what differs from the nearest one, where none does.
+    """
+    families = sorted(
+        FAMILIES.values(), key=lambda f: (f.architecture != architecture,)
+    )
+    found: list[tuple[list[str], Family]] = []
+    for family in families:
+        try:
+            names = frozenset(s.tensor for s in find_sources(model, family))
+            back = family.read(family_config(family, model, before), names)
+            apart = differences(model, back)
+        except (ConfigError, DataError) as error:
+            apart = [str(error)] * 9
+        if not apart:
+            return family
+        found.append((apart, family))
+    apart, nearest = min(found, key=lambda item: len(item[0]))
+    raise ConfigError(
+        f"no architecture of theirs computes what this model does; the nearest is "
+        f"{nearest.architecture}, but {'; '.join(dict.fromkeys(apart))}"
+    )
+
+
+def family_config(
+    family: Family, model: ModelConfig, before: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the config.json of a model; other fields as they were when it came."""
+    kept = dict(before or {})
+    if kept.get("model_type", family.model_type) != family.model_type:
+        kept = {}
+    raw = family.write(model)
+    if len(kept.get("id2label") or ()) == model.num_classes:
+        raw.pop("id2label", None), raw.pop("label2id", None)
+    kept.pop("torch_dtype", None)
+    named = {"architectures": [family.architecture], "model_type": family.model_type}
+    return {**kept, **raw, **named, "dtype": model.param_dtype}
+
+
+def _kept_config(folder: Path) -> dict[str, Any] | None:
+    file = folder / KEPT_FOLDER / CONFIG
+    return read_object(file) if file.is_file() else None
+
+
+def _copy_others(folder: Path, out: Path) -> None:
+    """Write the tokenizer and the small files that came with the model."""
+    for name in KEPT:
+        file = folder / KEPT_FOLDER / name
+        if name != CONFIG and file.is_file():
+            shutil.copyfile(file, out / name)
+    record = read_record(folder)
+    if record is not None and record.tokenizer_text is not None:
+        write_atomically(out / TOKENIZER, record.tokenizer_text)
+
+
+def write_tensors(
+    out: Path,
+    sources: list[Source],
+    params: Mapping[str, np.ndarray],
+    shard_bytes: int = SHARD_BYTES,
+) -> list[str]:
+    """Write weights under the names of `sources`; return the files' names.
+
+    One file, or shards of at most `shard_bytes` with an index; one is in memory at a
+    time.
+    """
+    groups = by_tensor(sources)
+    shards = list(_shards(groups, params, shard_bytes))
+    places, total = {}, 0
+    names = [WEIGHTS]
+    if len(shards) > 1:
+        names = [
+            f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors"
+            for n in range(len(shards))
+        ]
+    for name, tensors in zip(names, shards, strict=True):
+        content = {tensor: make_tensor(groups[tensor], params) for tensor in tensors}
+        save_file(content, out / name, metadata={"format": "pt"})
+        (out / name).chmod(0o644)  # the package leaves it to its owner alone
+        places |= dict.fromkeys(tensors, name)
+        total += sum(array.nbytes for array in content.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_atomically(out / INDEX, format_json(index, indent=2) + "\n")
+    return names
+
+
+def _shards(
+    groups: Mapping[str, list[Source]], params: Mapping[str, Any], most: int
+) -> Iterator[list[str]]:
+    held, size = [], 0
+    for tensor in sorted(groups):
+        source = groups[tensor][0]
+        bytes_ = math.prod(source.shape) * params[source.name].dtype.itemsize
+        if held and size + bytes_ > most:
+            yield held
+            held, size = [], 0
+        held.append(tensor)
+        size += bytes_
+    yield held
+
+
+def make_tensor(sources: list[Source], params: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return one tensor of theirs, put together of the weights of ours it holds."""
+    array = np.empty(sources[0].shape, params[sources[0].name].dtype)
+    for source in sources:
+        weight = params[source.name][source.index]
+        source.view.fill(array, weight, source.sizes)
+    return array
