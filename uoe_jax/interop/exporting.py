@@ -24,7 +24,7 @@ from uoe_jax.interop.names import Family, Source, by_tensor, find_sources
 from uoe_jax.interop.safetensors import INDEX, WEIGHTS
 from uoe_jax.model import split_model
 from uoe_jax.runs.checkpoint import Checkpoints
-from uoe_jax.runs.folder import BEST, CHECKPOINTS, check_model
+from uoe_jax.runs.folder import BEST, CHECKPOINTS, check_saved
 from uoe_jax.runs.result import read_result
 from uoe_jax.tree import named_leaves
 from uoe_jax.validation import read_config
@@ -54,7 +54,7 @@ def export_run(
     template = {"params": weights, "buffers": biases}
     store = Checkpoints(folder / (BEST if which == "best" else CHECKPOINTS))
     step, arrays, _ = store.restore(named_leaves(template))
-    check_model(folder, config, store.config(step))
+    check_saved(folder, config, store.config(step), step)
     params = _params(arrays)
     check_gates(config.model, params, arrays)
     before = _kept_config(folder)
