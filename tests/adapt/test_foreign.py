@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,20 @@ def params():
     return {"trunk": {"blocks": blocks}, "head": head}
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
+@pytest.mark.parametrize(
+    "init",
+    [
+        True,
+        False,
+        None,
+        "gaussian",
+        "Gaussian",
+        "GAUSSIAN",
+        "orthogonal",
+        "EVA",
+        "mica",
+    ],
+)
 def test_starts_that_leave_the_base_alone_are_read(init, tmp_path, params):
     folder = write_peft(tmp_path / "peft", init_lora_weights=init)
     adapters = place_modules(read_peft(folder), params, llama_names)
@@ -61,13 +75,85 @@ def test_starts_that_leave_the_base_alone_are_read(init, tmp_path, params):
 
 
 @pytest.mark.parametrize(
-    "init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "later"]
+    "init",
+    [
+        "pissa",
+        "pissa_niter_16",
+        "olora",
+        "corda",
+        "loftq",
+        "lora_ga",
+        "later",
+        "PiSSA",
+        "Pissa_niter_4",
+        "OLoRA",
+        "LoftQ",
+    ],
 )
 def test_starts_that_change_the_base_are_refused_by_name(init, tmp_path):
     folder = write_peft(tmp_path / "peft", init_lora_weights=init)
     with pytest.raises(DataError, match=f"init_lora_weights is '{init}'") as caught:
         read_peft(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("init", [1, 0, 1.0, [], {"kind": "gaussian"}, "", "gauss"])
+def test_starts_that_are_no_starts_are_refused(init, tmp_path):
+    folder = write_peft(tmp_path / "peft", init_lora_weights=init)
+    with pytest.raises(DataError, match="init_lora_weights is") as caught:
+        read_peft(folder)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bias", "all"),
+        ("bias", False),
+        ("lora_bias", True),
+        ("lora_bias", 0),
+        ("kasa_config", {"beta": 1e-4}),
+        ("monteclora_config", {"n": 4}),
+        ("arrow_config", {"top_k": 2}),
+        ("use_bdlora", {"nblocks": 2}),
+        ("use_qalora", True),
+        ("layer_replication", [[0, 2]]),
+        ("modules_to_save", ["lm_head"]),
+        ("of_a_later_version", True),
+        ("of_a_later_version", {"a": [1]}),
+        ("use_dora", 1),
+        ("use_rslora", 1),
+    ],
+)
+def test_settings_that_may_change_the_arrays_meaning_are_refused(
+    field, value, tmp_path
+):
+    folder = write_peft(tmp_path / "peft", **{field: value})
+    with pytest.raises(DataError, match=field) as caught:
+        read_peft(folder)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_peft_writes_by_default_is_read(tmp_path):
+    about = {
+        "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None,
+        "auto_mapping": None, "base_model_name_or_path": "x", "bias": "none",
+        "corda_config": None, "ensure_weight_tying": False, "eva_config": None,
+        "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
+        "init_lora_weights": True, "kasa_config": None, "layer_replication": None,
+        "layers_pattern": None, "layers_to_transform": None, "loftq_config": {},
+        "lora_alpha": 8, "lora_bias": False, "lora_dropout": 0.1,
+        "lora_ga_config": None, "megatron_config": None, "megatron_core": "m.core",
+        "modules_to_save": None, "monteclora_config": None, "peft_type": "LORA",
+        "peft_version": "0.21.2", "qalora_group_size": 16, "r": 4, "rank_pattern": {},
+        "revision": None, "target_modules": ["q_proj"], "target_parameters": None,
+        "task_type": "CAUSAL_LM", "trainable_token_indices": None,
+        "unsloth_fixed": True, "use_bdlora": None, "use_dora": False,
+        "use_qalora": False, "use_rslora": False, "velora_config": None,
+        "later_and_unused": None,
+    }  # fmt: skip
+    assert len(read_peft(write_peft(tmp_path / "peft", **about))) == 2
+    assert len(read_peft(write_peft(tmp_path / "low", peft_type="lora"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -226,3 +312,18 @@ def test_the_share_of_a_delta_that_bfloat16_keeps(size, low, high):
     assert digest_params(wide) != digest_params(params)
     assert float(kept_share(wide, moved)) > 0.999
     assert abs(float(kept_share(wide, moved, "bfloat16")) - want) < 1e-4
+
+
+def test_arrays_are_read_not_mapped(tmp_path):
+    """A map of a file that is cut short after it was opened ends the process."""
+    folder = write_peft(tmp_path / "peft")
+    tensors = read_peft(folder)
+    want = {name: module.down.copy() for name, module in tensors.items()}
+    with (folder / WEIGHTS).open("r+b") as file:
+        file.truncate(10)
+    for name, module in tensors.items():
+        np.testing.assert_array_equal(module.down, want[name])
+    with pytest.raises(DataError, match="can't be read"):
+        read_peft(folder)
+    maps = Path("/proc/self/maps").read_text() if Path("/proc").is_dir() else ""
+    assert str(folder) not in maps

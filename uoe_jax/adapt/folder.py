@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.flax import load_file
+from safetensors.flax import load
 
 from uoe_jax.errors import DataError
 from uoe_jax.files import read_json
@@ -45,7 +45,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise DataError(f"{path} doesn't exist{hint}")
     try:
         # The flax reader knows bfloat16; host arrays, so that nothing is compiled.
-        tensors = {k: np.asarray(v) for k, v in load_file(path).items()}
+        # Read, not mapped: a map of a file that is cut short ends the process.
+        tensors = {k: np.asarray(v) for k, v in load(path.read_bytes()).items()}
     except (SafetensorError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path} can't be read: {reason}") from None

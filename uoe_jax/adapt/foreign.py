@@ -18,7 +18,7 @@ from jaxtyping import Float
 from uoe_jax.adapt.files import PREFIX
 from uoe_jax.adapt.folder import CONFIG, WEIGHTS, read_config, read_tensors
 from uoe_jax.adapt.patterns import first_matches
-from uoe_jax.errors import DataError
+from uoe_jax.errors import DataError, shown
 
 # Settings of PEFT's LoRA that change what the arrays mean, and their plain values.
 _PLAIN = {
@@ -31,9 +31,22 @@ _PLAIN = {
     "alora_invocation_tokens": (None,),
     "use_qalora": (False,),
     "use_bdlora": (None, False),
+    "kasa_config": (None,),  # which truncates the base
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
 }
+# Settings that say nothing about what the arrays mean, or that are read below.
+_HARMLESS = frozenset(
+    "peft_type peft_version task_type base_model_name_or_path revision auto_mapping "
+    "inference_mode unsloth_fixed r lora_alpha lora_dropout use_rslora use_dora "
+    "init_lora_weights rank_pattern alpha_pattern target_modules exclude_modules "
+    "layers_to_transform layers_pattern fan_in_fan_out megatron_config megatron_core "
+    "loftq_config eva_config corda_config lora_ga_config velora_config "
+    "qalora_group_size runtime_config ensure_weight_tying uoe_jax".split()
+)
+_EMPTY = (None, False, "", [], {})
 # Starts that leave the base as it is: the files alone say what was trained.
-_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 # Starts after which PEFT trains a changed base, which lies in no file.
 _RESIDUAL_INITS = {
     "pissa": "subtracts the leading part from the base (PiSSA)",
@@ -85,17 +98,27 @@ def read_peft(folder: Path) -> dict[str, Module]:
     """
     config = read_config(folder)
     kind = config.get("peft_type")
-    if kind != "LORA":
+    if str(kind).upper() != "LORA":
         raise DataError(f"{folder} is a {kind} adapter; of PEFT's, LORA is read")
     for name, plain in _PLAIN.items():
         value = config.get(name, plain[0])
-        if value not in plain:
-            raise DataError(f"{folder}: {name} is {value!r}; only {plain[0]!r} is read")
+        if not any(type(value) is type(p) and value == p for p in plain):
+            raise DataError(
+                f"{folder}: {name} is {shown(value)}; only {plain[0]!r} is read"
+            )
+    for name, value in config.items():
+        if name not in _PLAIN and name not in _HARMLESS and value not in _EMPTY:
+            raise DataError(
+                f"{folder}: {name} is {shown(value)}, a setting that isn't known here "
+                "and may change what the arrays mean; only plain LoRA is read"
+            )
     _check_init(config.get("init_lora_weights", True), folder)
     for name in ("use_rslora", "use_dora"):  # the text "false" would count as true
         value = config.get(name)
-        if value not in (True, False, None):
-            raise DataError(f"{folder}: {name} is {value!r}; it must be true or false")
+        if not isinstance(value, bool | None):
+            raise DataError(
+                f"{folder}: {name} is {shown(value)}; it must be true or false"
+            )
     groups: dict[str, dict[str, np.ndarray]] = {}
     for key, array in read_tensors(folder / WEIGHTS).items():
         found = re.fullmatch(
@@ -127,9 +150,11 @@ def read_peft(folder: Path) -> dict[str, Module]:
 
 def _check_init(init: Any, folder: Path) -> None:
     """Raise DataError for a start after which PEFT trains another base than ours."""
-    if init in _PLAIN_INITS:
+    # PEFT compares some of them without case.
+    plain = init.lower() if isinstance(init, str) else init
+    if isinstance(plain, str | bool | None) and plain in _PLAIN_INITS:
         return
-    kind = init.partition("_niter_")[0] if isinstance(init, str) else ""
+    kind = plain.partition("_niter_")[0] if isinstance(plain, str) else ""
     if kind in _RESIDUAL_INITS:
         raise DataError(
             f"{folder}: init_lora_weights is {init!r}, which {_RESIDUAL_INITS[kind]}: "
