@@ -142,3 +142,34 @@ def test_a_run_that_began_otherwise_is_refused(train, source, tmp_path, capsys):
     assert train(tmp_path / "new", "--init-from", str(tmp_path / "none")) == 2
     assert "no run at" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+BPE = ("--data.tokenizer", "bpe", "--data.bpe-vocab-size", "257", "--train.steps", "1")
+
+
+def test_another_tokenizer_is_refused_and_of_a_part_said(
+    train, tmp_path, capsys, text_file
+):
+    """Ids of equal vocabularies, of which each means another piece of text."""
+    size = {"vocab_size": 300}
+    first, second = tmp_path / "bytes", tmp_path / "bpe"
+    assert train(first, "--quiet", **size) == 0
+    assert train(second, *BPE, "--quiet", **size) == 0
+    capsys.readouterr()
+    new = tmp_path / "new"
+    assert train(new, *BPE, "--init-from", str(first), **size) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and not new.exists()
+    assert f"{first} was trained with another tokenizer" in said
+    assert "the same ids mean other words; set --data.tokenizer byte" in said
+    assert train(new, "--init-from", str(second), **size) == 2
+    said = capsys.readouterr().err
+    assert f"set --data.tokenizer {second / 'tokenizer.json'}" in said
+    # What the line says is what it takes.
+    same = ("--data.tokenizer", str(second / "tokenizer.json"), "--quiet")
+    assert train(new, *same, "--init-from", str(second), **size) == 0
+    part = tmp_path / "part"
+    start = ("--init-from", str(second), "--init-partial")
+    assert train(part, *start, **size) == 0
+    assert "warning: " in (said := capsys.readouterr().err)
+    assert "the same ids mean other words" in said

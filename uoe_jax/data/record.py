@@ -64,6 +64,11 @@ class DataRecord:
         """Return the manifest's hash; None where an old run has none."""
         return self.content.get("hash")
 
+    @property
+    def tokenizer_identity(self) -> str | None:
+        """Return what tells tokenizers apart, a hash or a name; None without one."""
+        return _tokenizer_identity(self.content)
+
     def tokenizer(self) -> Tokenizer | None:
         """Return the run's tokenizer; None for images."""
         entry = self.content.get("tokenizer")

@@ -17,6 +17,9 @@ import optax
 from jax.sharding import Mesh
 
 from uoe_jax.config import ExperimentConfig, content_hash
+from uoe_jax.data.prepare import prepare
+from uoe_jax.data.progress import note_once
+from uoe_jax.data.record import TOKENIZER, read_record, record_of
 from uoe_jax.errors import CheckpointError, ConfigError
 from uoe_jax.files import format_json, local_path, read_json, write_atomically
 from uoe_jax.model import param_shapes
@@ -59,7 +62,7 @@ def start_from(
 
     Raises CheckpointError, before anything is written, if parameters don't match (with
     both shapes), none does, or the source can't be read; ConfigError if the run in
-    `run_dir` didn't start so.
+    `run_dir` didn't start so, or if the source had another tokenizer.
     """
     source, run_dir = local_path(source, "source"), local_path(run_dir, "run_dir")
     record = _read_record(run_dir)
@@ -76,6 +79,7 @@ def start_from(
     if begun:
         return whole_model
     start = _plan(source, config, partial)
+    _compare_tokenizers(source, config, partial)
     if record is not None and record.get("digest") != start.digest:
         raise ConfigError(
             f"{run_dir} was started from step {record.get('step')} of {source}, which "
@@ -131,6 +135,31 @@ def _plan(source: Path, config: ExperimentConfig, partial: bool) -> Start:
         loaded=loaded,
         fresh=tuple(name for name in model if name not in loaded),
     )
+
+
+def _compare_tokenizers(source: Path, config: ExperimentConfig, partial: bool) -> None:
+    """Raise ConfigError where the source's tokenizer is another: ids mean other words.
+
+    Of a partial start it is a warning: what is loaded may be meant to be trained anew.
+    """
+    before = read_record(source)
+    if before is None or before.tokenizer_identity is None:  # images, or an older run
+        return
+    after = record_of(prepare(config))
+    if before.tokenizer_identity == after.tokenizer_identity:
+        return
+    fix = f"set --data.tokenizer {before.content['tokenizer']['name']}"
+    if before.tokenizer_text is not None:
+        fix = f"set --data.tokenizer {source / TOKENIZER}"
+    elif before.tokenizer_identity == "ids":
+        fix = "give it token ids of the same vocabulary"
+    text = (
+        f"{source} was trained with another tokenizer than the new run's data, so that "
+        f"the same ids mean other words; {fix}"
+    )
+    if not partial:
+        raise ConfigError(text)
+    note_once(f"warning: {text}")
 
 
 def _mismatch(
