@@ -53,8 +53,8 @@ class ReportOptions:
     """Write plots and a self-contained page for one run, or several side by side."""
 
     runs: Positional[Annotated[tuple[str, ...], arg(metavar="RUN...")]]
-    # The page, and the folder that its pictures go below; RUN/report.html of the first
-    # run if not given. Runs can be read-only then.
+    # The page, and the folder that its pictures go below. Not given: RUN/report.html,
+    # or compare-NAMES.html beside the first of several. Given, runs can be read-only.
     out: Path | None = None
     overlay: bool = True  # load the models and show their routing of real text
 
@@ -127,6 +127,8 @@ def _spread(stats: dict, row: int) -> list[str]:
 def generate(args: list[str]) -> int:
     """Print the prompt and its continuation."""
     options = parse(GenerateOptions, args, "generate")
+    if not options.prompt:
+        raise ConfigError("--prompt is empty; give at least one character")
     folder = find_run(options.run)
 
     from uoe_jax.cli.device import prepare

@@ -13,6 +13,7 @@ from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.escape import escape_line
 from uoe_jax.plan.layouts import read_layout
 from uoe_jax.presets import PRESETS
+from uoe_jax.runs.folder import check_settings
 from uoe_jax.validation import read_config, validate
 
 
@@ -70,7 +71,10 @@ def train(args: list[str]) -> int:
     if options.init_partial and options.init_from is None:
         raise ConfigError("--init-partial says how to load: give --init-from RUN too")
     source = options.init_from and find_run(str(options.init_from))
+    check_settings(run_dir, config)
 
+    if not options.quiet:
+        print("loading jax, looking for devices ...", flush=True)
     from uoe_jax.cli.device import check_devices, prepare
 
     prepare(joins=options.distributed)

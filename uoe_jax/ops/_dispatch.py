@@ -12,6 +12,9 @@ from jax import lax
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.ops import _tuning
 
+# Backends that have served each operation in this process, in order: runs tell it.
+served: dict[str, dict[str, None]] = {}
+
 
 def dispatch(
     op: str,
@@ -44,7 +47,9 @@ def dispatch(
     reasons = []
     for name in names:
         try:
-            return backends[name](*args, **kwargs)
+            found = backends[name](*args, **kwargs)
+            served.setdefault(op, {})[name] = None
+            return found
         except NotImplementedError as error:
             reasons.append(f"{name} can't serve this call ({error})")
     others = ", ".join(name for name in backends if name not in names)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,11 +57,22 @@ def require(dtype: Any) -> None:
             )
         fault = installed_fault()
         if fault:
+            warn_slow(fault)
             raise NotImplementedError(fault)
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(
             f"it takes bfloat16, float16 or float32, not {jnp.dtype(dtype)}"
         )
+
+
+@functools.cache
+def warn_slow(fault: str) -> None:
+    """Warn, once, that a GPU computes without the kernels made for it."""
+    warnings.warn(
+        f"plain JAX computes this model's routed parts on the GPU, more slowly than "
+        f"kernels would: {fault}",
+        stacklevel=2,
+    )
 
 
 @functools.cache

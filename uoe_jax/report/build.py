@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,8 @@ def write_report(
 
     Args:
         run_dirs: folders of the runs, side by side in the order given.
-        out: the page; by default report.html of the (first) run.
+        out: the page; by default the run's report.html, and compare-NAMES.html beside
+            the first of several.
         overlays: routing of a real example by run folder.
         samples: sampled text by run name.
         title: heading of the page.
@@ -57,7 +59,8 @@ def write_report(
         )
     runs = read_runs([local_path(d, "a run") for d in run_dirs])
     folders = _folders(runs, out)
-    out = out or runs[0].path / "report.html"
+    page_file = out or _default_page(runs)
+    shared_folder = page_file.parent if out else page_file.with_suffix("")
     overlays = overlays or {}
     shared = _comparison(runs)
     for run in runs:
@@ -66,7 +69,7 @@ def write_report(
             _save(folders[run.path] / "plots", name, pngs)
     if len(runs) > 1:
         for name, pngs in shared.items():
-            _save(out.parent / "plots", name, pngs)
+            _save(shared_folder / "plots", name, pngs)
     sections = [
         ("Summary", _summary(runs)),
         ("Learning", "".join(page.picture(p, n) for n, p in shared.items())),
@@ -83,8 +86,8 @@ def write_report(
     ]
     names = ", ".join(run.name for run in runs)
     text = page.page(title or names, _subtitle(runs), sections)
-    _write(out, text.encode("utf-8"))
-    return out
+    _write(page_file, text.encode("utf-8"))
+    return page_file
 
 
 def _comparison(
@@ -260,6 +263,17 @@ def _write(path: Path, content: bytes) -> None:
             f"{path} can't be written ({error.strerror}); give the page another place "
             "with --out"
         ) from None
+
+
+def _default_page(runs: Sequence[Run]) -> Path:
+    """Return where a page goes that isn't named: never over a page of other runs."""
+    if len(runs) == 1:
+        return runs[0].path / "report.html"
+    names = "-".join(run.path.name for run in runs)
+    if len(names) > 80:
+        digest = hashlib.sha256(names.encode()).hexdigest()[:8]
+        names = f"{names[:70]}-{digest}"
+    return runs[0].path.parent / f"compare-{names}.html"
 
 
 def _folders(runs: Sequence[Run], out: Path | None) -> dict[Path, Path]:

@@ -6,13 +6,11 @@ import dataclasses
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from uoe_jax.config import ExperimentConfig, to_json
 from uoe_jax.data.prepare import absolute_paths
@@ -68,6 +66,7 @@ FREE_FIELDS = frozenset(
 # Where data and tokenizer lie, and how a tokenizer was asked for: a run's record of
 # its data has the hashes of both.
 _MOVED_FIELDS = frozenset({"data.path", "data.tokenizer", "data.bpe_vocab_size"})
+_OPTIONAL = ("jax-cuda13-plugin", "jax-triton", "triton", "libtpu")
 _PACKAGES = ("uoe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -133,6 +132,33 @@ def _unwritable(path: Path, error: OSError) -> ConfigError:
     )
 
 
+def check_settings(path: Path, config: ExperimentConfig) -> None:
+    """Raise ConfigError for other settings than a run's, those of its data left out.
+
+    Nothing is read but two files: this is for before jax is loaded.
+    """
+    if (path / CONFIG).is_file() and has_begun(path):
+        before = parse_config(path)
+        data = {name for name in _flatten(config) if name.startswith("data.")}
+        _refuse_others(path, before, config, FREE_FIELDS | data)
+
+
+def _refuse_others(
+    path: Path, before: ExperimentConfig, config: ExperimentConfig, free: Set[str]
+) -> None:
+    old, new = _flatten(before), _flatten(config)
+    differing = [
+        f"{name} is {new[name]!r}, was {old[name]!r}"
+        for name in new
+        if name not in free and old[name] != new[name]
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path} belongs to another config: {'; '.join(differing)}; "
+            "restore these or choose another --run-dir"
+        )
+
+
 def _check_config(
     path: Path, config: ExperimentConfig, resume: bool, data: DataRecord | None
 ) -> DataRecord | None:
@@ -149,17 +175,8 @@ def _check_config(
     free = FREE_FIELDS
     if begun and record is not None and data is not None:
         free |= record.moved_fields(data)
-    old, new = _flatten(before), _flatten(config)
-    differing = [
-        f"{name} is {new[name]!r}, was {old[name]!r}"
-        for name in new
-        if name not in free and old[name] != new[name]
-    ]
-    if differing and begun:
-        raise ConfigError(
-            f"{path} belongs to another config: {'; '.join(differing)}; "
-            "restore these or choose another --run-dir"
-        )
+    if begun:
+        _refuse_others(path, before, config, free)
     if record is None or data is None:
         return data
     return record.followed_by(data, path, accept=config.data.allow_changed or not begun)
@@ -247,11 +264,14 @@ def _flatten(config: Any) -> dict[str, Any]:
 
 def write_environment(path: Path, about: Mapping[str, Any]) -> None:
     """Write `env.json`: versions, devices, the working folder's git commit."""
+    import jax  # not above: a folder is looked at before jax is loaded
+
     devices = jax.devices()
     content = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES}
+        | {name: found for name in _OPTIONAL if (found := _version(name))},
         "devices": {"kind": devices[0].device_kind, "visible": len(devices)},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "git_commit": _git("rev-parse", "HEAD"),

@@ -43,13 +43,21 @@ class Clock:
 
 
 class Rate:
-    """Tokens per second over the last few steps."""
+    """Tokens per second over the last few steps, without the first.
+
+    While that one runs, what comes with it is compiled; the second's metrics are then
+    read at once, as if it had taken no time.
+    """
 
     def __init__(self, window: int):
+        self._first = True
         self._points: deque[tuple[float, int]] = deque(maxlen=max(window, 1) + 1)
 
     def add(self, seconds: float, tokens: int) -> float | None:
         """Note the totals after a step; return the rate since the oldest one kept."""
+        if self._first:
+            self._first = False
+            return None
         self._points.append((seconds, tokens))
         first = self._points[0]
         passed = seconds - first[0]

@@ -22,6 +22,7 @@ from uoe_jax.data.record import record_of
 from uoe_jax.errors import NonFiniteError, out_of_memory
 from uoe_jax.files import local_path
 from uoe_jax.hardware.devices import peak_flops
+from uoe_jax.ops._dispatch import served
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.runs.checkpoint import Checkpoints, snapshot
@@ -39,8 +40,9 @@ from uoe_jax.runs.state import Progress, check_32_bits
 from uoe_jax.train.clock import Clock, Rate
 from uoe_jax.train.diagnose import diagnose, write_dump
 from uoe_jax.train.feed import flop_share, train_batch
+from uoe_jax.train.header import describe_operations, describe_run
 from uoe_jax.train.memory import explain_memory
-from uoe_jax.train.metrics import MetricsLog
+from uoe_jax.train.metrics import MetricsLog, check_sinks
 from uoe_jax.train.peers import Votes, barrier, is_primary
 from uoe_jax.train.progress import Display
 from uoe_jax.train.replay import make_replay
@@ -85,6 +87,7 @@ def train(
     """
     validate(config)
     check_32_bits()
+    check_sinks(config)
     run_dir = local_path(run_dir, "run_dir")
     mesh = mesh_for(config)
     with ExitStack() as stack:
@@ -106,6 +109,8 @@ def train(
                     data=record_of(data[0].prepared),
                 )
             )
+        for line in describe_run(config, mesh, data[0].prepared.manifest, run_dir):
+            display.note(line)
         signals = stack.enter_context(StopSignals())
         if optimizer is None:
             optimizer = make_optimizer(config.optim, config.train.steps)
@@ -163,6 +168,7 @@ class _Run:
         self.rate = Rate(config.train.log_every)
         self.tracing = False
         self.compiled: dict[str, Any] = {}
+        self.about: dict[str, Any] = {}
 
     def restore(self, step: int | None) -> None:
         """Continue from a checkpoint if there is one."""
@@ -249,15 +255,17 @@ class _Run:
         self.metrics = MetricsLog(self.run_dir / name, last, self.display.warn)
         if is_primary():
             self.metrics.add_sinks(self.config, self.run_dir, self.display.warn)
-            about = {"mesh": dict(self.mesh.shape), "data": self.data.manifest}
-            about |= {"processes": jax.process_count(), **self.subject.about}
-            write_environment(self.run_dir, about)
+            self.about = {"mesh": dict(self.mesh.shape), "data": self.data.manifest}
+            self.about |= {"processes": jax.process_count(), **self.subject.about}
+            write_environment(self.run_dir, self.about)
 
     def compile(self) -> None:
         """Compile the step ahead, so that its time isn't counted as training."""
+        self.display.note("compiling the training step ...")
         start = time.perf_counter()
         batch = self.batch(self.step)
         lowered = self.step_fn.lower(self.state, batch, self.subject.frozen)
+        self.tell_operations()
         self.step_fn = lowered.compile()
         seconds = time.perf_counter() - start
         memory = self.step_fn.memory_analysis()
@@ -266,6 +274,15 @@ class _Run:
             "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
         }
         self.display.note(f"compiled in {seconds:.1f} s")
+
+    def tell_operations(self) -> None:
+        """Say which backend computes each operation, and write it down."""
+        if not served:
+            return
+        self.display.note(describe_operations(served))
+        if is_primary():
+            self.about["operations"] = {op: "+".join(n) for op, n in served.items()}
+            write_environment(self.run_dir, self.about)
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """Return a training batch on the devices."""

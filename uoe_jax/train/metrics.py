@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import io
 import itertools
 import os
@@ -13,12 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.errors import extra_packages, first_line
+from uoe_jax.errors import ConfigError, extra_packages, first_line
 from uoe_jax.files import format_json, read_json_lines, write_atomically
 from uoe_jax.train.events import drop_events_after
 
 Line = Mapping[str, Any]
 Sink = tuple[Callable[[Line], None], Callable[[], Any]]  # write a line, close
+
+
+def check_sinks(config: ExperimentConfig) -> None:
+    """Raise ConfigError if what is to follow the training isn't installed."""
+    for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        asked = getattr(config.train, name)
+        if asked and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"train.{name} is on but {package} isn't installed; pip install "
+                f"'uoe_jax[{name}]', or leave it off"
+            )
 
 
 class MetricsLog:
