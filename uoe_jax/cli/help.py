@@ -121,7 +121,7 @@ def _options(cls: type, default: Any, prefix: str) -> Iterator[Option]:
             flat = hint is ExperimentConfig
             inner = prefix if flat else f"{prefix}{name.replace('_', '-')}."
             yield from _options(typing.cast(type, hint), value, inner)
-        elif not _positional(rules):
+        elif not _positional(rules, name):
             option = prefix + name.replace("_", "-")
             if hint is bool:
                 option = f"{prefix}[no-]{option.removeprefix(prefix)}"
@@ -150,11 +150,11 @@ def _default(cls: type, name: str) -> Any:
     return None if field.default is dataclasses.MISSING else field.default
 
 
-def _positional(rules: Sequence[Any]) -> str:
+def _positional(rules: Sequence[Any], name: str = "") -> str:
     """Return what a positional field is called in the usage line; "" for others."""
     named = [getattr(rule, "metavar", None) for rule in rules]
     marked = any("Positional" in repr(rule) for rule in rules)
-    return next((word for word in named if word), "VALUE") if marked else ""
+    return next((word for word in named if word), name.upper()) if marked else ""
 
 
 def _first(options: type, first: str | None) -> str:
@@ -164,7 +164,7 @@ def _first(options: type, first: str | None) -> str:
     words = [
         word if _required(options, name) else f"[{word}]"
         for name, _, rules in _rules(options)
-        if (word := _positional(rules))
+        if (word := _positional(rules, name))
     ]
     if any(hint is ExperimentConfig for _, hint in _fields(options)):
         words.insert(0, "PRESET")

@@ -33,7 +33,7 @@ class ExportOptions:
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
     out: Positional[Annotated[Path, arg(metavar="FOLDER")]]  # new or empty
-    checkpoint: Literal["last", "best"] = "last"
+    checkpoint: Literal["last", "best"] = "last"  # of the run
     json: bool = False  # one JSON object instead of a table
 
 

@@ -40,7 +40,7 @@ class RunsOptions:
     # Folders; runs/ and experiments/ if none is given.
     folders: Positional[tuple[Annotated[str, arg(metavar="FOLDER")], ...]] = ()
     sort: str = "loss"  # an outcome, `name` or a setting
-    descending: bool = False
+    descending: bool = False  # the largest first
     where: tuple[str, ...] = ()  # such as "optim.learning_rate>=0.001" "mlp=union"
     columns: tuple[str, ...] = ()  # settings or outcomes to show beside the usual
     limit: Count | None = None  # rows; a map and a page have all
@@ -55,9 +55,9 @@ class LikeOptions:
     """Runs most like RUN, or like PRESET with options, and in what they differ."""
 
     config: Experiment
-    count: Annotated[Count, arg(aliases=["-n"])] = 5
+    count: Annotated[Count, arg(aliases=["-n"])] = 5  # runs to show
     index: Path | None = None  # a folder that uoe runs index went through
-    json: bool = False
+    json: bool = False  # one JSON object instead of a table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class ExplainOptions:
 
     runs: Positional[tuple[Annotated[str, arg(metavar="RUN")], ...]] = ()
     index: Path | None = None  # a folder that uoe runs index went through
-    json: bool = False
+    json: bool = False  # one JSON object instead of a table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,9 @@ class ExpectOptions:
     """Loss to expect of RUN, or PRESET with options, from the runs most like it."""
 
     config: Experiment
-    metric: _METRICS = "loss"
+    metric: _METRICS = "loss"  # the outcome to expect
     level: float = 0.8  # share of plans whose result the interval is to hold
-    json: bool = False
+    json: bool = False  # one JSON object instead of a table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +85,12 @@ class IndexOptions:
 
     folder: Positional[Annotated[str, arg(metavar="FOLDER")]] = ""
     dim: int = 2048  # of the vectors: a power of two
-    number: Literal["fourier", "thermometer"] = "fourier"
+    number: Literal["fourier", "thermometer"] = (
+        "fourier"  # how a number becomes part of a vector
+    )
     half: bool = False  # 2 bytes a number, not 4
     out: Path | None = None  # FOLDER/.index.npz if not given
-    json: bool = False
+    json: bool = False  # one JSON object instead of a table
 
 
 def runs(args: list[str]) -> int:
