@@ -67,6 +67,9 @@ VERBS: dict[str, Verb] = {
     "data": Verb("cli.checks:data", "what a preset trains on"),
     "bench": Verb("cli.bench:bench", "this machine's speed beside installed peers"),
     "plan": Verb("cli.plan:plan", "the layouts of a pod: what fits, how fast, and why"),
+    "topology": Verb(
+        "cli.topology:topology", "how devices are joined; orders with shorter rings"
+    ),
     "adapt": Verb("cli.adapt:adapt", "a run fitted to other data by small factors"),
     "complete": Verb("cli.complete:complete", "a low-rank matrix from its entries"),
     "cost": Verb("cli.cost:cost", "parameters, FLOPs and bytes of a preset"),
