@@ -19,6 +19,8 @@ Partitions in Minor-Free Graphs" (arXiv 2308.00555).
 from uoe_jax.topology.contract import steiner
 from uoe_jax.topology.cops import decompose
 from uoe_jax.topology.graph import Graph, box_graph, make_graph
+from uoe_jax.topology.oracle import Oracle, make_oracle
+from uoe_jax.topology.place import Placement, place_experts
 from uoe_jax.topology.rings import RingOrder, order_mesh
 from uoe_jax.topology.shortcut import partition
 from uoe_jax.topology.sources import (
@@ -28,19 +30,26 @@ from uoe_jax.topology.sources import (
     from_topology,
     read_graph,
 )
+from uoe_jax.topology.trees import TreeCover, cover
 
 __all__ = [
     "Graph",
+    "Oracle",
+    "Placement",
     "RingOrder",
+    "TreeCover",
     "box_graph",
+    "cover",
     "decompose",
     "from_coordinates",
     "from_devices",
     "from_nvidia_smi",
     "from_topology",
     "make_graph",
+    "make_oracle",
     "order_mesh",
     "partition",
+    "place_experts",
     "read_graph",
     "steiner",
 ]

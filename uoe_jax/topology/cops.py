@@ -35,6 +35,11 @@ class CopDecomposition:
     minor: tuple[int, ...]
 
     @property
+    def count(self) -> int:
+        """Return how many supernodes there are."""
+        return len(self.parents)
+
+    @property
     def width(self) -> int:
         """Return the size of the largest bag."""
         return max(map(len, self.bags), default=0)
