@@ -15,7 +15,11 @@ import pytest
 import uoe_jax as uoe
 from uoe_jax import kinds
 from uoe_jax.cli import VERBS, main
+from uoe_jax.cli.parse import parse, take_preset
+from uoe_jax.cli.train import TrainOptions
 from uoe_jax.config import ExperimentConfig
+from uoe_jax.presets import PRESETS
+from uoe_jax.validation import validate
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -156,6 +160,25 @@ def test_the_readmes_demo_and_timings_run(command, here):
     if words[0] == "demo":
         rows = json.loads(Path("runs/demo/summary.json").read_text())
         assert [row["name"] for row in rows] == ["dense", "moe", "union"]
+
+
+def training_commands() -> list[str]:
+    """Every command of the pages that trains a preset."""
+    found = []
+    for page in PAGES:
+        lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
+        found += [line.partition("#")[0].strip() for line in lines]
+        found += re.findall(r"`(uoe train [^`]*)`", page.read_text())
+    found = [line[line.index("uoe train") :] for line in found if "uoe train" in line]
+    named = [line for line in dict.fromkeys(found) if line.split()[2:3]]
+    return [line for line in named if line.split()[2] in PRESETS]
+
+
+@pytest.mark.parametrize("command", training_commands())
+def test_every_training_that_a_page_names_can_begin(command):
+    preset, rest = take_preset(shlex.split(command)[2:], "train")
+    default = TrainOptions(config=preset)
+    validate(parse(TrainOptions, rest, "train", default=default).config)
 
 
 def test_make_and_pip_of_the_readme_are_there():
