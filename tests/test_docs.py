@@ -70,7 +70,7 @@ SHORT_COMMANDS = {
     "generate": "--max-new-tokens 4",
     "adapt": "--steps 2 --batch-size 8 --quiet",
     "bench": "--size small --rounds 1",
-    "complete": "--rank 2 --sweeps 2",
+    "complete": "--rank 2 --iters 2",
     "decompose": "--calibrate 256",
 }
 
@@ -143,23 +143,24 @@ def made_first(command: str) -> list[list[str]]:
     return made
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_commands_of_the_readme_run(command, here, capfd, request):
-    if " bench " in command:
-        pytest.skip("test_the_readmes_demo_and_timings_run, nightly")
+def by_time(command: str) -> object:
+    """Timings take minutes: nightly."""
+    slow = [pytest.mark.nightly] if " bench " in command else []
+    return pytest.param(command, marks=slow)
+
+
+@pytest.mark.parametrize("command", map(by_time, readme_commands()))
+def test_commands_of_the_readme_run(command, here, capfd):
     for words in [*made_first(command), shlex.split(command)[1:]]:
         more = shlex.split(SHORT_COMMANDS.get(words[0], ""))
         assert main([*words, *more]) == 0, capfd.readouterr().err
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("command", ["uoe demo", "uoe bench union"])
-def test_the_readmes_demo_and_timings_run(command, here):
-    words = shlex.split(command)[1:]
-    assert main([*words, *shlex.split(SHORT_COMMANDS[words[0]])]) == 0
-    if words[0] == "demo":
-        rows = json.loads(Path("runs/demo/summary.json").read_text())
-        assert [row["name"] for row in rows] == ["dense", "moe", "union"]
+def test_the_demo_of_the_readme_runs(here):
+    assert main(["demo", *shlex.split(SHORT_COMMANDS["demo"])]) == 0
+    rows = json.loads(Path("runs/demo/summary.json").read_text())
+    assert [row["name"] for row in rows] == ["dense", "moe", "union"]
 
 
 def training_commands() -> list[str]:
