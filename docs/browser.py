@@ -17,7 +17,8 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-ABOUT = ("command", "commands", "commit", "device", "machine", "jax", "date", "note")
+ABOUT = ("command", "commands", "commit", "device", "machine", "jax", "xla_flags")
+ABOUT += ("date", "note")
 MOST_ROWS = 2_500  # of one table
 PLACE = "/*RESULTS*/"
 
@@ -80,6 +81,10 @@ def tables(content: Any, name: str = "") -> Iterator[tuple[str, list[dict[str, A
         records = [item for item in content if isinstance(item, dict)]
         if records:
             yield name or "rows", [dict(flatten(item)) for item in records]
+        for place, item in enumerate(records):
+            for key, value in item.items():
+                if isinstance(value, list) and value and isinstance(value[0], dict):
+                    yield from tables(value, f"{name}/{place}/{key}".strip("/"))
     elif isinstance(content, dict):
         rest = {}
         for key, value in content.items():

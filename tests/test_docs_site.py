@@ -56,9 +56,10 @@ def test_tables_of_any_form_lose_no_number(browser):
         "a": {"b": {"rows": [{"n": 1, "s": {"t": 2}}, {"n": 3}]}, "one": 4},
         "pairs": [[5, 6], [7, 8]],
         "empty": [],
+        "earlier": [{"commit": "c", "rows": [{"n": 91}, {"n": 92}]}],
     }
     held = json.dumps(browser.merge(browser.tables(content)))
-    for number in "12345678":
+    for number in (*"12345678", "91", "92"):
         assert number in held, number
 
 
