@@ -149,7 +149,7 @@ def by_time(command: str) -> object:
     return pytest.param(command, marks=slow)
 
 
-@pytest.mark.parametrize("command", map(by_time, readme_commands()))
+@pytest.mark.parametrize("command", [by_time(x) for x in readme_commands()])
 def test_commands_of_the_readme_run(command, here, capfd):
     for words in [*made_first(command), shlex.split(command)[1:]]:
         more = shlex.split(SHORT_COMMANDS.get(words[0], ""))
