@@ -12,9 +12,11 @@ LAYERS = (
     ("escape", "terminal", "tree"),
     ("errors",),
     ("files", "kinds"),
+    ("rules",),
     ("fields",),
     ("config",),
     ("weights", "presets", "validation"),
+    ("splits",),
     ("hardware", "linalg", "cluster"),
     ("topology",),
     ("ops", "partition"),
@@ -41,6 +43,8 @@ NO_JAX = (
     "errors",
     "hardware",
     "topology",
+    "rules",
+    "splits",
     "weights",
 )
 

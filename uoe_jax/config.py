@@ -26,6 +26,7 @@ from uoe_jax.fields import (
 )
 from uoe_jax.files import format_json, parse_json
 from uoe_jax.kinds import ATTENTIONS, MLPS, ROUTERS
+from uoe_jax.rules import NO_RULES, Rules
 
 # Of the kinds that are registered, too: see kinds.py.
 AttentionKind = Annotated[Literal["dense", "union", "moba", "moh"], Known(ATTENTIONS)]
@@ -400,6 +401,8 @@ class LayoutConfig(Checked):
     dispatch: Literal["replicated", "all_to_all"] = "replicated"
     # Dense attention: keys and values travel round the ring, or are gathered.
     sequence_attention: Literal["ring", "gather"] = "ring"
+    # A JSON file: which axis fsdp splits of some weights, if not the usual one.
+    rules: Rules = NO_RULES
 
     @property
     def scatters(self) -> bool:

@@ -158,6 +158,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
             if isinstance(rule, PathComponent) and (broken := rule.problem(found)):
                 raise ConfigError(f"{where} is {shown(found)}; {broken}")
         return found
+    if hasattr(hint, "checked"):  # a class that checks its own values
+        return hint.checked(value, where)
     if origin is tuple:
         return _tuple(hint, args, value, where)
     if origin is dict:

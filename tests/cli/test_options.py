@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import tempfile
 import typing
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.fields import field_hints
 from uoe_jax.ops import _tuning
 from uoe_jax.presets import get_preset
+from uoe_jax.rules import Rules
 from uoe_jax.validation import validate
 
 TESTS = Path(__file__).parents[1]
@@ -71,6 +73,7 @@ def config_fields(node=None, prefix="--"):
 
 
 FIELDS = list(config_fields())
+RULE = "*.attention.wq fsdp=h"  # what the rules of `typed` become
 
 
 def get(config, path):
@@ -95,6 +98,11 @@ def plain(hint):
 
 def other_values(old, hint):
     """Yield values other than a field's, of its type."""
+    if hint is Rules:
+        yield [RULE]
+    if typing.get_origin(hint) is tuple and plain(typing.get_args(hint)[0]) is int:
+        yield from ([n] for n in (1, 2, 8) if (n,) != old)
+        return
     for kind in map(plain, (hint, *typing.get_args(hint))):
         if typing.get_origin(kind) is typing.Literal:
             yield from (w for w in typing.get_args(kind) if w != old)
@@ -117,6 +125,10 @@ def typed(option, value, hint):
         head, _, leaf = option.removeprefix("--").rpartition(".")
         dot = f"{head}." if head else ""
         return [option if value else f"--{dot}no-{leaf}"]
+    if hint is Rules:
+        file = Path(tempfile.mkdtemp()) / "rules.json"
+        file.write_text(json.dumps({"*.attention.wq": {"fsdp": "h"}}))
+        return [option, str(file)]
     if isinstance(value, list):
         return [option, *map(str, value)]
     return [option, str(value)]

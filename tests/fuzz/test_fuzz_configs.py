@@ -69,7 +69,8 @@ def value_for(rng, hint):
     text = str(hint)
     choices = [c for c in literals(hint) if isinstance(c, str)]
     if text.startswith("tuple"):
-        return [rng.choice(choices) for _ in range(rng.randrange(4))]
+        item = lambda: rng.choice(choices) if choices else number(rng)
+        return [item() for _ in range(rng.randrange(4))]
     if choices:
         return rng.choice(choices) if rng.random() < 0.9 else rng.choice(WORDS)
     if hint is bool or "bool" in text:

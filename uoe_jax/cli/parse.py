@@ -21,6 +21,7 @@ from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.fields import field_hints, out_of_bounds
 from uoe_jax.files import check_path
 from uoe_jax.presets import PRESETS, get_preset
+from uoe_jax.rules import Rules, read_rules
 from uoe_jax.validation import read_config
 
 # Fields of text that name files or folders; those of type Path do anyway.
@@ -116,6 +117,22 @@ def _path_rule(
         instance_from_str=lambda args: Path(args[0] or " "),
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
+    )
+
+
+@_REGISTRY.primitive_rule
+def _rules_rule(
+    found: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Read layout rules from a file."""
+    if found.type is not Rules:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FILE",
+        instance_from_str=lambda args: read_rules(args[0]),
+        is_instance=lambda value: isinstance(value, Rules),
+        str_from_instance=lambda value: ["; ".join(value) or "none"],
     )
 
 

@@ -28,6 +28,7 @@ from uoe_jax.hardware.work import (
     device_work,
     held_params,
     tokens_per_device,
+    whole_params,
 )
 from uoe_jax.kinds import MLPS
 
@@ -213,7 +214,8 @@ def memory_bytes(
     weights gathered for one layer; the output layer's chunk and gathered weights.
     """
     model = config.model
-    held = sum(held_params(model, sizes).values())
+    rules = config.layout.rules
+    held = sum(held_params(model, sizes, rules).values())
     found = {
         "parameters": held * DTYPE_BYTES[model.param_dtype],
         "optimizer": 2 * held * _FLOAT32,
@@ -225,7 +227,9 @@ def memory_bytes(
     params = count_params(model)
     size = DTYPE_BYTES[model.compute_dtype]
     if sizes["fsdp"] > 1:
-        layer = (params["attention"] + params["mlp"]) / model.num_layers
+        whole = whole_params(model, rules)
+        split = sum(params[p] - whole.get(p, 0) for p in ("attention", "mlp"))
+        layer = split / model.num_layers
         # Two layers' weights: one worked on, the next one on its way; and a gradient.
         found["gathered weights"] = 3 * layer / sizes["tensor"] * size
     if model.kind == "decoder":

@@ -8,6 +8,7 @@ memory, the optimizer. Collectives are listed as the layout makes them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from uoe_jax.hardware.count import (
     num_tokens,
 )
 from uoe_jax.kinds import ATTENTIONS, MLPS
+from uoe_jax.rules import NO_RULES, Rules
+from uoe_jax.splits import whole_weights
 
 # Kinds of work; those of the first tuple are in FLOPs, of the second in bytes.
 FLOP_KINDS = ("products", "routed products", "scores", "routed scores", "output")
@@ -106,7 +109,7 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
     head = flops_per_token(model, length).parts["head"]
     work["output"] = head * split * 3
     work["elementwise"] += loss_bytes(config, split)
-    state = sum(held_params(model, sizes).values()) * _FLOAT32
+    state = sum(held_params(model, sizes, config.layout.rules).values()) * _FLOAT32
     work["optimizer"] = 8.0 * state  # four arrays read, three written, one cast
     return work
 
@@ -149,9 +152,22 @@ def _elementwise(
     return total
 
 
-def held_params(model: ModelConfig, sizes: Mapping[str, int]) -> dict[str, float]:
+def whole_params(model: ModelConfig, rules: Rules) -> dict[str, int]:
+    """Return how many parameters layout rules keep from being split over fsdp."""
+    parts = {"embed": "embedding", "embed.position": "positions"}
+    found: dict[str, int] = {}
+    for name, param in whole_weights(model, rules).items():
+        owner = name.rpartition(".")[0]
+        part = parts.get(owner, owner.rpartition(".")[2])
+        found[part] = found.get(part, 0) + math.prod(param.shape)
+    return found
+
+
+def held_params(
+    model: ModelConfig, sizes: Mapping[str, int], rules: Rules = NO_RULES
+) -> dict[str, float]:
     """Return the parameters one device keeps, by part."""
-    params = count_params(model)
+    params, whole = count_params(model), whole_params(model, rules)
     fsdp, tensor = sizes["fsdp"], sizes["tensor"]
     shares = {
         "attention": fsdp * tensor,
@@ -160,7 +176,10 @@ def held_params(model: ModelConfig, sizes: Mapping[str, int]) -> dict[str, float
         "positions": fsdp,
         "head": fsdp,
     }
-    return {name: count / shares.get(name, 1) for name, count in params.items()}
+    return {
+        name: (count + (fsdp - 1) * whole.get(name, 0)) / shares.get(name, 1)
+        for name, count in params.items()
+    }
 
 
 def collectives(
@@ -184,6 +203,8 @@ def _weights(
         return
     size = DTYPE_BYTES[model.compute_dtype]
     params = count_params(model)
+    for part, number in whole_params(model, config.layout.rules).items():
+        params[part] -= number
     layer = (params["attention"] + params["mlp"]) / model.num_layers / sizes["tensor"]
     count = model.num_layers * steps
     for kind, times in (("all_gather", 2), ("reduce_scatter", 1)):
@@ -306,7 +327,20 @@ def _gradients(
     config: ExperimentConfig, sizes: Mapping[str, int]
 ) -> Iterator[Collective]:
     model = config.model
-    held = sum(held_params(model, sizes).values()) * _FLOAT32
+    rules = config.layout.rules
+    held = sum(held_params(model, sizes, rules).values()) * _FLOAT32
+    if sizes["fsdp"] > 1 and rules:
+        whole = whole_params(model, rules)
+        layers = (whole.get("attention", 0) + whole.get("mlp", 0)) / sizes["tensor"]
+        outer = sum(n for part, n in whole.items() if part not in ("attention", "mlp"))
+        yield Collective(
+            kind="all_reduce",
+            axis="fsdp",
+            what="gradients of whole weights",
+            num_bytes=(layers + outer) * _FLOAT32,
+            count=1,
+            hidden=True,
+        )
     for axis in ("data", "sequence"):
         if sizes[axis] > 1:
             yield Collective(

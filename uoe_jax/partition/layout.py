@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.partition.collectives import Parallel, stored_order
+from uoe_jax.partition.legal import check_axes
 from uoe_jax.partition.specs import (
     Rule,
     axis_place,
@@ -140,11 +141,13 @@ def make_layout(
     """Return the layout of a model whose parameters have these shapes.
 
     Raises:
-      ConfigError: a parameter without a rule, a rule without a parameter, or a
-        dimension that doesn't divide.
+      ConfigError: an axis of the mesh that means nothing here, a parameter without a
+        rule, a rule without a parameter, or a dimension that doesn't divide.
     """
     sizes = dict(mesh.shape)
-    rules = default_rules(config.model) if rules is None else rules
+    check_axes(sizes)
+    if rules is None:
+        rules = default_rules(config.model, config.layout.rules)
     specs = param_specs(shapes, rules, sizes)
     inner: dict[str, int] = {}
     outer: dict[str, int] = {}

@@ -8,11 +8,13 @@ experts of a union or mixture and the heads and MLP columns of dense layers, `fs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from uoe_jax.config import ExperimentConfig, MeshConfig, ModelConfig
-from uoe_jax.errors import ConfigError, all_divisors, divisors
+from uoe_jax.errors import ConfigError, all_divisors, divisors, shown
 from uoe_jax.kinds import ATTENTIONS, MLPS, ROUTERS, AttentionFacts, MlpFacts
+from uoe_jax.splits import split_axes
+from uoe_jax.weights import model_params
 
 # Neighbours in the last axes are neighbours on the machine: these talk most.
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -55,6 +57,16 @@ def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
     return sizes
 
 
+def check_axes(names: Iterable[str]) -> None:
+    """Raise ConfigError for an axis of a mesh that means nothing to a model here."""
+    for name in names:
+        if name not in AXES:
+            raise ConfigError(
+                f"the mesh has an axis {shown(name)}; name its axes "
+                f"{', '.join(AXES)}, as partition.mesh.mesh_for does"
+            )
+
+
 def check_layout(config: ExperimentConfig, sizes: Sizes) -> None:
     """Raise ConfigError with every reason why the model can't be laid out so."""
     if problems := list(layout_problems(config, sizes)):
@@ -67,9 +79,23 @@ def layout_problems(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:
     fsdp, width = sizes["fsdp"], config.model.d_model
     if width % fsdp:
         yield _indivisible("mesh.fsdp", fsdp, "model.d_model", width)
+    yield from _rules(config, sizes)
     yield from _tensor(config.model, sizes)
     yield from _sequence(config, sizes)
     yield from _choices(config, sizes)
+
+
+def _rules(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:
+    rules, fsdp = config.layout.rules, sizes["fsdp"]
+    if not rules:
+        return
+    params = model_params(config.model)
+    for name, words in split_axes(config.model, rules).items():
+        axes = words.split()
+        size = params[name].shape[axes.index("fsdp")] if "fsdp" in axes else fsdp
+        if size % fsdp:
+            letter = params[name].weight.axes[axes.index("fsdp")]
+            yield _indivisible("mesh.fsdp", fsdp, f"axis {letter} of {name}", size)
 
 
 def _batch(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError
-from uoe_jax.weights import model_params
+from uoe_jax.rules import NO_RULES, Rules
+from uoe_jax.splits import split_axes
 
 
 class Rule(NamedTuple):
@@ -24,13 +25,12 @@ class Rule(NamedTuple):
     axes: str
 
 
-def default_rules(model: ModelConfig) -> tuple[Rule, ...]:
+def default_rules(model: ModelConfig, rules: Rules = NO_RULES) -> tuple[Rule, ...]:
     """Return the rules of a model, one a parameter: fsdp along the model width of every
     matrix, tensor along experts, and along heads and MLP columns where a layer is
-    dense."""
+    dense; but fsdp as `rules` say."""
     return tuple(
-        Rule(re.escape(name), param.weight.mesh_axes(param.routed))
-        for name, param in model_params(model).items()
+        Rule(re.escape(name), axes) for name, axes in split_axes(model, rules).items()
     )
 
 

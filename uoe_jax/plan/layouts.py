@@ -17,6 +17,7 @@ from uoe_jax.hardware.gemm import GemmModel
 from uoe_jax.hardware.gemm import describe as describe_gemm
 from uoe_jax.hardware.roofline import UNCALIBRATED, Calibration, Prediction, predict
 from uoe_jax.partition.legal import AXES, Sizes, layout_problems
+from uoe_jax.splits import split_axes
 
 
 class Verdict(NamedTuple):
@@ -77,10 +78,12 @@ def make_plan(
       gemm: what a `learned` calibration takes products from.
 
     Raises:
-      ConfigError: no factorisation of the topology has the fixed axes.
+      ConfigError: no factorisation of the topology has the fixed axes, or a layout
+        rule can't be.
     """
     fixed = fixed or {}
     _check_fixed(fixed, topology)
+    split_axes(config.model, config.layout.rules)  # a rule that can't be: no layout is
     limit = topology.device.memory_bytes
     if budget is not None:
         limit = min(limit, budget)

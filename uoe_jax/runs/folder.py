@@ -48,6 +48,7 @@ FREE_FIELDS = frozenset(
         "layout.experts",
         "layout.dispatch",
         "layout.sequence_attention",
+        "layout.rules",
         "train.steps",
         "train.max_seconds",
         "train.log_every",
