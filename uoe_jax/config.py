@@ -340,7 +340,8 @@ class DataConfig(Checked):
     path: str | None = None  # file, folder, glob, or tfds:NAME
     encoding: str = "auto"  # auto: UTF-8, or what the first bytes say; else a name
     data_dir: str | None = None  # tfds: folder of built datasets
-    tokenizer: str = "byte"  # "byte", "bpe" (trained on the data) or a tokenizer.json
+    # byte, bpe (trained on the data), a tokenizer.json, or hf:NAME of the hub.
+    tokenizer: str = "byte"
     bpe_vocab_size: Count = 4096  # entries of a trained tokenizer
     text_key: str = "text"  # field that holds the text; a.b is field b of field a
     bad_records: Literal["error", "skip"] = "error"  # jsonl, parquet: without a text

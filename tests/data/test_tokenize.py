@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uoe_jax.data import make_dataset
+from uoe_jax.data.prepare import absolute_paths
 from uoe_jax.data.tokenize import (
     END_OF_DOCUMENT,
     ByteTokenizer,
@@ -141,3 +145,53 @@ def test_ids_are_written_as_numbers():
     assert tokenizer.decode(tokenizer.encode("3 14 15")) == "3 14 15"
     with pytest.raises(DataError, match="isn't token ids"):
         tokenizer.encode("three")
+
+
+class Hub:
+    """The hub's side of `tokenizers`: one model, and a count of calls."""
+
+    def __init__(self, error=None):
+        self.asked, self.error = [], error
+
+    def __call__(self, name):
+        self.asked.append(name)
+        if self.error:
+            raise self.error
+        return tokenizers.Tokenizer.from_str(BPE.to_json())
+
+
+def test_a_tokenizer_of_the_hub_is_fetched_once(
+    tmp_path, make_config, text_file, monkeypatch
+):
+    hub = Hub()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.ModuleType("hub"))
+    config = make_config(text_file, tokenizer="hf:org/small", vocab_size=400)
+    dataset = make_dataset(config, "train")
+    assert dataset.info["tokenizer"]["vocab_size"] == BPE.vocab_size
+    again = load_tokenizer("hf:org/small")
+    assert again.encode("hats").tolist() == BPE.encode("hats").tolist()
+    assert hub.asked == ["org/small"]
+    assert absolute_paths(config.data).tokenizer == "hf:org/small"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("hf:org/small", r"hf:org/small can't be fetched \(no route to host\); check"),
+        ("hf:../../etc", "write hf:NAME or hf:ORG/NAME"),
+        ("gpt2", "byte, bpe, a file, or hf:NAME of the hub"),
+    ],
+)
+def test_a_tokenizer_that_the_hub_cant_give_is_one_line(
+    name, says, tmp_path, monkeypatch
+):
+    error = Exception("no route to host\nand more lines")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", Hub(error))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.ModuleType("hub"))
+    with pytest.raises(DataError, match=says) as told:
+        load_tokenizer(name)
+    assert "\n" not in str(told.value)
+    assert not list(tmp_path.rglob("*.json"))

@@ -28,6 +28,7 @@ from uoe_jax.data.store import (
 from uoe_jax.data.tasks.source import TASKS, task_options
 from uoe_jax.data.tokenize import (
     Tokenizer,
+    hub_name,
     is_file_tokenizer,
     make_tokenizer,
     tokenizer_file,
@@ -191,7 +192,7 @@ def absolute_paths(data: DataConfig) -> DataConfig:
         given = getattr(data, name)
         if given is not None:
             change[name] = str(Path(given).expanduser().absolute())
-    if is_file_tokenizer(data.tokenizer):
+    if is_file_tokenizer(data.tokenizer) and not hub_name(data.tokenizer):
         change["tokenizer"] = str(Path(data.tokenizer).expanduser().absolute())
     return dataclasses.replace(data, **change)
 

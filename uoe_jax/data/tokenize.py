@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -12,7 +13,8 @@ from jaxtyping import Float, Int
 from uoe_jax.data.bpe import END_OF_DOCUMENT, train_bpe
 from uoe_jax.data.files import missing_file
 from uoe_jax.data.subword import SubwordTokenizer
-from uoe_jax.errors import DataError
+from uoe_jax.errors import DataError, extra_packages, first_line
+from uoe_jax.files import user_cache, write_atomically
 
 __all__ = [
     "END_OF_DOCUMENT",
@@ -20,12 +22,15 @@ __all__ = [
     "IdTokenizer",
     "SubwordTokenizer",
     "Tokenizer",
+    "hub_name",
     "is_file_tokenizer",
     "load_tokenizer",
     "make_tokenizer",
     "tokenizer_file",
     "train_bpe",
 ]
+
+HUB = "hf:"  # before the name of a model of the Hugging Face hub
 
 
 @runtime_checkable
@@ -136,12 +141,47 @@ def make_tokenizer(entry: dict[str, Any], text: str | None) -> Tokenizer:
 
 
 def is_file_tokenizer(name: str) -> bool:
-    """Whether a `data.tokenizer` is the path of a tokenizer.json or of its folder."""
+    """Whether a `data.tokenizer` is a tokenizer.json: of a path, or of hf:NAME."""
     return name not in ("byte", "bpe")
 
 
+def hub_name(name: str) -> str | None:
+    """Return ORG/NAME of a `data.tokenizer` of the Hugging Face hub, hf:ORG/NAME."""
+    return name.removeprefix(HUB) if name.startswith(HUB) else None
+
+
+def _from_hub(name: str) -> Path:
+    """Return the tokenizer.json of a model of the hub, fetched once and then kept.
+
+    Raises DataError, in one line, where the hub can't be reached or hasn't got it.
+    """
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise DataError(
+            f"data.tokenizer is {HUB + name!r}; write hf:NAME or hf:ORG/NAME, as the "
+            "hub has it"
+        )
+    file = user_cache() / "tokenizers" / f"{name.replace('/', '--')}.json"
+    if file.is_file():
+        return file
+    with extra_packages():
+        import huggingface_hub  # noqa: F401  (`tokenizers` fetches with it)
+        from tokenizers import Tokenizer as Backend
+    try:
+        text = Backend.from_pretrained(name).to_str()
+    except Exception as error:  # of the network, of the hub: plain Exception too
+        raise DataError(
+            f"data.tokenizer {HUB}{name} can't be fetched ({first_line(error)}); check "
+            "the name and the network, or give a tokenizer.json"
+        ) from None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, text)
+    return file
+
+
 def tokenizer_file(path: str) -> Path:
-    """Return the tokenizer.json at a path, which may be the folder that holds one."""
+    """Return the tokenizer.json at a path, in its folder, or of the hub's hf:NAME."""
+    if name := hub_name(path):
+        return _from_hub(name)
     file = Path(path).expanduser()
     return file / "tokenizer.json" if file.is_dir() else file
 
@@ -150,7 +190,8 @@ def load_tokenizer(path: str) -> SubwordTokenizer:
     """Return the tokenizer of a tokenizer.json; raise DataError if it isn't one."""
     file = tokenizer_file(path)
     if not file.is_file():
-        raise DataError(missing_file(file, "data.tokenizer (byte, bpe or a file)"))
+        known = "data.tokenizer (byte, bpe, a file, or hf:NAME of the hub)"
+        raise DataError(missing_file(file, known))
     try:
         return SubwordTokenizer(file.read_text("utf-8"), file.name)
     except UnicodeDecodeError:
