@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def folder(tmp_path_factory):
     entries = [f"{i},{j},{(i * j) % 5 + 1}" for i in range(12) for j in range(9)]
     (place / "ratings.csv").write_text("user,item,rating\n" + "\n".join(entries))
     (place / "pairs.csv").write_text("user,item\n1,2\n3,4\n")
+    shutil.copytree(ROOT / "tests" / "goldens" / "hf" / "llama", place / "hf_model")
     return place
 
 
@@ -138,7 +140,9 @@ def made_first(command: str) -> list[list[str]]:
     text = ["--data.path", "my_text.txt"]
     made = []
     for run, preset in (("runs/first", "tiny-union"), ("runs/demo/dense", "tiny")):
-        if run in command and not Path(run, "config.json").is_file():
+        if (run in command or command == "uoe runs") and not Path(
+            run, "config.json"
+        ).is_file():
             made.append(train(preset, run) + text)
     return made
 
