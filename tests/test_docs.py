@@ -84,6 +84,7 @@ def folder(tmp_path_factory):
     entries = [f"{i},{j},{(i * j) % 5 + 1}" for i in range(12) for j in range(9)]
     (place / "ratings.csv").write_text("user,item,rating\n" + "\n".join(entries))
     (place / "pairs.csv").write_text("user,item\n1,2\n3,4\n")
+    (place / "rules.json").write_text('{"*.attention.wq": {"fsdp": "h"}}')
     shutil.copytree(ROOT / "tests" / "goldens" / "hf" / "llama", place / "hf_model")
     return place
 
@@ -180,7 +181,7 @@ def training_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", training_commands())
-def test_every_training_that_a_page_names_can_begin(command):
+def test_every_training_that_a_page_names_can_begin(command, here):
     preset, rest = take_preset(shlex.split(command)[2:], "train")
     default = TrainOptions(config=preset)
     validate(parse(TrainOptions, rest, "train", default=default).config)
