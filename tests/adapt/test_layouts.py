@@ -110,6 +110,18 @@ def compute():
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_rules_move_the_factors_with_their_weights(compute):
+    """The factors are split as their weights are, along other axes too."""
+    rules = {"*.attention.w[qv]": {"fsdp": "h"}, "*.mlp.w_*": {"fsdp": None}}
+    want_loss, want = compute(ADAPTERS["lora"], MeshConfig(data=1))
+    loss, grads = compute(ADAPTERS["lora"], DATA_FSDP_TENSOR, rules=rules)
+    assert abs(loss - want_loss) < 1e-5
+    largest = max(np.abs(grad).max() for grad in want.values())
+    for key, grad in want.items():
+        assert_close(grads[key], grad, 1e-4, least=largest, about=key)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_loss_and_gradients_are_those_of_one_device(name, compute):
     mesh, choices = LAYOUTS[name]

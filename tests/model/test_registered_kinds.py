@@ -1,6 +1,7 @@
 """A router and an attention of one's own, defined here and used everywhere."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -199,11 +200,19 @@ def test_they_train_resume_and_are_read_by_the_commands(config, tmp_path, capsys
         ["eval"],
         ["generate", "--prompt", "the", "--max-new-tokens", "4"],
         ["leakcheck"],
+        ["cost"],
+        ["plan", "--topology", "h100:4"],
     ):
         assert main([words[0], str(tmp_path / "run"), *words[1:]]) == 0, words
     said = capsys.readouterr().out
     assert "nothing moved" in said
     assert "bits per byte" in said
+    assert main(["cost", str(tmp_path / "run"), "--json"]) == 0
+    cost = json.loads(capsys.readouterr().out)
+    assert cost["params"] == {
+        **count_params(config.model),
+        "total": sum(count_params(config.model).values()),
+    }
 
 
 def test_they_are_planned(config):

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from uoe_jax.cli import cost_decode, cost_products
-from uoe_jax.cli.parse import Experiment, parse, take_preset
+from uoe_jax.cli.parse import Experiment, parse
+from uoe_jax.cli.paths import take_experiment
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.fields import Count
@@ -18,7 +19,7 @@ from uoe_jax.validation import validate
 
 @dataclass(frozen=True, kw_only=True)
 class CostOptions:
-    """Count parameters, FLOPs and bytes of a preset; nothing is run."""
+    """Count parameters, FLOPs and bytes of a preset or a run; nothing is run."""
 
     config: Experiment
     batch: Count | None = None  # sequences at a time; the preset's batch size
@@ -30,9 +31,15 @@ class CostOptions:
 
 
 def cost(args: list[str]) -> int:
-    """Print the cost of `PRESET [options]`."""
-    preset, rest = take_preset(args, "cost")
-    options = parse(CostOptions, rest, "cost", default=CostOptions(config=preset))
+    """Print the cost of `PRESET [options]`, or of what a run trained."""
+    _, preset, rest = take_experiment(args, "cost")
+    options = parse(
+        CostOptions,
+        rest,
+        "cost",
+        default=CostOptions(config=preset),
+        first="PRESET|RUN|--config FILE",
+    )
     validate(options.config)
     found = count_all(options.config, options.batch, options.seq_len)
     if options.gemm is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from uoe_jax.cli.parse import take_preset
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.presets import PRESETS, get_preset
@@ -37,6 +39,17 @@ def run_or_preset(name: str) -> tuple[Path | None, ExperimentConfig]:
         return None, get_preset(name)
     known = [*PRESETS, *_run_names()]
     raise ConfigError(f"no preset and no run {name!r}; {nearest(name, known)}")
+
+
+def take_experiment(
+    args: Sequence[str], verb: str
+) -> tuple[Path | None, ExperimentConfig, list[str]]:
+    """Split `PRESET|RUN|--config FILE [options]`: a run's folder, config, the rest."""
+    name = args[0] if args else "-"
+    if name.startswith("-") or name in PRESETS:
+        return (None, *take_preset(args, verb))
+    folder, config = run_or_preset(name)
+    return folder, config, list(args[1:])
 
 
 def _run_names() -> list[str]:

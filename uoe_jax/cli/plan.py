@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uoe_jax.cli.parse import Experiment, parse, take_preset, typed_options
+from uoe_jax.cli.parse import Experiment, parse, typed_options
+from uoe_jax.cli.paths import take_experiment
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.escape import escape_line
@@ -41,7 +42,7 @@ from uoe_jax.validation import validate
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Compare the layouts of a preset on a topology; no accelerator is needed."""
+    """Compare the layouts of a preset or a run on a topology; none is needed here."""
 
     config: Experiment
     topology: str = "cpu:8"  # v5p:4x4x4, v5e:4x4, h100:8, cpu:8
@@ -59,9 +60,15 @@ class PlanOptions:
 
 
 def plan(args: list[str]) -> int:
-    """Print the plan of `PRESET --topology NAME [options]`; 1 if no layout fits."""
-    preset, rest = take_preset(args, "plan")
-    options = parse(PlanOptions, rest, "plan", default=PlanOptions(config=preset))
+    """Print the plan of `PRESET|RUN --topology NAME [options]`; 1 if nothing fits."""
+    _, preset, rest = take_experiment(args, "plan")
+    options = parse(
+        PlanOptions,
+        rest,
+        "plan",
+        default=PlanOptions(config=preset),
+        first="PRESET|RUN|--config FILE",
+    )
     validate(options.config)
     topology = parse_topology(options.topology)
     _check_compile(rest, options, topology)

@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from uoe_jax.cli.parse import Experiment, check_typed, parse, take_preset
-from uoe_jax.cli.paths import RUNS, find_run, is_run
+from uoe_jax.cli.parse import Experiment, check_typed, parse
+from uoe_jax.cli.paths import RUNS, find_run, take_experiment
 from uoe_jax.cli.recall import recall_line, remember
 from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.escape import escape_line
@@ -49,12 +49,7 @@ class TrainOptions:
 
 def train(args: list[str]) -> int:
     """Train `PRESET [options]`, or go on with a run; once more continues it too."""
-    folder = None
-    if args and args[0] not in PRESETS and is_run(args[0]):
-        folder = find_run(args[0])
-        preset, rest = read_config(folder), args[1:]
-    else:
-        preset, rest = take_preset(args, "train")
+    folder, preset, rest = take_experiment(args, "train")
     options = parse(
         TrainOptions,
         rest,
