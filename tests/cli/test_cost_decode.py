@@ -17,7 +17,7 @@ def test_a_token_on_a_memory_device(capsys):
     assert [cost["device"] for cost in found] == ["aim-gddr6:16", "h200", "t4"]
     first = found[0]
     assert first["context"] == 1024
-    assert sum(first["phases"].values()) == pytest.approx(first["seconds"])
+    assert abs(sum(first["phases"].values()) - first["seconds"]) < 1e-9
     assert 0.97 < first["row_hits"] < 1
 
 

@@ -28,6 +28,7 @@ FIRST = {
     "eval": ["nowhere"], "generate": ["nowhere", "--prompt", "x"],
     "report": ["nowhere"], "leakcheck": ["tiny"], "complete": ["nowhere.csv"],
     "decompose": ["nowhere", "--experts", "2"], "adapt": ["nowhere"],
+    "import": ["nowhere"], "export": ["nowhere"], "config": ["tiny"],
 }  # fmt: skip
 NOT_PATHS = {("adapt", "--path"), ("complete", "--file")}  # a method, an argument
 CONFIGS = ("--data.path", "--data.data-dir", "--data.cache-dir", "--data.tokenizer")

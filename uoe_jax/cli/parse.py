@@ -15,14 +15,12 @@ from pathlib import Path
 import tyro
 
 from uoe_jax.cli.help import asks_for_help, print_help
-from uoe_jax.cli.paths import find_run, is_run
 from uoe_jax.config import DataConfig, ExperimentConfig, from_json
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.fields import field_hints, out_of_bounds
 from uoe_jax.files import check_path
 from uoe_jax.presets import PRESETS, get_preset
 from uoe_jax.rules import Rules, read_rules
-from uoe_jax.validation import read_config
 
 # Fields of text that name files or folders; those of type Path do anyway.
 _PATHS = (
@@ -261,9 +259,9 @@ def take_preset(
 ) -> tuple[ExperimentConfig, list[str]]:
     """Split `PRESET [options]` into the preset's config and the rest.
 
-    `--config FILE` stands for a preset: JSON, as `uoe config PRESET` prints it; a run
-    for the config in its folder. Help without a preset is shown for `tiny`. Raises
-    ConfigError without any of them where there is no default.
+    `--config FILE` stands for a preset: JSON, as `uoe config PRESET` prints it. Help
+    without a preset is shown for `tiny`. Raises ConfigError without either where there
+    is no default.
     """
     file, rest = _take_option(args, "--config")
     if file is not None:
@@ -273,8 +271,6 @@ def take_preset(
             )
         return _read_file(Path(file)), rest
     if args and not args[0].startswith("-"):
-        if args[0] not in PRESETS and is_run(args[0]):
-            return read_config(find_run(args[0])), list(args[1:])
         return get_preset(args[0]), list(args[1:])
     if default or asks_for_help(args):
         return get_preset(default or "tiny"), list(args)

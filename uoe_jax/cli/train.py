@@ -12,9 +12,8 @@ from uoe_jax.cli.recall import recall_line, remember
 from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.escape import escape_line
 from uoe_jax.plan.layouts import read_layout
-from uoe_jax.presets import PRESETS
 from uoe_jax.runs.folder import check_settings
-from uoe_jax.validation import read_config, validate
+from uoe_jax.validation import validate
 
 
 @dataclass(frozen=True, kw_only=True)
