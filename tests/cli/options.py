@@ -42,6 +42,7 @@ TESTED: dict[str, dict[str, str]] = {
     },
     "train": {
         "--name": "cli/test_rest_of_options.py",
+        "--distributed": "train/test_together.py",
         "--resume": "cli/test_rest_of_options.py",
         "--resume-step": "cli/test_rest_of_options.py",
         "--init-from": "cli/test_init_from.py",
@@ -115,6 +116,7 @@ TESTED: dict[str, dict[str, str]] = {
         "--out": "cli/test_bench.py",
         "--plot": "cli/test_bench.py",
         "--products": "cli/test_bench_gemm.py",
+        "--seed": "cli/test_bench_gemm.py",
     },
     "plan": {
         "--name": HERE,
@@ -201,11 +203,9 @@ TESTED: dict[str, dict[str, str]] = {
 
 # Not yet typed by a test that runs the command to its end; only ever shorter.
 UNTESTED: dict[str, set[str]] = {
-    "train": {"--distributed"},  # takes several machines; see train/test_multihost.py
     # tests/interop calls the functions behind these two.
     "import": {"--run-dir", "--dtype", "--json"},
     "export": {"--out", "--checkpoint", "--json"},
-    "bench": {"--seed"},  # of a sweep, which takes a device with a data sheet
 }
 
 

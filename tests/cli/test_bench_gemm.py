@@ -10,7 +10,14 @@ from compare import assert_close
 
 from uoe_jax.bench import gemm as sweep
 from uoe_jax.bench import gemm_command
-from uoe_jax.bench.gemm_cases import Case, all_cases, candidates, draw_ids, tuned_shape
+from uoe_jax.bench.gemm_cases import (
+    Case,
+    all_cases,
+    candidates,
+    draw_ids,
+    random_cases,
+    tuned_shape,
+)
 from uoe_jax.bench.traffic import traffic
 from uoe_jax.cli import main
 from uoe_jax.hardware import gemm, gemm_fit
@@ -97,6 +104,28 @@ def test_the_sweep_is_wide_enough(monkeypatch):
             offsets, ids = draw_ids(case)
             assert len(ids) == case.rows == offsets[-1]
             assert 0 <= ids.min() and ids.max() < case.tokens
+
+
+def test_the_seed_typed_draws_the_products(quick, tmp_path, monkeypatch, capsys):
+    def small(count, seed):
+        return [
+            Case(m=8 * (number + 1), n=16, k=8 * (case.k % 5 + 1))
+            for number, case in enumerate(random_cases(count, seed))
+        ]
+
+    monkeypatch.setattr(gemm_command, "all_cases", small)
+    monkeypatch.setattr(gemm_command, "find_device", lambda kind: SLOW)
+    drawn = {}
+    for seed in (3, 4):
+        out = tmp_path / f"{seed}.json"
+        asked = ["--products", "36", "--seed", str(seed), "--out", str(out)]
+        assert main(["bench", "gemm", *asked]) == 0
+        content = json.loads(out.read_text())
+        command = f"uoe bench gemm --products 36 --seed {seed}"
+        assert content["about"]["command"] == command
+        drawn[seed] = [(row["m"], row["n"], row["k"]) for row in content["rows"]]
+        assert drawn[seed] == [(c.m, c.n, c.k) for c in small(36, seed)]
+    assert drawn[3] != drawn[4]
 
 
 def test_refusals(capsys):
