@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from uoe_jax.adapt.config import AdapterConfig, adapter_from_dict, check_adapter
-from uoe_jax.bench.command import BenchRequest
+from uoe_jax.bench.request import BenchRequest
 from uoe_jax.config import (
     DataConfig,
     ExperimentConfig,

@@ -17,7 +17,7 @@ CLASSES = {
     "decompose": "uoe_jax.cli.decompose:DecomposeOptions",
     "leakcheck": "uoe_jax.cli.checks:LeakOptions",
     "data": "uoe_jax.cli.checks:DataOptions",
-    "bench": "uoe_jax.cli.bench:BenchOptions",
+    "bench": "uoe_jax.bench.request:BenchRequest",
     "plan": "uoe_jax.cli.plan:PlanOptions",
     "topology": "uoe_jax.cli.topology:TopologyOptions",
     "adapt": "uoe_jax.cli.adapt:AdaptOptions",

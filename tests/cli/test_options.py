@@ -32,7 +32,7 @@ def own_options(verb):
         "--run",
         "--runs",
         "--target",
-        "--benchmarks",
+        "--names",
         "--file",
         "--folders",
         "--source",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ import jax
 from uoe_jax.bench.attention import bench_attention
 from uoe_jax.bench.gemm_command import GemmRequest, run_gemm
 from uoe_jax.bench.plot import plot_sweep
+from uoe_jax.bench.request import BenchRequest
 from uoe_jax.bench.sizes import SIZES, Sizes
 from uoe_jax.bench.timing import Row
 from uoe_jax.bench.train import bench_train
 from uoe_jax.bench.tune import tune
 from uoe_jax.bench.union import bench_sweep, bench_union
 from uoe_jax.errors import ConfigError
-from uoe_jax.fields import Checked, Count, Whole, check_ranges
+from uoe_jax.fields import check_ranges
 from uoe_jax.files import format_json
 from uoe_jax.report.table import format_table
 
@@ -28,20 +28,6 @@ BENCHMARKS: dict[str, Callable[[Sizes, int], Iterator[Row]]] = {
     "sweep": bench_sweep,
     "train": bench_train,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchRequest(Checked):
-    """Which benchmarks to run, at which size, and what to write."""
-
-    names: tuple[str, ...]
-    size: str | None = None
-    rounds: Count = 5
-    tune: bool = False
-    out: Path | None = None
-    plot: Path | None = None
-    products: Count = 300
-    seed: Whole = 0
 
 
 def run_bench(request: BenchRequest, say: Callable[[str], None] = print) -> list[Row]:

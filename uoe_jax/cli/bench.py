@@ -3,59 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-from tyro.conf import Positional, arg
-
+from uoe_jax.bench.request import BenchRequest
 from uoe_jax.cli.parse import parse
-from uoe_jax.fields import Count, Whole
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """Time operations, layers and training steps here, beside installed peers.
-
-    Benchmarks: attention, union (products and layers), sweep (layer time by share of
-    experts kept and sequence length), train; and gemm, by itself: products of many
-    shapes, to which the model is fitted that uoe plan and uoe cost read. --tune first
-    measures which backend and tile is fastest on this device and keeps that for all
-    later runs.
-    """
-
-    benchmarks: Positional[
-        Annotated[tuple[str, ...], arg(metavar="attention|union|sweep|train|gemm")]
-    ] = ("attention", "union")
-    size: str | None = None  # full or small; None: small on a CPU
-    rounds: Count = 5  # a time is the median of this many
-    tune: bool = False  # first measure which backends and tiles are fastest here
-    out: Path | None = None  # JSON file of all rows
-    plot: Path | None = None  # PNG file of the sweep, or of gemm's predictions
-    products: Count = 300  # of gemm: random ones, beside the presets' own
-    seed: Whole = 0  # of gemm's random products
 
 
 def bench(args: list[str]) -> int:
     """Run the benchmarks named in `args`; returns the exit status 0."""
-    options = parse(BenchOptions, args, "bench")
+    request = parse(BenchRequest, args, "bench")
     # Peers of other frameworks need device memory beside jax's.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-    from uoe_jax.bench.command import BenchRequest, run_bench
+    from uoe_jax.bench.command import run_bench
     from uoe_jax.cli.device import prepare
 
     prepare()
-    run_bench(
-        BenchRequest(
-            names=options.benchmarks,
-            size=options.size,
-            rounds=options.rounds,
-            tune=options.tune,
-            out=options.out,
-            plot=options.plot,
-            products=options.products,
-            seed=options.seed,
-        )
-    )
+    run_bench(request)
     return 0
