@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,12 +107,8 @@ def test_a_saved_adapter_merges_untrained(
     assert "after" not in report and "other weights" not in said.err
     first = json.loads((adapted / "adapt.json").read_text())
     assert_close(report["before"]["loss"], first["after"]["loss"], 1e-6)
-    first, second = (
-        jax.tree.leaves(nnx.split(load_run(f / "merged").model, nnx.Param, ...)[1])
-        for f in (adapted, out)
-    )
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a, b)
+    first, second = (flat_params(load_run(f / "merged").model) for f in (adapted, out))
+    chex.assert_trees_all_equal(first, second)
 
 
 @pytest.mark.parametrize(

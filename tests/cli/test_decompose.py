@@ -2,7 +2,7 @@
 
 import json
 
-import numpy as np
+import chex
 import pytest
 
 from uoe_jax.cli import main
@@ -53,8 +53,7 @@ def test_all_experts_compute_what_the_dense_run_does(dense_run, tmp_path, capsys
     assert "exact" in capsys.readouterr().out
     assert read(back)["neuron_order_restored"]
     first, second = (flat_params(load_run(run).model) for run in (dense_run, back))
-    assert first.keys() == second.keys()
-    assert all(np.array_equal(first[name], second[name]) for name in first)
+    chex.assert_trees_all_equal(first, second)
 
 
 def test_half_of_the_experts_go_on_training(halved_run, capsys):

@@ -1,5 +1,6 @@
 """Prefill and decode are the full forward pass, token by token; cache sizes."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,11 +101,11 @@ def test_decoding_does_not_recompile():
     _, cache = prefill(
         model, tokens, jnp.array([4, 6]), init_cache(model.config, 2, 12)
     )
-    _, cache = decode(model, tokens[:, 0], cache)
-    compiled = decode._cache_size()
-    for step in range(1, 4):
-        _, cache = decode(model, tokens[:, step], cache)
-    assert decode._cache_size() == compiled
+    once = jax.jit(chex.assert_max_traces(decode.__wrapped__, n=1))
+    for step in range(4):
+        before = cache
+        _, cache = once(model, tokens[:, step], cache)
+        chex.assert_trees_all_equal_shapes_and_dtypes(before, cache)
 
 
 @pytest.mark.next_jax

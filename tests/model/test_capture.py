@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +67,7 @@ def test_experts_and_heads_add_up_to_the_layers_output(name):
     seen = uoe.capture(model)(TOKENS)
     logits, aux = jax.jit(lambda m, t: m(t))(model, TOKENS)
     assert_close(seen.logits, logits)
-    assert jax.tree.structure(seen.aux) == jax.tree.structure(aux)
+    chex.assert_trees_all_equal_structs(seen.aux, aux)
     places = {(p, i) for p in ("attention", "mlp") for i in range(config.num_layers)}
     assert set(seen.experts) == set(seen.outputs) == places
     for part, layer in places:

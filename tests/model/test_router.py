@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,7 +178,7 @@ def test_bias_update_moves_against_the_load_error():
     _, aux = forward(model, tokens_like(config, 2, 12, seed=6))
     update = jax.jit(update_router_bias, static_argnums=2)
     new = update(buffers, aux, config)
-    assert jax.tree.structure(new) == jax.tree.structure(buffers)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, buffers)
     flat = dict(nnx.to_flat_state(new))
     assert all(isinstance(variable, RouterBias) for variable in flat.values())
     # Layers: (dense, moe), (union, union), (dense, moe), stacked with period 2.

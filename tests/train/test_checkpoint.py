@@ -1,6 +1,7 @@
 import re
 import resource
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,9 +34,9 @@ def test_restored_arrays_are_bitwise_those_saved(tmp_path):
     step, arrays, progress = saved(tmp_path).restore(named_leaves(TREE))
     assert (step, progress) == (2, {"seconds": 2.0})
     restored = fill_leaves(TREE, arrays)
-    for a, b in zip(snapshot(restored).items(), snapshot(TREE).items(), strict=True):
-        assert a[0] == b[0] and a[1].dtype == b[1].dtype
-        assert a[1].tobytes() == b[1].tobytes()
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, TREE)
+    bits = lambda tree: {name: a.tobytes() for name, a in snapshot(tree).items()}
+    assert bits(restored) == bits(TREE)
 
 
 def test_a_part_of_the_arrays_can_be_restored(tmp_path):

@@ -4,6 +4,7 @@ import math
 import shutil
 import signal
 
+import chex
 import numpy as np
 import pytest
 from compare import assert_close
@@ -39,8 +40,8 @@ def arrays_of(run, folder="checkpoints", step=None):
 
 def assert_same_bits(run, other, **kwargs):
     first, second = arrays_of(run, **kwargs), arrays_of(other, **kwargs)
-    assert first.keys() == second.keys()
-    for name in first:
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, second)
+    for name in first:  # bits: zeros of both signs are equal, and so is no NaN
         assert first[name].tobytes() == second[name].tobytes(), name
 
 

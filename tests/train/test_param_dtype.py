@@ -1,5 +1,6 @@
 """Parameters in bfloat16 train, resume and are evaluated; moments stay float32."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +21,7 @@ def test_moments_are_float32_beside_bfloat16():
     update = jax.jit(lambda s: optimizer.update(grads, s, params, step=jnp.int32(1)))
     for _ in range(3):
         updates, new = update(state)
-        same = jax.tree.map(lambda a, b: a.dtype == b.dtype, state, new)
-        assert all(jax.tree.leaves(same))
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
         state = new
     wide = [a for a in jax.tree.leaves(state) if a.ndim == 2]
     assert len(wide) == 2 and all(a.dtype == jnp.float32 for a in wide)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -54,8 +55,7 @@ def test_a_written_run_is_what_was_given(source, config, params):
     run = load_run(source)
     assert (run.step, run.progress) == (7, SPENT)
     assert run.config.model == config.model
-    for name, array in flat_params(run.model).items():
-        np.testing.assert_array_equal(array, params[name])
+    chex.assert_trees_all_equal(flat_params(run.model), params)
     made = json.loads((source / "env.json").read_text())["made_from"]
     assert made == {"by": "import", "source": "a file"}
     assert not has_begun(source)  # so that its first training may change fields
@@ -172,8 +172,7 @@ def test_what_the_source_spent_is_kept_through_any_number_of_changes(source, tmp
     run = load_run(tmp_path / "two")
     assert run.progress == Progress(seconds=5.0, tokens=700, flops=9e9)
     first = flat_params(load_run(source).model)
-    for name, array in flat_params(run.model).items():
-        np.testing.assert_array_equal(array, first[name])
+    chex.assert_trees_all_equal(flat_params(run.model), first)
 
 
 def test_a_change_that_fails_leaves_nothing(source, tmp_path):
