@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 from pathlib import Path
 
@@ -42,11 +43,41 @@ def test_notebook_calls_what_the_package_has(path):
     assert checked >= 5
 
 
+def promised_pictures(source: str) -> int:
+    """How many figures a cell shows."""
+    lines = source.splitlines()
+    shown = ("    display(", "display(", "plt.show()")
+    return sum(line.startswith(shown) for line in lines)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_first_cell_installs_from_a_checkout_or_a_git_address(
+    path, tmp_path, monkeypatch
+):
+    source = nbformat.read(path, as_version=4).cells[1].source
+    commands = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(
+        "subprocess.run", lambda command, check: commands.append(command)
+    )
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.chdir(path.parent)
+    exec(compile(source, path.name, "exec"), {})
+    assert commands.pop()[-2:] == ["-e", f"{path.parents[1]}[all]"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="set SOURCE above to a git address"):
+        exec(compile(source, path.name, "exec"), {})
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    given = source.replace('SOURCE = ""', 'SOURCE = "git+https://a.b/uoe_jax"')
+    exec(compile(given, path.name, "exec"), {})
+    assert commands.pop()[-1] == "uoe_jax[all,cuda] @ git+https://a.b/uoe_jax"
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("UOE_SHORT", "1")
-    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # a kernel has its own
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
@@ -61,6 +92,11 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
         for output in cell.get("outputs", [])
     )
     assert printed, "the notebook printed nothing"
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+        assert pictures >= promised_pictures(cell.source), cell.source
+        assert not any("<Figure" in output.get("text", "") for output in outputs)
 
 
 def test_committed_notebooks_hold_no_outputs():
