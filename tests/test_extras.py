@@ -141,10 +141,11 @@ def test_what_the_base_cannot_do_names_the_extra_before_anything_begins(tmp_path
     code = f"""
 from uoe_jax.cli import main
 for words in {list(wanted)!r}:
-    print(main(words.split()))
+    print("exit code", main(words.split()))
 """
     done = run_without(code, tmp_path)
-    assert done.stdout.split() == ["2"] * len(wanted), done.stderr
+    codes = re.findall(r"^exit code (\d)$", done.stdout, re.M)
+    assert codes == ["2"] * len(wanted), done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("uoe: ")]
     extras = [re.search(r"pip install 'uoe_jax\[(\w+)\]'", line)[1] for line in said]
     assert extras == list(wanted.values()), done.stderr
@@ -161,9 +162,9 @@ def test_the_base_trains_and_only_the_report_is_missing(tmp_path):
         "--model.max-seq-len 32 --data.path text.txt --data.cache-dir cache "
         "--data.batch-size 8 --train.eval-batches 1"
     )
-    code = f"from uoe_jax.cli import main\nprint(main({words.split()!r}))"
+    code = f"from uoe_jax.cli import main\nprint('exit code', main({words.split()!r}))"
     done = run_without(code, tmp_path)
-    assert done.stdout.split() == ["0"], done.stderr
+    assert "exit code 0" in done.stdout, done.stderr
     assert "no report: this needs matplotlib, which isn't installed" in done.stderr
     assert "pip install 'uoe_jax[report]'" in done.stderr
     assert (tmp_path / "run" / "metrics.jsonl").is_file()

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from uoe_jax.errors import extra_packages
 from uoe_jax.report import page
 from uoe_jax.report.style import MARKERS, Theme, as_label, render
 from uoe_jax.runs.index import RunIndex
 from uoe_jax.runs.read import RunRecord
 from uoe_jax.runs.search import Difference, differing, principal_axes
 from uoe_jax.runs.search import setting as setting_of
+
+with extra_packages():
+    from matplotlib.figure import Figure
 
 _ABOUT_MAP = (
     "Each point is a run; runs lie near each other where their settings are alike. "
