@@ -52,7 +52,7 @@ def test_counted_parameters_follow_the_options(norm, activation, mlp):
 
 
 ROUTED = UnionConfig(num_experts=4, top_k=3, num_shared=1)
-TWO_ALWAYS_ON = UnionConfig(num_experts=4, top_k=3, num_shared=2)
+TWO_ALWAYS_ON = UnionConfig(num_experts=4, top_k=4, num_shared=2)
 KINDS = {
     "dense": {},
     "union": {"attention": ("union",), "mlp": ("union",)},
@@ -78,7 +78,7 @@ KINDS = {
     "mod": {"blocks": ("all", "mod"), "mod": ModConfig(keep=0.5)},
     "deepseek": {
         "mlp": ("moe",),
-        "moe": MoeConfig(num_experts=6, top_k=2, num_shared=1, gate="sigmoid"),
+        "moe": MoeConfig(num_experts=6, top_k=3, num_shared=1, gate="sigmoid"),
     },
 }
 

@@ -15,8 +15,7 @@ def fetch(name: str) -> Path:
     """Return the local folder of `hf:ORG/NAME`, or `hf:ORG/NAME@REVISION`.
 
     Raises ConfigError for another form of name, MissingExtra without the package,
-    DataError if
-    the hub doesn't give it.
+    DataError if the hub doesn't give it.
     """
     found = re.fullmatch(
         r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", name.removeprefix(MARK)
