@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from uoe_jax.config import ExperimentConfig, MeshConfig
-from uoe_jax.errors import ConfigError, all_divisors
+from uoe_jax.errors import ConfigError, all_divisors, choose
+from uoe_jax.hardware.work import collectives
 from uoe_jax.partition.legal import AXES, check_layout, layout_problems, mesh_sizes
-from uoe_jax.partition.rings import in_rings
+from uoe_jax.partition.rings import in_best_rings, in_rings
 
 DATA_AXIS = "data"
+
+
+class DeviceOrder(NamedTuple):
+    """The devices of a mesh: its axes' sizes, and the ids of its devices in order."""
+
+    mesh: dict[str, int]
+    ids: list[int]
 
 
 def make_mesh(
@@ -23,8 +33,12 @@ def make_mesh(
     *,
     batch_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
+    arrange: Callable[[np.ndarray, Sequence[str]], np.ndarray] | None = None,
 ) -> Mesh:
     """Return the mesh; `batch_size` is what one pass splits over data and fsdp.
+
+    `arrange` puts devices that jax has placed in another order, given the axes' names;
+    `in_rings` if not given. Of a part of the devices jax's order is kept.
 
     Raises ConfigError when there are too few devices or the batch doesn't divide.
     """
@@ -52,21 +66,36 @@ def make_mesh(
         tuple(shape.values()), devices[:count], allow_split_physical_axes=True
     )
     if count == len(devices):  # of a part it isn't known which ends are joined
-        placed = in_rings(placed)
+        placed = arrange(placed, tuple(shape)) if arrange else in_rings(placed)
     # Auto outside of shard_map: there only elementwise updates and norms are left.
     return Mesh(placed, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def mesh_for(
-    config: ExperimentConfig, devices: Sequence[jax.Device] | None = None
+    config: ExperimentConfig,
+    devices: Sequence[jax.Device] | None = None,
+    recorded: DeviceOrder | None = None,
 ) -> Mesh:
     """Return the mesh of an experiment, checked against its model.
+
+    Devices stand as `layout.device_order` says, or as a run has recorded where the mesh
+    and its devices are the same.
 
     Raises ConfigError with every reason why the model can't be laid out so.
     """
     devices = list(jax.devices() if devices is None else devices)
     batch = config.data.batch_size // config.train.accumulate
-    mesh = make_mesh(config.mesh, batch_size=batch, devices=devices)
+
+    def arrange(placed: np.ndarray, axes: Sequence[str]) -> np.ndarray:
+        here = {device.id: device for device in placed.flat}
+        shape = dict(zip(axes, placed.shape, strict=True))
+        if recorded and recorded.mesh == shape and sorted(recorded.ids) == sorted(here):
+            found = np.empty(placed.size, object)
+            found[:] = [here[number] for number in recorded.ids]
+            return found.reshape(placed.shape)
+        return arranged(config, placed, axes)
+
+    mesh = make_mesh(config.mesh, batch_size=batch, devices=devices, arrange=arrange)
     check_layout(config, mesh_sizes(config.mesh, len(devices)))
     owners = {device.process_index for device in mesh.devices.flat}
     if len(owners) < len({device.process_index for device in devices}):
@@ -75,6 +104,30 @@ def mesh_for(
             f"{len(devices)} devices"
         )
     return mesh
+
+
+def arranged(
+    config: ExperimentConfig, placed: np.ndarray, axes: Sequence[str]
+) -> np.ndarray:
+    """Return a mesh's devices in the order that `layout.device_order` asks for."""
+    sizes = {axis: 1 for axis in AXES} | dict(zip(axes, placed.shape, strict=True))
+
+    def by_traffic(placed: np.ndarray) -> np.ndarray:
+        return in_best_rings(placed, axis_bytes(config, sizes, axes))
+
+    orders = {"auto": in_rings, "jax": lambda placed: placed, "ring": by_traffic}
+    name = "layout.device_order"
+    return choose(name, config.layout.device_order, orders)(placed)
+
+
+def axis_bytes(
+    config: ExperimentConfig, sizes: Mapping[str, int], axes: Sequence[str]
+) -> list[float]:
+    """Return the bytes of a step's collectives over each axis, all devices together."""
+    total = dict.fromkeys(axes, 0.0)
+    for found in collectives(config, sizes):
+        total[found.axis] += found.num_bytes * found.count
+    return list(total.values())
 
 
 def evaluation_mesh(config: ExperimentConfig) -> Mesh:

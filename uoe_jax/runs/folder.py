@@ -23,6 +23,7 @@ from uoe_jax.files import (
     read_json_lines,
     write_atomically,
 )
+from uoe_jax.runs.device_order import DEVICES
 from uoe_jax.runs.lock import RunLock
 from uoe_jax.validation import parse_config
 
@@ -49,6 +50,7 @@ FREE_FIELDS = frozenset(
         "layout.dispatch",
         "layout.sequence_attention",
         "layout.rules",
+        "layout.device_order",
         "train.steps",
         "train.max_seconds",
         "train.log_every",
@@ -120,7 +122,7 @@ def write_settings(
 
 def _remove_leftovers(path: Path) -> None:
     """Delete what a kill in the middle of writing a file left behind."""
-    for name in (CONFIG, ENVIRONMENT, METRICS):
+    for name in (CONFIG, ENVIRONMENT, METRICS, DEVICES):
         for file in path.glob(f".{name}.*"):
             if file.suffix[1:].isdigit():
                 file.unlink(missing_ok=True)

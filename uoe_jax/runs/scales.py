@@ -38,6 +38,7 @@ model.tie_embeddings model.remat model.scan_layers model.param_dtype
 model.compute_dtype data.source data.path data.encoding data.tokenizer data.text_key
 data.bad_records data.pack data.bad_utf8 optim.schedule layout.tensor_reduce
 layout.experts layout.dispatch layout.sequence_attention layout.rules
+layout.device_order
 model.norm_place
 model.embed_norm model.qk_norm model.rope_scaling.kind model.attention_bias
 model.mlp_bias model.class_token model.pooling model.encoder_head

@@ -157,11 +157,11 @@ class _Build:
                 continue
             lost, *rest = cut
             inside = set(part)
-            wall = self._wall(part, lost)
-            if not wall:
+            wall, before_seen = self._wall(part, lost), self._seen(part).keys()
+            # A supernode that has grown back to the part isn't lost any more.
+            if not wall or lost in before_seen:
                 stack.append((part, rest))
                 continue
-            before_seen = self._seen(part).keys()
             # Walls keep their owners; what is reached joins that of its nearest source.
             found, before = shortest_paths(
                 self.graph, wall, inside | set(wall), self.buffer
@@ -170,7 +170,7 @@ class _Build:
                 if vertex in inside:
                     self.owner[vertex] = self.owner[before[vertex]]
             for left in split_components(self.graph, inside - found.keys()):
-                gone = before_seen - self._seen(left).keys() - {lost} - set(rest)
+                gone = before_seen - self._seen(left).keys() - set(rest)
                 stack.append((left, rest + sorted(gone)))
         return sorted(done)
 

@@ -26,6 +26,7 @@ from uoe_jax.ops._dispatch import served
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.runs.checkpoint import Checkpoints, snapshot
+from uoe_jax.runs.device_order import read_order, write_order
 from uoe_jax.runs.folder import (
     BEST,
     CHECKPOINTS,
@@ -89,7 +90,8 @@ def train(
     check_32_bits()
     check_sinks(config)
     run_dir = local_path(run_dir, "run_dir")
-    mesh = mesh_for(config)
+    order = config.layout.device_order
+    mesh = mesh_for(config, recorded=read_order(run_dir, order) if resume else None)
     with ExitStack() as stack:
         quiet = quiet or not is_primary()
         display = stack.enter_context(
@@ -111,6 +113,7 @@ def train(
             )
         for line in describe_run(config, mesh, data[0].prepared.manifest, run_dir):
             display.note(line)
+            write_order(run_dir, order, mesh)
         signals = stack.enter_context(StopSignals())
         if optimizer is None:
             optimizer = make_optimizer(config.optim, config.train.steps)
