@@ -108,6 +108,18 @@ def open_gguf(
         raise DataError(f"{path}: its architecture is {shown(kind)}; read are {known}")
     family = FAMILIES[_ARCHITECTURES[kind]]
     tensors, left = _rename(reader)
+    if "rope_freqs.weight" in left:
+        raise DataError(
+            f"{path} scales its rotation by rope_freqs.weight (Llama 3.1), which isn't "
+            "read; import the model's folder of safetensors"
+        )
+    if left:
+        raise DataError(
+            f"{path} has {len(left)} tensors of unknown name, {left[0]} first; import "
+            "the model's folder of safetensors"
+        )
+    if "model.embed_tokens.weight" not in tensors:
+        raise DataError(f"{path} has no token_embd.weight; convert the model again")
     raw = _config(about, kind, tensors)
     raw["architectures"], raw["model_type"] = [family.architecture], family.model_type
     heads = {}
@@ -115,8 +127,6 @@ def open_gguf(
         q, k = raw["num_attention_heads"], raw["num_key_value_heads"]
         heads = {"q_proj": q, "k_proj": k}
     files = GgufTensors(tensors, path, heads)
-    if left:
-        raise DataError(f"{path} has {len(left)} tensors of unknown name, {left[0]}")
     tokenizer, kept = _tokenizer(about)
     # The config as it would lie in a folder, so that an export has its fields.
     kept["config.json"] = format_json(raw, indent=2)
@@ -149,8 +159,6 @@ def _rename(reader: Any) -> tuple[dict[str, Any], list[str]]:
         if name is None and parts[0] == "blk" and len(parts) == 4:
             inner = _LAYER.get(parts[2])
             name = inner and f"model.layers.{parts[1]}.{inner}.{parts[3]}"
-        if tensor.name == "rope_freqs.weight":
-            continue  # of llama3's scaling, which `_config` refuses
         if name:
             found[name] = tensor
         else:
@@ -166,7 +174,7 @@ def _config(about: _Metadata, kind: str, tensors: dict[str, Any]) -> dict[str, A
     if scaling not in ("none", "linear"):
         raise DataError(f"rope.scaling.type is {shown(scaling)}; read are none, linear")
     heads, width = int(need("attention.head_count")), int(need("embedding_length"))
-    vocab = tensors["model.embed_tokens.weight"].shape[-1] if tensors else 0
+    vocab = tensors["model.embed_tokens.weight"].shape[-1]
     head = int(get("attention.key_length", width // max(heads, 1)))
     raw: dict[str, Any] = {
         "vocab_size": int(vocab),
