@@ -37,6 +37,14 @@ class Ring:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RingStep:
+    """What it takes when all devices of an axis send to the next of their ring."""
+
+    hops: float = 1.0  # the farthest next one, in links
+    load: float = 1.0  # messages on the most loaded link
+
+
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """The devices of one mesh axis, and what joins them."""
 
@@ -44,6 +52,7 @@ class Group:
     size: int
     rings: tuple[Ring, ...] = ()  # of a torus
     spans_network: bool = False  # of a switch: more devices than it joins
+    step: RingStep = RingStep()  # of a torus, where the devices' order is known
 
 
 def place_axes(topology: Topology, sizes: Mapping[str, int]) -> dict[str, Group]:
@@ -124,7 +133,8 @@ def _torus_seconds(kind: str, num_bytes: int | float, group: Group) -> float:
     )
     latency = link.latency * hops
     if kind == "collective_permute":
-        return num_bytes / n / link.bandwidth + link.latency
+        step = group.step
+        return num_bytes / n / link.bandwidth * step.load + link.latency * step.hops
     if kind == "all_to_all":
         # A share travels a quarter of a closed ring, a third of an open one.
         longest = max(group.rings, key=lambda ring: ring.size)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.hardware.comms import place_axes, seconds
+from uoe_jax.hardware.comms import RingStep, place_axes, seconds
 from uoe_jax.hardware.count import (
     DTYPE_BYTES,
     count_params,
@@ -137,10 +138,12 @@ def predict(
     topology: Topology,
     calibration: Calibration = UNCALIBRATED,
     gemm: GemmModel | None = None,
+    rings: Mapping[str, RingStep] | None = None,
 ) -> Prediction:
     """Return the predicted step of a layout on a topology.
 
-    A `learned` calibration takes the products' seconds from `gemm`.
+    A `learned` calibration takes the products' seconds from `gemm`. `rings` says of
+    axes how far the next device of a ring is, one link if not given.
 
     Each kind of work takes its FLOPs or bytes at the data sheet's rate, times the
     calibration's factor. Hidden collectives cost what exceeds a share of the
@@ -158,6 +161,8 @@ def predict(
     if gemm is not None and calibration.learned:
         spent |= _learned(config, sizes, topology.device, calibration, spent, gemm)
     groups = place_axes(topology, sizes)
+    for axis, step in (rings or {}).items():
+        groups[axis] = dataclasses.replace(groups[axis], step=step)
     talk = tuple(
         (c, c.count * seconds(c.kind, c.num_bytes, groups[c.axis]))
         for c in collectives(config, sizes)

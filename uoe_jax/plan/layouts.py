@@ -17,6 +17,7 @@ from uoe_jax.hardware.gemm import GemmModel
 from uoe_jax.hardware.gemm import describe as describe_gemm
 from uoe_jax.hardware.roofline import UNCALIBRATED, Calibration, Prediction, predict
 from uoe_jax.partition.legal import AXES, Sizes, layout_problems
+from uoe_jax.plan.rings import ring_steps
 from uoe_jax.splits import split_axes
 
 
@@ -94,7 +95,8 @@ def make_plan(
         if verdict.problems:
             illegal.append(verdict)
             continue
-        prediction = predict(config, verdict.sizes, topology, calibration, gemm)
+        rings = ring_steps(config, verdict.sizes, topology)
+        prediction = predict(config, verdict.sizes, topology, calibration, gemm, rings)
         found.append(dataclasses.replace(prediction, memory_limit=limit))
     fitting = [p for p in found if p.fits]
     too_large = [p for p in found if not p.fits]
