@@ -67,6 +67,7 @@ EXTRAS = {
     "tensorboardX": "tensorboard",
     "tensorflow_datasets": "data",
     "tokenizers": "data",
+    "usearch": "search",
     "wandb": "wandb",
 }
 

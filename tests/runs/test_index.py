@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from made_runs import change, make_result, make_run
 
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.presets import get_preset
-from uoe_jax.runs.index import RunIndex, diversity, open_index
+from uoe_jax.runs.diversity import diversity
+from uoe_jax.runs.index import RunIndex, open_index
 from uoe_jax.runs.read import RunRecord, config_record
 from uoe_jax.runs.search import (
     NEAR,
@@ -133,6 +135,8 @@ def test_an_index_is_the_same_after_its_file(tmp_path):
     again = RunIndex.load(tmp_path / "x.npz")
     assert again.records == index.records
     assert (again.vectors == index.vectors).all()
+    lazy = RunIndex.load(tmp_path / "x.npz", lazy=True)
+    assert [lazy.settled(r) for r in lazy.records] == index.records
     record = index.records[3]
     assert again.nearest(record.settings) == index.nearest(record.settings)
 
@@ -150,13 +154,14 @@ def test_a_foreign_or_damaged_index_is_refused_in_one_line(tmp_path, how):
         np.savez(file, vectors=np.array([{}], object), about=np.zeros(2, np.uint8))
     else:
         with np.load(file) as old:
-            about, vectors = json.loads(old["about"].tobytes()), old["vectors"]
+            arrays = dict(old)
         if how == "version":
-            about["version"] = 99
+            about = json.loads(arrays["about"].tobytes())
+            text = json.dumps(about | {"version": 99}).encode()
+            arrays["about"] = np.frombuffer(text, np.uint8)
         else:
-            vectors = vectors[:-1]
-        text = np.frombuffer(json.dumps(about).encode(), np.uint8)
-        np.savez(file, vectors=vectors, about=text)
+            arrays["vectors"] = arrays["vectors"][:-1]
+        np.savez(file, **arrays)
     with pytest.raises(DataError) as caught:
         RunIndex.load(file)
     assert "\n" not in str(caught.value) and "delete it" in str(caught.value)
@@ -243,3 +248,19 @@ def test_results_and_folders_are_searched_together(tmp_path):
     assert {r.name for r in index.records} == {"a", "b-0"}
     assert like(index, index.records[0], 1)[0].cosine > 0.999 > NEAR
     assert isinstance(index.records[0], RunRecord)
+
+
+def test_a_graph_of_neighbours_is_an_extra(monkeypatch):
+    from uoe_jax.errors import MissingExtra
+    from uoe_jax.runs.approximate import NeighbourGraph
+
+    index = RunIndex.from_objects([{"a": i, "b": str(i)} for i in range(300)], dim=256)
+    try:
+        found = NeighbourGraph(index.vectors).nearest(index.vectors[:20], 3)
+        assert (found[:, 0] == np.arange(20)).all() and found.shape == (20, 3)
+    except MissingExtra:
+        pass
+    monkeypatch.setitem(sys.modules, "usearch", None)
+    monkeypatch.setitem(sys.modules, "usearch.index", None)
+    with pytest.raises(MissingExtra, match=r"uoe_jax\[search\]"):
+        NeighbourGraph(index.vectors)

@@ -7,7 +7,7 @@ from pathlib import Path
 from uoe_jax.cli.paths import RUNS
 from uoe_jax.config import ExperimentConfig
 
-_SECONDS = 0.02  # for runs that the index lacks
+_SECONDS = 0.01  # for runs that the index lacks
 _MOST = 24 << 20  # bytes of an index that is read in time; some 2,000 runs
 _WRITTEN = 3  # differences
 

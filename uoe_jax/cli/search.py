@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from uoe_jax.cli.parse import Experiment, parse, take_preset
-from uoe_jax.cli.paths import RUNS, find_run, is_run
-from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.cli.parse import Experiment, parse
+from uoe_jax.cli.search_index import index_folder
+from uoe_jax.cli.search_targets import (
+    check_out,
+    find_record,
+    open_foreign,
+    open_runs,
+    take_plan,
+    tell_broken,
+    write_file,
+)
+from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape_line
 from uoe_jax.fields import Count
-from uoe_jax.files import format_json, write_atomically
-from uoe_jax.presets import PRESETS, get_preset
-from uoe_jax.runs.index import INDEX, RunIndex, open_index
-from uoe_jax.runs.read import BROKEN, RunRecord, config_record, read_run
+from uoe_jax.files import format_json
+from uoe_jax.runs.index import RunIndex
+from uoe_jax.runs.leaves import show_path
+from uoe_jax.runs.read import RunRecord
 from uoe_jax.runs.search import Difference, expect, explain, like, show_value
 from uoe_jax.runs.table import select, show_column
-from uoe_jax.validation import read_config, validate
 
-EXPERIMENTS = Path("experiments")
 _METRICS = Literal["loss", "bits_per_byte", "accuracy"]
 _COLUMNS = ("loss", "parameters", "seconds", "steps")
 _WRITTEN = 4  # differences in a line of a table
-_BROKEN = 20  # broken runs that are told one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class RunsOptions:
     """List runs; `uoe runs like|explain|expect|index --help` for what else it does."""
 
     # Folders; runs/ and experiments/ if none is given.
-    folders: Positional[tuple[Annotated[str, arg(metavar="FOLDER")], ...]] = ()
+    folders: Positional[Annotated[tuple[str, ...], arg(metavar="FOLDER...")]] = ()
     sort: str = "loss"  # an outcome, `name` or a setting
     descending: bool = False  # the largest first
     where: tuple[str, ...] = ()  # such as "optim.learning_rate>=0.001" "mlp=union"
@@ -64,7 +66,7 @@ class LikeOptions:
 class ExplainOptions:
     """Settings in which A and B differ, by their share of the dissimilarity."""
 
-    runs: Positional[tuple[Annotated[str, arg(metavar="RUN")], ...]] = ()
+    runs: Positional[Annotated[tuple[str, ...], arg(metavar="A B")]] = ()
     index: Path | None = None  # a folder that uoe runs index went through
     json: bool = False  # one JSON object instead of a table
 
@@ -76,20 +78,6 @@ class ExpectOptions:
     config: Experiment
     metric: _METRICS = "loss"  # the outcome to expect
     level: float = 0.8  # share of plans whose result the interval is to hold
-    json: bool = False  # one JSON object instead of a table
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexOptions:
-    """Index a folder of JSON files: one object a .json file, or a line of .jsonl."""
-
-    folder: Positional[Annotated[str, arg(metavar="FOLDER")]] = ""
-    dim: int = 2048  # of the vectors: a power of two
-    number: Literal["fourier", "thermometer"] = (
-        "fourier"  # how a number becomes part of a vector
-    )
-    half: bool = False  # 2 bytes a number, not 4
-    out: Path | None = None  # FOLDER/.index.npz if not given
     json: bool = False  # one JSON object instead of a table
 
 
@@ -110,8 +98,8 @@ def list_runs(args: list[str]) -> int:
     """Print a table of runs; write a map and a page of them."""
     options = parse(RunsOptions, args, "runs")
     for path in (options.page, options.map):
-        _check_out(path)
-    index = _open([Path(folder) for folder in options.folders])
+        check_out(path)
+    index = open_runs([Path(folder) for folder in options.folders])
     chosen = select(index.records, options.where, options.sort, options.descending)
     names = list(dict.fromkeys([*_COLUMNS, *options.columns]))
     if options.json:
@@ -122,7 +110,7 @@ def list_runs(args: list[str]) -> int:
         print(format_json(found, indent=2))
     else:
         _print_runs(index, chosen[: options.limit], names)
-    _tell_broken(index.broken)
+    tell_broken(index.broken)
     if options.page or options.map:
         _write_pictures(options, index, chosen, names)
     return 0
@@ -148,19 +136,19 @@ def _write_pictures(
         pngs = draw_map(part, options.metric)
         if not pngs:
             raise ConfigError(f"a map takes 2 runs; these are {len(chosen)}")
-        _write(options.map, pngs["light"])
+        write_file(options.map, pngs["light"])
         print(escape_line(f"map: {options.map}"))
     if options.page is not None:
         rows = [(r.path, *(show_column(r, name) for name in names)) for r in chosen]
         text = runs_page(part, ("run", *names), rows, options.metric)
-        _write(options.page, text.encode())
+        write_file(options.page, text.encode())
         print(escape_line(f"page: {options.page}"))
 
 
 def like_run(args: list[str]) -> int:
     """Print the runs most like a run or a plan."""
-    options, record = _take_plan(LikeOptions, args, "like")
-    index = _open_foreign(options.index) if options.index else _open([])
+    options, record = take_plan(LikeOptions, args, "like")
+    index = open_foreign(options.index) if options.index else open_runs([])
     record = index.record(record.path) or record
     found = like(index, record, options.count)
     if options.json:
@@ -193,8 +181,6 @@ def _match(match: Any) -> dict[str, Any]:
 
 
 def _difference(found: Difference) -> dict[str, Any]:
-    from uoe_jax.runs.leaves import show_path
-
     return {
         "setting": show_path(found.path),
         "first": found.first,
@@ -211,8 +197,8 @@ def explain_runs(args: list[str]) -> int:
             f"uoe runs explain takes two runs but has {len(options.runs)}: "
             "uoe runs explain A B"
         )
-    index = _open_foreign(options.index) if options.index else _open([])
-    first, second = (_find(name, index) for name in options.runs)
+    index = open_foreign(options.index) if options.index else open_runs([])
+    first, second = (find_record(name, index) for name in options.runs)
     cosine, found = explain(index, first.settings, second.settings)
     ends = {
         name: (first[name], second[name])
@@ -256,8 +242,8 @@ def _minus(a: float | None, b: float | None) -> str:
 
 def expect_run(args: list[str]) -> int:
     """Print the loss to expect of a plan, with its interval, or why none can be."""
-    options, record = _take_plan(ExpectOptions, args, "expect")
-    found = expect(_open([]), record, metric=options.metric, level=options.level)
+    options, record = take_plan(ExpectOptions, args, "expect")
+    found = expect(open_runs([]), record, metric=options.metric, level=options.level)
     if options.json:
         about = found._asdict()
         about["nearest"] = [[r.path, cosine] for r, cosine in found.nearest]
@@ -275,165 +261,3 @@ def expect_run(args: list[str]) -> int:
         print(escape_line(f"  {cosine:.3f}  {other.path}  {options.metric} {value}"))
     print(f"{found.configurations:,} configurations on the same data")
     return 0
-
-
-def index_folder(args: list[str]) -> int:
-    """Index a folder of JSON and write the index into it."""
-    from uoe_jax.runs.foreign import read_foreign
-
-    options = parse(IndexOptions, args, "runs index")
-    if not options.folder:
-        raise ConfigError("uoe runs index takes a folder: uoe runs index FOLDER")
-    folder = Path(options.folder)
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; give one with JSON files")
-    out = options.out or folder / INDEX
-    _check_out(out)
-    start = time.perf_counter()
-    records = read_foreign(folder)
-    index = RunIndex(records, dim=options.dim, number=options.number, half=options.half)
-    try:
-        size = index.save(out)
-    except OSError as error:
-        raise ConfigError(
-            f"{out} can't be written ({error.strerror}); give --out FILE"
-        ) from None
-    about = {
-        "objects": len(index),
-        "broken": len(index.broken),
-        "bytes": size,
-        "seconds": time.perf_counter() - start,
-        "index": str(out),
-    }
-    if options.json:
-        print(format_json(about, indent=2))
-    else:
-        print(escape_line(
-            f"{len(index):,} objects in {out}: {size:,} bytes, "
-            f"{about['seconds']:.1f} s"
-        ))  # fmt: skip
-    _tell_broken(index.broken)
-    return 0
-
-
-def _take_plan(options: Any, args: list[str], verb: str) -> tuple[Any, RunRecord]:
-    """Return a sub-verb's options, and what the first argument and options describe."""
-    named = bool(args) and not args[0].startswith("-")
-    name = args[0] if named else ""
-    default = None
-    if named and name not in PRESETS and not name.startswith("sized-"):
-        default = _read_file(name) or (read_config(find_run(name)) if is_run(name)
-                                       else None)  # fmt: skip
-        if default is None:
-            known = [*PRESETS, *(str(p.parent) for p in RUNS.glob("*/config.json"))]
-            raise ConfigError(f"no preset and no run {name!r}; {nearest(name, known)}")
-    if isinstance(default, RunRecord):
-        preset, rest = get_preset("tiny"), args[1:]
-    elif default is not None:
-        preset, rest = default, args[1:]
-    else:
-        preset, rest = take_preset(args, f"runs {verb}")
-    found = parse(options, rest, f"runs {verb}", default=options(config=preset))
-    if isinstance(default, RunRecord):
-        if found.config != preset:
-            raise ConfigError(f"{name} is a result; give options with a preset or run")
-        return found, default
-    if default is not None and found.config == preset:
-        return found, _whole(read_run(find_run(name)), name)
-    validate(found.config)
-    return found, config_record(found.config, name or "tiny")
-
-
-def _read_file(name: str) -> RunRecord | None:
-    """Return the record of a result's file or of foreign JSON, if it is a file."""
-    from uoe_jax.runs.foreign import read_foreign
-
-    path, _, line = name.rpartition(":")
-    file = Path(path) if line.isdigit() and path else Path(name)
-    if not file.is_file():
-        return None
-    found = read_run(file) if file.suffix == ".json" else None
-    if found is None or found.status == BROKEN:
-        each = {record.path: record for record in read_foreign(file)}
-        found = each.get(name) or (
-            next(iter(each.values())) if len(each) == 1 else None
-        )
-        if found is None:
-            raise ConfigError(f"{name} has {len(each)} objects; give {file}:LINE")
-    return _whole(found, name)
-
-
-def _whole(record: RunRecord | None, name: str) -> RunRecord:
-    if record is None or record.status == BROKEN:
-        problem = record.problem if record else "it has no config"
-        raise ConfigError(f"{name} can't be compared: {problem}")
-    return record
-
-
-def _find(name: str, index: RunIndex) -> RunRecord:
-    """Return the record of a run, a preset, a file, or a name of the index."""
-    if (known := index.record(name)) is not None:
-        return known
-    if (found := _read_file(name)) is not None:
-        return found
-    if is_run(name):
-        return _whole(read_run(find_run(name)), name)
-    if name in PRESETS or name.startswith("sized-"):
-        return config_record(get_preset(name), name)
-    same = [r for r in index.records if r.name == name]
-    if len(same) == 1:
-        return same[0]
-    known_names = [*PRESETS, *(r.path for r in index.records)]
-    raise ConfigError(f"no run and no preset {name!r}; {_few(name, known_names)}")
-
-
-def _few(name: str, known: Sequence[str]) -> str:
-    said = nearest(name, known)
-    return said if len(said) < 300 else "uoe runs lists the runs"
-
-
-def _open(folders: list[Path]) -> RunIndex:
-    """Return the index of some folders, or of runs/ and experiments/."""
-    if folders:
-        return open_index(folders)
-    roots = [folder for folder in (RUNS, EXPERIMENTS) if folder.is_dir()]
-    if not roots:
-        raise ConfigError(
-            "there is no runs/ and no experiments/ here; train one first: "
-            "uoe train tiny, or name folders: uoe runs FOLDER"
-        )
-    return open_index(roots, RUNS / INDEX)
-
-
-def _open_foreign(folder: Path) -> RunIndex:
-    file = folder / INDEX if folder.is_dir() else folder
-    if not file.is_file():
-        raise ConfigError(f"{folder} has no index; make it: uoe runs index {folder}")
-    return RunIndex.load(file)
-
-
-def _tell_broken(broken: list[RunRecord]) -> None:
-    """Say which runs can't be read, one line each, on standard error."""
-    for record in broken[:_BROKEN]:
-        print(escape_line(f"broken: {record.path}: {record.problem}"), file=sys.stderr)
-    if len(broken) > _BROKEN:
-        print(f"broken: and {len(broken) - _BROKEN:,} more", file=sys.stderr)
-
-
-def _check_out(path: Path | None) -> None:
-    """Refuse a file that can't be written before anything long begins."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name the file")
-    if not path.absolute().parent.is_dir() or not os.access(
-        path.absolute().parent, os.W_OK
-    ):
-        raise ConfigError(f"{path} can't be written; its folder must exist")
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        raise ConfigError(f"{path} can't be written ({error.strerror})") from None

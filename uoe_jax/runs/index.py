@@ -1,17 +1,17 @@
 """Vectors of many runs, or of any JSON, in one file; the nearest by an exact product.
 
-What a path counts is 1 - sum p^2, p the shares of the values that the index's own runs
-have there (and of those without it): how likely two runs differ in it.
+Paths are weighted by how much the index's own runs differ in them; see `diversity`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
 import json
-import math
 import time
 import zipfile
-from collections import Counter, defaultdict
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,13 @@ from jaxtyping import Float, Float16, Float32
 
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.files import write_atomically
-from uoe_jax.runs.leaves import Leaf
+from uoe_jax.runs.diversity import diversity
 from uoe_jax.runs.leaves import Path as Place
 from uoe_jax.runs.read import BROKEN, RunRecord, find_files, read_run, stamp_of
 from uoe_jax.runs.vector import JsonVector
 
 INDEX = ".index.npz"  # in the folder of the runs
 VERSION = 1  # of the vectors; an index of another one is built anew
-_DISTINCT = 4096  # values of a path that are counted one by one
 _BLOCK = 1 << 14  # rows compared at once
 _ENCODED = 1000  # objects encoded at once
 
@@ -53,6 +52,7 @@ class RunIndex:
         weights: str | Mapping[Place, float] = "diversity",
         half: bool = False,
     ):
+        self._texts: list[bytes] = []  # settings that a lazy load left as text
         everything = list(records)
         self.records = [r for r in everything if r.status != BROKEN]
         self.broken = [r for r in everything if r.status == BROKEN]
@@ -119,7 +119,7 @@ class RunIndex:
         places = {id(record): i for i, record in enumerate(self.records)}
         made = RunIndex.__new__(RunIndex)
         made.records, made.broken = list(records), self.broken
-        made.encoder = self.encoder
+        made.encoder, made._texts = self.encoder, self._texts
         made.vectors = self.vectors[[places[id(record)] for record in records]]
         return made
 
@@ -131,71 +131,89 @@ class RunIndex:
             if isinstance(weights, Mapping)
             else weights
         )
+        numbers, texts = _distinct([r.settings for r in self.records])
         about = {
             "version": VERSION,
             "dim": self.encoder.dim,
             "number": self.encoder.number,
             "weights": listed,
-            **_as_json(self.records),
+            "records": [
+                vars(record) | {"settings": number}
+                for record, number in zip(self.records, numbers, strict=True)
+            ],
             "broken": [vars(r) for r in self.broken],
         }
         text = json.dumps(about, separators=(",", ":")).encode()
         buffer = io.BytesIO()
-        np.savez(buffer, vectors=self.vectors, about=np.frombuffer(text, np.uint8))
+        np.savez(
+            buffer,
+            vectors=self.vectors,
+            about=np.frombuffer(text, np.uint8),
+            settings=np.frombuffer(b"".join(texts), np.uint8),
+            ends=np.cumsum([len(t) for t in texts], dtype=np.int64),
+        )
         write_atomically(path, buffer.getvalue())
         return buffer.tell()
 
     @classmethod
-    def load(cls, path: Path) -> RunIndex:
-        """Return the index in a file; DataError for another version or damage."""
+    def load(cls, path: Path, *, lazy: bool = False) -> RunIndex:
+        """Return the index in a file; DataError for another version or damage.
+
+        With `lazy` settings stay text until `settled` asks for one record's: reading
+        those of a thousand runs takes longer than comparing them.
+        """
         try:
             with np.load(path, allow_pickle=False) as file:
                 about = json.loads(file["about"].tobytes())
-                vectors = file["vectors"]
-            if about["version"] != VERSION:
-                raise ValueError(f"version {about['version']}")
-            made = cls.__new__(cls)
-            settings = about["settings"]
-            made.records = [
-                RunRecord(**{**r, "settings": settings[r["settings"]]})
-                for r in about["records"]
-            ]
+                if about["version"] != VERSION:
+                    raise ValueError(f"version {about['version']}")
+                made = cls.__new__(cls)
+                made.vectors = file["vectors"]
+                made._texts = _split(file["settings"].tobytes(), file["ends"])
+            made.records = [RunRecord(**r) for r in about["records"]]
             made.broken = [RunRecord(**r) for r in about["broken"]]
+            if not lazy:
+                settings = [json.loads(text) for text in made._texts]
+                made.records = [
+                    dataclasses.replace(r, settings=settings[r.settings])
+                    for r in made.records
+                ]
             weights = about["weights"]
             if not isinstance(weights, str):
                 weights = {tuple(p): w for p, w in weights}
             made.encoder = JsonVector(
                 about["dim"], number=about["number"], weights=weights
             )
-            if vectors.shape != (len(made.records), made.encoder.dim):
-                raise ValueError(f"{vectors.shape} vectors")
-            made.vectors = vectors
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            zipfile.BadZipFile,
-            EOFError,
-        ) as error:
+            if made.vectors.shape != (len(made.records), made.encoder.dim):
+                raise ValueError(f"{made.vectors.shape} vectors")
+        except (ValueError, LookupError, TypeError, *_DAMAGE) as error:
             raise DataError(
                 f"{path} is not an index of this version ({error}); delete it"
             ) from None
         return made
 
+    def settled(self, record: RunRecord) -> RunRecord:
+        """Return a record with its settings, which `load(lazy=True)` left as text."""
+        if not isinstance(record.settings, int):
+            return record
+        text = self._texts[record.settings]
+        return dataclasses.replace(record, settings=json.loads(text))
 
-def _as_json(records: Sequence[RunRecord]) -> dict[str, Any]:
-    """Return records as JSON, settings that repeat once: most of a file is them."""
+
+_DAMAGE = (zipfile.BadZipFile, EOFError, zlib.error)
+
+
+def _distinct(settings: Sequence[Any]) -> tuple[list[int], list[bytes]]:
+    """Return the number of each of some settings, and their JSON, repeats once."""
     distinct: dict[str, int] = {}
-    texts = [json.dumps(r.settings, sort_keys=True) for r in records]
-    numbers = [distinct.setdefault(text, len(distinct)) for text in texts]
-    firsts = {n: r.settings for n, r in zip(numbers[::-1], records[::-1], strict=True)}
-    return {
-        "settings": [firsts[i] for i in range(len(distinct))],
-        "records": [
-            vars(record) | {"settings": number}
-            for record, number in zip(records, numbers, strict=True)
-        ],
-    }
+    keys = [json.dumps(each, sort_keys=True) for each in settings]
+    numbers = [distinct.setdefault(key, len(distinct)) for key in keys]
+    return numbers, [key.encode() for key in distinct]
+
+
+def _split(text: bytes, ends: np.ndarray) -> list[bytes]:
+    starts = [0, *(int(end) for end in ends)]
+    return [text[a:b] for a, b in itertools.pairwise(starts)]
 
 
 def encode_rows(
@@ -237,49 +255,6 @@ def _largest(values: Float32[np.ndarray, " N"], count: int) -> list[int]:
         places = np.arange(len(values))
     order = np.argsort(-values[places], kind="stable")
     return [int(i) for i in places[order]]
-
-
-class Diversity:
-    """How much the values at each path differ among objects."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._seen: dict[Place, Counter[tuple[str, Any]]] = defaultdict(Counter)
-
-    def add(self, leaves: Iterable[Leaf]) -> None:
-        """Count one object's leaves."""
-        self.count += 1
-        for leaf in leaves:
-            counter = self._seen[leaf.path]
-            value = (leaf.kind, leaf.value)
-            if value in counter or len(counter) < _DISTINCT:
-                counter[value] += 1
-
-    def weights(self) -> dict[Place, float]:
-        """Return sqrt(1 - sum p^2) of every path.
-
-        One more object is counted that differs everywhere, so that what all share still
-        counts a little: the next may be the first that differs in it.
-        """
-        total = self.count + 1
-        found = {}
-        for path, counter in self._seen.items():
-            known = sum(counter.values())
-            # Objects without the path are alike in that; values that were too many to
-            # count are all different.
-            squares = sum(n * n for n in counter.values())
-            if len(counter) < _DISTINCT:
-                squares += (self.count - known) ** 2
-            found[path] = math.sqrt(max(0.0, 1 - (squares + 1) / total**2))
-        return found
-
-
-def diversity(objects: Iterable[Any]) -> dict[Place, float]:
-    """Return the weight of every path of some objects; see `Diversity.weights`."""
-    plain, seen = JsonVector(64), Diversity()
-    for value in objects:
-        seen.add(plain.leaves(value))
-    return seen.weights()
 
 
 def open_index(roots: Sequence[Path], file: Path | None = None) -> RunIndex:

@@ -40,7 +40,8 @@ class RunRecord:
 
     path: str  # as a person names it: a folder, a file, or file:line
     name: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    # A number where an index left the settings as text.
+    settings: Any = field(default_factory=dict)
     outcome: dict[str, float] = field(default_factory=dict)
     seed: int | None = None
     stamp: str = ""  # changes when the files do

@@ -281,16 +281,16 @@ def recall(folder: Path, file: Path, record: RunRecord, seconds: float) -> Match
     Reads the index in `file` if there is one, and adds the runs of `folder` it lacks
     until `seconds` are over.
     """
-    index = RunIndex.load(file) if file.is_file() else RunIndex([])
+    index = RunIndex.load(file, lazy=True) if file.is_file() else RunIndex([])
     add_new_runs(index, folder, seconds)
-    if not len(index):
+    found = index.nearest(record.settings, 1, exclude=[record.path])
+    if not found:
         return None
-    found = [
-        match
-        for match in like(index, record, 1)
-        if match.cosine >= _RECALLED and Path(match.record.path).exists()
-    ]
-    return found[0] if found else None
+    other, cosine = found[0]
+    if cosine < _RECALLED or not Path(other.path).exists():
+        return None
+    other = index.settled(other)
+    return Match(other, cosine, explain(index, other.settings, record.settings)[1])
 
 
 def principal_axes(
