@@ -69,7 +69,7 @@ def save_adapters(
         for mark, tree in trees.items():
             for part, array in jax.device_get(tree.get(plan.name, {})).items():
                 for key, index in _keys(plan, part, mark):
-                    value = _to_file(plan, part, np.asarray(array)[index])
+                    value = to_file(plan, part, np.asarray(array)[index])
                     tensors[key] = np.ascontiguousarray(value)
     about = _describe(adapters, config, base)
     if digest:
@@ -110,7 +110,7 @@ def _check_digests(folder: Path, own: Mapping[str, Any]) -> None:
 def _modules(plan: LeafPlan) -> list[str]:
     """Return the names of a weight's modules in a file."""
     keys = {
-        key.removeprefix(PREFIX).rpartition("." + _suffix(plan, part))[0]
+        key.removeprefix(PREFIX).rpartition("." + part_suffix(plan, part))[0]
         for part, _ in plan.labels
         for key, _ in _keys(plan, part)
     }
@@ -264,7 +264,8 @@ def _warn_of_base(folder: Path, digest: str | None, params: PyTree) -> None:
         )
 
 
-def _suffix(plan: LeafPlan, part: str, mark: str = "") -> str:
+def part_suffix(plan: LeafPlan, part: str, mark: str = "") -> str:
+    """Return what a part is called behind its module's name."""
     name = _SUFFIX.get(part, f"tucker_{part}")
     if plan.axes.ins in ("v", "t") and part in ("a", "b"):
         name = {"a": "lora_embedding_A", "b": "lora_embedding_B"}[part]
@@ -287,14 +288,14 @@ def _keys(
         name = name.removesuffix(".weight")
         if sizes.get(EXPERT, 1) > 1 and EXPERT in plan.axes.batch:
             name += f".experts.{at[EXPERT]}" if EXPERT in at else ".shared"
-        yield f"{PREFIX}{name}.{_suffix(plan, part, mark)}", index
+        yield f"{PREFIX}{name}.{part_suffix(plan, part, mark)}", index
 
 
 def _split_word(plan: LeafPlan, part: str) -> str:
     return "".join(a for a in dict(plan.labels)[part] if a not in plan.axes.batch)
 
 
-def _to_file(plan: LeafPlan, part: str, array: np.ndarray) -> np.ndarray:
+def to_file(plan: LeafPlan, part: str, array: np.ndarray) -> np.ndarray:
     """Return one module's part in the file's orientation."""
     sizes, axes = plan.sizes, plan.axes
     if part == "a":  # [kernel, ins, r] -> [r, in, *kernel]
@@ -314,7 +315,7 @@ def _to_file(plan: LeafPlan, part: str, array: np.ndarray) -> np.ndarray:
 
 
 def _from_file(plan: LeafPlan, part: str, array: np.ndarray) -> np.ndarray:
-    """Return what `_to_file` was given."""
+    """Return what `to_file` was given."""
     word, sizes = _split_word(plan, part), plan.sizes
     shape = [sizes[a] for a in word]
     if part == "a":

@@ -7,7 +7,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,9 @@ from uoe_jax.adapt.foreign import Module
 from uoe_jax.adapt.init import init_leaf
 from uoe_jax.adapt.plan import LeafPlan, make_plans, warn_of_tied
 from uoe_jax.errors import DataError, nearest
+from uoe_jax.interop.modules import Place
 from uoe_jax.tree import named_leaves
 from uoe_jax.weights import WeightAxes
-
-
-class Place(NamedTuple):
-    """Where a module's delta goes: a parameter, and the index of its batch axes."""
-
-    name: str
-    index: tuple[int, ...] = ()
-
 
 Names = Callable[[str], Place | None] | Mapping[str, Place | str]
 

@@ -19,7 +19,7 @@ from uoe_jax.adapt.config import AdapterConfig, check_adapter
 from uoe_jax.adapt.files import digest_params, load_adapters, save_adapters
 from uoe_jax.adapt.folder import WEIGHTS, read_config
 from uoe_jax.adapt.foreign import read_peft
-from uoe_jax.adapt.place import llama_names, place_modules
+from uoe_jax.adapt.place import Names, llama_names, place_modules
 from uoe_jax.adapt.plan import EMBEDDING, PACKAGE
 from uoe_jax.adapt.request import AdaptRequest, adapted_experiment, check_request
 from uoe_jax.adapt.store import (
@@ -35,6 +35,8 @@ from uoe_jax.data import Dataset
 from uoe_jax.data.record import record_of
 from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.files import format_json, local_path, write_atomically
+from uoe_jax.interop.families import FAMILIES
+from uoe_jax.interop.modules import module_places
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS, METRICS
 from uoe_jax.runs.load import LoadedRun, load_run, run_dataset
@@ -65,7 +67,7 @@ def adapt_run(
     run = load_run(folder, which=request.which)
     config = adapted_experiment(run, request)
     graphdef, params, buffers = nnx.split(run.model, nnx.Param, ...)
-    adapters, adapter = _start(request, params)
+    adapters, adapter = _start(request, params, _foreign_names(run))
     digest = digest_params(params)
     asked = _describe(request, adapter, digest)
     check_out(out, asked)
@@ -121,7 +123,20 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     plot_adaptation(report, path)
 
 
-def _start(request: AdaptRequest, params: PyTree) -> tuple[Adapters, AdapterConfig]:
+def _foreign_names(run: LoadedRun) -> Names:
+    """Return where modules of other libraries lie in a run's weights.
+
+    By the names that an imported run came with, otherwise by Llama's.
+    """
+    architecture = read_result(run.folder).get("architecture")
+    if architecture not in FAMILIES:
+        return llama_names
+    return module_places(run.config.model, architecture)
+
+
+def _start(
+    request: AdaptRequest, params: PyTree, names: Names
+) -> tuple[Adapters, AdapterConfig]:
     """Return a fresh adapter, or the one in a folder with its own config."""
     load, adapter = request.load, request.adapter
     if load is None:
@@ -131,16 +146,16 @@ def _start(request: AdaptRequest, params: PyTree) -> tuple[Adapters, AdapterConf
     raw = read_config(load)
     if "uoe_jax" in raw:
         return load_adapters(load, params)
-    adapters = place_modules(read_peft(load), params, llama_names)
+    adapters = place_modules(read_peft(load), params, names)
     adapters = _with_dropout(adapters, raw.get("lora_dropout") or 0.0)
     ranks = [plan.ranks[0] for plan in adapters.plans]
-    names = tuple(plan.name for plan in adapters.plans)
+    targets = tuple(plan.name for plan in adapters.plans)
     config = AdapterConfig(
         method="lora",
         rank=max(ranks),
-        rank_pattern=dict(zip(names, ranks, strict=True)),
+        rank_pattern=dict(zip(targets, ranks, strict=True)),
         alpha=float(max(ranks)),
-        targets=names,
+        targets=targets,
         use_dora=any(plan.dora for plan in adapters.plans),
         dropout=max(plan.dropout for plan in adapters.plans),
     )

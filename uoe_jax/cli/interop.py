@@ -29,7 +29,7 @@ class ImportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Write a run as a folder that transformers opens, without remote code."""
+    """Write a run as a folder that transformers opens, an adapter as PEFT reads it."""
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
     out: Positional[Annotated[Path, arg(metavar="FOLDER")]]  # new or empty
@@ -62,16 +62,30 @@ def import_model(args: list[str]) -> int:
 def export_model(args: list[str]) -> int:
     """Write a run as another library's model and print what it is."""
     options = parse(ExportOptions, args, "export")
-    folder = find_run(options.run)
+    adapter = _adapter(options.run)
+    folder = adapter or find_run(options.run)
 
     from uoe_jax.cli.device import prepare
 
     prepare()
+    if adapter is not None:
+        from uoe_jax.adapt.export import export_adapter
+
+        _show(export_adapter(adapter, options.out), options.json)
+        return 0
     from uoe_jax.interop.exporting import export_run
 
     found = export_run(folder, options.out, which=options.checkpoint)
     _show(found, options.json)
     return 0
+
+
+def _adapter(name: str) -> Path | None:
+    """Return the folder of an adapter, given as runs are; None for another name."""
+    for folder in (Path(name), RUNS / name):
+        if name and (folder / "adapter_config.json").is_file():
+            return folder
+    return None
 
 
 def _show(found: dict[str, Any], as_json: bool) -> None:
