@@ -12,7 +12,7 @@ from typing import Any
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.files import local_path, write_atomically
-from uoe_jax.report import curves, overlay, page, routers
+from uoe_jax.report import curves, overlay, page, routers, svg
 from uoe_jax.report.alarms import HEAVY, find_alarms
 from uoe_jax.report.overlay import Overlay
 from uoe_jax.report.read import BLOCKS, Run, experts_choose, flatten, read_runs
@@ -72,7 +72,7 @@ def write_report(
             _save(shared_folder / "plots", name, pngs)
     sections = [
         ("Summary", _summary(runs)),
-        ("Learning", "".join(page.picture(p, n) for n, p in shared.items())),
+        ("Learning", _learning(runs)),
         ("Made from another model", "".join(_made_from(run) for run in runs)),
         (
             "Routers",
@@ -263,6 +263,11 @@ def _write(path: Path, content: bytes) -> None:
             f"{path} can't be written ({error.strerror}); give the page another place "
             "with --out"
         ) from None
+
+
+def _learning(runs: list[Run]) -> str:
+    curves_of = ("loss", "bits_per_byte", "accuracy")
+    return "".join(svg.learning(runs, key) for key in curves_of) + svg.health(runs)
 
 
 def _default_page(runs: Sequence[Run]) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from uoe_jax.escape import escape_line
 from uoe_jax.report.style import data_uri
+from uoe_jax.report.svg import STYLE
 
 _CSS = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2128; --soft: #57606a;
@@ -54,7 +55,7 @@ def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{_CSS}</style></head>\n<body>"
+        f"<title>{_text(title)}</title><style>{_CSS}{STYLE}</style></head>\n<body>"
         f'<h1>{_text(title)}</h1><p class="soft">{_text(subtitle)}</p>\n'
         f"{body}</body></html>\n"
     )
