@@ -243,10 +243,16 @@ def make_dataset(config: ExperimentConfig, split: str) -> Dataset:
     """Return one split of an experiment's data, prepared first if it isn't.
 
     Raises DataError if the data is missing, damaged, changed, too short or not of the
-    model's kind.
+    model's kind, ConfigError for a model whose outputs no data here has targets for.
     """
     if split not in SPLITS:
         raise DataError(f"no split {split!r}; {nearest(split, SPLITS)}")
+    model = config.model
+    if model.kind == "encoder" and model.encoder_head != "classes":
+        raise ConfigError(
+            f"model.encoder_head is {model.encoder_head!r}, which has no targets in "
+            "data of classes; set model.encoder_head classes to train or evaluate it"
+        )
     return open_dataset(config, split, prepare(config))
 
 
