@@ -30,7 +30,8 @@ FIRST = {
     "decompose": ["nowhere", "--experts", "2"], "adapt": ["nowhere"],
     "import": ["nowhere"], "export": ["nowhere"], "config": ["tiny"],
 }  # fmt: skip
-NOT_PATHS = {("adapt", "--path"), ("complete", "--file")}  # a method, an argument
+# A method, and arguments that carry no name.
+NOT_PATHS = {("adapt", "--path"), ("complete", "--file"), ("export", "--out")}
 CONFIGS = ("--data.path", "--data.data-dir", "--data.cache-dir", "--data.tokenizer")
 
 

@@ -141,8 +141,11 @@ GROUPS = sorted({option.rpartition(".")[0] for option, _, _ in FIELDS})
 def changes(group):
     """Yield (preset, words, config): legal commands that type all of a group."""
     left = [f for f in FIELDS if f[0].rpartition(".")[0] == group]
-    for preset in PRESETS:
-        config, words, later = get_preset(preset), [], []
+    vision = ["--model.kind", "vision"]  # which no preset is
+    for preset, first in [*((name, []) for name in PRESETS), ("tiny", vision)]:
+        config, words, later = get_preset(preset), list(first), []
+        if first:
+            config = with_value(config, ("model", "kind"), "vision")
         for option, path, hint in left:
             for value in other_values(get(config, path), hint):
                 try:
@@ -154,7 +157,7 @@ def changes(group):
                 break
             else:
                 later.append((option, path, hint))
-        if words:
+        if words != first:
             yield preset, words, config
         left = later
     assert not left, f"no other legal value in any preset: {left}"

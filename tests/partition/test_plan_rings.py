@@ -40,7 +40,8 @@ def test_seconds_of_a_step(hops, load):
     step = RingStep(hops=float(hops), load=float(load))
     group = Group(link=link, size=8, rings=(Ring(size=8, closed=False),), step=step)
     found = seconds("collective_permute", 8e6, group)
-    assert found == pytest.approx(1e6 / link.bandwidth * load + hops * link.latency)
+    want = 1e6 / link.bandwidth * load + hops * link.latency
+    assert abs(found - want) < 1e-9 * want
 
 
 def test_a_plan_is_slower_in_jaxs_order():

@@ -142,9 +142,8 @@ def test_a_plan_knows_the_rules(tmp_path, capsys):
     heads = config.model.num_heads + config.model.num_kv_heads
     matrices = 2 * config.model.d_model * heads
     matrices *= config.model.head_dim * config.model.num_layers
-    assert held["attention"] - usual["attention"] == pytest.approx(
-        matrices * (1 / 2 - 1 / 8)
-    )
+    more = held["attention"] - usual["attention"]
+    assert abs(more - matrices * (1 / 2 - 1 / 8)) < 1e-6 * matrices
     assert held["embedding"] == 4 * usual["embedding"]
     assert held["mlp"] == usual["mlp"]
     summed = [c for c in collectives(whole, sizes) if "whole weights" in c.what]
