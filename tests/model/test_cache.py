@@ -101,6 +101,7 @@ def test_decoding_does_not_recompile():
     _, cache = prefill(
         model, tokens, jnp.array([4, 6]), init_cache(model.config, 2, 12)
     )
+    chex.clear_trace_counter()
     once = jax.jit(chex.assert_max_traces(decode.__wrapped__, n=1))
     for step in range(4):
         before = cache
