@@ -237,12 +237,10 @@ def test_train_prints_the_line_unless_told_not_to(project, monkeypatch, capsys):
     (project / "x.txt").write_text("text " * 5000)
     args = ["train", "tiny", "--no-report", "--optim.learning-rate", "0.004"]
     assert main(args) == 0
-    assert capsys.readouterr().out.startswith(
-        "like runs/r2-0 (1.00): the same settings"
-    )
+    assert "like runs/r2-0 (1.00): the same settings" in capsys.readouterr().out
     for silent in (["--no-recall"], ["--quiet"]):
         assert main([*args, *silent]) == 0
-        assert not capsys.readouterr().out
+        assert "like runs" not in capsys.readouterr().out
     assert len(trained) == 3
 
 
