@@ -175,16 +175,17 @@ class _Build:
         return sorted(done)
 
     def _wall(self, part: list[int], lost: int) -> list[int]:
-        """Return the vertices beside a part that a supernode or its descendants own."""
-        found = set()
-        for vertex in part:
-            for other, _ in self.graph.links[vertex]:
-                owner = self.owner[other]
-                if owner >= 0 and other not in found and self._below(owner, lost):
-                    found.add(other)
-        return sorted(found)
+        """Return the vertices beside a part that a lost supernode can reach it through.
 
-    def _below(self, number: int, above: int) -> bool:
-        while number > above:
-            number = self.parents[number]
-        return number == above
+        All of its domain: its descendants', and what ancestors have grown into.
+        """
+        domain = self.domains[lost]
+        inside = set(part)
+        return sorted(
+            {
+                other
+                for vertex in part
+                for other, _ in self.graph.links[vertex]
+                if other in domain and other not in inside
+            }
+        )
