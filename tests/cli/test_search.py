@@ -215,7 +215,11 @@ def test_recall_says_what_was_tried_before_and_never_fails(project, monkeypatch)
         remember(Path("runs/new"))
     assert recall_line(config, Path("runs/r2-0")) is None  # it goes on with that run
     Path("runs/.index.npz").write_bytes(b"damaged")
+    assert recall_line(config, Path("runs/new")) == line  # the runs are read anew
+    monkeypatch.setattr("uoe_jax.runs.search.recall", lambda *args: 1 / 0)
     assert recall_line(config, Path("runs/new")) is None
+    monkeypatch.undo()
+    monkeypatch.chdir(project)
     monkeypatch.chdir("experiments")
     assert recall_line(config, Path("x")) is None
     remember(Path("x"))

@@ -191,6 +191,20 @@ def test_only_what_changed_is_read_again(tmp_path, monkeypatch):
     assert len(open_index([tmp_path / "runs"], file)) == 5
 
 
+def test_an_index_of_other_defaults_is_read_anew(tmp_path, monkeypatch):
+    from uoe_jax.runs import index as module
+
+    file = tmp_path / ".index.npz"
+    grid(tmp_path / "runs", rates=(1e-3,))
+    monkeypatch.setattr(module, "DEFAULTS", "older")
+    open_index([tmp_path / "runs"], file)
+    assert module.load_current(file) is not None
+    monkeypatch.undo()
+    assert module.load_current(file) is None
+    open_index([tmp_path / "runs"], file)
+    assert module.load_current(file, lazy=True) is not None
+
+
 def test_recall_finds_the_nearest_and_keeps_silent_otherwise(tmp_path):
     grid(tmp_path / "runs")
     file = tmp_path / "runs" / ".index.npz"

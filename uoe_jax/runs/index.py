@@ -23,7 +23,14 @@ from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.files import write_atomically
 from uoe_jax.runs.diversity import diversity
 from uoe_jax.runs.leaves import Path as Place
-from uoe_jax.runs.read import BROKEN, RunRecord, find_files, read_run, stamp_of
+from uoe_jax.runs.read import (
+    BROKEN,
+    DEFAULTS,
+    RunRecord,
+    find_files,
+    read_run,
+    stamp_of,
+)
 from uoe_jax.runs.vector import JsonVector
 
 INDEX = ".index.npz"  # in the folder of the runs
@@ -52,6 +59,7 @@ class RunIndex:
         weights: str | Mapping[Place, float] = "diversity",
         half: bool = False,
     ):
+        self.defaults = DEFAULTS  # that the records of runs were completed with
         self._texts: list[bytes] = []  # settings that a lazy load left as text
         everything = list(records)
         self.records = [r for r in everything if r.status != BROKEN]
@@ -120,6 +128,7 @@ class RunIndex:
         made = RunIndex.__new__(RunIndex)
         made.records, made.broken = list(records), self.broken
         made.encoder, made._texts = self.encoder, self._texts
+        made.defaults = self.defaults
         made.vectors = self.vectors[[places[id(record)] for record in records]]
         return made
 
@@ -134,6 +143,7 @@ class RunIndex:
         numbers, texts = _distinct([r.settings for r in self.records])
         about = {
             "version": VERSION,
+            "defaults": DEFAULTS,
             "dim": self.encoder.dim,
             "number": self.encoder.number,
             "weights": listed,
@@ -168,6 +178,7 @@ class RunIndex:
                 if about["version"] != VERSION:
                     raise ValueError(f"version {about['version']}")
                 made = cls.__new__(cls)
+                made.defaults = about["defaults"]
                 made.vectors = file["vectors"]
                 made._texts = _split(file["settings"].tobytes(), file["ends"])
             made.records = [RunRecord(**r) for r in about["records"]]
@@ -262,7 +273,7 @@ def open_index(roots: Sequence[Path], file: Path | None = None) -> RunIndex:
 
     Only runs whose files changed are read again. `file` is written where it can be.
     """
-    before = _load_or_none(file)
+    before = load_current(file)
     known = {r.path: r for r in (*before.records, *before.broken)} if before else {}
     records, changed = [], 0
     for path in find_files(list(roots)):
@@ -290,11 +301,18 @@ def _news(records: Sequence[RunRecord], before: RunIndex) -> bool:
     return any(id(record) not in kept for record in records)
 
 
-def _load_or_none(file: Path | None) -> RunIndex | None:
+def load_current(file: Path | None, *, lazy: bool = False) -> RunIndex | None:
+    """Return the index of runs in a file; None if there is none that is still good.
+
+    One of a version with other settings isn't: its runs lack the new ones.
+    """
     try:
-        return RunIndex.load(file) if file is not None and file.is_file() else None
-    except (OSError, DataError):  # of another version, or damaged: built anew
+        if file is None or not file.is_file():
+            return None
+        found = RunIndex.load(file, lazy=lazy)
+    except (OSError, DataError):  # damaged, or of other vectors: built anew
         return None
+    return found if found.defaults == DEFAULTS else None
 
 
 def add_new_runs(index: RunIndex, root: Path, seconds: float) -> None:

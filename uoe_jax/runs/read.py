@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uoe_jax.config import ExperimentConfig, ModelConfig, from_json, to_json
+from uoe_jax.config import (
+    ExperimentConfig,
+    ModelConfig,
+    content_hash,
+    from_json,
+    to_json,
+)
 from uoe_jax.errors import DataError, first_line
 from uoe_jax.files import parse_json, read_json
 from uoe_jax.hardware.count import count_params
@@ -259,6 +265,8 @@ def _as_json(config: ExperimentConfig) -> dict[str, Any]:
 
 
 _DEFAULTS = _as_json(ExperimentConfig())
+# Of the defaults that records were completed with: another version has others.
+DEFAULTS = content_hash(_DEFAULTS)
 
 
 def config_record(config: ExperimentConfig, name: str) -> RunRecord:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.runs.index import RunIndex, add_new_runs, encode_rows
+from uoe_jax.runs.index import RunIndex, add_new_runs, encode_rows, load_current
 from uoe_jax.runs.leaves import Leaf, settings_of, show_path
 from uoe_jax.runs.leaves import Path as Place
 from uoe_jax.runs.read import RunRecord
@@ -281,7 +281,7 @@ def recall(folder: Path, file: Path, record: RunRecord, seconds: float) -> Match
     Reads the index in `file` if there is one, and adds the runs of `folder` it lacks
     until `seconds` are over.
     """
-    index = RunIndex.load(file, lazy=True) if file.is_file() else RunIndex([])
+    index = load_current(file, lazy=True) or RunIndex([])
     add_new_runs(index, folder, seconds)
     found = index.nearest(record.settings, 1, exclude=[record.path])
     if not found:
