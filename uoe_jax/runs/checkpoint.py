@@ -95,16 +95,25 @@ def _drop_late_errors() -> None:
     TensorStore hands the result of each to an event loop that Orbax has closed by then,
     and prints a traceback where that fails.
     """
-    before = sys.excepthook
-    if getattr(before, "drops_late_errors", False):
-        return
+    before, unraisable = sys.excepthook, sys.unraisablehook
+    late = lambda error: str(error) == "Event loop is closed"
+    if not getattr(before, "drops_late_errors", False):
 
-    def hook(kind: Any, error: BaseException, trace: Any) -> None:
-        if str(error) != "Event loop is closed":
-            before(kind, error, trace)
+        def hook(kind: Any, error: BaseException, trace: Any) -> None:
+            if not late(error):
+                before(kind, error, trace)
 
-    hook.drops_late_errors = True  # pyrefly: ignore[missing-attribute]
-    sys.excepthook = hook
+        hook.drops_late_errors = True  # pyrefly: ignore[missing-attribute]
+        sys.excepthook = hook
+    # Some of its threads can't raise, and go by Python's other hook.
+    if not getattr(unraisable, "drops_late_errors", False):
+
+        def ignore(dropped: Any) -> None:
+            if not late(dropped.exc_value):
+                unraisable(dropped)
+
+        ignore.drops_late_errors = True  # pyrefly: ignore[missing-attribute]
+        sys.unraisablehook = ignore
 
 
 def _items(
