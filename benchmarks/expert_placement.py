@@ -13,12 +13,12 @@ grids of 4 x 4 are tried, with and without joined ends.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from uoe_jax.files import format_json
 from uoe_jax.model.transformer import routing_choices
 from uoe_jax.runs.load import load_run, run_dataset
 from uoe_jax.topology import box_graph, place_experts
@@ -68,8 +68,8 @@ def main():
                 for how, device in orders.items()
             }
             record["rows"].append(row)
-            print(json.dumps(row), flush=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+            print(format_json(row), flush=True)
+    options.out.write_text(format_json(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

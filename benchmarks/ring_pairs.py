@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
-import json
 import re
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from uoe_jax.files import format_json
 from uoe_jax.model.sharded import Sees, ring_attention
 from uoe_jax.partition.rings import in_best_rings, in_rings
 from uoe_jax.plan.aot import topology_devices
@@ -99,7 +99,7 @@ def main():
             row[how] = count(devices, placed)
             print(name, shape, how, row[how], flush=True)
         record["cases"].append(row)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        options.out.write_text(format_json(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

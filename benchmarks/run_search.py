@@ -86,7 +86,7 @@ def case_of(record: RunRecord) -> str:
 
 def key_of(record: RunRecord) -> str:
     """Return what runs with the same settings share, within their experiment."""
-    return experiment_of(record) + json.dumps(record.settings, sort_keys=True)
+    return experiment_of(record) + format_json(record.settings, sort_keys=True)
 
 
 def nearest(index: RunIndex) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def make_runs(folder: Path, count: int) -> None:
             for step in range(0, 3000, 10)
             for kind in ("train", "eval")
         ]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+        text = "".join(format_json(line) + "\n" for line in lines)
         (folder / f"r{i}" / "metrics.jsonl").write_text(text)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import quadratic_assignment
 
+from uoe_jax.files import format_json
 from uoe_jax.hardware.devices import parse_topology
 from uoe_jax.partition.stand_in import jax_order
 from uoe_jax.topology import from_topology, make_graph, order_mesh
@@ -172,7 +173,7 @@ def main():
             "versions": {n: importlib.metadata.version(n) for n in ("jax", "scipy")},
             "rows": rows,
         }
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        options.out.write_text(format_json(record, indent=1) + "\n")
     if options.plot:
         draw(drawn, options.plot)
 

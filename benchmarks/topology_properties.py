@@ -21,6 +21,7 @@ from pathlib import Path
 import networkx as nx
 import numpy as np
 
+from uoe_jax.files import format_json
 from uoe_jax.topology import make_graph, make_oracle, partition
 from uoe_jax.topology.cops import decompose
 from uoe_jax.topology.oracle import forests
@@ -274,7 +275,7 @@ def main():
         record["oracle"] = measure_oracle(
             options.oracle, options.landmarks, options.copies
         )
-        print(json.dumps(record["oracle"], indent=1))
+        print(format_json(record["oracle"], indent=1))
     else:
         rows = all_rows(options.random, time.monotonic() + options.seconds)
         record["graphs"] = len(rows) // len(EPS)
@@ -282,10 +283,10 @@ def main():
         record["failures"] = [row for row in rows if row["broken"]]
         record["without_growth"] = without_growth(457)
         shown = {name: record[name] for name in ("graphs", "summary", "without_growth")}
-        print(json.dumps(shown, indent=1))
+        print(format_json(shown, indent=1))
         if options.plot:
             draw(rows, options.plot)
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    options.out.write_text(format_json(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

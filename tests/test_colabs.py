@@ -65,7 +65,7 @@ def test_the_first_cell_installs_from_a_checkout_or_a_git_address(
     exec(compile(source, path.name, "exec"), {})
     assert commands.pop()[-2:] == ["-e", f"{path.parents[1]}[all]"]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="set SOURCE above to a git address"):
+    with pytest.raises(SystemExit, match="set SOURCE to a git address"):
         exec(compile(source, path.name, "exec"), {})
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
     given = source.replace('SOURCE = ""', 'SOURCE = "git+https://a.b/uoe_jax"')

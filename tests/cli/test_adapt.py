@@ -207,7 +207,8 @@ COMMANDS = {
         "--path", "factored", "--seed", "3", "--checkpoint", "best",
         "--mesh.data", "2", "--mesh.tensor", "2", "--mesh.fsdp", "2",
         "--layout.tensor-reduce", "reduce_scatter", "--layout.experts", "round_robin",
-        "--layout.dispatch", "all_to_all",
+        "--layout.dispatch", "all_to_all", "--layout.device-order", "jax",
+        "--layout.rules", "RULES",
     ],
     "magnitudes": [
         "--method", "lora", "--dora", "--rslora", "--targets", "*.wq", "*.w_down",
@@ -221,7 +222,10 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_options_train_and_report(name, union_run, tmp_path, capsys):
     out = tmp_path / "out"
-    options = ["--rank", "2", "--steps", "2", "--out", out, "--json", *COMMANDS[name]]
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"*.attention.wq": {"fsdp": null}}')
+    words = [rules if word == "RULES" else word for word in COMMANDS[name]]
+    options = ["--rank", "2", "--steps", "2", "--out", out, "--json", *words]
     assert adapt(union_run, *options) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["steps"] == 2 and len(report["losses"]) == 2

@@ -59,6 +59,7 @@ def test_what_should_follow_a_run_is_there_or_it_doesnt_begin(
     asked = dataclasses.replace(config.train, **{name: True})
     config = dataclasses.replace(config, train=asked)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, package, raising=False)
     with pytest.raises(ConfigError, match=rf"{package} isn't installed.*\[{name}\]"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -56,6 +56,7 @@ def options_of(verb):
     found = [
         (name.replace("[no-]", ""), takes.strip())
         for name, takes in re.findall(line, said.getvalue(), re.MULTILINE)
+        if name != "--debug"  # which is there to show tracebacks
     ]
     assert found or verb == "demo", said.getvalue()
     return found

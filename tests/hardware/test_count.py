@@ -78,7 +78,7 @@ KINDS = {
     "mod": {"blocks": ("all", "mod"), "mod": ModConfig(keep=0.5)},
     "deepseek": {
         "mlp": ("moe",),
-        "moe": MoeConfig(num_experts=6, top_k=3, num_shared=1, gate="sigmoid"),
+        "moe": MoeConfig(num_experts=6, top_k=4, num_shared=1, gate="sigmoid"),
     },
 }
 

@@ -20,6 +20,7 @@ CASES = {
     "dense": ("dense", {"data": 1, "sequence": 8}, {}),
     "union": ("union", {"data": 2, "sequence": 2, "tensor": 2}, {}),
 }
+LONG = pytest.mark.nightly  # both orders of a union compile anew
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def ids(mesh):
     return [device.id for device in mesh.devices.flat]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["dense", pytest.param("union", marks=LONG)])
 def test_losses_are_those_of_jax_bit_by_bit(case, on_a_grid):
     kind, mesh, layout = CASES[case]
     plain = make_config(kind, mesh, {**layout, "device_order": "jax"})

@@ -24,7 +24,7 @@ def test_numbers_have_a_scale_and_words_have_none():
         if isinstance(value, float):
             assert KINDS[path] in ("log", "share"), path
         items = value if isinstance(value, tuple) else (value,)
-        if isinstance(items[0], (str, bool)):
+        if not items or isinstance(items[0], (str, bool)):
             assert KINDS[path] in ("category", "label"), path
 
 

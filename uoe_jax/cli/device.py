@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from uoe_jax.data.progress import note
 from uoe_jax.errors import ConfigError, first_line
 from uoe_jax.files import user_cache
 
@@ -97,6 +96,8 @@ def prepare(*, joins: bool = False) -> None:
 
     if jax.config.read("jax_enable_x64"):
         jax.config.update("jax_enable_x64", False)
+        from uoe_jax.data.progress import note
+
         note(_NO_X64)
     nnx.set_graph_mode(False)
     nnx.set_graph_updates(False)

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import io
 import math
+import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -162,7 +163,7 @@ def parse[Options](
     said = io.StringIO()
     # tyro draws a box over many lines; it is caught and flattened below.
     found = None
-    with contextlib.redirect_stderr(said):
+    with contextlib.redirect_stderr(said), _wide():
         try:
             found = tyro.cli(
                 options,
@@ -181,6 +182,20 @@ def parse[Options](
     _check_paths(found)
     _check_numbers(found)
     return found
+
+
+@contextlib.contextmanager
+def _wide() -> Iterator[None]:
+    """Let tyro write without breaking lines: a long path would get blanks in it."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "20000"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = before
 
 
 def _as_options(text: str, options: type) -> str:

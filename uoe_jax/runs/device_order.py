@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from jax.sharding import Mesh
+from typing import TYPE_CHECKING
 
 from uoe_jax.errors import DataError
 from uoe_jax.files import format_json, read_json, write_atomically
-from uoe_jax.partition.mesh import DeviceOrder
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from uoe_jax.partition.mesh import DeviceOrder
 
 DEVICES = "devices.json"
 
@@ -25,6 +28,8 @@ def read_order(run_dir: Path, how: str) -> DeviceOrder | None:
     file = run_dir / DEVICES
     if not file.exists():
         return None
+    from uoe_jax.partition.mesh import DeviceOrder
+
     try:
         content = read_json(file)
         before = content["device_order"]

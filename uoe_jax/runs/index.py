@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Float16, Float32
 
 from uoe_jax.errors import ConfigError, DataError
-from uoe_jax.files import write_atomically
+from uoe_jax.files import format_json, write_atomically
 from uoe_jax.runs.diversity import diversity
 from uoe_jax.runs.leaves import Path as Place
 from uoe_jax.runs.read import (
@@ -153,7 +153,7 @@ class RunIndex:
             ],
             "broken": [vars(r) for r in self.broken],
         }
-        text = json.dumps(about, separators=(",", ":")).encode()
+        text = format_json(about).encode()
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -217,7 +217,7 @@ _DAMAGE = (zipfile.BadZipFile, EOFError, zlib.error)
 def _distinct(settings: Sequence[Any]) -> tuple[list[int], list[bytes]]:
     """Return the number of each of some settings, and their JSON, repeats once."""
     distinct: dict[str, int] = {}
-    keys = [json.dumps(each, sort_keys=True) for each in settings]
+    keys = [format_json(each, sort_keys=True) for each in settings]
     numbers = [distinct.setdefault(key, len(distinct)) for key in keys]
     return numbers, [key.encode() for key in distinct]
 

@@ -6,7 +6,6 @@ JSON file with `config`).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from uoe_jax.config import (
     to_json,
 )
 from uoe_jax.errors import DataError, first_line
-from uoe_jax.files import parse_json, read_json
+from uoe_jax.files import format_json, parse_json, read_json
 from uoe_jax.hardware.count import count_params
 from uoe_jax.runs.leaves import leaves_of
 from uoe_jax.runs.scales import LABELS
@@ -70,7 +69,7 @@ class RunRecord:
             parts[3] = None
         if data.get("seq_len") is None and model.get("kind") == "decoder":
             parts[5] = model.get("max_seq_len")
-        return json.dumps([model.get("kind"), *parts])
+        return format_json([model.get("kind"), *parts])
 
 
 def find_files(roots: list[Path]) -> Iterator[Path]:
@@ -152,7 +151,7 @@ def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
 def _count(model: dict[str, Any]) -> dict[str, float]:
     """Return a model's parameters, or nothing where this version can't make it."""
     try:
-        config = from_json(json.dumps(model), ModelConfig)
+        config = from_json(format_json(model), ModelConfig)
         return {"parameters": float(sum(count_params(config).values()))}
     except (ValueError, TypeError, ArithmeticError, LookupError):
         return {}

@@ -8,7 +8,6 @@ et al. 2021, in units of the distance).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
 from uoe_jax.errors import ConfigError
+from uoe_jax.files import format_json
 from uoe_jax.runs.index import RunIndex, add_new_runs, encode_rows, load_current
 from uoe_jax.runs.leaves import Leaf, settings_of, show_path
 from uoe_jax.runs.leaves import Path as Place
@@ -26,6 +26,7 @@ from uoe_jax.runs.read import RunRecord
 NEAR = 0.75  # cosine below which nothing is like another: ten of 120 settings differ
 _RECALLED = 0.9  # cosine from which a run is worth a line before another starts
 _NEIGHBOURS = 3
+_TIED = 5  # runs that may be equally near
 _LEAST = 3  # configurations from which anything is expected
 _SOFTEN = 1e-3  # keeps a weight of 1 / (1 - cosine) finite
 ABSENT = "-"  # a setting that one of two lacks
@@ -52,7 +53,7 @@ def show_value(value: Any) -> str:
     elif isinstance(value, float):
         text = f"{value:.6g}"
     else:
-        text = value if isinstance(value, str) else json.dumps(value)
+        text = value if isinstance(value, str) else format_json(value)
     text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -150,7 +151,7 @@ class History:
     def __init__(self, index: RunIndex, records: Sequence[RunRecord], metric: str):
         self.records = list(records)
         self.values = np.array([r[metric] for r in self.records], float)
-        keys = [json.dumps(r.settings, sort_keys=True) for r in self.records]
+        keys = [format_json(r.settings, sort_keys=True) for r in self.records]
         self.keys = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         self.which: Int[np.ndarray, " N"] = np.array(
             [self.keys[key] for key in keys], int
@@ -244,7 +245,7 @@ def _expect(
     def nothing(reason: str) -> Expectation:
         return Expectation(None, None, None, level, nearest, count, reason)
 
-    same = history.keys.get(json.dumps(record.settings, sort_keys=True))
+    same = history.keys.get(format_json(record.settings, sort_keys=True))
     if same is not None:
         value, width = history.means[same], _quantile(history.spread(), level)
         if width is not None:
@@ -283,14 +284,17 @@ def recall(folder: Path, file: Path, record: RunRecord, seconds: float) -> Match
     """
     index = load_current(file, lazy=True) or RunIndex([])
     add_new_runs(index, folder, seconds)
-    found = index.nearest(record.settings, 1, exclude=[record.path])
-    if not found:
+    found = index.nearest(record.settings, _TIED, exclude=[record.path])
+    if not found or found[0][1] < _RECALLED:
         return None
-    other, cosine = found[0]
-    if cosine < _RECALLED or not Path(other.path).exists():
+    # Settings in which no indexed run differs have no weight: of runs that are equally
+    # near, the one that differs in fewest.
+    tied = [index.settled(r) for r, cosine in found if cosine > found[0][1] - 1e-6]
+    other = min(tied, key=lambda r: len(differing(r.settings, record.settings)))
+    if not Path(other.path).exists():
         return None
-    other = index.settled(other)
-    return Match(other, cosine, explain(index, other.settings, record.settings)[1])
+    explained = explain(index, other.settings, record.settings)[1]
+    return Match(other, found[0][1], explained)
 
 
 def principal_axes(

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,8 +26,9 @@ Sink = tuple[Callable[[Line], None], Callable[[], Any]]  # write a line, close
 def check_sinks(config: ExperimentConfig) -> None:
     """Raise ConfigError if what is to follow the training isn't installed."""
     for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
-        asked = getattr(config.train, name)
-        if asked and importlib.util.find_spec(package) is None:
+        if not getattr(config.train, name):
+            continue
+        if package not in sys.modules and importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"train.{name} is on but {package} isn't installed; pip install "
                 f"'uoe_jax[{name}]', or leave it off"

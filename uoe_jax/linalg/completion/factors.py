@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import DataError
-from uoe_jax.files import local_path, write_atomically
+from uoe_jax.files import local_path, parse_json, write_atomically
 from uoe_jax.linalg.completion.entries import as_indices
 
 
@@ -193,7 +192,9 @@ def load_factors(path: str | Path) -> Factors:
         # Read, not mapped: a map of a file that is cut short ends the process.
         content = file.read_bytes()
         tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        header = parse_json(
+            content[8 : 8 + int.from_bytes(content[:8], "little")], str(path)
+        )
         stated = header.get("__metadata__", {}).get("blake2b")
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} can't be read as safetensors: {error}") from None
