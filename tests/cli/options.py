@@ -33,6 +33,15 @@ HERE = "cli/test_options.py"
 
 # verb -> option -> the test file that types it.
 TESTED: dict[str, dict[str, str]] = {
+    "import": {
+        "--run-dir": "interop/test_verbs.py",
+        "--dtype": "interop/test_verbs.py",
+        "--json": "interop/test_verbs.py",
+    },
+    "export": {
+        "--checkpoint": "interop/test_verbs.py",
+        "--json": "interop/test_verbs.py",
+    },
     "presets": {"--json": "cli/test_help.py"},
     "config": {"--name": "cli/test_help.py"},
     "demo": {

@@ -113,6 +113,7 @@ def train(
             )
         for line in describe_run(config, mesh, data[0].prepared.manifest, run_dir):
             display.note(line)
+        if is_primary():
             write_order(run_dir, order, mesh)
         signals = stack.enter_context(StopSignals())
         if optimizer is None:
