@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.bench.gemm_cases import Case, candidates, draw_ids
+from uoe_jax.errors import first_line
 from uoe_jax.hardware.count import DTYPE_BYTES
 from uoe_jax.ops import _triton
 from uoe_jax.ops.grouped_matmul.triton_launch import products, weight_grads
@@ -123,7 +124,7 @@ class Sweep:
         """
         case, fill = prepared.case, prepared.fill
         if isinstance(fill, Exception):
-            yield Timing(case=case, tile=None, note=_first_line(fill))
+            yield Timing(case=case, tile=None, note=_named(fill))
             return
         args = self._operands(prepared)
         runs: dict[Any, functools.partial] = {}
@@ -131,7 +132,7 @@ class Sweep:
             run = functools.partial(run_once, program, args)
             fault = _try(run)
             if isinstance(fault, Exception):  # one refusal must not end the sweep
-                yield Timing(case=case, tile=tile, note=_first_line(fault))
+                yield Timing(case=case, tile=tile, note=_named(fault))
             else:
                 runs[tile] = run
         times = time_in_turn(runs, len(args[0]))
@@ -200,18 +201,6 @@ def _seconds(run: functools.partial, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text[:200]}"
-
-
-def _try(fun: Callable[[], Any]) -> Any:
-    try:
-        return fun()
-    except Exception as error:
-        return error
-
-
 def _operands(case: Case) -> list[tuple[jax.ShapeDtypeStruct, ...]]:
     """Return the shapes of a case's sets of operands."""
     one = tuple(
@@ -243,9 +232,8 @@ def _compile_fill(case: Case) -> Any:
     return jax.jit(fill).lower(numbers).compile()
 
 
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text[:200]}"
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _try(fun: Callable[[], Any]) -> Any:

@@ -276,13 +276,13 @@ def decode_cost(
       ConfigError: a model that isn't a decoder, a kind whose cache this device has no
         mapping for, a context that is too long, or a model that doesn't fit.
     """
-    share = choose("experts", experts, {"all_banks": False, "own_banks": True})
+    whole = choose("experts", experts, {"all_banks": False, "own_banks": True})
     _check(model, context, spec)
     phases: dict[str, Work] = {}
     for attention, mlp in model.layer_kinds:
-        for name, work in _attention(model, attention, context, spec, share):
+        for name, work in _attention(model, attention, context, spec, whole):
             phases[name] = phases.get(name, Work()) + work
-        for name, work in _mlp(model, mlp, spec, share):
+        for name, work in _mlp(model, mlp, spec, whole):
             phases[name] = phases.get(name, Work()) + work
     phases["norms and sums"] = phases["norms and sums"] + asic(
         spec, "norm", model.d_model

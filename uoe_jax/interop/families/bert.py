@@ -7,6 +7,13 @@ from typing import Any, Literal
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.interop.families.fields import Raw, only, read, size
+from uoe_jax.interop.families.shared import (
+    layer_names,
+    read_classes,
+    read_gelu,
+    write_classes,
+    write_gelu,
+)
 from uoe_jax.interop.names import Family, Table
 
 _EMBED = "bert.embeddings."
@@ -34,20 +41,9 @@ CLASS_HEAD: Table = {
 _LAYER = "bert.encoder.layer.{layer}."
 _SELF = _LAYER + "attention.self."
 BLOCKS: Table = {
-    "attention.wq": (_SELF + "query.weight", "(j g h) d"),
-    "attention.wk": (_SELF + "key.weight", "(j h) d"),
-    "attention.wv": (_SELF + "value.weight", "(j h) d"),
-    "attention.bq": (_SELF + "query.bias", "(j g h)"),
-    "attention.bk": (_SELF + "key.bias", "(j h)"),
-    "attention.bv": (_SELF + "value.bias", "(j h)"),
-    "attention.wo": (_LAYER + "attention.output.dense.weight", "d (j g h)"),
-    "attention.bo": (_LAYER + "attention.output.dense.bias", "d"),
+    **layer_names(_LAYER, _SELF),
     "attention_norm.scale": (_LAYER + "attention.output.LayerNorm.weight", "d"),
     "attention_norm.bias": (_LAYER + "attention.output.LayerNorm.bias", "d"),
-    "mlp.w_up": (_LAYER + "intermediate.dense.weight", "f d"),
-    "mlp.b_up": (_LAYER + "intermediate.dense.bias", "f"),
-    "mlp.w_down": (_LAYER + "output.dense.weight", "d f"),
-    "mlp.b_down": (_LAYER + "output.dense.bias", "d"),
     "mlp_norm.scale": (_LAYER + "output.LayerNorm.weight", "d"),
     "mlp_norm.bias": (_LAYER + "output.LayerNorm.bias", "d"),
 }
@@ -62,7 +58,6 @@ def read_config(head: Head, raw: Raw, names: frozenset[str]) -> ModelConfig:
     only(raw, "add_cross_attention", False)
     if head == "tokens":
         only(raw, "tie_word_embeddings", True)
-    gelu = only(raw, "hidden_act", "gelu", "gelu_new", "gelu_pytorch_tanh")
     width, heads = size(raw, "hidden_size"), size(raw, "num_attention_heads")
     pooled = head == "classes" or any("pooler.dense." in name for name in names)
     return ModelConfig(
@@ -80,20 +75,13 @@ def read_config(head: Head, raw: Raw, names: frozenset[str]) -> ModelConfig:
         norm_eps=read(raw, "layer_norm_eps", float, 1e-12),
         embed_norm=True,
         position="learned",
-        activation="gelu_erf" if gelu == "gelu" else "gelu",
+        activation=read_gelu(raw, "hidden_act"),
         use_bias=True,
         token_types=size(raw, "type_vocab_size", 2),
         pooling="tanh" if pooled else "mean",
         encoder_head=head,
         num_classes=read_classes(raw),
     )
-
-
-def read_classes(raw: Raw) -> int:
-    """Return the number of classes: of their names, where these are given."""
-    named = raw.get("id2label")
-    count = len(named) if isinstance(named, dict) and named else 2
-    return size(raw, "num_labels", count)
 
 
 def write_config(model: ModelConfig) -> dict[str, Any]:
@@ -106,19 +94,11 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
         "layer_norm_eps": model.norm_eps,
-        "hidden_act": "gelu" if model.activation == "gelu_erf" else "gelu_new",
+        "hidden_act": write_gelu(model),
         "type_vocab_size": model.token_types,
         "tie_word_embeddings": True,
     }
     return raw | write_classes(model)
-
-
-def write_classes(model: ModelConfig) -> dict[str, Any]:
-    """Return names of classes for a config.json."""
-    return {
-        "id2label": {str(i): f"LABEL_{i}" for i in range(model.num_classes)},
-        "label2id": {f"LABEL_{i}": i for i in range(model.num_classes)},
-    }
 
 
 def _family(architecture: str, head: Head, outer: Table, **more: Any) -> Family:

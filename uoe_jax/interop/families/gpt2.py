@@ -6,6 +6,7 @@ from typing import Any
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.interop.families.fields import Raw, only, read, size
+from uoe_jax.interop.families.shared import read_gelu, write_gelu
 from uoe_jax.interop.names import Family, Table
 
 OUTER: Table = {
@@ -43,7 +44,6 @@ def read_config(raw: Raw, names: frozenset[str]) -> ModelConfig:
     only(raw, "scale_attn_weights", True)
     only(raw, "scale_attn_by_inverse_layer_idx", False)
     only(raw, "add_cross_attention", False)
-    gelu = only(raw, "activation_function", "gelu_new", "gelu_pytorch_tanh", "gelu")
     width, heads = size(raw, "n_embd"), size(raw, "n_head")
     return ModelConfig(
         vocab_size=size(raw, "vocab_size"),
@@ -57,7 +57,7 @@ def read_config(raw: Raw, names: frozenset[str]) -> ModelConfig:
         norm="layernorm",
         norm_eps=read(raw, "layer_norm_epsilon", float, 1e-5),
         position="learned",
-        activation="gelu_erf" if gelu == "gelu" else "gelu",
+        activation=read_gelu(raw, "activation_function", "gelu_new"),
         use_bias=True,
         tie_embeddings=read(raw, "tie_word_embeddings", bool, True),
     )
@@ -73,7 +73,7 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
         "n_layer": model.num_layers,
         "n_head": model.num_heads,
         "layer_norm_epsilon": model.norm_eps,
-        "activation_function": "gelu" if model.activation == "gelu_erf" else "gelu_new",
+        "activation_function": write_gelu(model),
         "tie_word_embeddings": model.tie_embeddings,
     }
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.interop.families.bert import read_classes, write_classes
 from uoe_jax.interop.families.fields import Raw, only, read, size
+from uoe_jax.interop.families.shared import (
+    layer_names,
+    read_classes,
+    read_gelu,
+    write_classes,
+    write_gelu,
+)
 from uoe_jax.interop.names import Family, Table
 
 _EMBED = "vit.embeddings."
@@ -31,18 +37,7 @@ BLOCKS: Table = {
     "attention_norm.bias": (_LAYER + "layernorm_before.bias", "d"),
     "mlp_norm.scale": (_LAYER + "layernorm_after.weight", "d"),
     "mlp_norm.bias": (_LAYER + "layernorm_after.bias", "d"),
-    "attention.wq": (_SELF + "query.weight", "(j g h) d"),
-    "attention.wk": (_SELF + "key.weight", "(j h) d"),
-    "attention.wv": (_SELF + "value.weight", "(j h) d"),
-    "attention.bq": (_SELF + "query.bias", "(j g h)"),
-    "attention.bk": (_SELF + "key.bias", "(j h)"),
-    "attention.bv": (_SELF + "value.bias", "(j h)"),
-    "attention.wo": (_LAYER + "attention.output.dense.weight", "d (j g h)"),
-    "attention.bo": (_LAYER + "attention.output.dense.bias", "d"),
-    "mlp.w_up": (_LAYER + "intermediate.dense.weight", "f d"),
-    "mlp.b_up": (_LAYER + "intermediate.dense.bias", "f"),
-    "mlp.w_down": (_LAYER + "output.dense.weight", "d f"),
-    "mlp.b_down": (_LAYER + "output.dense.bias", "d"),
+    **layer_names(_LAYER, _SELF),
 }
 
 
@@ -50,7 +45,6 @@ def read_config(raw: Raw, names: frozenset[str]) -> ModelConfig:
     """Return our config of ViT's."""
     del names
     only(raw, "qkv_bias", True)
-    gelu = only(raw, "hidden_act", "gelu", "gelu_new", "gelu_pytorch_tanh")
     width, heads = size(raw, "hidden_size"), size(raw, "num_attention_heads")
     side, patch = size(raw, "image_size", 224), size(raw, "patch_size", 16)
     return ModelConfig(
@@ -65,7 +59,7 @@ def read_config(raw: Raw, names: frozenset[str]) -> ModelConfig:
         norm="layernorm",
         norm_eps=read(raw, "layer_norm_eps", float, 1e-12),
         position="learned",
-        activation="gelu_erf" if gelu == "gelu" else "gelu",
+        activation=read_gelu(raw, "hidden_act"),
         use_bias=True,
         class_token=True,
         pooling="first",
@@ -84,7 +78,7 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
         "layer_norm_eps": model.norm_eps,
-        "hidden_act": "gelu" if model.activation == "gelu_erf" else "gelu_new",
+        "hidden_act": write_gelu(model),
         "image_size": model.image_size,
         "patch_size": model.image_patch,
         "num_channels": model.image_channels,
