@@ -76,20 +76,19 @@ def combinations():
 
 def options(method, init, dora, structured):
     """Targets and options; `structured`: heads apart, experts with common factors."""
-    targets = tuple(n for n in SHAPES if not (dora and n == "scale"))
     return AdapterConfig(
         method=method,
         init=init,
         rank=2,
-        targets=targets,
+        targets=tuple(SHAPES),
         use_dora=dora,
         share_experts=structured,
         split_heads=structured and method == "tucker",
     )
 
 
-def is_refused(method, init, dora, structured):
-    return init not in INITS[method] or (init == "hosvd" and (dora or structured))
+def is_refused(method, init, _, structured):
+    return init not in INITS[method] or (init == "hosvd" and structured)
 
 
 def over_devices(fn, *whole):

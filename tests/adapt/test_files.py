@@ -45,13 +45,12 @@ def params():
         {"method": "lora", "use_rslora": True, "alpha": 3.0},
         {"split_heads": True, "share_experts": True},
         {"init": "hosvd", "rank_pattern": {"*.wq": 1, "*scale": 0}},
+        {"init": "hosvd", "use_dora": True},
     ],
     ids=str,
 )
 def test_f12_round_trips_are_exact(options, params, make, tmp_path):
-    targets = ("*.w*", "*embedding", "conv.*")
-    if not options.get("use_dora"):
-        targets += ("*scale",)
+    targets = ("*.w*", "*embedding", "conv.*", "*scale")
     config = AdapterConfig(rank=2, targets=targets, **options)
     adapters = make(params, config)
     save_adapters(tmp_path, adapters, config, base="runs/x")

@@ -1,6 +1,7 @@
 """Every path of every kind of weight gives what the merged weight gives."""
 
 import contextlib
+import dataclasses
 import warnings
 
 import jax
@@ -381,6 +382,21 @@ def test_mistakes_are_named(make):
     cut, large = (str(one.message) for one in told)
     assert cut.startswith("rank 64 is more than w can have; [6, 6] used")
     assert large.startswith("adapters have 120 parameters, the weights they adapt 48")
+
+
+def test_dora_of_vectors_alone_is_told_to_change_nothing():
+    params = {"norm.scale": jnp.ones(4), "w": jnp.ones((6, 6))}
+    config = AdapterConfig(method="lora", rank=1, targets=("*scale",), use_dora=True)
+    with pytest.warns(UserWarning) as told:
+        found = init_adapters(params, config, jax.random.key(0))
+    # A vector's delta is as large as the vector: that is no rank to lower.
+    (said,) = (str(one.message) for one in told)
+    assert said.startswith("use_dora changes nothing: norm.scale and")
+    assert set(found.weights["norm.scale"]) == {"delta"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        both = dataclasses.replace(config, targets=("*scale", "w"))
+        init_adapters(params, both, jax.random.key(0))
 
 
 def test_f6_parameters_are_counted_by_the_formula():

@@ -62,12 +62,13 @@ def init_adapters(
 ) -> Adapters:
     """Return a fresh adapter of the weights that `config.targets` choose.
 
-    Its delta is exactly zero. Warns of ranks that a weight can't have and of adapters
-    as large as what they adapt. Raises ConfigError as `make_plans` does.
+    Its delta is exactly zero. Warns of ranks that a weight can't have, of adapters as
+    large as what they adapt and of DoRA without a matrix. Raises ConfigError as
+    `make_plans` does.
     """
     leaves = named_leaves(params)
     plans = make_plans({n: leaf.shape for n, leaf in leaves.items()}, config, axes)
-    warn_of(plans)
+    warn_of(plans, use_dora=config.use_dora)
     warn_of_tied(plans, leaves)
     weights: Weights = {}
     for number, plan in enumerate(plans):
@@ -76,8 +77,11 @@ def init_adapters(
             plan, config.init, leaf_key, leaves[plan.name], leaf_scale(plan, config)
         )
     weights = jax.tree.map(lambda a: a.astype(dtype), weights)
-    anchored = config.init == "hosvd"
-    anchor = jax.tree.map(jnp.copy, weights) if anchored else {}
+    anchor: Weights = {}
+    if config.init == "hosvd":
+        for name, parts in weights.items():
+            factors = {p: a for p, a in parts.items() if p != "magnitude"}
+            anchor[name] = jax.tree.map(jnp.copy, factors)
     scales = {p.name: jnp.float32(leaf_scale(p, config)) for p in plans}
     return Adapters(weights=weights, scales=scales, anchor=anchor, plans=plans)
 

@@ -59,11 +59,6 @@ def check_adapter(config: AdapterConfig) -> None:
             f"dropout is {config.dropout} with use_dora; DoRA norms the whole weight, "
             "so it takes no input dropout: set one of them to 0"
         )
-    if config.use_dora and config.init == "hosvd":
-        raise ConfigError(
-            "init is 'hosvd' with use_dora; magnitudes start from the whole weight: "
-            "choose another init"
-        )
     if config.share_experts and config.init == "hosvd":
         raise ConfigError(
             "init is 'hosvd' with share_experts; experts have no common leading part: "

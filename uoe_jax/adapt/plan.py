@@ -139,8 +139,17 @@ def _nearest_tail(pattern: str, names: Iterable[str]) -> str:
     return nearest("*" + pattern.rpartition(".")[2].strip("*"), tails)
 
 
-def warn_of(plans: Sequence[LeafPlan]) -> None:
-    """Warn of ranks that a weight can't have, and of adapters as large as the base."""
+def warn_of(plans: Sequence[LeafPlan], use_dora: bool = False) -> None:
+    """Warn of ranks that a weight can't have, and of adapters as large as the base.
+
+    And of magnitudes that no weight has.
+    """
+    if use_dora and not any(plan.dora for plan in plans):
+        warnings.warn(
+            f"use_dora changes nothing: {plans[0].name} and all other targets are "
+            "vectors, whose plain delta moves their size as well",
+            skip_file_prefixes=(PACKAGE,),
+        )
     cut = [plan for plan in plans if _is_cut(plan)]
     if cut:
         warnings.warn(
@@ -148,9 +157,10 @@ def warn_of(plans: Sequence[LeafPlan]) -> None:
             f"{list(cut[0].ranks)} used, and so in {len(cut)} of {len(plans)} weights",
             skip_file_prefixes=(PACKAGE,),
         )
-    size = sum(plan.num_params for plan in plans)
-    base = sum(math.prod(plan.shape) for plan in plans)
-    if size >= base:
+    ranked = [plan for plan in plans if plan.method != "vector"]
+    size = sum(plan.num_params for plan in ranked)
+    base = sum(math.prod(plan.shape) for plan in ranked)
+    if ranked and size >= base:
         warnings.warn(
             f"adapters have {size:,} parameters, the weights they adapt {base:,}; "
             "lower the rank",
@@ -191,8 +201,7 @@ def _plan_leaf(
     sizes = dict(zip(axes.axes, shape, strict=True))
     shared = EXPERT if config.share_experts and EXPERT in axes.batch else ""
     if not axes.ins:
-        if config.use_dora:
-            raise ConfigError(f"{name} is a vector; use_dora needs matrices")
+        # A plain delta moves a vector's size as well: DoRA has nothing to add to it.
         return LeafPlan(
             name=name,
             axes=axes,
