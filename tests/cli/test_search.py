@@ -123,6 +123,12 @@ def test_a_map_and_a_page_are_written(project, capsys):
     assert "<script" not in text and "http" not in text.replace("data:image", "")
 
 
+def test_json_stays_json_where_pictures_are_written_too(project, capsys):
+    found, _ = run(capsys, "runs", "--json", "--page", "p.html", "--map", "m.png")
+    assert (found["page"], found["map"]) == ("p.html", "m.png")
+    assert Path("p.html").is_file() and Path("m.png").is_file()
+
+
 def test_a_page_escapes_what_names_say(project, capsys):
     make_run(Path("runs") / "<b>x")
     run(capsys, "runs", "--page", "page.html")

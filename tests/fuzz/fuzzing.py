@@ -95,8 +95,11 @@ def refuse_constant(text):
 
 
 def strict_json(text):
-    """Return what JSON says; NaN and Infinity are findings."""
-    return json.loads(text, parse_constant=refuse_constant)
+    """Return what JSON says; NaN, Infinity and other lines beside it are findings."""
+    try:
+        return json.loads(text, parse_constant=refuse_constant)
+    except json.JSONDecodeError as error:
+        raise Finding(f"what is printed isn't JSON: {error}: {text[-300:]!r}") from None
 
 
 def raw_error(error, about):

@@ -102,17 +102,18 @@ def list_runs(args: list[str]) -> int:
     index = open_runs([Path(folder) for folder in options.folders])
     chosen = select(index.records, options.where, options.sort, options.descending)
     names = list(dict.fromkeys([*_COLUMNS, *options.columns]))
+    written = _write_pictures(options, index, chosen, names)
     if options.json:
         found = {
             "runs": [dataclasses.asdict(record) for record in chosen[: options.limit]],
             "broken": [dataclasses.asdict(record) for record in index.broken],
         }
-        print(format_json(found, indent=2))
+        print(format_json(found | written, indent=2))
     else:
         _print_runs(index, chosen[: options.limit], names)
+        for kind, path in written.items():
+            print(escape_line(f"{kind}: {path}"))
     tell_broken(index.broken)
-    if options.page or options.map:
-        _write_pictures(options, index, chosen, names)
     return 0
 
 
@@ -128,21 +129,25 @@ def _print_runs(index: RunIndex, chosen: list[RunRecord], names: list[str]) -> N
 
 def _write_pictures(
     options: RunsOptions, index: RunIndex, chosen: list[RunRecord], names: list[str]
-) -> None:
+) -> dict[str, str]:
+    """Write the map and the page that are asked for; return where each went."""
+    if options.map is None and options.page is None:
+        return {}
     from uoe_jax.report.many_runs import draw_map, runs_page
 
-    part = index.subset(chosen)
+    part, written = index.subset(chosen), {}
     if options.map is not None:
         pngs = draw_map(part, options.metric)
         if not pngs:
             raise ConfigError(f"a map takes 2 runs; these are {len(chosen)}")
         write_file(options.map, pngs["light"])
-        print(escape_line(f"map: {options.map}"))
+        written["map"] = str(options.map)
     if options.page is not None:
         rows = [(r.path, *(show_column(r, name) for name in names)) for r in chosen]
         text = runs_page(part, ("run", *names), rows, options.metric)
         write_file(options.page, text.encode())
-        print(escape_line(f"page: {options.page}"))
+        written["page"] = str(options.page)
+    return written
 
 
 def like_run(args: list[str]) -> int:

@@ -36,6 +36,7 @@ class Matrix(NamedTuple):
     cols: np.ndarray
     values: np.ndarray
     shape: tuple[int, ...]
+    notes: tuple[str, ...] = ()  # what was assumed
 
 
 def open_binary(path: Path, data: bytes) -> Columns | Matrix | None:
@@ -53,7 +54,9 @@ def open_binary(path: Path, data: bytes) -> Columns | Matrix | None:
         with extra_packages():
             from scipy.io import mmread
 
-        return _open_sparse("matrix", mmread(io.BytesIO(data), spmatrix=False))
+        found = _open_sparse("matrix", mmread(io.BytesIO(data), spmatrix=False))
+        # The file counts from 1; scipy and the factors from 0.
+        return found._replace(notes=("row 1 of the file is id 0",))
     if data.startswith(b"PAR1"):
         return _open_parquet(data)
     return None

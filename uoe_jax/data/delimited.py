@@ -81,6 +81,7 @@ def read_delimited(
     )  # lines keep their numbers
     rows = [fields for _, fields in itertools.islice(_rows(path, body, single), 50)]
     _check_quotes(path, rows)
+    _check_backslashes(path, body[:SAMPLE], single)
     first = [name.strip() for name in rows[0]]
     header = are_names(first) or not any(map(is_number, first))
     names = first if header else [str(place + 1) for place in range(len(first))]
@@ -223,6 +224,20 @@ def _check_quotes(path: Path, rows: list[list[str]]) -> None:
                 f"{path} has fields in single quotes, such as {data[-1]}; only double "
                 "quotes hold a field together: write those, or none"
             )
+
+
+def _check_backslashes(path: Path, sample: bytes, delimiter: str) -> None:
+    r"""Raise DataError for a field such as "a \"b\"", whose quotes aren't doubled."""
+    apart = re.escape(delimiter.encode())
+    field = rb'(?:^|%s)("(?:[^"\\\r\n]|\\[^"]|"")*\\"(?! *(?:%s|\r|$)))' % (
+        apart,
+        apart,
+    )
+    if found := re.search(field, sample, re.MULTILINE):
+        raise DataError(
+            f"{path} has a field that begins with {found[1].decode(errors='replace')}: "
+            'a quote inside a field is written twice, "", not after a backslash'
+        )
 
 
 def _check_delimiter(delimiter: str) -> str:

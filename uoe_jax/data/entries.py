@@ -1,13 +1,12 @@
 """Observed entries of a matrix (row id, column id, value) from files of many kinds.
 
-In four steps, top to bottom: a file's bytes, unpacked; the columns in them; the three
-columns that are meant; ids and values, where a mistake is named by its line.
+In four steps: a file's bytes, unpacked; the columns in them; the three columns that are
+meant (roles.py); ids and values, where a mistake is named by its line (fields.py).
 """
 
 from __future__ import annotations
 
 import bz2
-import csv
 import dataclasses
 import gzip
 import io
@@ -24,9 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from uoe_jax.data.columns import Columns, Matrix, entry_name, open_binary, to_arrow
-from uoe_jax.data.delimited import is_number, read_delimited
+from uoe_jax.data.delimited import read_delimited
 from uoe_jax.data.fields import distinct_ids, finite_values
-from uoe_jax.errors import ConfigError, DataError, UoeError, extra_packages, nearest
+from uoe_jax.data.roles import are_names, pick_columns
+from uoe_jax.errors import ConfigError, DataError, UoeError, extra_packages
 
 with extra_packages():
     import pyarrow as pa
@@ -34,17 +34,6 @@ with extra_packages():
 
 pc: Any = pyarrow.compute  # whose functions are made at run time
 
-# Names by which columns are known: without case, signs, a last s and what follows a
-# colon.
-KNOWN = (
-    "row user userid uid u customer customerid custid client clientid member memberid "
-    "reviewer reviewerid account accountid visitor visitorid person personid",
-    "col column item itemid iid i movie movieid film filmid book bookid isbn product "
-    "productid asin parentasin busines businessid song songid track trackid artist "
-    "artistid game gameid anime animeid recipe recipeid joke jokeid course courseid "
-    "restaurant restaurantid",
-    "value val rating rate score r data overall bookrating y",
-)
 # What a packed or binary file begins with, and the ending that says so.
 PACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 FREE_SIZE = 10_000_000  # of a matrix that is mostly empty
@@ -107,7 +96,7 @@ def read_entries(
         return found
     if isinstance(found, Table):
         raise DataError(f"{path} holds a matrix, which has no columns to choose from")
-    places = _pick(path, found, columns, 3)
+    places = pick_columns(path, found, columns, 3)
     names = tuple(found.names[place] for place in places)
     with _one_line(path, path.suffix):
         arrays = found.read(places)
@@ -145,7 +134,7 @@ def read_pairs(
         raise DataError(f"{path} holds a matrix; give a row id and a column id a line")
     if columns is None and len(names) > 1 and {*names[:2]} <= {*found.names}:
         columns = names[:2]
-    places = _pick(path, found, columns, 2)
+    places = pick_columns(path, found, columns, 2)
     taken = [found.names[place] for place in places]
     with _one_line(path, path.suffix):
         arrays = found.read(places)
@@ -187,8 +176,8 @@ def _open(path: Path, delimiter: str | None) -> Columns | Table:
     if found is None and ending in BINARY:
         raise DataError(f"{path} can't be read as {ending}: it holds something else")
     if isinstance(found, Matrix):
-        return _from_matrix(path, found)
-    found = found or read_delimited(path, data, _are_names, delimiter)
+        return _from_matrix(path, found._replace(notes=(*notes, *found.notes)))
+    found = found or read_delimited(path, data, are_names, delimiter)
     return dataclasses.replace(found, notes=(*notes, *found.notes))
 
 
@@ -218,7 +207,8 @@ def _from_matrix(path: Path, matrix: Matrix) -> Table:
         else:  # a factor of every row would fill the memory with zeros
             known, index[axis] = np.unique(index[axis], return_inverse=True)
             ids.append(known)
-    return Table(index[0], index[1], values, ids[0], ids[1], (matrix.name,))
+    names, notes = (matrix.name,), matrix.notes
+    return Table(index[0], index[1], values, ids[0], ids[1], names, notes)
 
 
 def _unpack(path: Path, data: bytes) -> tuple[bytes, str, tuple[str, ...]] | None:
@@ -270,140 +260,3 @@ def _check_lengths(path: Path, names: Sequence[str], arrays: Sequence[Any]) -> N
         )
     if not lengths[0]:
         raise DataError(f"{path} has no entries; completion needs at least one")
-
-
-# The columns that are meant.
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]|s$", "", name.split(":")[0].strip().lower())
-
-
-def _known(names: Sequence[str], role: int) -> int | None:
-    """Return the position of the best-known name of a role, 0 to 2."""
-    plain = [_plain(name) for name in names]
-    return next((plain.index(n) for n in KNOWN[role].split() if n in plain), None)
-
-
-def _are_names(names: list[str]) -> bool:
-    return None not in [_known(names, role) for role in range(3)]
-
-
-def _pick(
-    path: Path, found: Columns, asked: str | Sequence[str] | None, need: int
-) -> list[int]:
-    """Return the positions of row, column and, of three, value."""
-    names, width = found.names, len(found.names)
-    if asked is not None:
-        return _asked(path, found, asked, need)
-    roles = "a row, a column and a value" if need == 3 else "a row and a column"
-    if width == 1 and found.sample:  # a text that no delimiter splits
-        raise DataError(
-            f"{path} has one column, {names[0]!r}; it needs {roles}: say what stands "
-            "between them with --delimiter"
-        )
-    if width < need:
-        raise DataError(
-            f"{path} has {'columns' if found.named else 'only columns'} {names}; it "
-            f"needs {roles}"
-            + (
-                ": events without a value (implicit feedback) aren't supported"
-                * (need == 3)
-            )
-        )
-    choose = DataError(
-        f"{path} has columns {names}; say which are {roles.replace('a ', '')}: "
-        + ("--columns user,item,rating, by name or by number from 1")
-    )
-    if not found.named:
-        columns = [list(column) for column in zip(*found.sample, strict=False)]
-        if need == 3 and width > 3 and columns and not _is_rating(columns):
-            raise choose
-        return list(range(need))
-    known = [_known(names, role) for role in range(need)]
-    rest = [place for place in range(width) if place not in known]
-    in_place = all(place in (None, role) for role, place in enumerate(known))
-    # Three are taken in order; of more, a guess would take a time for a value. Where
-    # the value is known, which of the others is called a row makes no difference.
-    sure = known[-1] is not None or known.count(None) == 1 or in_place
-    if None in known and (width > need and not (need == 2 and in_place) or not sure):
-        raise choose
-    chosen = [rest.pop(0) if place is None else place for place in known]
-    for place in chosen:
-        _check_single(path, names, names[place])
-    return chosen
-
-
-def _check_single(path: Path, names: Sequence[str], name: str) -> None:
-    """Raise DataError for a name that several columns have."""
-    plain = name.strip().lower()
-    places = [i for i, other in enumerate(names, 1) if other.strip().lower() == plain]
-    if len(places) > 1:
-        raise DataError(
-            f"{path} has {len(places)} columns called {name!r}, "
-            f"{' and '.join(map(str, places))}; say which are row, column and value by "
-            "number: --columns 1,2,3"
-        )
-
-
-def _is_rating(columns: list[list[str]]) -> bool:
-    """Whether the third of more columns without names is likely the value.
-
-    It is if it holds numbers and none of the three are times, unless a later one has
-    fractions and it has none.
-    """
-    first, second, third, *later = columns
-    if _are_times(first) or _are_times(second) or not _are_small(third):
-        return False
-    fractions = [_are_small(c) and _have_fractions(c) for c in later]
-    return _have_fractions(third) or not any(fractions)
-
-
-def _are_times(fields: list[str]) -> bool:
-    """Whether fields are dates, or seconds since 1970 of the years 1989 to 2039."""
-    date = re.compile(r"\s*(\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{4})")
-    seconds = re.compile(r"\s*([6-9]|1\d|2[01])\d{8}(\.\d*)?\s*$")
-    return any(all(map(kind.match, fields)) for kind in (date, seconds))
-
-
-def _are_small(fields: list[str]) -> bool:
-    filled = [field for field in fields if field.strip()]
-    return all(map(is_number, filled)) and not all(
-        float(field.replace(",", ".")) > 1e8 for field in filled
-    )
-
-
-def _have_fractions(fields: list[str]) -> bool:
-    return any(float(f.replace(",", ".")) % 1 for f in fields if f.strip())
-
-
-def _asked(
-    path: Path, found: Columns, asked: str | Sequence[str], need: int
-) -> list[int]:
-    listed = next(csv.reader([asked]), []) if isinstance(asked, str) else list(asked)
-    wanted = [str(name).strip() for name in listed]
-    if len(wanted) not in (3, need):
-        raise ConfigError(
-            f"columns is {','.join(wanted)!r}; give three, row, column and value: "
-            "--columns user,item,rating"
-        )
-    places, width = [], len(found.names)
-    for name in wanted[:need]:
-        if name in found.names:
-            _check_single(path, found.names, name)
-            places.append(found.names.index(name))
-        elif name.isdecimal() and 1 <= int(name) <= width:
-            places.append(int(name) - 1)
-        elif name.lstrip("-").isdecimal():
-            raise DataError(
-                f"{path} has no column {name}; columns are counted from 1 to {width}"
-            )
-        else:
-            raise DataError(
-                f"{path} has no column {name!r}; {nearest(name, found.names)}"
-            )
-    if len(set(places)) < need:
-        raise ConfigError(
-            f"columns is {','.join(wanted)!r}, one of them twice; give different ones"
-        )
-    return places

@@ -89,7 +89,7 @@ def _text_ids(
     """Return ids of distinct texts, ascending, and the place of each text.
 
     Texts that all are whole numbers as a computer writes them become numbers; 007
-    stays a text, or it would be 7.
+    stays a text, or it would be 7, and so does 12E4, or it would be 120E3.
     """
     plain = pc.utf8_trim_whitespace(texts)
     for kind in (pa.int64(), pa.uint64()):
@@ -106,7 +106,7 @@ def _text_ids(
     if pc.any(absent).as_py():
         place = absent.index(True).as_py()
         raise _missing_id(path, found, name, int(np.argmax(index == place)))
-    codes = pc.match_substring_regex(plain, r"^[+-]?(0\d+|\d{19,})$")
+    codes = pc.match_substring_regex(plain, r"^[+-]?(0\d+|\d{19,}|\d+[eE]\d+)$")
     if numbers_only and not pc.any(codes).as_py():
         words = plain.to_pylist()
         ids = np.array([float(word.replace(",", ".")) for word in words])
