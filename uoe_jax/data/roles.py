@@ -37,7 +37,8 @@ KNOWN = (
     "userrating reviewscore bewertung wertung sterne wert note évaluation valeur "
     "étoiles puntuación calificación valoración valor estrellas avaliação "
     "classificação pontuação nota voto valutazione punteggio valore "
-    "beoordeling waardering cijfer ocena оценка рейтинг puan 评分 分数 得分 評価 評点 得点 평점 점수",
+    "beoordeling waardering cijfer ocena оценка рейтинг puan 评分 分数 得分 "
+    "評価 評点 得点 평점 점수",
 )
 FEW = 11  # distinct ratings at most: 0 to 10
 
