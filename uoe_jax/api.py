@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from uoe_jax.cli.paths import RUNS, find_run, run_or_preset
 from uoe_jax.config import DataConfig, ExperimentConfig, ModelConfig
-from uoe_jax.errors import ConfigError, shown
+from uoe_jax.errors import ConfigError, nearest, shown
 from uoe_jax.presets import get_preset
 from uoe_jax.validation import validate
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flax import nnx
 
     from uoe_jax.adapt import AdapterConfig
+    from uoe_jax.decompose import Cut
     from uoe_jax.leakcheck import Finding
     from uoe_jax.plan.layouts import Plan
     from uoe_jax.runs.load import LoadedRun
@@ -170,9 +171,9 @@ def decompose(
     run: str | Path,
     out: str | Path | None = None,
     *,
-    num_experts: int,
+    cut: Cut | None = None,
     which: Which = "last",
-    **cut: Any,
+    **options: Any,
 ) -> dict[str, Any]:
     """Write a dense run as a union of experts, without training; return what was found.
 
@@ -181,19 +182,20 @@ def decompose(
     Args:
       run: the dense run's folder or name.
       out: the new run's folder; runs/NAME-unionE if not given.
-      num_experts: of every attention and MLP block.
+      cut: into how many experts, and how.
       which: the newest checkpoint or the best one.
-      **cut: other fields of `uoe_jax.decompose.runs.Cut`: top_k, attention_experts,
-        parts, grouping, router, calibrate, seed.
+      **options: fields of `uoe_jax.decompose.Cut` instead of `cut`: num_experts, top_k,
+        attention_experts, shared, parts, grouping, router, refit, calibrate, seed.
 
     Returns:
       run (the new folder), exact, max_logit_difference, losses before and after, ...
     """
-    from uoe_jax.decompose.runs import Cut, decompose_run
+    from uoe_jax.decompose.cut import Cut
+    from uoe_jax.decompose.runs import decompose_run
 
+    wanted = _one_of("cut", Cut, cut, options)
     folder = find_run(_path(run))
-    wanted = _fill(Cut, num_experts=num_experts, **cut)
-    target = _target(folder, out, f"union{num_experts}")
+    target = _target(folder, out, f"union{wanted.num_experts}")
     return decompose_run(folder, target, wanted, which=which) | {"out": str(target)}
 
 
@@ -220,29 +222,37 @@ def adapt(
     *,
     adapter: AdapterConfig | None = None,
     quiet: bool = False,
-    **request: Any,
+    **options: Any,
 ) -> dict[str, Any]:
     """Fit a run to other data by small factors; the run stays as it is.
 
     Args:
       run: its folder or name.
       out: the adapter's folder; runs/NAME-METHODRANK if not given.
-      adapter: method, rank, targets, ...; Tucker factors of rank 8 if not given.
+      adapter: which factors; Tucker's of rank 8 if not given.
       quiet: print warnings only.
-      **request: other fields of `uoe_jax.adapt.request.AdaptRequest`: data, steps,
-        learning_rate, batch_size, load, merge, which, seed, ...
+      **options: fields of `uoe_jax.adapt.request.AdaptRequest` (data, steps,
+        learning_rate, batch_size, load, merge, which, seed, ...) and, instead of
+        `adapter`, of `uoe_jax.adapt.AdapterConfig` (method, rank, targets, ...).
 
     Returns:
       The report: parameters, scores before and after, speed.
     """
-    from uoe_jax.adapt import AdapterConfig
+    from uoe_jax.adapt.config import AdapterConfig
     from uoe_jax.adapt.request import AdaptRequest
     from uoe_jax.adapt.run import adapt_run
 
     folder = find_run(_path(run))
-    if adapter is None and request.get("load") is None:
-        adapter = AdapterConfig()
-    asked = _fill(AdaptRequest, adapter=adapter, **request)
+    shape = {f.name for f in dataclasses.fields(AdapterConfig)} & options.keys()
+    given = {name: options.pop(name) for name in sorted(shape)}
+    if options.get("load") is None:
+        adapter = _one_of("adapter", AdapterConfig, adapter, given)
+    elif given:
+        raise ConfigError(
+            f"{', '.join(given)} with load; a loaded adapter keeps its own: leave one "
+            "of them out"
+        )
+    asked = _fill(AdaptRequest, AdapterConfig, adapter=adapter, **options)
     ending = f"{adapter.method}{adapter.rank}" if adapter else "adapted"
     target = _target(folder, out, ending)
     return adapt_run(folder, target, asked, quiet=quiet) | {"out": str(target)}
@@ -337,12 +347,34 @@ def _target(folder: Path, out: str | Path | None, ending: str) -> Path:
     return RUNS / f"{folder.name}-{ending}" if out is None else Path(out)
 
 
-def _fill(cls: Any, **values: Any) -> Any:
-    """Return a dataclass of these fields; ConfigError names a field it hasn't."""
-    from uoe_jax.errors import nearest
+def _one_of(name: str, cls: Any, whole: Any, fields: Mapping[str, Any]) -> Any:
+    """Return a config that is given as itself or as its fields."""
+    if whole is None:
+        return _fill(cls, **fields)
+    if fields:
+        raise ConfigError(
+            f"{', '.join(fields)} with {name}; they are fields of it: give either"
+        )
+    if not isinstance(whole, cls):
+        raise ConfigError(f"{name} is {shown(whole)}; expected {cls.__name__}")
+    return whole
 
-    known = [field.name for field in dataclasses.fields(cls)]
+
+def _fill(cls: Any, *others: Any, **values: Any) -> Any:
+    """Return a dataclass of these fields; ConfigError names a field it hasn't.
+
+    `others` are classes whose fields could have been given too.
+    """
+    known = [f.name for c in (cls, *others) for f in dataclasses.fields(c)]
     for name in values:
         if name not in known:
             raise ConfigError(f"no option {name!r}; {nearest(name, known)}")
+    needed = [f.name for f in dataclasses.fields(cls) if _required(f)]
+    if missing := [name for name in needed if name not in values]:
+        raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}")
     return cls(**values)
+
+
+def _required(field: dataclasses.Field) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing

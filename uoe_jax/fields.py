@@ -246,6 +246,8 @@ def _union(hint: Any, args: tuple, value: Any, where: str) -> Any:
     kinds = [a for a in args if a is not type(None)]
     if len(kinds) == 1:
         return convert(kinds[0], value, where)
+    if Path in kinds and str not in kinds and isinstance(value, (str, os.PathLike)):
+        return convert(Path, value, where)  # which says what is wrong with a path
     for kind in kinds:
         try:
             return convert(kind, value, where)
@@ -298,7 +300,9 @@ def out_of_bounds(hint: Any, value: Any, path: str) -> Iterator[str]:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if value is None or isinstance(value, (str, bool)):
         return
-    if isinstance(value, (tuple, list)) and origin is tuple:
+    if origin is Annotated and not any(isinstance(a, Bounds) for a in args):
+        yield from out_of_bounds(args[0], value, path)
+    elif isinstance(value, (tuple, list)) and origin is tuple:
         for item in value:
             yield from out_of_bounds(args[0], item, path)
     elif isinstance(value, Mapping) and origin is dict:

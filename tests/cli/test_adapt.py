@@ -17,8 +17,8 @@ from uoe_jax.adapt.merge import merge
 from uoe_jax.adapt.plan import make_plans, warn_of
 from uoe_jax.cli import main
 from uoe_jax.cli.adapt import AdaptOptions
+from uoe_jax.cli.fields import option_names, typed_options
 from uoe_jax.cli.notes import plain_warnings
-from uoe_jax.cli.parse import option_names, typed_options
 from uoe_jax.model import flat_params, make_model
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.load import load_run
@@ -127,9 +127,9 @@ def test_a_saved_adapter_merges_untrained(
         (["--rank", "2", "--mesh.tensor", "3"], "mesh.tensor 3 doesn't divide"),
         (["--load", "nowhere", "--dora"], "--dora is True with --load"),
         (["--method", "loha"], "choose from 'tucker', 'lora'"),
-        (["--alpha", "0"], "alpha is 0"),
-        (["--learning-rate", "-1"], "learning_rate is -1"),
-        (["--batch-size", "0"], "batch_size is 0"),
+        (["--alpha", "0"], "--alpha is 0"),
+        (["--learning-rate", "-1"], "--learning-rate is -1"),
+        (["--batch-size", "0"], "--batch-size is 0"),
     ],
 )
 def test_mistakes_are_one_line(options, words, union_run, tmp_path, capsys):

@@ -9,7 +9,8 @@ from cli.options import CLASSES, load
 from uoe_jax.adapt.request import AdaptRequest
 from uoe_jax.adapt.run import adapt_run
 from uoe_jax.cli import main
-from uoe_jax.cli.parse import _PATHS, option_names
+from uoe_jax.cli.fields import option_names
+from uoe_jax.cli.parse import _PATHS
 from uoe_jax.decompose.runs import merging
 from uoe_jax.errors import ConfigError
 from uoe_jax.fields import field_hints

@@ -8,8 +8,9 @@ import pytest
 from options import CLASSES, load
 
 from uoe_jax.cli import VERBS, main
+from uoe_jax.cli.fields import option_names
 from uoe_jax.cli.help import field_texts, list_options
-from uoe_jax.cli.parse import USUAL, option_names
+from uoe_jax.cli.parse import USUAL
 from uoe_jax.cli.train import TrainOptions
 from uoe_jax.config import from_json
 from uoe_jax.presets import PRESETS

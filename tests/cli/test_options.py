@@ -12,7 +12,8 @@ from options import CLASSES, TESTED, UNTESTED, load
 
 from uoe_jax.bench import command, sizes
 from uoe_jax.cli import VERBS, main
-from uoe_jax.cli.parse import option_names, parse, typed_options
+from uoe_jax.cli.fields import option_names, typed_options
+from uoe_jax.cli.parse import parse
 from uoe_jax.cli.plan import PlanOptions
 from uoe_jax.config import ExperimentConfig, from_json, to_json
 from uoe_jax.errors import ConfigError

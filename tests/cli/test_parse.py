@@ -10,7 +10,8 @@ import pytest
 
 from uoe_jax.cli import VERBS, main, usage
 from uoe_jax.cli.cost import count_all
-from uoe_jax.cli.parse import flatten, option_names, parse, take_preset
+from uoe_jax.cli.fields import option_names
+from uoe_jax.cli.parse import flatten, parse, take_preset
 from uoe_jax.cli.train import TrainOptions
 from uoe_jax.errors import ConfigError
 from uoe_jax.hardware import count

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from test_exact import DENSE, draw
 
 from uoe_jax.decompose.calibrate import layer_values
+from uoe_jax.decompose.cut import Cut
 from uoe_jax.decompose.group import (
     balanced_assignment,
     coactivation_order,
     order_neurons,
 )
-from uoe_jax.decompose.plan import Cut, as_written, make_plan
+from uoe_jax.decompose.plan import as_written, make_plan
 from uoe_jax.decompose.route import SCORE_DEVIATION, expert_lengths, fit_router
 from uoe_jax.decompose.split import union_config
 from uoe_jax.errors import ConfigError

@@ -12,7 +12,8 @@ from test_exact import DENSE, draw
 
 from uoe_jax.config import UnionConfig
 from uoe_jax.decompose.calibrate import Stream
-from uoe_jax.decompose.plan import Cut, as_written, make_plan
+from uoe_jax.decompose.cut import Cut
+from uoe_jax.decompose.plan import as_written, make_plan
 from uoe_jax.decompose.refit import chosen_gates, core_first, fit_down
 from uoe_jax.decompose.route import RouterFit
 from uoe_jax.decompose.split import merge_params, union_config

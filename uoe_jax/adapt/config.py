@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import Fixed, arg
 
 from uoe_jax.errors import ConfigError, nearest, shown
 from uoe_jax.fields import Checked, Count, Fraction, Positive, Whole, check_ranges
+from uoe_jax.options import pairs
 
 Method = Literal["tucker", "lora"]
 Init = Literal["flora", "loralib", "peft", "gaussian", "orthonormal", "hosvd"]
@@ -26,18 +29,36 @@ TARGETS = ("*.attention.w?", "*.mlp.w_*")  # every projection of the blocks
 class AdapterConfig(Checked):
     """One adapter: which weights, which factors, how they start and how they count."""
 
-    method: Method = "tucker"
-    rank: Count = 8  # of every wide mode; clamped to the mode's size
-    kernel_rank: Count = 2  # Tucker: of the spatial modes of a convolution
-    targets: tuple[str, ...] = TARGETS  # shell patterns on dotted parameter names
-    # First match wins over `rank`; 0 leaves a weight out, as PEFT's rank_pattern.
-    rank_pattern: dict[str, Whole] = field(default_factory=dict)
-    alpha: Positive | None = None  # scale; None: the published variant's default
+    method: Method = "tucker"  # three factors, or two
+
+    rank: Count = 8  # of the factors; cut where a weight has less
+
+    # Tucker: of the spatial modes of a convolution. No option: runs have none.
+    kernel_rank: Fixed[Count] = 2
+
+    # Shell patterns on parameter names; every projection of the blocks by default.
+    targets: tuple[str, ...] = TARGETS
+
+    # First match wins over the rank; 0 leaves a weight out, as in PEFT.
+    rank_pattern: Annotated[
+        dict[str, Whole], pairs("PATTERN=RANK", example="*.wq=16")
+    ] = field(default_factory=dict)
+
+    alpha: Positive | None = None  # scale; the init's published default if not given
+
+    # How factors start, as published; docs/adapters.md has what each draws.
     init: Init = "peft"
-    split_heads: bool = False  # Tucker: key head, group and head width as own modes
-    share_experts: bool = False  # one set of factors for all experts of a union
-    use_rslora: bool = False  # scale alpha / sqrt(r) (Kalajdzievski 2023)
-    use_dora: bool = False  # learned magnitudes (Liu et al. 2024, DoRA)
+
+    split_heads: bool = False  # Tucker: heads, groups and head width as own modes
+
+    share_experts: bool = False  # a union's experts share their factors
+
+    # Scale alpha over the root of the rank (Kalajdzievski 2023).
+    use_rslora: Annotated[bool, arg(name="rslora")] = False
+
+    # Learned magnitudes of the outputs (Liu et al. 2024).
+    use_dora: Annotated[bool, arg(name="dora")] = False
+
     dropout: Fraction = 0.0  # of the adapter's input, in training
 
     def __hash__(self) -> int:

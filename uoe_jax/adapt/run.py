@@ -16,12 +16,13 @@ from jaxtyping import PyTree
 
 from uoe_jax.adapt.adapters import Adapters, count_adapter_params, init_adapters
 from uoe_jax.adapt.config import AdapterConfig, check_adapter
+from uoe_jax.adapt.experiment import adapted_experiment
 from uoe_jax.adapt.files import digest_params, load_adapters, save_adapters
 from uoe_jax.adapt.folder import WEIGHTS, read_config
 from uoe_jax.adapt.foreign import read_peft
 from uoe_jax.adapt.place import Names, llama_names, place_modules
 from uoe_jax.adapt.plan import EMBEDDING, PACKAGE
-from uoe_jax.adapt.request import AdaptRequest, adapted_experiment, check_request
+from uoe_jax.adapt.request import AdaptRequest, check_request
 from uoe_jax.adapt.store import (
     MERGED,
     check_out,

@@ -2,91 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from uoe_jax.cli.parse import parse, typed_options
+from uoe_jax.adapt.config import AdapterConfig, check_adapter
+from uoe_jax.adapt.request import Adaptation, AdaptRequest
+from uoe_jax.cli.fields import option_fields, part_of, typed_options
+from uoe_jax.cli.parse import parse
 from uoe_jax.cli.paths import RUNS, find_run
-from uoe_jax.config import LayoutConfig, MeshConfig
+from uoe_jax.config import MeshConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape, escape_line
-from uoe_jax.fields import Seed
 from uoe_jax.files import format_json
 from uoe_jax.validation import read_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptOptions:
+class AdaptOptions(Adaptation, AdapterConfig):
     """Adapt a run to other data with Tucker or LoRA factors, beside its weights."""
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]  # its folder, or a name in runs
 
-    method: Literal["tucker", "lora"] = "tucker"  # three factors, or two
-
-    rank: int = 8  # of the factors; cut where a weight has less
-
-    # File, folder, glob, tfds:NAME, stdlib or digits; the run's own if not given.
-    data: str | None = None
-
-    steps: int = 300  # 0: only merge what --load names
-
-    learning_rate: float = 3e-3  # highest; after a warm-up it falls
-
-    batch_size: int | None = None  # the run's if not given
-
-    # Shell patterns on parameter names; every projection of the blocks by default.
-    targets: tuple[str, ...] = ("*.attention.w?", "*.mlp.w_*")
-
-    rank_pattern: tuple[str, ...] = ()  # PATTERN=RANK, first match wins; 0: leave out
-
-    alpha: float | None = None  # scale; the init's published default if not given
-
-    # How factors start, as published; docs/adapters.md has what each draws.
-    init: Literal["flora", "loralib", "peft", "gaussian", "orthonormal", "hosvd"] = (
-        "peft"
-    )
-
-    split_heads: bool = False  # Tucker: heads, groups and head width as own modes
-
-    share_experts: bool = False  # a union's experts share their factors
-
-    rslora: bool = False  # scale alpha over the root of the rank
-
-    dora: bool = False  # learned magnitudes of the outputs
-
-    dropout: float = 0.0  # of the adapter's input
-
-    # How products are computed: with the small factors, or with the whole delta.
-    path: Literal["auto", "delta", "fused", "factored"] = "auto"
-
-    # Start from this adapter folder, or PEFT's LoRA; its method and ranks stay.
-    load: Path | None = None
-
-    merge: bool = False  # also write a run with the deltas in its weights
-
-    checkpoint: Literal["last", "best"] = "last"  # of the run
-
     # Devices by axis; as many as divide a pass over data if nothing is given.
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
-    layout: LayoutConfig = field(default_factory=LayoutConfig)
-
     out: Path | None = None  # new folder; runs/<name>-<method><rank> if not given
-
-    seed: Seed = 0  # of the factors and the order of the data
 
     json: bool = False  # one JSON object instead of tables
 
     quiet: bool = False  # no progress
 
 
-# What an adapter that is loaded brings with it.
-SHAPE = ("method", "rank", "targets", "rank_pattern", "alpha", "init", "split_heads",
-         "share_experts", "rslora", "dora", "dropout")  # fmt: skip
-TRAINING = ("learning_rate", "seed")  # what only training asks for
+SHAPE = {f.name for f in fields(AdapterConfig)}  # what a loaded adapter brings with it
+TRAINING = {"learning_rate", "seed"}  # what only training asks for
 
 
 def adapt(args: list[str]) -> int:
@@ -94,31 +45,21 @@ def adapt(args: list[str]) -> int:
     options = parse(AdaptOptions, args, "adapt")
     folder = find_run(options.run)
     typed = typed_options(args, AdaptOptions)
-    given = {name[2:].replace("-", "_") for name in typed}
-    check_load(options, given)
+    check_load(options, typed)
+    adapter = None
+    if options.load is None:
+        adapter = part_of(options, AdapterConfig)
+        check_adapter(adapter)
+    mesh = options.mesh if any(n.startswith("--mesh.") for n in typed) else None
+    request = part_of(options, Adaptation, AdaptRequest, adapter=adapter, mesh=mesh)
     name = f"{read_config(folder).name}-{options.method}{options.rank}"
     out = options.out or RUNS / name
 
     from uoe_jax.cli.device import prepare
 
     prepare()
-    from uoe_jax.adapt.request import AdaptRequest
     from uoe_jax.adapt.run import adapt_run
 
-    request = AdaptRequest(
-        adapter=None if options.load else _adapter(options),
-        load=options.load,
-        data=options.data,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        batch_size=options.batch_size,
-        which=options.checkpoint,
-        path=options.path,
-        seed=options.seed,
-        mesh=options.mesh if any(n.startswith("mesh.") for n in given) else None,
-        layout=options.layout,
-        merge=options.merge,
-    )
     quiet = options.quiet or options.json
     report = adapt_run(folder, out, request, quiet=quiet)
     if options.json:
@@ -129,65 +70,32 @@ def adapt(args: list[str]) -> int:
     return 0
 
 
-def _adapter(options: AdaptOptions) -> Any:
-    from uoe_jax.adapt.config import AdapterConfig
-
-    return AdapterConfig(
-        method=options.method,
-        rank=options.rank,
-        targets=options.targets,
-        rank_pattern=_patterns(options.rank_pattern),
-        alpha=options.alpha,
-        init=options.init,
-        split_heads=options.split_heads,
-        share_experts=options.share_experts,
-        use_rslora=options.rslora,
-        use_dora=options.dora,
-        dropout=options.dropout,
-    )
-
-
-def check_load(options: AdaptOptions, given: set[str]) -> None:
-    """Raise ConfigError for given options that have nothing to decide.
+def check_load(options: AdaptOptions, typed: set[str]) -> None:
+    """Raise ConfigError for typed options that have nothing to decide.
 
     A loaded adapter settles its own shape; without steps nothing is trained.
     """
     if options.load is None:
         return
-    for name in SHAPE:
-        if name in given:
+    for option in option_fields(AdaptOptions):
+        if option.option not in typed:
+            continue
+        shown = f"{option.option} is {getattr(options, option.path[0])!r}"
+        if option.name in SHAPE:
             raise ConfigError(
-                f"{_shown(name, options)} with --load; a loaded adapter keeps its own: "
-                "leave one of them out"
+                f"{shown} with --load; a loaded adapter keeps its own: leave one of "
+                "them out"
             )
-    for name in TRAINING if options.steps == 0 else ():
-        if name in given:
+        if option.name in TRAINING and options.steps == 0:
             raise ConfigError(
-                f"{_shown(name, options)} with --steps 0; nothing is trained: leave it "
-                "out or take steps"
+                f"{shown} with --steps 0; nothing is trained: leave it out or take "
+                "steps"
             )
     if options.out is None:
         raise ConfigError(
             f"--load {options.load} without --out; say which new folder the result "
             "goes to"
         )
-
-
-def _shown(name: str, options: AdaptOptions) -> str:
-    return f"--{name.replace('_', '-')} is {getattr(options, name)!r}"
-
-
-def _patterns(words: tuple[str, ...]) -> dict[str, int]:
-    """Return rank patterns from `*.wq=16`."""
-    found = {}
-    for word in words:
-        pattern, _, rank = word.rpartition("=")
-        if not pattern or not rank.isdigit():
-            raise ConfigError(
-                f"rank pattern is {word!r}; write PATTERN=RANK, as in *.wq=16"
-            )
-        found[pattern] = int(rank)
-    return found
 
 
 def describe(report: dict[str, Any]) -> str:

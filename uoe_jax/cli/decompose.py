@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from uoe_jax.cli.fields import option_fields, part_of, typed_options
 from uoe_jax.cli.parse import parse
 from uoe_jax.cli.paths import RUNS, find_run
+from uoe_jax.decompose.cut import Cut
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
-from uoe_jax.fields import Seed
+from uoe_jax.fields import Count
 from uoe_jax.files import format_json
 from uoe_jax.validation import read_config
 
-Grouping = Literal["contiguous", "random", "coactivation"]
-_PARTS: dict[str, tuple[Literal["attention", "mlp"], ...]] = {
-    "both": ("attention", "mlp"),
-    "attention": ("attention",),
-    "mlp": ("mlp",),
-}
-_ROUTERS: dict[str, Literal["zero", "least_squares"] | None] = {
-    "auto": None,
-    "zero": "zero",
-    "least-squares": "least_squares",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
-class DecomposeOptions:
+class DecomposeOptions(Cut):
     """Split a dense run into a union of experts, exactly, or merge one back."""
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
 
-    experts: int | None = None  # experts of every attention and MLP block
-
-    top_k: int | None = None  # experts a token uses; all of them if not given
-
-    attention_experts: int | None = None  # where heads need another number
-
-    shared: int = 0  # MLP experts always on, of --top-k: the neurons that write most
-
-    parts: Literal["both", "attention", "mlp"] = "both"  # what is cut
-
-    grouping: Grouping = "contiguous"  # which neurons become an expert together
-
-    # How routers start: at zero every gate is 1; least squares fits the experts' share
-    # of each token. By default zero where all experts are used.
-    router: Literal["auto", "zero", "least-squares"] = "auto"
-
-    refit: bool = False  # fit the MLP's down-projections to the experts left on
-
-    # A text file, or tokens of the run's training data, for co-activation and fits.
-    calibrate: str = "16384"
+    # Experts of every attention and MLP block; left out with --merge.
+    num_experts: Annotated[Count | None, arg(name="experts")] = None  # pyrefly: ignore[bad-override]
 
     merge: bool = False  # a union run back into a dense one
 
@@ -63,23 +35,35 @@ class DecomposeOptions:
 
     out: Path | None = None  # folder of the new run; runs/<name>-union<E> or -dense
 
-    seed: Seed = 0  # of random groups and of fits
-
     json: bool = False  # one JSON object instead of lines
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_experts:
+            self.check()
+
+
+CUT = {f.name for f in fields(Cut)}
 
 
 def decompose(args: list[str]) -> int:
     """Write the other form of a run; print the largest difference on a probe batch."""
     options = parse(DecomposeOptions, args, "decompose")
-    _check(options)
+    _check(options, typed_options(args, DecomposeOptions))
     folder = find_run(options.run)
-    ending = "dense" if options.merge else f"union{options.experts}"
+    ending = "dense" if options.merge else f"union{options.num_experts}"
     out = options.out or RUNS / f"{read_config(folder).name}-{ending}"
 
     from uoe_jax.cli.device import prepare
 
     prepare()
-    found = _work(options, folder, out)
+    from uoe_jax.decompose.runs import decompose_run, merge_run
+
+    if options.merge:
+        found = merge_run(folder, out, which=options.checkpoint)
+    else:
+        cut = part_of(options, Cut)
+        found = decompose_run(folder, out, cut, which=options.checkpoint)
     if options.json:
         print(format_json(found, indent=2))
     else:
@@ -87,54 +71,19 @@ def decompose(args: list[str]) -> int:
     return 0 if found["exact"] or options.merge else 1
 
 
-def _check(options: DecomposeOptions) -> None:
+def _check(options: DecomposeOptions, typed: set[str]) -> None:
+    """Raise ConfigError for a cut without experts, or one of a run to be merged."""
     if options.merge:
-        given = {
-            "--experts": options.experts,
-            "--top-k": options.top_k,
-            "--attention-experts": options.attention_experts,
-            "--shared": options.shared or None,
-            "--refit": options.refit or None,
-        }
-        if names := [name for name, value in given.items() if value is not None]:
+        cuts = [f.option for f in option_fields(DecomposeOptions) if f.name in CUT]
+        if names := [option for option in cuts if option in typed]:
             raise ConfigError(
                 f"--merge takes the experts of the run; leave out {', '.join(names)}"
             )
-        return
-    if options.experts is None:
+    elif options.num_experts is None:
         raise ConfigError(
             "uoe decompose takes --experts E, or --merge for a union: "
             "uoe decompose RUN --experts 8"
         )
-    if options.experts < 1:
-        raise ConfigError(f"--experts is {options.experts}; it must be at least 1")
-    top_k = options.top_k
-    if top_k is not None and not 1 <= top_k <= options.experts:
-        raise ConfigError(
-            f"--top-k is {top_k}; it must be 1 to --experts {options.experts}"
-        )
-
-
-def _work(options: DecomposeOptions, folder: Path, out: Path) -> dict[str, Any]:
-    from uoe_jax.decompose.runs import Cut, decompose_run, merge_run
-
-    if options.merge:
-        return merge_run(folder, out, which=options.checkpoint)
-    assert options.experts is not None
-    source = options.calibrate
-    cut = Cut(
-        num_experts=options.experts,
-        top_k=options.top_k,
-        attention_experts=options.attention_experts,
-        shared=options.shared,
-        parts=_PARTS[options.parts],
-        grouping=options.grouping,
-        router=_ROUTERS[options.router],
-        refit=options.refit,
-        calibrate=int(source) if source.lstrip("-").isdigit() else Path(source),
-        seed=options.seed,
-    )
-    return decompose_run(folder, out, cut, which=options.checkpoint)
 
 
 def _lines(found: dict[str, Any], out: Path) -> list[str]:

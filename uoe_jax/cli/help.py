@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from uoe_jax.cli.fields import declared, option_fields, positional
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.fields import Known
@@ -110,37 +111,29 @@ def print_help(
 
 def list_options(options: type, default: Any = None) -> Iterator[Option]:
     """Yield a dataclass's options, those of its parts too, but not positional ones."""
-    yield from _options(options, default, "--")
+    for field in option_fields(options):
+        if positional(field.rules):
+            continue
+        value = _value(options, default, field.path)
+        name = field.option
+        if field.off is not None:
+            name = field.off.replace("no-", "[no-]", 1)
+        text = field_texts(field.owner).get(field.name, "")
+        spec = next((r for r in field.rules if hasattr(r, "str_from_instance")), None)
+        if spec is None:
+            yield Option(name, _takes(field.hint, field.rules), text, _said(value))
+        else:  # typed in words of its own
+            said = " ".join(spec.str_from_instance(value))
+            yield Option(name, spec.metavar, text, said)
 
 
-def _options(cls: type, default: Any, prefix: str) -> Iterator[Option]:
-    texts = field_texts(cls)
-    for name, hint, rules in _rules(cls):
-        value = getattr(default, name, _default(cls, name))
-        if dataclasses.is_dataclass(hint):
-            flat = hint is ExperimentConfig
-            inner = prefix if flat else f"{prefix}{name.replace('_', '-')}."
-            yield from _options(typing.cast(type, hint), value, inner)
-        elif not _positional(rules, name):
-            option = prefix + name.replace("_", "-")
-            if hint is bool:
-                option = f"{prefix}[no-]{option.removeprefix(prefix)}"
-            yield Option(option, _takes(hint, rules), texts.get(name, ""), _said(value))
-
-
-def _rules(cls: type) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Yield each field's name, its type, and what its annotation adds."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for field in dataclasses.fields(cls):
-        hint, rules = hints[field.name], ()
-        if typing.get_origin(hint) is typing.Annotated:
-            hint, *rules = typing.get_args(hint)
-        yield field.name, hint, tuple(rules)
-
-
-def _fields(cls: type) -> Iterator[tuple[str, Any]]:
-    for name, hint, _ in _rules(cls):
-        yield name, hint
+def _value(options: type, default: Any, path: Sequence[str]) -> Any:
+    """Return a field's value in `default`; without one, what the dataclass says."""
+    for name in path:
+        own = typing.cast(type, type(default) if default is not None else options)
+        default = getattr(default, name, _default(own, name))
+        options = typing.cast(type, declared(own)[name][0])
+    return default
 
 
 def _default(cls: type, name: str) -> Any:
@@ -150,25 +143,21 @@ def _default(cls: type, name: str) -> Any:
     return None if field.default is dataclasses.MISSING else field.default
 
 
-def _positional(rules: Sequence[Any], name: str = "") -> str:
-    """Return what a positional field is called in the usage line; "" for others."""
-    named = [getattr(rule, "metavar", None) for rule in rules]
-    marked = any("Positional" in repr(rule) for rule in rules)
-    return next((word for word in named if word), name.upper()) if marked else ""
-
-
 def _first(options: type, first: str | None) -> str:
     """Return what comes before the options: "PRESET ", "RUN ", "" ..."""
     if first is not None:
         return f"{first} "
-    words = [
-        word if _required(options, name) else f"[{word}]"
-        for name, _, rules in _rules(options)
-        if (word := _positional(rules, name))
-    ]
-    if any(hint is ExperimentConfig for _, hint in _fields(options)):
-        words.insert(0, "PRESET")
+    words = [] if ExperimentConfig not in _types(options) else ["PRESET"]
+    for name, (_, rules, _) in declared(options).items():
+        if positional(rules):
+            named = [getattr(rule, "metavar", None) for rule in rules]
+            word = next((word for word in named if word), name.upper())
+            words.append(word if _required(options, name) else f"[{word}]")
     return "".join(f"{word} " for word in words)
+
+
+def _types(options: type) -> list[Any]:
+    return [hint for hint, _, _ in declared(options).values()]
 
 
 def _required(cls: type, name: str) -> bool:

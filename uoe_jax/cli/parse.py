@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
+import functools
 import io
 import math
 import os
@@ -15,10 +15,11 @@ from pathlib import Path
 
 import tyro
 
+from uoe_jax.cli.fields import OptionField, option_fields, option_names
 from uoe_jax.cli.help import asks_for_help, print_help
 from uoe_jax.config import DataConfig, ExperimentConfig, from_json
 from uoe_jax.errors import ConfigError, nearest
-from uoe_jax.fields import field_hints, out_of_bounds
+from uoe_jax.fields import out_of_bounds
 from uoe_jax.files import check_path
 from uoe_jax.presets import PRESETS, get_preset
 from uoe_jax.rules import Rules, read_rules
@@ -200,73 +201,50 @@ def _wide() -> Iterator[None]:
 
 def _as_options(text: str, options: type) -> str:
     """Return a config's refusal with its field named as the option that was typed."""
-    found = re.match(r"(?:Error parsing \S+: )?([A-Z]\w*)\.(\w+) is ", text)
-    prefix = dict(_prefixes(options)).get(found[1]) if found else None
-    if found is None or prefix is None:
+    found = re.match(r"(?:Error parsing \S+: )?(?:([A-Z]\w*)\.)?(\w+) is ", text)
+    if found is None:
         return text
-    return f"{_typed_as(prefix, found[2])} is {text[found.end() :]}"
+    for field in option_fields(options):
+        named = (found[1] or options.__name__, found[2])
+        if named == (field.owner.__name__, field.name):
+            return f"{_typed_as(field)} is {text[found.end() :]}"
+    return text
 
 
-def _typed_as(prefix: str, field: str) -> str:
+def _typed_as(field: OptionField) -> str:
     """Return how a field is typed: `--run-dir`, or RUN for what carries no name."""
-    if field in _UNNAMED:
-        return field.removesuffix("s").upper()
-    return f"{prefix}{field.replace('_', '-')}"
-
-
-def _prefixes(options: type, prefix: str = "--") -> Iterator[tuple[str, str]]:
-    """Yield each config's class name and what its options begin with."""
-    yield options.__name__, prefix
-    hints = typing.get_type_hints(options, include_extras=True)
-    for field in dataclasses.fields(options):
-        hint = hints[field.name]
-        inner = typing.get_args(hint)[0] if _annotated(hint) else hint
-        if dataclasses.is_dataclass(inner):
-            own = "" if hint == Experiment else f"{field.name.replace('_', '-')}."
-            yield from _prefixes(typing.cast(type, inner), f"{prefix}{own}")
+    if field.name in _UNNAMED:
+        return field.name.removesuffix("s").upper()
+    return field.option
 
 
 def _check_numbers(found: typing.Any) -> None:
     """Raise ConfigError for numbers of a verb's own options that can't be.
 
-    Those of an experiment are left to `validate`, which knows how they belong together.
+    Those of a part are left to `validate`, which knows how they belong together.
     """
     problems = []
-    for name, hint in field_hints(type(found)).items():
-        value, option = getattr(found, name), f"--{name.replace('_', '-')}"
-        if dataclasses.is_dataclass(value):
+    for field in option_fields(type(found)):
+        if len(field.path) > 1:
             continue
+        value = getattr(found, field.name)
         if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{option} is {value}; it must be a finite number")
+            problems.append(f"{field.option} is {value}; it must be a finite number")
         else:
-            problems.extend(out_of_bounds(hint, value, option))
+            problems.extend(out_of_bounds(field.annotation, value, field.option))
     if problems:
         raise ConfigError("; ".join(problems))
 
 
-def typed_options(args: Sequence[str], options: type) -> set[str]:
-    """Return the options that stand on a command line: `--a.b-c`, flags as `--b-c`.
-
-    Whatever their values: what was typed counts even where it is the default.
-    """
-    names = {arg.split("=", 1)[0].replace("_", "-") for arg in args}
-    known = names & set(option_names(options))
-    return {re.sub(r"(^--|\.)no-", r"\1", name) for name in known}
-
-
-def _check_paths(options: typing.Any, prefix: str = "--") -> None:
+def _check_paths(options: typing.Any) -> None:
     """Raise ConfigError for "" and addresses such as gs://... where paths belong."""
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        name = _typed_as(prefix, field.name)
+    for field in option_fields(type(options)):
+        value = functools.reduce(getattr, field.path, options)
         runs = field.name in _RUNS
-        if dataclasses.is_dataclass(value):
-            flat = isinstance(value, ExperimentConfig)
-            _check_paths(value, prefix if flat else f"{name}.")
         for item in value if isinstance(value, tuple) else (value,):
             named = isinstance(item, str) and field.name in _PATHS
             if isinstance(item, Path) or named or (runs and item):
-                check_path(item, name)
+                check_path(item, _typed_as(field))
 
 
 def take_preset(
@@ -333,26 +311,6 @@ def check_typed(args: Sequence[str], data: DataConfig, kind: str) -> None:
     if not typed:  # then the data needn't be there
         return
     check_used(data, resolve(data, kind), kind, {n.removeprefix("no_") for n in typed})
-
-
-def option_names(options: type, prefix: str = "--") -> Iterator[str]:
-    """Yield every option a dataclass gives: `--a.b-c`, and `--a.no-b-c` for flags."""
-    hints = typing.get_type_hints(options, include_extras=True)
-    for field in dataclasses.fields(options):
-        hint = hints[field.name]
-        name = field.name.replace("_", "-")
-        inner = typing.get_args(hint)[0] if _annotated(hint) else hint
-        if dataclasses.is_dataclass(inner):
-            flat = hint == Experiment
-            yield from option_names(inner, prefix if flat else f"{prefix}{name}.")
-            continue
-        yield prefix + name
-        if inner is bool:
-            yield f"{prefix}no-{name}"
-
-
-def _annotated(hint: object) -> bool:
-    return typing.get_origin(hint) is typing.Annotated
 
 
 def _check_names(args: Sequence[str], known: set[str], verb: str) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uoe_jax.cli.parse import Experiment, parse, typed_options
+from uoe_jax.cli.fields import typed_options
+from uoe_jax.cli.parse import Experiment, parse
 from uoe_jax.cli.paths import take_experiment
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError, DataError

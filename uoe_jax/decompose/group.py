@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from uoe_jax.decompose.cut import Grouping
 from uoe_jax.errors import ConfigError, choose
 
-Grouping = Literal["contiguous", "random", "coactivation"]
-GROUPINGS: tuple[Grouping, ...] = ("contiguous", "random", "coactivation")
+GROUPINGS: tuple[Grouping, ...] = get_args(Grouping)
 
 _ROUNDS = 30  # k-means stops earlier where no neuron moves
 

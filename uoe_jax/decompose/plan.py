@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,84 +10,18 @@ from jaxtyping import Int
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.decompose.calibrate import LayerValues, Stream
-from uoe_jax.decompose.group import Grouping, contributions, order_neurons
-from uoe_jax.decompose.layers import (
-    from_layers,
-    to_layers,
-)
+from uoe_jax.decompose.cut import PARTS, Cut
+from uoe_jax.decompose.group import contributions, order_neurons
+from uoe_jax.decompose.layers import from_layers, to_layers
 from uoe_jax.decompose.refit import Refit, chosen_gates, core_first, fit_down
 from uoe_jax.decompose.route import (
     RouterFit,
-    RouterStart,
     expert_lengths,
     fit_router,
 )
-from uoe_jax.decompose.split import PARTS, Part, split_params
-from uoe_jax.errors import ConfigError
-from uoe_jax.fields import Checked, Count, Seed, Whole
+from uoe_jax.decompose.split import split_params
 from uoe_jax.model import flat_params
-from uoe_jax.runs.batches import CALIBRATION_TOKENS
 from uoe_jax.tree import Arrays
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut(Checked):
-    """How a dense run becomes a union run.
-
-    `router` None means zero where every expert is used (then every gate is 1), else
-    least squares. `attention_experts` None means as many as `num_experts`. `shared`
-    experts of the MLP are always on: the neurons that write most. `refit` fits the
-    MLP's down-projections to the experts that are left on. `calibrate` is a text file,
-    or tokens of the run's own training data.
-    """
-
-    num_experts: Count
-    top_k: Count | None = None  # None: all of them
-    attention_experts: Count | None = None
-    shared: Whole = 0  # of num_experts and of top_k
-    parts: tuple[Part, ...] = PARTS
-    grouping: Grouping = "contiguous"
-    router: RouterStart | None = None
-    refit: bool = False
-    calibrate: Path | Count = CALIBRATION_TOKENS
-    seed: Seed = 0
-
-    @property
-    def chosen(self) -> int:
-        """Experts that a token uses."""
-        return self.top_k or self.num_experts
-
-    @property
-    def start(self) -> RouterStart:
-        """How the routers start."""
-        exact = self.chosen == self.num_experts
-        return self.router or ("zero" if exact else "least_squares")
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether data decides on anything."""
-        grouped = self.grouping == "coactivation" or self.shared > 0
-        return self.start != "zero" or grouped or self.refit
-
-    def check(self) -> None:
-        """Raise ConfigError for wishes that contradict each other."""
-        if (self.shared or self.refit) and "mlp" not in self.parts:
-            name = "shared" if self.shared else "refit"
-            raise ConfigError(
-                f"{name} is about the MLP's neurons and parts is {list(self.parts)}; "
-                "cut the MLP too, or leave it out"
-            )
-        if self.shared >= self.chosen and self.shared:
-            raise ConfigError(
-                f"shared is {self.shared}; always-on experts are part of the "
-                f"{self.chosen} a token uses and one must be left to route: use 0 to "
-                f"{self.chosen - 1}"
-            )
-        if self.refit and self.chosen == self.num_experts:
-            raise ConfigError(
-                f"refit is for experts that are off and a token uses all "
-                f"{self.num_experts}; give a smaller top_k, or leave it out"
-            )
 
 
 class Plan(NamedTuple):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-
-RouterStart = Literal["zero", "least_squares"]
 
 # Scores this small order the experts and leave every gate within 1% of 1.
 SCORE_DEVIATION = 0.02

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from uoe_jax.config import ExperimentConfig, ModelConfig
-from uoe_jax.decompose.plan import Cut, as_written, make_plan
+from uoe_jax.decompose.cut import Cut
+from uoe_jax.decompose.plan import as_written, make_plan
 from uoe_jax.decompose.split import merge_params, merged_config, union_config
 from uoe_jax.errors import DataError
 from uoe_jax.fields import check_ranges

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from uoe_jax.config import ModelConfig, UnionOverrides
+from uoe_jax.decompose.cut import PARTS, Part
 from uoe_jax.decompose.layers import from_layers, to_layers
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import check_params, param_shapes
 from uoe_jax.tree import Arrays
 from uoe_jax.weights import ATTENTION, MLP
-
-Part = Literal["attention", "mlp"]
-PARTS: tuple[Part, ...] = ("attention", "mlp")
 
 _WEIGHTS = {"attention": ATTENTION, "mlp": MLP}
 _ROUTER = ".router."

@@ -1,0 +1,94 @@
+"""How a dense run is cut into experts; the verb's options. Imports no jax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from uoe_jax.errors import ConfigError
+from uoe_jax.fields import Checked, Count, Seed, Whole
+from uoe_jax.options import words
+
+Part = Literal["attention", "mlp"]
+PARTS: tuple[Part, ...] = ("attention", "mlp")
+Grouping = Literal["contiguous", "random", "coactivation"]
+RouterStart = Literal["zero", "least_squares"]
+
+_PARTS = {"both": PARTS, "attention": ("attention",), "mlp": ("mlp",)}
+_STARTS = {"auto": None, "zero": "zero", "least-squares": "least_squares"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut(Checked):
+    """How a dense run becomes a union run."""
+
+    # Experts of every attention and MLP block.
+    num_experts: Annotated[Count, arg(name="experts")]
+
+    top_k: Count | None = None  # experts a token uses; all of them if not given
+
+    attention_experts: Count | None = None  # where heads need another number
+
+    shared: Whole = (
+        0  # MLP experts always on, of those used: the neurons that write most
+    )
+
+    parts: Annotated[tuple[Part, ...], words(_PARTS)] = PARTS  # what is cut
+
+    grouping: Grouping = "contiguous"  # which neurons become an expert together
+
+    # How routers start: at zero every gate is 1; least squares fits the experts' share
+    # of each token. By default zero where all experts are used.
+    router: Annotated[RouterStart | None, words(_STARTS)] = None
+
+    refit: bool = False  # fit the MLP's down-projections to the experts left on
+
+    # A text file, or tokens of the run's training data, for co-activation and fits.
+    calibrate: Count | Path = 16_384
+
+    seed: Seed = 0  # of random groups and of fits
+
+    @property
+    def chosen(self) -> int:
+        """Experts that a token uses."""
+        return self.top_k or self.num_experts
+
+    @property
+    def start(self) -> RouterStart:
+        """How the routers start."""
+        exact = self.chosen == self.num_experts
+        return self.router or ("zero" if exact else "least_squares")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether data decides on anything."""
+        grouped = self.grouping == "coactivation" or self.shared > 0
+        return self.start != "zero" or grouped or self.refit
+
+    def check(self) -> None:
+        """Raise ConfigError for wishes that contradict each other."""
+        if self.chosen > self.num_experts:
+            raise ConfigError(
+                f"{type(self).__name__}.top_k is {self.top_k}; it must be 1 to "
+                f"{self.num_experts}, the number of experts"
+            )
+        if (self.shared or self.refit) and "mlp" not in self.parts:
+            name = "shared" if self.shared else "refit"
+            raise ConfigError(
+                f"{name} is about the MLP's neurons and parts is {list(self.parts)}; "
+                "cut the MLP too, or leave it out"
+            )
+        if self.shared >= self.chosen and self.shared:
+            raise ConfigError(
+                f"shared is {self.shared}; always-on experts are part of the "
+                f"{self.chosen} a token uses and one must be left to route: use 0 to "
+                f"{self.chosen - 1}"
+            )
+        if self.refit and self.chosen == self.num_experts:
+            raise ConfigError(
+                f"refit is for experts that are off and a token uses all "
+                f"{self.num_experts}; give a smaller top_k, or leave it out"
+            )
