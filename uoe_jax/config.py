@@ -364,8 +364,11 @@ class DataConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Checked):
-    """AdamW with a schedule and clipping."""
+    """AdamW or Muon with a schedule and clipping."""
 
+    # muon: matrices of attention and MLP by Muon, an expert's each for itself; all
+    # else by AdamW. Both have the same rates and decay.
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: NotNegative = 1e-3  # the highest, after the warm-up
     # How the rate falls; wsd: in the last fifth only.
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -374,9 +377,12 @@ class OptimConfig(Checked):
     beta1: Fraction = 0.9  # decay of the mean of gradients
     beta2: Fraction = 0.95  # decay of the mean of their squares
     eps: Positive = 1e-8  # added to the root of that
+    momentum: Fraction = 0.95  # muon: decay of the mean of gradients
     weight_decay: NotNegative = 0.1  # a step of rate r shrinks weights by r times this
     clip_norm: NotNegative = 1.0  # global gradient norm; 0 switches clipping off
     router_lr_scale: NotNegative = 1.0  # routers' rate over the others'
+    # Decay of the mean of weights that is validated, saved and used; 0: the last ones.
+    ema_decay: Fraction = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

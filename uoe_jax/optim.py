@@ -1,19 +1,26 @@
-"""AdamW with a schedule, clipping and a weight-decay mask, on any params pytree."""
+"""AdamW and Muon with a schedule, clipping and a weight-decay mask, on any pytree."""
 
 from __future__ import annotations
 
+import math
+import typing
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+import optax.contrib
+from jaxtyping import Array, Int, PyTree
+from optax.contrib import MuonDimensionNumbers
 
 from uoe_jax.config import OptimConfig
-from uoe_jax.errors import ConfigError, shown
+from uoe_jax.errors import ConfigError, choose, shown
 from uoe_jax.tree import leaf_name
-from uoe_jax.weights import is_decayed
+from uoe_jax.weights import BLOCKS, find_weight, is_decayed
 
+# Muon's updates have AdamW's usual size (Liu et al. 2025, section 2.2), so that a rate
+# and a decay serve both.
+MUON_RMS = 0.2
 WSD_DECAY_FRACTION = 0.2  # share of the steps in which warm-up-stable-decay falls
 
 
@@ -93,6 +100,57 @@ def scale_by_step(schedule: optax.Schedule) -> optax.GradientTransformationExtra
     return optax.GradientTransformationExtraArgs(_no_state, update)
 
 
+def muon_matrices(params: PyTree) -> PyTree:
+    """Return a tree like `params`: which axes of a weight make a matrix, None: none do.
+
+    Those of attention and MLP. Layers and experts are matrices of their own: an
+    expert's update depends on no other expert.
+    """
+
+    def axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
+        name = leaf_name(path)
+        weight = find_weight(name)
+        if weight is None or not name.startswith(BLOCKS) or "router" in name:
+            return None
+        if not weight.ins or not weight.outs:
+            return None
+        places = lambda letters: tuple(weight.axes.index(a) for a in letters)
+        return MuonDimensionNumbers(places(weight.ins), places(weight.outs))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _muon(
+    config: OptimConfig, adam: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Return Muon for matrices (Jordan et al. 2024), `adam` for all else."""
+
+    def labels(params: PyTree) -> PyTree:
+        is_axes = lambda leaf: leaf is None or isinstance(leaf, MuonDimensionNumbers)
+        name = lambda axes: "adam" if axes is None else "muon"
+        return jax.tree.map(name, muon_matrices(params), is_leaf=is_axes)
+
+    orthogonal = optax.contrib.scale_by_muon(
+        beta=config.momentum,
+        mu_dtype=jnp.float32,
+        weight_dimension_numbers=muon_matrices,
+    )
+    matrices = optax.chain(orthogonal, optax.stateless(_to_rms))
+    return optax.partition({"muon": matrices, "adam": adam}, labels)
+
+
+def _to_rms(updates: PyTree, params: PyTree) -> PyTree:
+    """Return orthogonal matrices with entries of root mean square `MUON_RMS`."""
+    del params
+
+    def scale(update: Array, axes: MuonDimensionNumbers) -> Array:
+        sides = typing.cast(tuple[tuple[int, ...], ...], tuple(axes))
+        longest = max(math.prod(update.shape[a] for a in side) for side in sides)
+        return update * (MUON_RMS * longest**0.5)
+
+    return jax.tree.map(scale, updates, muon_matrices(updates))
+
+
 def _wide_moments(
     adam: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
@@ -108,17 +166,32 @@ def _wide_moments(
     return optax.GradientTransformation(init, adam.update)
 
 
+def follow_weights(
+    mean: PyTree, params: PyTree, step: Int[Array, ""], decay: float
+) -> PyTree:
+    """Return the exponential mean of weights after a step, counted from 0.
+
+    It forgets faster at first, so that the start is soon forgotten: (step + 1) /
+    (step + 10) of it stays, at most `decay`.
+    """
+    kept = jnp.minimum(decay, (step + 1) / (step + 10))
+    return jax.tree.map(lambda m, p: p + kept * (m - p), mean, params)
+
+
 def make_optimizer(
     config: OptimConfig, steps: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Return AdamW (Loshchilov and Hutter 2019) as `init` and `update(..., step=s)`.
+    """Return AdamW (Loshchilov and Hutter 2019) or Muon with it, as `init` and
+    `update(..., step=s)`.
 
     Gradients are clipped by their global norm first.
     """
+    adam = _wide_moments(
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
+    )
+    known = {"adamw": lambda: adam, "muon": lambda: _muon(config, adam)}
     pieces = [
-        _wide_moments(
-            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
-        ),
+        choose("optim.kind", config.kind, known)(),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         scale_by_step(make_schedule(config, steps)),
     ]

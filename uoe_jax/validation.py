@@ -423,6 +423,12 @@ def _source(model: ModelConfig, data: DataConfig) -> Iterator[str]:
 
 
 def _train(config: ExperimentConfig) -> Iterator[str]:
+    if config.optim.ema_decay > 0 and config.model.param_dtype != "float32":
+        yield (
+            f"optim.ema_decay {config.optim.ema_decay} with model.param_dtype "
+            f"{config.model.param_dtype!r}: a mean in it would stand still; use "
+            "float32"
+        )
     accumulate, batch = config.train.accumulate, config.data.batch_size
     if batch % accumulate:
         yield (

@@ -20,7 +20,7 @@ from uoe_jax.adapt.layout import adapter_specs
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.partition.layout import Layout
-from uoe_jax.runs.state import TrainState, first_level, layout_of
+from uoe_jax.runs.state import TrainState, first_level, first_mean, layout_of
 from uoe_jax.train.subject import MakeKey, Objective, Subject
 from uoe_jax.tree import named_leaves, replace_leaves
 from uoe_jax.weights import EXPERT, find_weight
@@ -133,6 +133,7 @@ def adapter_subject(
         buffers=adapters.anchor,
         bad_steps=jnp.zeros((), jnp.int32),
         loss_level=first_level(config.train),
+        ema=first_mean(config.optim, adapters.weights),
     )
     return Subject(
         graphdef=graphdef,

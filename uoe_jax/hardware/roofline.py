@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from uoe_jax.config import ExperimentConfig
+from uoe_jax.config import ExperimentConfig, OptimConfig
 from uoe_jax.hardware.comms import RingStep, place_axes, seconds
 from uoe_jax.hardware.count import (
     DTYPE_BYTES,
@@ -215,15 +215,17 @@ def memory_bytes(
 ) -> dict[str, float]:
     """Return the bytes of one chip at the peak of a step, by what takes them.
 
-    Parameters, AdamW's moments and gradients in float32; what the backward pass needs;
-    weights gathered for one layer; the output layer's chunk and gathered weights.
+    Parameters; moments, gradients and the mean of the weights in float32; what the
+    backward pass needs; weights gathered for one layer; the output layer's chunk and
+    gathered weights.
     """
     model = config.model
     rules = config.layout.rules
-    held = sum(held_params(model, sizes, rules).values())
+    parts = held_params(model, sizes, rules)
+    held = sum(parts.values())
     found = {
         "parameters": held * DTYPE_BYTES[model.param_dtype],
-        "optimizer": 2 * held * _FLOAT32,
+        "optimizer": moments(config.optim, parts) * _FLOAT32,
         "gradients": held * _FLOAT32,
         "activations": _activations(config, sizes),
         "gathered weights": 0.0,
@@ -244,6 +246,17 @@ def memory_bytes(
         found["output layer"] = chunk * model.vocab_size * (size + 2 * _FLOAT32)
         found["output layer"] += outer * (_FLOAT32 + size)
     return found
+
+
+def moments(optim: OptimConfig, parts: Mapping[str, float]) -> float:
+    """Return how many numbers an optimizer keeps of parameters, counted by part.
+
+    AdamW two each, Muon one of each matrix; the weights' mean is one more.
+    """
+    held = sum(parts.values())
+    matrices = parts.get("attention", 0) + parts.get("mlp", 0)
+    fewer = matrices if optim.kind == "muon" else 0
+    return 2 * held - fewer + (held if optim.ema_decay > 0 else 0)
 
 
 def _activations(config: ExperimentConfig, sizes: Mapping[str, int]) -> float:

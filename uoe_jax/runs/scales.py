@@ -36,7 +36,8 @@ model.union_attention.gate model.union_attention.shared_kv model.moe.router
 model.moe.gate model.norm model.position model.activation model.use_bias
 model.tie_embeddings model.remat model.scan_layers model.param_dtype
 model.compute_dtype data.source data.path data.encoding data.tokenizer data.text_key
-data.bad_records data.pack data.bad_utf8 optim.schedule layout.tensor_reduce
+data.bad_records data.pack data.bad_utf8 optim.kind optim.schedule
+layout.tensor_reduce
 layout.experts layout.dispatch layout.sequence_attention layout.rules
 layout.device_order
 model.norm_place
@@ -45,7 +46,8 @@ model.mlp_bias model.class_token model.pooling model.encoder_head
 """
 _SHARES = """
 model.mod.keep model.mod.bias_update_rate model.dropout data.valid_fraction
-data.test_fraction optim.final_lr_fraction optim.beta1 optim.beta2
+data.test_fraction optim.final_lr_fraction optim.beta1 optim.beta2 optim.momentum
+optim.ema_decay
 train.label_smoothing
 """
 _LOGS = """

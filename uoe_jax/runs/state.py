@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from uoe_jax.config import ExperimentConfig, TrainConfig
+from uoe_jax.config import ExperimentConfig, OptimConfig, TrainConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import param_shapes, split_model
 from uoe_jax.partition.layout import Layout, make_layout
@@ -55,6 +55,51 @@ class TrainState:
     buffers: PyTree  # the routers' balance biases
     bad_steps: Any  # int32, non-finite steps in a row
     loss_level: Any = None  # LossLevel with train.max_loss_jump, None without
+    ema: PyTree = None  # mean of the params with optim.ema_decay, None without
+
+    @property
+    def used(self) -> PyTree:
+        """The weights that are validated and used: their mean, where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+# A checkpoint's `params` are those that are used, so that whoever reads a run need not
+# know of the mean; training goes on from the others.
+_USED, _TRAINED, _MEAN = "params.", "trained.", "ema."
+
+
+def to_saved(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state's arrays by the names that a checkpoint gives them."""
+    if not any(name.startswith(_MEAN) for name in arrays):
+        return dict(arrays)
+    return _renamed(_renamed(arrays, _USED, _TRAINED), _MEAN, _USED)
+
+
+def from_saved(
+    arrays: Mapping[str, Any], template: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a checkpoint's arrays by the names of a state, which `template` has.
+
+    Where the mean begins only now it is that of the weights there are.
+    """
+    if not any(name.startswith(_MEAN) for name in template):
+        return dict(arrays)
+    # Copies: a step donates both.
+    used = {n: a.copy() for n, a in arrays.items() if n.startswith(_USED)}
+    arrays = _renamed(used, _USED, _TRAINED) | dict(arrays)
+    return _renamed(_renamed(arrays, _USED, _MEAN), _TRAINED, _USED)
+
+
+def _renamed(arrays: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    return {
+        new + name.removeprefix(old) if name.startswith(old) else name: array
+        for name, array in arrays.items()
+    }
+
+
+def first_mean(config: OptimConfig, params: PyTree) -> PyTree:
+    """Return the mean of a run's weights before its first step; None where none is."""
+    return jax.tree.map(jnp.copy, params) if config.ema_decay > 0 else None
 
 
 @dataclass
@@ -136,6 +181,7 @@ def _initialiser(
             buffers=buffers,
             bad_steps=jnp.zeros((), jnp.int32),
             loss_level=first_level(config.train),
+            ema=first_mean(config.optim, params),
         )
 
     return graphdef, init, layout.sharding_tree(jax.eval_shape(init))

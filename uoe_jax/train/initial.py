@@ -25,6 +25,7 @@ from uoe_jax.files import format_json, local_path, read_json, write_atomically
 from uoe_jax.model import param_shapes
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS
+from uoe_jax.runs.state import first_mean
 from uoe_jax.train.peers import is_primary
 from uoe_jax.train.subject import MakeSubject, Subject, whole_model
 from uoe_jax.tree import named_leaves, replace_leaves
@@ -217,6 +218,9 @@ def _make_subject(start: Start, run_dir: Path) -> MakeSubject:
             text = format_json(record, indent=2) + "\n"
             write_atomically(run_dir / RECORD, text)
         state = replace_leaves(state, placed)
+        if state.ema is not None:
+            mean = first_mean(config.optim, state.params)
+            state = dataclasses.replace(state, ema=mean)
         return dataclasses.replace(subject, state=state, note=start.describe())
 
     return make

@@ -37,7 +37,7 @@ from uoe_jax.runs.folder import (
     write_environment,
 )
 from uoe_jax.runs.lock import RunLock
-from uoe_jax.runs.state import Progress, check_32_bits
+from uoe_jax.runs.state import Progress, check_32_bits, from_saved, to_saved
 from uoe_jax.train.clock import Clock, Rate
 from uoe_jax.train.diagnose import diagnose, write_dump
 from uoe_jax.train.feed import flop_share, train_batch
@@ -185,10 +185,12 @@ class _Run:
         barrier("unfinished checkpoints are gone")
         if not self.checkpoints.steps() and step is None:
             return
-        template = named_leaves(self.state)
+        fresh = named_leaves(self.state)
+        template = to_saved(fresh)
         optional = {name for name in template if name.startswith("loss_level.")}
         if not has_begun(self.run_dir):  # an imported model has no optimizer's state
-            optional |= {name for name in template if name.startswith("opt_state.")}
+            later = ("opt_state.", "trained.")
+            optional |= {name for name in template if name.startswith(later)}
         self.step, arrays, progress = self.checkpoints.restore(
             template, step=step, optional=optional
         )
@@ -197,8 +199,9 @@ class _Run:
         check_saved(self.run_dir, self.config, saved, self.step)
         barrier("checkpoint is read")
         # A checkpoint of a run without `max_loss_jump` has no level: it begins anew.
-        begun = {name: template[name] for name in optional - arrays.keys()}
-        state = fill_leaves(self.state, self.layout.to_memory(arrays) | begun)
+        arrays = from_saved(self.layout.to_memory(arrays), fresh)
+        begun = {name: fresh[name] for name in fresh.keys() - arrays.keys()}
+        state = fill_leaves(self.state, arrays | begun)
         self.state = self.layout.place(state)
         self.progress = self.clock.resume(Progress(**progress))
         self.display.note(f"resuming from step {self.step}")
@@ -399,7 +402,7 @@ class _Run:
         self.drain()
         values = run_validation(
             self.eval_fn,
-            self.state.params,
+            self.state.used,
             self.state.buffers,
             self.valid,
             self.mesh,
@@ -435,7 +438,7 @@ class _Run:
         self.clock.update()
         store.save(
             self.step,
-            self.layout.to_file(snapshot(self.state)),
+            to_saved(self.layout.to_file(snapshot(self.state))),
             dataclasses.asdict(self.config),
             self.progress.as_json(),
         )

@@ -18,7 +18,7 @@ from uoe_jax.config import ExperimentConfig
 from uoe_jax.hardware.count import num_tokens
 from uoe_jax.model import Decoder, router_losses
 from uoe_jax.model.routing.balance import PARTS, router_configs
-from uoe_jax.optim import make_schedule
+from uoe_jax.optim import follow_weights, make_schedule
 from uoe_jax.partition.collectives import Parallel, agreed, count_copies, total
 from uoe_jax.partition.layout import Layout, batch_spec
 from uoe_jax.partition.mesh import DATA_AXIS
@@ -389,6 +389,11 @@ def make_step(
             "opt_state": opt_state,
             "buffers": objective.update_buffers(state.buffers, aux, config.model),
         }
+        if state.ema is not None:
+            decay = config.optim.ema_decay
+            changed["ema"] = follow_weights(
+                state.ema, changed["params"], state.step, decay
+            )
         chosen = {
             name: jax.tree.map(
                 lambda new, old: jnp.where(applied, new, old),
