@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from uoe_jax.cli.paths import RUNS, find_run, run_or_preset
+from uoe_jax.cli.paths import RUNS, find_run, run_or_preset, with_teacher_found
 from uoe_jax.config import DataConfig, ExperimentConfig, ModelConfig
 from uoe_jax.errors import ConfigError, nearest, shown
 from uoe_jax.presets import get_preset
@@ -57,6 +57,7 @@ def train(
     """
     config = _experiment(config)
     validate(config)
+    config = with_teacher_found(config)
     folder = RUNS / config.name if run_dir is None else Path(run_dir)
 
     from uoe_jax.train.initial import recorded_start, start_from

@@ -47,6 +47,8 @@ PatchSize = Annotated[int, Bounds(least=1, most=128)]
 Capacity = Annotated[float, Bounds(above=0, least=1e-6, most=65_536)]
 Share = Annotated[float, Bounds(above=0, below=1)]
 UpToOne = Annotated[float, Bounds(least=0, most=1)]
+Weight = Annotated[float, Bounds(above=0, most=1)]
+Temperature = Annotated[float, Bounds(least=0.1, most=100)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -440,6 +442,12 @@ class TrainConfig(Checked):
     steps: Whole = 300  # updates of the weights
     max_seconds: Positive | None = None  # wall-clock budget; the run ends cleanly
     accumulate: Count = 1  # microbatches per step
+    # A decoder's run whose probabilities this one learns beside its data; it is frozen.
+    distill_from: str | None = None
+    distill_weight: Weight = 0.5  # of what is learnt from it; the data's is the rest
+    distill_temperature: Temperature = 2.0  # what its logits are divided by
+    # Steps in which unions go from all experts on down to their top_k, in 4 stages.
+    top_k_warmup_steps: Whole = 0
     z_loss: NotNegative = 0.0  # weight of log(sum exp logits)^2
     label_smoothing: Fraction = 0.0  # probability given to all classes alike
     log_every: Count = 10  # steps between printed lines

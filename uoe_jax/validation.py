@@ -422,6 +422,14 @@ def _source(model: ModelConfig, data: DataConfig) -> Iterator[str]:
         )
 
 
+def leaves_experts_out(model: ModelConfig) -> bool:
+    """Whether a token of some union uses fewer than all of its experts."""
+    unions = [model.union_for("mlp")] if "union" in model.mlp else []
+    if {"union", "moh"} & set(model.attention):
+        unions.append(model.union_for("attention"))
+    return any(union.top_k < union.num_experts for union in unions)
+
+
 def _train(config: ExperimentConfig) -> Iterator[str]:
     if config.optim.ema_decay > 0 and config.model.param_dtype != "float32":
         yield (
@@ -434,6 +442,17 @@ def _train(config: ExperimentConfig) -> Iterator[str]:
         yield (
             f"train.accumulate {accumulate} doesn't divide data.batch_size {batch}; "
             f"use one of {divisors(batch)}"
+        )
+    if config.train.distill_from is not None and config.model.kind != "decoder":
+        yield (
+            f"train.distill_from is {shown(config.train.distill_from)} and model.kind "
+            f"{config.model.kind!r}; only a decoder learns from another run, leave it "
+            "None"
+        )
+    if config.train.top_k_warmup_steps and not leaves_experts_out(config.model):
+        yield (
+            f"train.top_k_warmup_steps is {config.train.top_k_warmup_steps} and no "
+            "union leaves an expert out; use 0, or a top_k below num_experts"
         )
     devices = config.mesh.data
     if devices > 0 and (batch // accumulate) % devices:

@@ -32,12 +32,12 @@ from uoe_jax.adapt import (
     count_adapter_params,
     init_adapters,
 )
-from uoe_jax.adapt.subject import freeze_params
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import make_dataset
 from uoe_jax.files import format_json
 from uoe_jax.model import make_model
 from uoe_jax.train.step import batch_loss
+from uoe_jax.train.subject import freeze_params
 
 Tree = Any
 

@@ -22,11 +22,12 @@ from uoe_jax.adapt import (
     stack_adapters,
 )
 from uoe_jax.adapt.plan import make_plans
-from uoe_jax.adapt.subject import adapter_subject, freeze_params
+from uoe_jax.adapt.subject import adapter_subject
 from uoe_jax.config import ExperimentConfig, MeshConfig, ModelConfig, TrainConfig
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh
 from uoe_jax.train.step import make_step, put_batch
+from uoe_jax.train.subject import freeze_params
 
 
 def draw(*shape, seed=0):

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from compare import assert_close
 
-from uoe_jax.train.loss import class_losses, linear_cross_entropy, token_scores
+from uoe_jax.train.loss import (
+    LossTerms,
+    Taught,
+    class_losses,
+    linear_cross_entropy,
+    token_scores,
+)
 
 N, D, V = 23, 8, 50
 
@@ -33,7 +39,7 @@ def oracle(x, weight, bias, targets, weights, z_loss, smoothing):
 @pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (1e-2, 0.2)])
 def test_sums_equal_whole_logits_in_float64(chunk, z_loss, smoothing):
     inputs = make_inputs()
-    sums = linear_cross_entropy(*inputs, chunk, z_loss, smoothing)
+    sums = linear_cross_entropy(*inputs, LossTerms(chunk, z_loss, smoothing))
     objective, nll = oracle(*inputs, z_loss, smoothing)
     assert_close(sums.objective, objective, 1e-5)
     assert_close(sums.nll, nll, 1e-5)
@@ -53,7 +59,8 @@ def test_gradients_equal_autodiff_of_whole_logits(chunk, use_bias):
         return 3.0 * jnp.sum(weights * (smooth + 1e-2 * lse**2))
 
     def chunked(x, weight, bias):
-        args = (x, weight, bias, targets, weights, chunk, 1e-2, 0.2)
+        terms = LossTerms(chunk, 1e-2, 0.2)
+        args = (x, weight, bias, targets, weights, terms)
         return 3.0 * linear_cross_entropy(*args).objective
 
     which = (0, 1, 2) if use_bias else (0, 1)
@@ -61,6 +68,70 @@ def test_gradients_equal_autodiff_of_whole_logits(chunk, use_bias):
     got = jax.grad(chunked, which)(x, weight, bias)
     for a, b in zip(got, expected, strict=True):
         assert_close(a, b, 1e-4)
+
+
+def soft_oracle(x, weight, bias, targets, weights, taught, share, temperature):
+    """Objective in NumPy float64: data's loss, and T^2 cross-entropy to the teacher."""
+    double = lambda a: None if a is None else np.asarray(a, np.float64)
+    x, weight, bias, weights, *said = map(double, (x, weight, bias, weights, *taught))
+    logits = x @ weight + (0 if bias is None else bias)
+    teacher = said[0] @ said[1] + (0 if said[2] is None else said[2])
+    log_softmax = lambda z: z - np.log(np.exp(z).sum(-1, keepdims=True))
+    nll = -log_softmax(logits)[np.arange(N), np.asarray(targets)]
+    wanted = np.exp(log_softmax(teacher / temperature))
+    soft = -(wanted * log_softmax(logits / temperature)).sum(-1)
+    return (weights * ((1 - share) * nll + share * temperature**2 * soft)).sum()
+
+
+def make_taught(use_bias=True, width=5):
+    rng = np.random.default_rng()
+    x, weight = rng.normal(size=(N, width)), rng.normal(size=(width, V))
+    bias = jnp.asarray(rng.normal(size=V), jnp.float32) if use_bias else None
+    return Taught(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32), bias)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+@pytest.mark.parametrize(("share", "temperature"), [(0.3, 2.0), (1.0, 0.7), (0.9, 1.0)])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_teacher_adds_its_softened_cross_entropy(chunk, share, temperature, use_bias):
+    inputs, taught = make_inputs(use_bias=use_bias), make_taught(use_bias)
+    terms = LossTerms(chunk, share=share, temperature=temperature)
+    sums = linear_cross_entropy(*inputs, terms, taught)
+    expected = soft_oracle(*inputs, taught, share, temperature)
+    assert_close(sums.objective, expected, 1e-5)
+    # What is reported is the data's, whoever teaches.
+    assert_close(sums.nll, oracle(*inputs, 0.0, 0.0)[1], 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_gradients_to_a_teacher_are_the_oracles_differences(chunk):
+    (x, weight, bias, *rest), taught = make_inputs(), make_taught()
+    share, temperature, step = 0.6, 3.0, 1e-5
+
+    def ours(x, weight, bias):
+        terms = LossTerms(chunk, share=share, temperature=temperature)
+        return 2.0 * linear_cross_entropy(x, weight, bias, *rest, terms, taught)[0]
+
+    given = [np.asarray(a, np.float64) for a in (x, weight, bias)]
+    whole = lambda *a: 2.0 * soft_oracle(*a, *rest, taught, share, temperature)
+    rng = np.random.default_rng()
+    for number, got in enumerate(jax.grad(ours, (0, 1, 2))(x, weight, bias)):
+        way = rng.normal(size=got.shape)
+        ends = []
+        for sign in (1, -1):
+            moved = list(given)
+            moved[number] = moved[number] + sign * step * way
+            ends.append(whole(*moved))
+        slope = (ends[0] - ends[1]) / (2 * step)
+        scale = np.linalg.norm(way) * np.linalg.norm(np.asarray(got))
+        assert abs(np.sum(way * np.asarray(got, np.float64)) - slope) < 1e-5 * scale
+
+
+def test_a_teacher_that_says_the_same_leaves_the_datas_gradient_alone():
+    x, weight, bias, *rest = make_inputs()
+    taught, terms = Taught(x, weight, bias), LossTerms(7, share=1.0, temperature=2.0)
+    loss = lambda x: linear_cross_entropy(x, weight, bias, *rest, terms, taught)[0]
+    assert np.abs(np.asarray(jax.grad(loss)(x))).max() < 1e-4
 
 
 def arrays_of(jaxpr):
@@ -75,7 +146,8 @@ def arrays_of(jaxpr):
 
 def gradient_jaxpr(chunk, dtype=jnp.float32):
     x, weight, bias, targets, weights = make_inputs(dtype)
-    loss = lambda x, w: linear_cross_entropy(x, w, bias, targets, weights, chunk)
+    rest = bias, targets, weights, LossTerms(chunk)
+    loss = lambda x, w: linear_cross_entropy(x, w, *rest)
     return jax.make_jaxpr(jax.grad(lambda x, w: loss(x, w).objective, (0, 1)))(
         x, weight
     ).jaxpr
@@ -97,8 +169,8 @@ def test_bfloat16_products_sum_the_weights_gradient_in_float32():
 
 def test_bfloat16_loss_is_near_float32s():
     x, *rest = make_inputs(jnp.bfloat16)
-    low = linear_cross_entropy(x, *rest, 8).nll
-    high = linear_cross_entropy(x.astype(jnp.float32), *rest, 8).nll
+    low = linear_cross_entropy(x, *rest, LossTerms(8)).nll
+    high = linear_cross_entropy(x.astype(jnp.float32), *rest, LossTerms(8)).nll
     assert_close(low, high, 1e-2)  # bf16 weights: 2^-9 each
 
 
@@ -107,7 +179,7 @@ def test_token_scores_are_per_token():
     scores = token_scores(x, weight, bias, targets, 5)
     logits = np.asarray(x @ weight + bias[None])
     np.testing.assert_array_equal(scores.correct, logits.argmax(-1) == targets)
-    total = linear_cross_entropy(x, weight, bias, targets, weights, 5).nll
+    total = linear_cross_entropy(x, weight, bias, targets, weights, LossTerms(5)).nll
     assert_close(jnp.sum(scores.nll * weights), total, 1e-5)
 
 

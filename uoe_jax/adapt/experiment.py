@@ -41,13 +41,16 @@ def adapted_experiment(run: LoadedRun, request: AdaptRequest) -> ExperimentConfi
         learning_rate=request.learning_rate,
         warmup_steps=min(config.optim.warmup_steps, max(request.steps // 10, 1)),
         weight_decay=0.0,
+        ema_decay=0.0,
     )
     budget = dataclasses.replace(
         config.train,
         steps=request.steps,
         seed=request.seed,
         eval_batches=request.eval_batches,
-        max_seconds=None,  # that was for the whole model
+        max_seconds=None,  # these were for the whole model
+        distill_from=None,
+        top_k_warmup_steps=0,
         profile=False,
     )
     config = dataclasses.replace(

@@ -21,24 +21,8 @@ from uoe_jax.config import ExperimentConfig
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.partition.layout import Layout
 from uoe_jax.runs.state import TrainState, first_level, first_mean, layout_of
-from uoe_jax.train.subject import MakeKey, Objective, Subject
-from uoe_jax.tree import named_leaves, replace_leaves
-from uoe_jax.weights import EXPERT, find_weight
-
-
-def freeze_params(params: PyTree, config: ExperimentConfig) -> PyTree:
-    """Return the parameters as a frozen base: large weights in the compute dtype.
-
-    Half the memory in bfloat16, and the same forward pass: the model casts those
-    weights on every use.
-    """
-    dtype = jnp.dtype(config.model.compute_dtype)
-    cast = {
-        name: leaf.astype(dtype)
-        for name, leaf in named_leaves(params).items()
-        if (weight := find_weight(name)) and weight.cast
-    }
-    return replace_leaves(params, cast)
+from uoe_jax.train.subject import MakeKey, Objective, Subject, freeze_params
+from uoe_jax.weights import EXPERT
 
 
 def adapter_layout(adapters: Adapters, model: Layout) -> Layout:

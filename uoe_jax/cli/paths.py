@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,15 @@ def find_run(name: str) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise ConfigError(f"no run at {name!r} (no config.json there); {_known_runs(name)}")
+
+
+def with_teacher_found(config: ExperimentConfig) -> ExperimentConfig:
+    """Return a config whose `train.distill_from` is a folder, if it names any run."""
+    if config.train.distill_from is None:
+        return config
+    folder = str(find_run(config.train.distill_from))
+    train = dataclasses.replace(config.train, distill_from=folder)
+    return dataclasses.replace(config, train=train)
 
 
 def is_run(name: str) -> bool:

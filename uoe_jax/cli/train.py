@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uoe_jax.cli.parse import Experiment, check_typed, parse
-from uoe_jax.cli.paths import RUNS, find_run, take_experiment
+from uoe_jax.cli.paths import RUNS, find_run, take_experiment, with_teacher_found
 from uoe_jax.cli.recall import recall_line, remember
 from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.escape import escape_line
@@ -60,6 +60,7 @@ def train(args: list[str]) -> int:
     if options.layout is not None:
         config = read_layout(options.layout, config)
     validate(config)
+    config = with_teacher_found(config)
     check_typed(rest, config.data, config.model.kind)
     run_dir = options.run_dir or folder or RUNS / config.name
     if options.init_partial and options.init_from is None:

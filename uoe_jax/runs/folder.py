@@ -69,6 +69,8 @@ FREE_FIELDS = frozenset(
 # Where data and tokenizer lie, and how a tokenizer was asked for: a run's record of
 # its data has the hashes of both.
 _MOVED_FIELDS = frozenset({"data.path", "data.tokenizer", "data.bpe_vocab_size"})
+# Where a teacher lies: a run's record has its hash, the config whether there is one.
+_TEACHER = "train.distill_from"
 _OPTIONAL = ("jax-cuda13-plugin", "jax-triton", "triton", "libtpu")
 _PACKAGES = ("uoe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -91,7 +93,7 @@ def open_run_dir(
     it belongs to another config, or it has a run and `resume` is off; DataError when
     the run recorded other data.
     """
-    config = dataclasses.replace(config, data=absolute_paths(config.data))
+    config = absolute_settings(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = RunLock(path, note)
@@ -114,10 +116,18 @@ def write_settings(
     path: Path, config: ExperimentConfig, data: DataRecord | None
 ) -> None:
     """Write a run's config, with absolute paths, and what it keeps of its data."""
-    config = dataclasses.replace(config, data=absolute_paths(config.data))
-    write_atomically(path / CONFIG, to_json(config))
+    write_atomically(path / CONFIG, to_json(absolute_settings(config)))
     if data is not None:
         write_record(path, data)
+
+
+def absolute_settings(config: ExperimentConfig) -> ExperimentConfig:
+    """Return a config that means the same files from every working folder."""
+    train, teacher = config.train, config.train.distill_from
+    if teacher is not None:
+        teacher = str(Path(teacher).expanduser().absolute())
+        train = dataclasses.replace(train, distill_from=teacher)
+    return dataclasses.replace(config, data=absolute_paths(config.data), train=train)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -153,7 +163,7 @@ def _refuse_others(
     differing = [
         f"{name} is {new[name]!r}, was {old[name]!r}"
         for name in new
-        if name not in free and old[name] != new[name]
+        if name not in free and not _agree(name, old[name], new[name])
     ]
     if differing:
         raise ConfigError(
@@ -172,8 +182,7 @@ def _check_config(
         raise ConfigError(
             f"{path} has a run already; resume it or choose another --run-dir"
         )
-    before = parse_config(path)
-    before = dataclasses.replace(before, data=absolute_paths(before.data))
+    before = absolute_settings(parse_config(path))
     record, begun = read_record(path), has_begun(path)
     free = FREE_FIELDS
     if begun and record is not None and data is not None:
@@ -210,6 +219,13 @@ def check_saved(
         )
 
 
+def _agree(name: str, one: Any, other: Any) -> bool:
+    """Whether two values of a field give the same numbers."""
+    if name == _TEACHER:
+        return (one is None) == (other is None)
+    return one == other
+
+
 def _has_trained_to(path: Path, step: int) -> bool:
     """Whether the run itself saved the checkpoint of a step, after training to it.
 
@@ -228,7 +244,7 @@ def _differing(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, str
         for key in [key for key in now if key in before]:
             inner = f"{name}.{key}" if name else key
             yield from _differing(now[key], before[key], inner)
-    elif now != before:
+    elif not _agree(name, now, before):
         yield name, f"{name} is {now!r}, was {before!r}"
 
 

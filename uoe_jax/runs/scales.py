@@ -42,13 +42,13 @@ layout.experts layout.dispatch layout.sequence_attention layout.rules
 layout.device_order
 model.norm_place
 model.embed_norm model.qk_norm model.rope_scaling.kind model.attention_bias
-model.mlp_bias model.class_token model.pooling model.encoder_head
+model.mlp_bias model.class_token model.pooling model.encoder_head train.distill_from
 """
 _SHARES = """
 model.mod.keep model.mod.bias_update_rate model.dropout data.valid_fraction
 data.test_fraction optim.final_lr_fraction optim.beta1 optim.beta2 optim.momentum
 optim.ema_decay
-train.label_smoothing
+train.label_smoothing train.distill_weight
 """
 _LOGS = """
 model.vocab_size model.max_seq_len model.d_model model.d_ff model.num_layers
@@ -74,6 +74,7 @@ data.max_length optim.learning_rate optim.warmup_steps optim.eps optim.weight_de
 optim.clip_norm optim.router_lr_scale mesh.data mesh.fsdp mesh.tensor mesh.sequence
 train.steps train.max_seconds train.accumulate train.z_loss train.eval_every
 train.eval_batches train.max_bad_steps train.max_loss_jump train.loss_chunk
+train.distill_temperature train.top_k_warmup_steps
 """
 
 # The kind of every field of a run's config, which a test holds to the config itself.

@@ -111,6 +111,7 @@ class Progress:
     tokens: int = 0
     flops: float = 0.0
     skipped: int = 0  # steps whose update was dropped
+    first_step: int = 0  # at which the run began, of one made from another's model
     train_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None

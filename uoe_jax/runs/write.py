@@ -83,7 +83,7 @@ def write_run(
             write_atomically(unfinished / name, text)
         checkpoints = Checkpoints(unfinished / CHECKPOINTS, compress=False)
         described = dataclasses.asdict(config)
-        spent = origin.spent.as_json()
+        spent = dataclasses.replace(origin.spent, first_step=origin.step).as_json()
         checkpoints.save(origin.step, arrays, described, spent)
         checkpoints.close()
 

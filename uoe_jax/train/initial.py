@@ -80,7 +80,7 @@ def start_from(
     if begun:
         return whole_model
     start = _plan(source, config, partial)
-    _compare_tokenizers(source, config, partial)
+    compare_tokenizers(source, config, partial=partial)
     if record is not None and record.get("digest") != start.digest:
         raise ConfigError(
             f"{run_dir} was started from step {record.get('step')} of {source}, which "
@@ -138,10 +138,13 @@ def _plan(source: Path, config: ExperimentConfig, partial: bool) -> Start:
     )
 
 
-def _compare_tokenizers(source: Path, config: ExperimentConfig, partial: bool) -> None:
+def compare_tokenizers(
+    source: Path, config: ExperimentConfig, *, partial: bool = False
+) -> None:
     """Raise ConfigError where the source's tokenizer is another: ids mean other words.
 
-    Of a partial start it is a warning: what is loaded may be meant to be trained anew.
+    Of a `partial` start it is a warning: what is loaded may be meant to be trained
+    anew.
     """
     before = read_record(source)
     if before is None or before.tokenizer_identity is None:  # images, or an older run

@@ -21,7 +21,9 @@ from uoe_jax.data import Dataset, make_dataset, prefetch
 from uoe_jax.data.record import record_of
 from uoe_jax.errors import NonFiniteError, out_of_memory
 from uoe_jax.files import local_path
+from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.hardware.devices import peak_flops
+from uoe_jax.model import split_model
 from uoe_jax.ops._dispatch import served
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
@@ -54,8 +56,10 @@ from uoe_jax.train.resume import (
     describe_resharding,
 )
 from uoe_jax.train.signals import StopRun, StopSignals
+from uoe_jax.train.stages import describe_stages, stage_at
 from uoe_jax.train.step import make_step
 from uoe_jax.train.subject import MakeSubject, Subject, whole_model
+from uoe_jax.train.teacher import find_teacher, with_teacher
 from uoe_jax.train.validate import make_eval_step, run_validation
 from uoe_jax.train.watch import watch_peers
 from uoe_jax.tree import fill_leaves, named_leaves
@@ -100,6 +104,7 @@ def train(
         stack.enter_context(watch_peers())
         # Before the folder is touched: data that can't serve leaves nothing behind.
         data = (make_dataset(config, "train"), make_dataset(config, "valid"))
+        teacher = find_teacher(config, run_dir)
         lock = None
         if is_primary():
             lock = stack.enter_context(
@@ -111,15 +116,22 @@ def train(
                     data=record_of(data[0].prepared),
                 )
             )
-        for line in describe_run(config, mesh, data[0].prepared.manifest, run_dir):
+        told = describe_run(config, mesh, data[0].prepared.manifest, run_dir)
+        told += [line for line in [describe_stages(config)] if line is not None]
+        told += [] if teacher is None else [teacher.describe(config)]
+        for line in told:
             display.note(line)
         if is_primary():
             write_order(run_dir, order, mesh)
+        if is_primary() and teacher is not None:
+            teacher.record(run_dir)
         signals = stack.enter_context(StopSignals())
         if optimizer is None:
             optimizer = make_optimizer(config.optim, config.train.steps)
         try:
             subject = make_subject(config, optimizer, mesh)
+            if teacher is not None:
+                subject = with_teacher(subject, teacher, config, mesh)
             run = _Run(config, run_dir, data, mesh, subject, display, signals)
             run.lock = lock
             run.restore(resume_step)
@@ -150,9 +162,7 @@ class _Run:
         self.data, self.valid = data
         self.subject, self.state = subject, subject.state
         about = (mesh, subject.layout, subject.objective)
-        graphdef, optimizer = subject.graphdef, subject.optimizer
-        self.step_fn: Any = make_step(config, graphdef, optimizer, *about)
-        self.eval_fn = make_eval_step(config, graphdef, *about)
+        self.eval_fn = make_eval_step(config, subject.graphdef, *about)
         self.layout = subject.layout
         self.votes = Votes(mesh)
         self.checkpoints = Checkpoints(
@@ -163,16 +173,35 @@ class _Run:
         self.best = Checkpoints(run_dir / BEST)
         self.step, self.fresh = 0, True
         self.lock: RunLock | None = None
-        repeats = config.train.replay_every > 0
-        self.replay = make_replay(config, subject) if repeats else None
         self.pending: tuple[int, PyTree] | None = None
-        self.flops_per_token = subject.flops_per_token
+        self.stage, self.staged = config, subject  # of a warm-up of top_k
+        self.make_programs()
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self.peak = peak * mesh.size if peak else None
         self.rate = Rate(config.train.log_every)
         self.tracing = False
         self.compiled: dict[str, Any] = {}
         self.about: dict[str, Any] = {}
+
+    def make_programs(self) -> None:
+        """Make the step, and what repeats it, of the stage the run is in."""
+        config, subject = self.stage, self.staged
+        about = (self.mesh, subject.layout, subject.objective)
+        graphdef, optimizer = subject.graphdef, subject.optimizer
+        self.step_fn: Any = make_step(config, graphdef, optimizer, *about)
+        repeats = config.train.replay_every > 0
+        self.replay = make_replay(config, subject) if repeats else None
+        self.flops_per_token = subject.flops_per_token
+
+    def follow_stage(self) -> bool:
+        """Go on with the programs of the step's stage; whether they are others."""
+        stage = stage_at(self.config, self.step - self.progress.first_step)
+        if stage == self.stage:
+            return False
+        self.drain()
+        self.stage, self.staged = stage, at_stage(self.subject, self.config, stage)
+        self.make_programs()
+        return True
 
     def restore(self, step: int | None) -> None:
         """Continue from a checkpoint if there is one."""
@@ -249,6 +278,7 @@ class _Run:
         """
         if self.fresh:
             self.save(self.checkpoints)
+        self.follow_stage()
         self.compile()
         if self.fresh:
             self.checkpoints.confirm()
@@ -277,7 +307,7 @@ class _Run:
         seconds = time.perf_counter() - start
         memory = self.step_fn.memory_analysis()
         self.compiled = {
-            "compile_seconds": seconds,
+            "compile_seconds": seconds + self.compiled.get("compile_seconds", 0.0),
             "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
         }
         self.display.note(f"compiled in {seconds:.1f} s")
@@ -303,6 +333,8 @@ class _Run:
                 self.profile(self.step - first)
                 if self.lock is not None:
                     self.lock.check()
+                if self.follow_stage():
+                    self.compile()
                 self.check_repeats(batch)
                 self.clock.run()
                 self.state, metrics = self.step_fn(
@@ -465,8 +497,8 @@ class _Run:
     def give_up(self, step: int, bad: int) -> None:
         """Write what wasn't finite and raise NonFiniteError."""
         dump = diagnose(
-            self.config,
-            dataclasses.replace(self.subject, state=self.state),
+            self.stage,
+            dataclasses.replace(self.staged, state=self.state),
             self.data.batch(step - 1),
             step,
         )
@@ -505,6 +537,20 @@ class _Run:
             **self.progress.as_json(),
             **self.compiled,
         }
+
+
+def at_stage(
+    subject: Subject, config: ExperimentConfig, stage: ExperimentConfig
+) -> Subject:
+    """Return what is trained, its model that of a stage."""
+    if stage is config:
+        return subject
+    cost = [flops_per_token(c.model, c.seq_len).training for c in (config, stage)]
+    return dataclasses.replace(
+        subject,
+        graphdef=split_model(stage.model, stage.train.seed)[0],
+        flops_per_token=subject.flops_per_token + cost[1] - cost[0],
+    )
 
 
 def describe_eval(line: Mapping[str, Any]) -> str:

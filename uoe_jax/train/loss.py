@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,15 +38,32 @@ class TokenScores(NamedTuple):
     correct: Bool[Array, " N"]
 
 
+class Taught(NamedTuple):
+    """What a frozen teacher says of the same tokens: its logits, not yet multiplied."""
+
+    x: Float[Array, "N D2"]
+    weight: Float[Array, "D2 V"]
+    bias: Float[Array, " V"] | None
+
+
+class LossTerms(NamedTuple):
+    """What the objective is made of; `share` and `temperature` are of a teacher."""
+
+    chunk: int  # tokens whose logits are alive at once
+    z_loss: float = 0.0
+    smoothing: float = 0.0
+    share: float = 0.0
+    temperature: float = 1.0
+
+
 def linear_cross_entropy(
     x: Float[Array, "N D"],
     weight: Float[Array, "D V"],
     bias: Float[Array, " V"] | None,
     targets: Int[Array, " N"],
     token_weights: Float[Array, " N"],
-    chunk: int,
-    z_loss: float = 0.0,
-    smoothing: float = 0.0,
+    terms: LossTerms,
+    taught: Taught | None = None,
 ) -> LossSums:
     """Return weighted sums of the cross-entropy of the logits `x @ weight + bias`.
 
@@ -54,37 +72,44 @@ def linear_cross_entropy(
     in the same pass over the chunks, so nothing is recomputed; only `objective` has
     one, to `x`, `weight` and `bias`.
     objective: `(1-s) nll + s (logsumexp - mean logit) + z_loss logsumexp^2`
-    (Szegedy et al. 2016, section 7; z-loss as in PaLM, Chowdhery et al. 2022).
+    (Szegedy et al. 2016, section 7; z-loss as in PaLM, Chowdhery et al. 2022); with a
+    teacher of logits t, `(1-share)` times that and `share T^2` times the cross-entropy
+    of softmax(logits/T) to softmax(t/T) (Hinton et al. 2015, section 2).
     """
-    x, weight, targets, token_weights = vary_together(x, weight, targets, token_weights)
+    said, tree = jax.tree.flatten(taught)
+    x, weight, targets, token_weights, *said = vary_together(
+        x, weight, targets, token_weights, *said
+    )
     if bias is not None:
         bias, _ = vary_together(bias, x)
-    return _chunked_loss(
-        x, weight, bias, targets, token_weights, chunk, z_loss, smoothing
-    )
+    taught = jax.tree.unflatten(tree, said)
+    return _chunked_loss(x, weight, bias, targets, token_weights, taught, terms)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _chunked_loss(
     x: Array,
     weight: Array,
     bias: Array | None,
     targets: Array,
     token_weights: Array,
-    chunk: int,
-    z_loss: float,
-    smoothing: float,
+    taught: Taught | None,
+    terms: LossTerms,
 ) -> LossSums:
-    w = weight.astype(x.dtype)
+    w, teach = weight.astype(x.dtype), _teacher_logits(taught)
 
     def body(sums: LossSums, part: Pytree) -> tuple[LossSums, None]:
-        xc, tc, wc = part
+        xc, tc, wc, other = part
         logits = _logits(xc, w, bias, x.dtype)
-        objective, nll, _ = _token_losses(logits, tc, z_loss, smoothing)
+        objective, nll, _ = _token_losses(logits, tc, terms)
+        if taught is not None:
+            soft, _ = _soft_losses(logits, teach(other), terms.temperature)
+            objective = (1 - terms.share) * objective + terms.share * soft
         return _add(sums, LossSums(jnp.sum(objective * wc), jnp.sum(nll * wc))), None
 
     zero = zeros_varying((), jnp.float32, x)
-    parts = _chunked((x, targets, token_weights), chunk)
+    rows = (x, targets, token_weights, None if taught is None else taught.x)
+    parts = _chunked(rows, terms.chunk)
     return jax.lax.scan(body, LossSums(zero, zero), parts)[0]
 
 
@@ -94,21 +119,25 @@ def _forward(
     bias: Array | None,
     targets: Array,
     token_weights: Array,
-    chunk: int,
-    z_loss: float,
-    smoothing: float,
+    taught: Taught | None,
+    terms: LossTerms,
 ) -> tuple[LossSums, Pytree]:
-    w = weight.astype(x.dtype)
+    w, teach = weight.astype(x.dtype), _teacher_logits(taught)
+    z_loss, smoothing = terms.z_loss, terms.smoothing
 
     def body(carry: Pytree, part: Pytree) -> tuple[Pytree, Array]:
         sums, d_weight, d_bias = carry
-        xc, tc, wc = part
+        xc, tc, wc, other = part
         logits = _logits(xc, w, bias, x.dtype)
-        objective, nll, lse = _token_losses(logits, tc, z_loss, smoothing)
+        objective, nll, lse = _token_losses(logits, tc, terms)
         d_logits = jnp.exp(logits - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None]
         vocab = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         hit = vocab == tc[:, None].astype(jnp.int32)
         d_logits -= jnp.where(hit, 1 - smoothing, 0.0) + smoothing / logits.shape[1]
+        if taught is not None:
+            soft, d_soft = _soft_losses(logits, teach(other), terms.temperature)
+            objective = (1 - terms.share) * objective + terms.share * soft
+            d_logits = (1 - terms.share) * d_logits + terms.share * d_soft
         d_logits = d_logits * wc[:, None]
         if d_bias is not None:
             d_bias += jnp.sum(d_logits, axis=0)
@@ -123,7 +152,8 @@ def _forward(
     zeros = lambda a: zeros_varying(a.shape, jnp.float32, x)
     zero = zeros_varying((), jnp.float32, x)
     carry = (LossSums(zero, zero), *jax.tree.map(zeros, (weight, bias)))
-    parts = _chunked((x, targets, token_weights), chunk)
+    rows = (x, targets, token_weights, None if taught is None else taught.x)
+    parts = _chunked(rows, terms.chunk)
     (sums, d_weight, d_bias), dx = jax.lax.scan(body, carry, parts)
     dx = dx.reshape(-1, x.shape[1])[: x.shape[0]]
     as_saved = lambda d, p: d.astype(p.dtype)
@@ -131,11 +161,11 @@ def _forward(
 
 
 def _backward(
-    chunk: int, z_loss: float, smoothing: float, saved: Pytree, ct: LossSums
+    terms: LossTerms, saved: Pytree, ct: LossSums
 ) -> tuple[Array | None, ...]:
-    del chunk, z_loss, smoothing
+    del terms
     scale = lambda d: (d.astype(jnp.float32) * ct.objective).astype(d.dtype)
-    return *jax.tree.map(scale, saved), None, None
+    return *jax.tree.map(scale, saved), None, None, None
 
 
 _chunked_loss.defvjp(_forward, _backward)
@@ -155,7 +185,7 @@ def token_scores(
     def score(part: Pytree) -> TokenScores:
         xc, tc = part
         logits = _logits(xc, w, bias, jnp.float32)
-        nll = _token_losses(logits, tc, 0.0, 0.0)[1]
+        nll = _token_losses(logits, tc, LossTerms(chunk))[1]
         return TokenScores(nll, jnp.argmax(logits, axis=-1) == tc)
 
     scores = jax.lax.map(score, _chunked((x, targets), chunk))
@@ -171,7 +201,8 @@ def class_losses(
 ) -> LossSums:
     """Return weighted sums of a classifier's cross-entropy."""
     logits = logits.astype(jnp.float32)
-    objective, nll, _ = _token_losses(logits, labels, z_loss, smoothing)
+    terms = LossTerms(len(labels), z_loss, smoothing)
+    objective, nll, _ = _token_losses(logits, labels, terms)
     return LossSums(jnp.sum(objective * weights), jnp.sum(nll * weights))
 
 
@@ -185,19 +216,38 @@ def _logits(x: Array, w: Array, bias: Array | None, dtype: Any) -> Array:
     return logits if bias is None else logits + bias[None].astype(jnp.float32)
 
 
+def _teacher_logits(taught: Taught | None) -> Callable[[Array], Array]:
+    """Return what gives the teacher's float32 logits of a chunk of its states."""
+    if taught is None:
+        return lambda x: x
+    w = taught.weight.astype(taught.x.dtype)
+    return lambda x: _logits(x, w, taught.bias, x.dtype)
+
+
+def _soft_losses(
+    logits: Array, teacher: Array, temperature: float
+) -> tuple[Array, Array]:
+    """Return T^2 times every row's cross-entropy to the teacher, and its gradient."""
+    logits, teacher = logits / temperature, teacher / temperature
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    wanted = jax.nn.softmax(teacher, axis=-1)
+    loss = temperature**2 * (lse - jnp.sum(wanted * logits, axis=-1))
+    return loss, temperature * (jnp.exp(logits - lse[:, None]) - wanted)
+
+
 def _token_losses(
-    logits: Array, targets: Array, z_loss: float, smoothing: float
+    logits: Array, targets: Array, terms: LossTerms
 ) -> tuple[Array, Array, Array]:
     """Return objective, negative log-likelihood and logsumexp of every row."""
     lse = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     nll = lse - picked
     objective = nll
-    if smoothing:
+    if terms.smoothing:
         uniform = lse - jnp.mean(logits, axis=-1)
-        objective = (1 - smoothing) * nll + smoothing * uniform
-    if z_loss:
-        objective = objective + z_loss * jnp.square(lse)
+        objective = (1 - terms.smoothing) * nll + terms.smoothing * uniform
+    if terms.z_loss:
+        objective = objective + terms.z_loss * jnp.square(lse)
     return objective, nll, lse
 
 
@@ -205,9 +255,9 @@ def _add(a: LossSums, b: LossSums) -> LossSums:
     return LossSums(a.objective + b.objective, a.nll + b.nll)
 
 
-def _chunked(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
+def _chunked(arrays: tuple[Array | None, ...], chunk: int) -> tuple[Any, ...]:
     """Split the leading axis into chunks, the last one filled with zeros."""
-    rows = arrays[0].shape[0]
+    rows = jax.tree.leaves(arrays)[0].shape[0]
     chunk = min(chunk, rows)
     count = -(-rows // chunk)
 
@@ -215,4 +265,4 @@ def _chunked(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
         pad = [(0, count * chunk - rows)] + [(0, 0)] * (a.ndim - 1)
         return jnp.pad(a, pad).reshape(count, chunk, *a.shape[1:])
 
-    return tuple(split(a) for a in arrays)
+    return jax.tree.map(split, arrays)

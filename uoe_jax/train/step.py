@@ -26,6 +26,8 @@ from uoe_jax.runs.state import TrainState, layout_of
 from uoe_jax.train.level import follow_loss, loss_limit
 from uoe_jax.train.loss import (
     LossSums,
+    LossTerms,
+    Taught,
     class_losses,
     linear_cross_entropy,
     output_layer,
@@ -121,10 +123,12 @@ def batch_loss(
     key: jax.Array | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     parallel: Parallel | None = None,
+    taught: Taught | None = None,
 ) -> tuple[LossSums, PyTree]:
     """Return loss sums over one batch [B, ...] and the routers' statistics.
 
-    With a `parallel` the sums are of the tokens whose loss this device takes.
+    With a `parallel` the sums are of the tokens whose loss this device takes; `taught`
+    is what a teacher says of these.
     """
     kwargs: dict[str, Any] = {"key": key, "train": True, "axis_name": axis_name}
     kwargs |= {"parallel": parallel, "scored": scored_tokens(batch, config)}
@@ -138,9 +142,14 @@ def batch_loss(
             *output_layer(model),
             targets.reshape(-1),
             weights.reshape(-1),
-            train.loss_chunk,
-            train.z_loss,
-            train.label_smoothing,
+            LossTerms(
+                train.loss_chunk,
+                train.z_loss,
+                train.label_smoothing,
+                train.distill_weight,
+                train.distill_temperature,
+            ),
+            taught,
         )
         return sums, aux
     if config.model.kind == "encoder":
@@ -216,8 +225,10 @@ def local_gradients(
                 key=make_key(),
                 axis_name=parallel.token_axes,
                 parallel=parallel,
+                taught=taught,
             )
 
+        taught = None if objective.teach is None else objective.teach(held.frozen, part)
         state = (local, held.buffers)
         sums, aux = objective.call(loss, state, held.frozen, part, make_key=make_key)
         value = sums.objective / count

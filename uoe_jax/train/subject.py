@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -17,6 +18,9 @@ from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.model import update_router_bias
 from uoe_jax.partition.layout import Layout
 from uoe_jax.runs.state import TrainState, init_state, layout_of
+from uoe_jax.train.loss import Taught
+from uoe_jax.tree import named_leaves, replace_leaves
+from uoe_jax.weights import find_weight
 
 MakeKey = Callable[[], jax.Array]
 
@@ -48,6 +52,9 @@ class Objective:
     # (buffers, router statistics, model config) -> buffers after a step
     update_buffers: Callable[..., PyTree] = update_router_bias
     frozen_specs: PyTree = None  # PartitionSpecs of the frozen arrays
+    # (frozen, batch) -> what a teacher among them says of the tokens whose loss a
+    # device takes; None: nobody teaches
+    teach: Callable[[PyTree, Mapping[str, Any]], Taught] | None = None
 
 
 WHOLE_MODEL = Objective()
@@ -72,6 +79,21 @@ class Subject:
 MakeSubject = Callable[
     [ExperimentConfig, optax.GradientTransformationExtraArgs, Mesh], Subject
 ]
+
+
+def freeze_params(params: PyTree, config: ExperimentConfig) -> PyTree:
+    """Return parameters that aren't trained: large weights in the compute dtype.
+
+    Half the memory in bfloat16, and the same forward pass: the model casts those
+    weights on every use.
+    """
+    dtype = jnp.dtype(config.model.compute_dtype)
+    cast = {
+        name: leaf.astype(dtype)
+        for name, leaf in named_leaves(params).items()
+        if (weight := find_weight(name)) and weight.cast
+    }
+    return replace_leaves(params, cast)
 
 
 def whole_model(
