@@ -13,10 +13,10 @@ from safetensors.numpy import save_file
 
 from uoe_jax.adapt.files import read_config, read_tensors
 from uoe_jax.adapt.foreign import read_lycoris, read_peft
-from uoe_jax.cli.paths import read_config as read_run_config
 from uoe_jax.data.tokenize import SubwordTokenizer
 from uoe_jax.errors import DataError, UoeError
 from uoe_jax.linalg.completion import load_factors
+from uoe_jax.validation import read_config as read_run_config
 
 MEMORY = 200 << 20  # bytes that a refusal may take
 NUMBERS = np.arange(8, dtype=np.float32)

@@ -15,7 +15,7 @@ LAYERS = (
     ("rules", "options"),
     ("fields",),
     ("config",),
-    ("weights", "presets", "validation"),
+    ("weights", "presets", "validation", "probes"),
     ("splits",),
     ("hardware", "linalg", "cluster"),
     ("topology",),
@@ -29,8 +29,8 @@ LAYERS = (
     ("decompose", "compress", "adapt"),
     ("report",),
     ("bench", "demo"),
-    ("cli",),
     ("api", "show"),
+    ("cli",),
     ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -41,6 +41,7 @@ NO_JAX = (
     "options",
     "validation",
     "presets",
+    "probes",
     "errors",
     "hardware",
     "topology",
@@ -95,6 +96,15 @@ def test_imports_point_downwards():
         for what in upward_imports(path)
     ]
     assert len(FILES) > 200 and not offenders, "\n".join(offenders)
+
+
+def test_nothing_but_the_command_imports_the_command_line():
+    users = {
+        room_of(path)
+        for path in FILES
+        if any(name.startswith("uoe_jax.cli") for name in imports_of(path))
+    }
+    assert users == {"cli", "__main__"}
 
 
 def test_light_modules_import_no_jax():

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from uoe_jax.cli.paths import RUNS, find_run, run_or_preset, with_teacher_found
 from uoe_jax.config import DataConfig, ExperimentConfig, ModelConfig
 from uoe_jax.errors import ConfigError, nearest, shown
 from uoe_jax.presets import get_preset
+from uoe_jax.runs.find import RUNS, find_run, run_or_preset, with_teacher_found
 from uoe_jax.validation import validate
 
 if TYPE_CHECKING:
@@ -277,9 +277,9 @@ def leakcheck(
     """
     import jax
 
-    from uoe_jax.cli.checks import check_length, probe_length, scaled_down
     from uoe_jax.leakcheck import leakcheck as check
     from uoe_jax.model import make_model
+    from uoe_jax.probes import check_length, probe_length, scaled_down
     from uoe_jax.runs.load import LoadedRun
 
     if isinstance(subject, (str, Path)):

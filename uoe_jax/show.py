@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from uoe_jax.cli.paths import run_or_preset
 from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.errors import ConfigError, shown
 from uoe_jax.hardware.count import flops_per_token, num_tokens
 from uoe_jax.kinds import router_of
 from uoe_jax.report.table import format_table, si
+from uoe_jax.runs.find import run_or_preset
 from uoe_jax.validation import validate_model
 from uoe_jax.weights import BLOCKS, layer_period, model_params
 
@@ -81,7 +81,7 @@ def _describe(subject: Any) -> Shown:
     if isinstance(config, ModelConfig):
         return model_table(config, type(subject).__name__)
     if isinstance(config, ExperimentConfig) and hasattr(subject, "fitting"):
-        from uoe_jax.cli.plan import describe
+        from uoe_jax.report.plan_text import describe
 
         return Shown("", describe(subject, {}, 12))
     if isinstance(config, ExperimentConfig):

@@ -9,11 +9,11 @@ import pytest
 from compare import assert_close
 
 from uoe_jax.cli import main
-from uoe_jax.cli.checks import scaled_down
-from uoe_jax.cli.paths import find_run, run_or_preset
 from uoe_jax.config import config_hash
 from uoe_jax.errors import ConfigError
 from uoe_jax.presets import PRESETS, get_preset
+from uoe_jax.probes import scaled_down
+from uoe_jax.runs.find import find_run, run_or_preset
 from uoe_jax.validation import find_problems
 
 

@@ -16,12 +16,12 @@ from flax import nnx
 from uoe_jax.adapt import AdapterConfig, init_adapters
 from uoe_jax.adapt.files import save_adapters
 from uoe_jax.cli import main
-from uoe_jax.cli.paths import read_config
 from uoe_jax.hardware.devices import parse_topology
 from uoe_jax.hardware.roofline import UNCALIBRATED
 from uoe_jax.plan.layouts import make_plan, write_layout
 from uoe_jax.presets import get_preset
 from uoe_jax.runs.load import load_run
+from uoe_jax.validation import read_config
 
 # In a process of their own: see tests/test_fuzz.py.
 collect_ignore_glob = [] if "UOE_FUZZ" in os.environ else ["test_*.py"]

@@ -16,7 +16,6 @@ from fuzzing import Finding, damage_bytes, one_line, raw_error, run_cases
 
 from uoe_jax.adapt.files import load_adapters
 from uoe_jax.cli import main
-from uoe_jax.cli.paths import read_config
 from uoe_jax.complete.predictions import load_completion
 from uoe_jax.config import config_hash
 from uoe_jax.data import make_dataset
@@ -30,6 +29,7 @@ from uoe_jax.runs.integrity import digest_array
 from uoe_jax.runs.load import load_run
 from uoe_jax.train.metrics import MetricsLog, read_metrics
 from uoe_jax.tree import named_leaves
+from uoe_jax.validation import read_config
 
 
 def digest(tree):

@@ -12,11 +12,11 @@ from uoe_jax.adapt.config import AdapterConfig, check_adapter
 from uoe_jax.adapt.request import Adaptation, AdaptRequest
 from uoe_jax.cli.fields import option_fields, part_of, typed_options
 from uoe_jax.cli.parse import parse
-from uoe_jax.cli.paths import RUNS, find_run
 from uoe_jax.config import MeshConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape, escape_line
 from uoe_jax.files import format_json
+from uoe_jax.runs.find import RUNS, find_run
 from uoe_jax.validation import read_config
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,13 +9,12 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from uoe_jax.cli.parse import Experiment, check_typed, parse, take_preset
-from uoe_jax.cli.paths import run_or_preset
-from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape, escape_line
 from uoe_jax.fields import Count, Seed
 from uoe_jax.files import format_json
-from uoe_jax.kinds import ATTENTIONS, MLPS, ROUTERS
+from uoe_jax.probes import check_length, probe_length, scaled_down
+from uoe_jax.runs.find import run_or_preset
 from uoe_jax.validation import validate
 
 
@@ -48,7 +46,10 @@ def leakcheck(args: list[str]) -> int:
     folder, config = run_or_preset(options.target)
     validate(config)
     structure = scaled_down(config.model) if folder is None else config.model
-    check_length(options.length, structure)
+    try:
+        check_length(options.length, structure)
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from None
 
     from uoe_jax.cli.device import prepare
 
@@ -76,73 +77,6 @@ def leakcheck(args: list[str]) -> int:
     moved = [finding for finding in findings if not finding.passed]
     print("nothing moved" if not moved else f"{len(moved)} checks found a leak")
     return 1 if moved else 0
-
-
-def check_length(length: int | None, model: ModelConfig) -> None:
-    """Raise ConfigError for a length that a model's probes can't have."""
-    if length is None:
-        return
-    if model.kind == "vision":
-        raise ConfigError(
-            f"--length is {length} and model.kind 'vision'; images have a size of "
-            "their own, leave it out"
-        )
-    if not 3 <= length <= model.max_seq_len:
-        raise ConfigError(
-            f"--length is {length}; it must be 3 (a past, a present and a future) to "
-            f"{model.max_seq_len}, model.max_seq_len of what is checked"
-        )
-
-
-def probe_length(model: ModelConfig) -> int:
-    """Return how many tokens it takes for every router to decide a few times."""
-    units = [8]
-    for attention, mlp in set(model.layer_kinds):
-        units.append(ATTENTIONS[attention].span(model))
-        units.append(min(max(model.window), 64))
-        for router in (ATTENTIONS[attention].router(model), MLPS[mlp].router(model)):
-            if router is not None:
-                units.append(ROUTERS[router.router].span(router))
-    return 3 * max(units)
-
-
-def scaled_down(model: ModelConfig) -> ModelConfig:
-    """Return a model of the same structure that checks in seconds on a CPU.
-
-    Kept: kinds and their pattern, experts and choices, query groups, heads per expert
-    up to 2, patch size, norms, positions, biases. Blocks of block-sparse attention and
-    segments of expert selection are at most 8 tokens.
-    """
-    routed = any(ATTENTIONS[kind].router(model) for kind in model.attention)
-    experts = model.union_for("attention").num_experts if routed else 1
-    per_expert = min(model.num_kv_heads // experts, 2)
-    kv_heads = experts * per_expert
-    pattern = max(
-        len(model.attention), len(model.mlp), len(model.blocks), len(model.window)
-    )
-    width = min(model.d_model, 64)
-    # Divisible by the union's experts and by the mixture's choices.
-    d_ff = 4 * model.union.num_experts * model.moe.top_k
-    moe = dataclasses.replace(
-        model.moe, d_expert=None if model.moe.d_expert is None else 16
-    )
-    union, moba = model.union, model.moba
-    segment, block = min(union.segment_size, 8), min(moba.block_size, 8)
-    return dataclasses.replace(
-        model,
-        union=dataclasses.replace(union, segment_size=segment),
-        moba=dataclasses.replace(moba, block_size=block),
-        vocab_size=min(model.vocab_size, 256),
-        max_seq_len=min(model.max_seq_len, max(256, 2 * model.union.patch_size)),
-        d_model=width,
-        d_ff=min(model.d_ff, d_ff),
-        num_layers=min(model.num_layers, 2 * pattern),
-        num_kv_heads=kv_heads,
-        num_heads=kv_heads * model.num_query_groups,
-        head_dim=min(model.head_dim, 16),
-        window=tuple(min(window, 8) for window in model.window),
-        moe=moe,
-    )
 
 
 def data(args: list[str]) -> int:

@@ -11,12 +11,12 @@ from tyro.conf import Positional, arg
 
 from uoe_jax.cli.fields import option_fields, part_of, typed_options
 from uoe_jax.cli.parse import parse
-from uoe_jax.cli.paths import RUNS, find_run
 from uoe_jax.decompose.cut import Cut
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
 from uoe_jax.fields import Count
 from uoe_jax.files import format_json
+from uoe_jax.runs.find import RUNS, find_run
 from uoe_jax.validation import read_config
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from uoe_jax.cli.parse import parse
-from uoe_jax.cli.paths import RUNS
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
+from uoe_jax.runs.find import RUNS
 
 
 @dataclass(frozen=True, kw_only=True)

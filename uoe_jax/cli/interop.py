@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from uoe_jax.cli.parse import parse
-from uoe_jax.cli.paths import RUNS, find_run
 from uoe_jax.config import DType
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
 from uoe_jax.files import format_json
+from uoe_jax.runs.find import RUNS, find_run
 
 
 @dataclass(frozen=True, kw_only=True)

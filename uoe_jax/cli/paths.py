@@ -1,54 +1,14 @@
-"""Run folders as the command line names them."""
+"""The experiment that a command line begins with: a preset's, a run's or a file's."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from uoe_jax.cli.parse import take_preset
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.errors import ConfigError, nearest
-from uoe_jax.presets import PRESETS, get_preset
-from uoe_jax.validation import read_config
-
-RUNS = Path("runs")  # where runs go when no folder is named
-
-
-def find_run(name: str) -> Path:
-    """Return the folder of a run given as a path or as a name under runs/."""
-    if not name:
-        raise ConfigError(f"no run is named; {_known_runs(name)}")
-    for folder in (Path(name), RUNS / name):
-        if (folder / "config.json").is_file():
-            return folder
-    raise ConfigError(f"no run at {name!r} (no config.json there); {_known_runs(name)}")
-
-
-def with_teacher_found(config: ExperimentConfig) -> ExperimentConfig:
-    """Return a config whose `train.distill_from` is a folder, if it names any run."""
-    if config.train.distill_from is None:
-        return config
-    folder = str(find_run(config.train.distill_from))
-    train = dataclasses.replace(config.train, distill_from=folder)
-    return dataclasses.replace(config, train=train)
-
-
-def is_run(name: str) -> bool:
-    """Return whether `find_run` would find it."""
-    places = (Path(name), RUNS / name) if name else ()  # Path("") is where we stand
-    return any((folder / "config.json").is_file() for folder in places)
-
-
-def run_or_preset(name: str) -> tuple[Path | None, ExperimentConfig]:
-    """Return (folder, config) of a run, or (None, config) of a preset."""
-    if is_run(name):
-        folder = find_run(name)
-        return folder, read_config(folder)
-    if name in PRESETS or name.startswith("sized-"):
-        return None, get_preset(name)
-    known = [*PRESETS, *_run_names()]
-    raise ConfigError(f"no preset and no run {name!r}; {nearest(name, known)}")
+from uoe_jax.presets import PRESETS
+from uoe_jax.runs.find import run_or_preset
 
 
 def take_experiment(
@@ -60,14 +20,3 @@ def take_experiment(
         return (None, *take_preset(args, verb))
     folder, config = run_or_preset(name)
     return folder, config, list(args[1:])
-
-
-def _run_names() -> list[str]:
-    return sorted(str(path.parent) for path in RUNS.glob("*/config.json"))
-
-
-def _known_runs(name: str) -> str:
-    known = _run_names()
-    if not known:
-        return "train one first: uoe train tiny"
-    return nearest(str(RUNS / name), known)

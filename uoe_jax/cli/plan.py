@@ -21,12 +21,7 @@ from uoe_jax.fields import Count, Positive, Whole
 from uoe_jax.files import format_json
 from uoe_jax.hardware import fit, gemm
 from uoe_jax.hardware.devices import Topology, parse_topology
-from uoe_jax.hardware.roofline import (
-    LEARNED,
-    UNCALIBRATED,
-    Calibration,
-    Prediction,
-)
+from uoe_jax.hardware.roofline import LEARNED, UNCALIBRATED, Calibration
 from uoe_jax.hardware.step_products import step_products
 from uoe_jax.partition.legal import AXES
 from uoe_jax.plan.layouts import (
@@ -34,10 +29,10 @@ from uoe_jax.plan.layouts import (
     as_json,
     describe_sizes,
     make_plan,
-    reasons,
     write_layout,
 )
-from uoe_jax.report.table import format_table, si
+from uoe_jax.report.plan_text import describe
+from uoe_jax.report.table import si
 from uoe_jax.validation import validate
 
 
@@ -215,69 +210,3 @@ def _compile_one(
         return {"error": " ".join(str(error).split())[:300]}
     about = {"peak_bytes": said.peak_bytes, "with_kernels": options.kernels}
     return {**said.as_dict(), **about}
-
-
-def describe(found: Plan, compiled: dict[str, Any], show: int) -> str:
-    """Return a plan as tables."""
-    config, topology = found.config, found.topology
-    device = topology.device
-    lines = [
-        f"{config.name} on {topology.name}: {topology.num_devices} x {device.name}, "
-        f"{si(device.bf16_flops, 'FLOP/s')} and {si(device.memory_bytes, 'B')} each; "
-        f"{config.data.batch_size} x {config.seq_len} tokens a step",
-        f"{len(found.fitting)} layouts fit, {len(found.too_large)} don't, "
-        f"{len(found.illegal)} are illegal; factors: {found.calibration.source}"
-        + (f"; {gemm.describe(found.gemm)}" if found.gemm else ""),
-    ]
-    if found.fitting:
-        rows = [_cells(p, compiled) for p in found.fitting[:show]]
-        header = ("layout", "step", "tokens/s", "MFU", "chip", "compiled", "bound by")
-        lines += ["", format_table(header, rows)]
-        lines += ["", _traffic(found.fitting[0], config)]
-    if found.too_large:
-        short = [
-            (describe_sizes(p.sizes), si(p.memory_bytes, "B"), si(p.shortfall, "B"))
-            for p in found.too_large[:show]
-        ]
-        lines += ["", format_table(("too large", "chip needs", "short of"), short)]
-    for problem, count, first in reasons(found.illegal)[:show]:
-        lines += ["", f"illegal x {count} (such as {first}): {problem}"]
-    return "\n".join(lines)
-
-
-def _cells(found: Prediction, compiled: dict[str, Any]) -> tuple[str, ...]:
-    said = compiled.get(describe_sizes(found.sizes), {})
-    peak = "-"
-    if "peak_bytes" in said:
-        peak = si(said["peak_bytes"], "B")
-    elif "error" in said:
-        peak = "refused"
-    return (
-        describe_sizes(found.sizes),
-        f"{found.step_seconds * 1e3:.0f} ms",
-        si(found.tokens_per_second),
-        f"{found.mfu:.1%}",
-        si(found.memory_bytes, "B"),
-        peak,
-        found.bound,
-    )
-
-
-def _traffic(found: Prediction, config: ExperimentConfig) -> str:
-    """Return the collectives of the fastest layout, the largest first."""
-    pairs = sorted(found.collectives, key=lambda p: -p[0].num_bytes * p[0].count)
-    rows = [
-        (
-            f"{c.kind} over {c.axis}",
-            c.what,
-            str(c.count),
-            si(c.num_bytes, "B"),
-            f"{seconds * 1e3:.1f} ms",
-            "beside" if c.hidden else "waits",
-        )
-        for c, seconds in pairs
-    ]
-    if not rows:
-        return "nothing moves between devices"
-    header = ("fastest layout moves", "what", "times", "each", "in all", "arithmetic")
-    return format_table(header, rows)

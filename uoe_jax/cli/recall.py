@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from uoe_jax.cli.paths import RUNS
 from uoe_jax.config import ExperimentConfig
+from uoe_jax.runs.find import RUNS
 
 _SECONDS = 0.01  # for runs that the index lacks
 _MOST = 24 << 20  # bytes of an index that is read in time; some 2,000 runs

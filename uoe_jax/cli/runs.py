@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from uoe_jax.cli.parse import check_typed, parse
-from uoe_jax.cli.paths import find_run, read_config
 from uoe_jax.config import DataConfig
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.escape import escape, escape_line
 from uoe_jax.fields import Seed
 from uoe_jax.files import format_json
-from uoe_jax.validation import validate
+from uoe_jax.runs.find import find_run
+from uoe_jax.validation import read_config, validate
 
 
 @dataclass(frozen=True, kw_only=True)

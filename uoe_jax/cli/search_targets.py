@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from uoe_jax.cli.parse import parse, take_preset
-from uoe_jax.cli.paths import RUNS, find_run, is_run
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.escape import escape_line
 from uoe_jax.files import write_atomically
 from uoe_jax.presets import PRESETS, get_preset
+from uoe_jax.runs.find import RUNS, find_run, is_run
 from uoe_jax.runs.index import INDEX, RunIndex, open_index
 from uoe_jax.runs.read import BROKEN, RunRecord, config_record, read_run
 from uoe_jax.validation import read_config, validate

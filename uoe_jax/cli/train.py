@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uoe_jax.cli.parse import Experiment, check_typed, parse
-from uoe_jax.cli.paths import RUNS, find_run, take_experiment, with_teacher_found
+from uoe_jax.cli.paths import take_experiment
 from uoe_jax.cli.recall import recall_line, remember
 from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.escape import escape_line
 from uoe_jax.plan.layouts import read_layout
+from uoe_jax.runs.find import RUNS, find_run, with_teacher_found
 from uoe_jax.runs.folder import check_settings
 from uoe_jax.validation import validate
 

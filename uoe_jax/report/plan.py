@@ -11,6 +11,7 @@ from uoe_jax.hardware.roofline import Prediction
 from uoe_jax.plan.layouts import Plan, describe_sizes, reasons
 from uoe_jax.plan.picture import draw_layout
 from uoe_jax.report.page import page
+from uoe_jax.report.plan_text import HEADER, cells, too_large
 from uoe_jax.report.table import si
 
 _PICTURES = 6
@@ -18,18 +19,14 @@ _PICTURES = 6
 
 def plan_page(plan: Plan, compiled: Mapping[str, Any]) -> str:
     """Return the document; `compiled` holds what a compiler said, by mesh."""
-    header = ("layout", "step", "tokens/s", "MFU", "chip", "compiled", "bound by")
-    rows = [_cells(found, compiled) for found in plan.fitting]
-    short = [
-        (describe_sizes(p.sizes), si(p.memory_bytes, "B"), si(p.shortfall, "B"))
-        for p in plan.too_large
-    ]
+    rows = [cells(found, _peak(found, compiled)) for found in plan.fitting]
+    short = [too_large(found) for found in plan.too_large]
     illegal = [(first, str(n), why) for why, n, first in reasons(plan.illegal)]
     pictures = "".join(
         f"<figure>{_svg(plan, found)}</figure>" for found in plan.fitting[:_PICTURES]
     )
     sections = [
-        ("Layouts that fit, fastest first", _table(header, rows)),
+        ("Layouts that fit, fastest first", _table(HEADER, rows)),
         ("Who holds what", pictures),
         ("Too large", _table(("layout", "chip needs", "short of"), short)),
         ("Illegal", _table(("such as", "meshes", "why"), illegal)),
@@ -43,18 +40,10 @@ def plan_page(plan: Plan, compiled: Mapping[str, Any]) -> str:
     )
 
 
-def _cells(found: Prediction, compiled: Mapping[str, Any]) -> tuple[str, ...]:
+def _peak(found: Prediction, compiled: Mapping[str, Any]) -> str:
     said = compiled.get(describe_sizes(found.sizes)) or {}
     peak = said.get("peak_bytes")
-    return (
-        describe_sizes(found.sizes),
-        f"{found.step_seconds * 1e3:.0f} ms",
-        si(found.tokens_per_second),
-        f"{found.mfu:.1%}",
-        si(found.memory_bytes, "B"),
-        si(peak, "B") if peak else said.get("error", "-"),
-        found.bound,
-    )
+    return si(peak, "B") if peak else said.get("error", "-")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
