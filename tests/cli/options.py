@@ -25,6 +25,7 @@ CLASSES = {
     "cost": "uoe_jax.cli.cost:CostOptions",
     "import": "uoe_jax.cli.interop:ImportOptions",
     "export": "uoe_jax.cli.interop:ExportOptions",
+    "sweep": "uoe_jax.cli.sweep:SweepOptions",
     "presets": "uoe_jax.cli.presets:PresetsOptions",
     "config": "uoe_jax.cli.presets:ConfigOptions",
 }
@@ -41,6 +42,16 @@ TESTED: dict[str, dict[str, str]] = {
     "export": {
         "--checkpoint": "interop/test_verbs.py",
         "--json": "interop/test_verbs.py",
+    },
+    "sweep": {
+        "--grid": "cli/test_sweep.py",
+        "--samples": "cli/test_sweep.py",
+        "--draw-seed": "cli/test_sweep.py",
+        "--out": "cli/test_sweep.py",
+        "--gpus": "cli/test_sweep.py",
+        "--budget-seconds": "cli/test_sweep.py",
+        "--dry-run": "cli/test_sweep.py",
+        "--json": "cli/test_sweep.py",
     },
     "presets": {"--json": "cli/test_help.py"},
     "config": {"--name": "cli/test_help.py"},

@@ -30,6 +30,7 @@ FIRST = {
     "report": ["nowhere"], "leakcheck": ["tiny"], "complete": ["nowhere.csv"],
     "decompose": ["nowhere", "--experts", "2"], "adapt": ["nowhere"],
     "import": ["nowhere"], "export": ["nowhere"], "config": ["tiny"],
+    "sweep": ["tiny", "--grid", "train.seed=0"],
 }  # fmt: skip
 # A method, and arguments that carry no name.
 NOT_PATHS = {("adapt", "--path"), ("complete", "--file"), ("export", "--out")}

@@ -29,6 +29,7 @@ from uoe_jax.terminal import (
 
 _LEAVES_FILES = (
     "train",
+    "sweep",
     "demo",
     "report",
     "decompose",
@@ -50,6 +51,7 @@ class Verb(NamedTuple):
 VERBS: dict[str, Verb] = {
     "demo": Verb("cli.demo:demo", "train dense, MoE and union side by side, here, now"),
     "train": Verb("cli.train:train", "train a preset, options changing any field"),
+    "sweep": Verb("cli.sweep:sweep", "train a grid of settings, one or several GPUs"),
     "presets": Verb("cli.presets:presets", "what can be trained: sizes and kinds"),
     "config": Verb("cli.presets:config", "a preset as JSON, for train --config FILE"),
     "eval": Verb("cli.runs:evaluate", "loss, perplexity, bits per byte of a run"),
@@ -101,6 +103,8 @@ _USUAL = {
     "lora": "adapt",
     "benchmark": "bench",
     "tune": "bench",
+    "grid": "sweep",
+    "hyperparameters": "sweep",
     "flops": "cost",
     "params": "cost",
     "init": "config",
