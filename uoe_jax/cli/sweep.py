@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uoe_jax.cli.parse import Experiment, check_typed, option_names, parse
-from uoe_jax.cli.paths import RUNS, take_experiment
+from uoe_jax.cli.paths import take_experiment
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.escape import escape, escape_line
 from uoe_jax.fields import Count, Positive, Seed, Whole
 from uoe_jax.files import format_json
+from uoe_jax.runs.find import RUNS
 from uoe_jax.runs.read import read_run
 from uoe_jax.runs.sweep import Point, Sweep, make_points, parse_axis, point_name
 from uoe_jax.validation import validate
