@@ -6,6 +6,7 @@ A workshop holds one small file of every kind that a verb takes.
 import json
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import jaxtyping
@@ -22,6 +23,8 @@ from uoe_jax.plan.layouts import make_plan, write_layout
 from uoe_jax.presets import get_preset
 from uoe_jax.runs.load import load_run
 from uoe_jax.validation import read_config
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "hf"
 
 # In a process of their own: see tests/test_fuzz.py.
 collect_ignore_glob = [] if "UOE_FUZZ" in os.environ else ["test_*.py"]
@@ -62,6 +65,7 @@ def workshop(tmp_path_factory, unchecked_annotations):
             get_preset("tiny"), parse_topology("cpu:2"), UNCALIBRATED, None
         )
         write_layout(folder / "layout.json", plan.config, plan.fitting[0].sizes)
+        shutil.copytree(GOLDENS / "llama", folder / "hf")
         (folder / "empty").mkdir()
         shutil.copytree(folder / "runs" / "union", folder / "runs" / "no-checkpoints")
         shutil.rmtree(folder / "runs" / "no-checkpoints" / "checkpoints")

@@ -22,7 +22,8 @@ from uoe_jax.presets import PRESETS
 LARGEST = 300  # lines of a program that is let through: a few operations
 FILES = """text.txt lines.jsonl table.csv table.npz tokens.npz adapter completed
 completed/factors.safetensors layout.json runs/union runs/no-checkpoints union empty
-runs runs/union/config.json runs/union/metrics.jsonl missing missing.txt .""".split()
+runs runs/union/config.json runs/union/metrics.jsonl hf hf/config.json
+hf/model.safetensors missing missing.txt .""".split()
 TOPOLOGIES = ["cpu:8", "h100:8", "v5p:4x4x4", "v5e:4x4", "v4:2x2x1", "cpu:0", "v9:1"]
 
 
@@ -95,11 +96,19 @@ def random_command(rng):
             "complete": ["table.csv", "table.npz"],
             "bench": ["attention", "union", "train", "sweep"],
             "demo": [],
+            "import": ["hf", "hf/model.safetensors", "runs/union", "hf:no/such"],
+            "export": ["runs/union", "adapter"],
+            "topology": [*TOPOLOGIES, "v5e:8x8", "v6e:2x4"],
+            "runs": ["runs", "like", "explain", "expect", "index"],
         }.get(verb, ["union", "runs/union"])
         if subject and rng.random() < 0.9:
             args.append(rng.choice(subject))
         elif rng.random() < 0.5:
             args.append(rng.choice([*FILES, *WORDS]))
+    if args[:1] in (["like"], ["explain"], ["expect"], ["index"]):
+        args += rng.choices(["runs/union", "tiny", "union", "runs", "missing"], k=2)
+    if verb == "export" and rng.random() < 0.8:
+        args.append(rng.choice(["out", "empty", "runs", "missing/deep/out"]))
     if verb == "generate" and rng.random() < 0.8:
         args += ["--prompt", "def"]
     if verb in ("train", "data", "adapt", "eval") and rng.random() < 0.5:

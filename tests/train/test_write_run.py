@@ -185,3 +185,31 @@ def test_a_change_that_fails_leaves_nothing(source, tmp_path):
     with pytest.raises(ConfigError, match="absent"):
         operate(source, tmp_path / "a", wrong, verb="scale")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_while_it_is_saved_leaves_nothing(
+    config, params, tmp_path, monkeypatch
+):
+    """The save goes on in a thread of its own, into a folder that is to go."""
+    saves = []
+    save = Checkpoints.save
+
+    def interrupted(self, *what):
+        save(self, *what)
+        saves.append(self._pending)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_run(tmp_path / "a", config, params, origin())
+    (pending,) = saves
+    assert pending is None or pending.done()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_whose_name_is_no_utf_8_is_refused(config, params, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    with pytest.raises(CheckpointError, match="aren't UTF-8.*rename it"):
+        write_run(tmp_path / name, config, params, origin())
+    assert not [*tmp_path.iterdir()]
+    Checkpoints(tmp_path / "café").close()

@@ -62,8 +62,8 @@ def export_run(
     sources = find_sources(config.model, family)
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     try:
+        unfinished.mkdir(parents=True)
         files = write_tensors(unfinished, sources, params, shard_bytes)
         raw = family_config(family, model, before)
         write_atomically(unfinished / CONFIG, format_json(raw, indent=2) + "\n")

@@ -131,6 +131,17 @@ def _digest(manifest: Mapping[str, Any], name: str) -> str | None:
     return manifest["arrays"].get(name, {"blake2b": "absent"}).get("blake2b")
 
 
+def _check_name(folder: Path) -> None:
+    """Raise CheckpointError for bytes in a path that TensorStore can't take."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{folder} has bytes in its name that aren't UTF-8, which checkpoints "
+            "can't be stored under; rename it"
+        ) from None
+
+
 class Checkpoints:
     """The checkpoints in one folder; saves run on one background thread.
 
@@ -151,6 +162,7 @@ class Checkpoints:
         about: Mapping[str, Any] | None = None,
         compress: bool = True,
     ):
+        _check_name(folder)
         self._compress = compress
         self.folder, self.keep, self._about = folder, keep, dict(about or {})
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

@@ -84,8 +84,10 @@ def write_run(
         checkpoints = Checkpoints(unfinished / CHECKPOINTS, compress=False)
         described = dataclasses.asdict(config)
         spent = dataclasses.replace(origin.spent, first_step=origin.step).as_json()
-        checkpoints.save(origin.step, arrays, described, spent)
-        checkpoints.close()
+        try:
+            checkpoints.save(origin.step, arrays, described, spent)
+        finally:  # also on a signal: nobody writes into a folder that is removed
+            checkpoints.close()
 
 
 def _arrays(
