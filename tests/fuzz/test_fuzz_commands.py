@@ -143,7 +143,8 @@ def check_outcome(args, code, out, err):
         raise Finding(f"exit code 2, and the last line isn't the reason: {args}: {err}")
     if bad := [line for line in lines if not line.isprintable()]:
         raise Finding(f"{bad[0]!r} of {args}")
-    if code == 0 and "--json" in args and out.strip():
+    helped = {"-h", "--help", "--help-all"} & {*args}
+    if code == 0 and "--json" in args and not helped and out.strip():
         strict_json(out)
 
 

@@ -105,3 +105,11 @@ def test_a_negative_length_is_one_line(capsys):
     assert main(["leakcheck", "tiny", "--length", "-1"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "-1" in line and "length" in line
+
+
+@pytest.mark.parametrize("columns", ["two\nlines", "user,item\r,rating", "a\n,b,c"])
+def test_columns_of_two_lines_are_one_line(shop, columns, capsys):
+    file = str(shop / "table.csv")
+    assert main(["complete", file, "--columns", columns, "--out", "x"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "columns is" in line and line.isprintable()

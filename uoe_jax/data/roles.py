@@ -173,7 +173,13 @@ def _have_fractions(fields: list[str]) -> bool:
 def _asked(
     path: Path, found: Columns, asked: str | Sequence[str], need: int
 ) -> list[int]:
-    listed = next(csv.reader([asked]), []) if isinstance(asked, str) else list(asked)
+    try:
+        listed = next(csv.reader([asked]), []) if isinstance(asked, str) else [*asked]
+    except csv.Error:  # a line break outside quotes
+        raise ConfigError(
+            f"columns is {asked!r}, more than a line; give three with commas between: "
+            "--columns user,item,rating"
+        ) from None
     wanted = [str(name).strip() for name in listed]
     if len(wanted) not in (3, need):
         raise ConfigError(
