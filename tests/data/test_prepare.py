@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 
@@ -221,6 +223,22 @@ def test_cache_folder_follows_the_users_cache(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     folder = prepare(make_config(text_file, cache_dir=None)).folder
     assert folder.parent == tmp_path / "home" / ".cache" / "uoe_jax"
+
+
+def test_a_user_without_a_home_or_a_name_has_a_cache_all_the_same(
+    make_config, text_file, tmp_path, monkeypatch
+):
+    """As in a container that runs under a number that no file of users knows."""
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = prepare(make_config(text_file, cache_dir=None)).folder
+    assert folder.parent == tmp_path / f"uoe_jax-{os.getuid()}"
 
 
 def test_an_unwritable_cache_is_refused_in_one_line(make_config, text_file, tmp_path):
