@@ -13,8 +13,6 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
 
 def main() -> int:
     """Run what the command line asks for."""

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.ops import ops_oracle
 from uoe_jax.errors import ConfigError
 from uoe_jax.files import format_json
 from uoe_jax.ops import gather_project, grouped_matmul, pack_choices, project_scatter
 from uoe_jax.ops.grouped_matmul.api import GROUPED_MATMUL
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "ops"))
-import ops_oracle  # noqa: E402
 
 # rows, I, O, groups, rows inside groups
 GROUPED = [(1000, 192, 320, 5, 970), (333, 100, 77, 3, 333), (4096, 128, 128, 64, 4000)]

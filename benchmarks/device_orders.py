@@ -17,14 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "partition"))
-
 import jax
 import layout_matrix
 import numpy as np
 from flax import nnx
-from tiny_layouts import compute, make_config
 
+from tests.partition.tiny_layouts import compute, make_config
 from uoe_jax.files import format_json
 from uoe_jax.partition import rings
 from uoe_jax.partition.mesh import mesh_for

@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "partition"))
-
 import jax
 import numpy as np
 from flax import nnx
@@ -57,7 +55,7 @@ def largest(a: Any, b: Any = None) -> float:
 
 def compare(kind: str, sizes: dict[str, int], layout: dict[str, str]) -> dict[str, Any]:
     """Return a layout's differences from one device."""
-    from tiny_layouts import compute, make_config, one_device
+    from tests.partition.tiny_layouts import compute, make_config, one_device
 
     start = time.perf_counter()
     got, expected = compute(make_config(kind, sizes, layout)), one_device(kind)
@@ -74,7 +72,7 @@ def compare(kind: str, sizes: dict[str, int], layout: dict[str, str]) -> dict[st
 
 def cases(kinds: list[str]) -> list[tuple[str, dict[str, int], dict[str, str]]]:
     """Return every legal layout of eight devices, each with one set of choices."""
-    from tiny_layouts import make_config
+    from tests.partition.tiny_layouts import make_config
 
     found = []
     for kind in kinds:

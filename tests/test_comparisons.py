@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import assert_close
+
+from tests.compare import assert_close
 
 TESTS = Path(__file__).parent
 # The argument that says what is allowed whatever the size; of what has none, None.

@@ -9,21 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from docs import browser
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sys.path.insert(0, str(DOCS))
-    try:
-        import browser
-    finally:
-        sys.path.remove(str(DOCS))
-    return browser
-
-
-def test_the_browser_holds_every_result_and_needs_no_network(browser):
+def test_the_browser_holds_every_result_and_needs_no_network():
     page = browser.make_page()
     held = json.loads(re.search(r"const DATA = (.*);$", page, re.M)[1])
     files = [x["file"] for x in held["runs"] + held["files"]]
@@ -37,7 +29,7 @@ def test_the_browser_holds_every_result_and_needs_no_network(browser):
     assert not loads, loads
 
 
-def test_the_browser_shows_the_numbers_of_the_files(browser):
+def test_the_browser_shows_the_numbers_of_the_files():
     held = browser.collect()
     found = {
         (run["study"], run["case"], run["seed"]): run["test"] for run in held["runs"]
@@ -50,7 +42,7 @@ def test_the_browser_shows_the_numbers_of_the_files(browser):
     assert len(table["rows"]) == 8 and table["rows"][0]["op"] == "MLP layer"
 
 
-def test_tables_of_any_form_lose_no_number(browser):
+def test_tables_of_any_form_lose_no_number():
     content = {
         "command": "x",
         "a": {"b": {"rows": [{"n": 1, "s": {"t": 2}}, {"n": 3}]}, "one": 4},

@@ -122,6 +122,19 @@ def test_light_modules_import_no_jax():
     assert not offenders, "\n".join(offenders)
 
 
+def test_modules_are_found_without_changing_where_they_are_looked_for():
+    root = PACKAGE.parent
+    files = [
+        path
+        for folder in ("tests", "benchmarks", "experiments")
+        for path in (root / folder).rglob("*.py")
+    ]
+    changing = [p for p in files if "sys" + ".path" in p.read_text()]
+    folders = {path.parent for path in files if path.is_relative_to(root / "tests")}
+    loose = [folder for folder in folders if not (folder / "__init__.py").is_file()]
+    assert len(files) > 200 and not changing and not loose
+
+
 def test_import_touches_no_device_and_no_jax():
     code = (
         "import sys, time; start = time.process_time(); import uoe_jax;"

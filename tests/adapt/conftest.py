@@ -1,7 +1,8 @@
 """Adapters that change their weights."""
 
 import pytest
-from moved_adapters import move_adapters
+
+from tests.adapt.moved_adapters import move_adapters
 
 
 @pytest.fixture

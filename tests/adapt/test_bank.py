@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moved_adapters import move_adapters
 
+from tests.adapt.moved_adapters import move_adapters
+from tests.compare import assert_close
 from uoe_jax.adapt import (
     AdapterConfig,
     WeightAxes,

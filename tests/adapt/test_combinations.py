@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from jax.sharding import PartitionSpec
 
+from tests.compare import assert_close
 from uoe_jax.adapt import (
     AdapterConfig,
     WeightAxes,

@@ -4,10 +4,10 @@ import string
 
 import numpy as np
 import pytest
-from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.compare import assert_close
 from uoe_jax.adapt.equation import (
     factorize_equation,
     lora_network,

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from safetensors.numpy import load_file, save_file
 
+from tests.compare import assert_close
 from uoe_jax.adapt import AdapterConfig, WeightAxes, adapted_params, leaf_delta
 from uoe_jax.adapt.files import CONFIG, WEIGHTS, load_adapters, save_adapters
 from uoe_jax.adapt.foreign import Module, module_delta, read_lycoris, read_peft

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from safetensors.numpy import load_file, save_file
 
+from tests.compare import assert_close
 from uoe_jax.adapt import AdapterConfig, adapted_params, init_adapters, leaf_delta
 from uoe_jax.adapt import patterns as patterns_module
 from uoe_jax.adapt.config import check_adapter

@@ -6,8 +6,8 @@ import itertools
 import jax
 import numpy as np
 from flax import nnx
-from test_training import tiny_language_model
 
+from tests.adapt.test_training import tiny_language_model
 from uoe_jax.adapt import AdapterConfig, init_adapters
 from uoe_jax.adapt.subject import adapter_subject
 from uoe_jax.config import MeshConfig

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from compare import assert_close
-from moved_adapters import draw_model, move_adapters
 
+from tests.adapt.moved_adapters import draw_model, move_adapters
+from tests.compare import assert_close
 from uoe_jax.adapt import AdapterConfig
 from uoe_jax.adapt.subject import adapter_subject
 from uoe_jax.config import (

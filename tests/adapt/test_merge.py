@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from moved_adapters import move_adapters
 
+from tests.adapt.moved_adapters import move_adapters
+from tests.compare import assert_close
 from uoe_jax.adapt import (
     AdapterConfig,
     WeightAxes,

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compare import assert_close
 from flax import nnx
-from moved_adapters import draw_model
 
+from tests.adapt.moved_adapters import draw_model
+from tests.compare import assert_close
 from uoe_jax.adapt import (
     AdapterConfig,
     Adapters,

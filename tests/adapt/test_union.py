@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from moved_adapters import draw_model
 
+from tests.adapt.moved_adapters import draw_model
 from uoe_jax.adapt import AdapterConfig, adapted_params, apply_adapted
 from uoe_jax.adapt.cost import cut_network
 from uoe_jax.config import ModelConfig, UnionConfig

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from test_init_from import saved, train
 
+from tests.cli.test_init_from import saved, train
 from uoe_jax.cli import main
 from uoe_jax.errors import ConfigError
 from uoe_jax.presets import get_preset

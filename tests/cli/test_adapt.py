@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from flax import nnx
 
+from tests.compare import assert_close
 from uoe_jax.adapt import AdapterConfig, adapted_params
 from uoe_jax.adapt.files import digest_params, load_adapters
 from uoe_jax.adapt.merge import merge

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import assert_close
 
+from tests.compare import assert_close
 from uoe_jax.bench import gemm as sweep
 from uoe_jax.bench import gemm_command
 from uoe_jax.bench.gemm_cases import (

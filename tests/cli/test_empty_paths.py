@@ -4,8 +4,8 @@ import typing
 from pathlib import Path
 
 import pytest
-from cli.options import CLASSES, load
 
+from tests.cli.options import CLASSES, load
 from uoe_jax.adapt.request import AdaptRequest
 from uoe_jax.adapt.run import adapt_run
 from uoe_jax.cli import main

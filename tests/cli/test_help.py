@@ -5,8 +5,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
-from options import CLASSES, load
 
+from tests.cli.options import CLASSES, load
 from uoe_jax.cli import VERBS, main
 from uoe_jax.cli.fields import option_names
 from uoe_jax.cli.help import field_texts, list_options

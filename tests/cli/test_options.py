@@ -8,8 +8,8 @@ import typing
 from pathlib import Path
 
 import pytest
-from options import CLASSES, TESTED, UNTESTED, load
 
+from tests.cli.options import CLASSES, TESTED, UNTESTED, load
 from uoe_jax.bench import command, sizes
 from uoe_jax.cli import VERBS, main
 from uoe_jax.cli.fields import option_names, typed_options

@@ -6,8 +6,8 @@ import json
 import shutil
 
 import pytest
-from compare import assert_close
 
+from tests.compare import assert_close
 from uoe_jax.cli import main
 from uoe_jax.config import config_hash
 from uoe_jax.errors import ConfigError

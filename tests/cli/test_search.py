@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "runs"))
-from made_runs import change, make_result, make_run
-
+from tests.runs.made_runs import change, make_result, make_run
 from uoe_jax.cli import main
 from uoe_jax.cli.recall import recall_line, remember
 from uoe_jax.presets import get_preset

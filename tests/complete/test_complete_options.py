@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from compare import assert_close
 
+from tests.compare import assert_close
 from uoe_jax.cli import main
 from uoe_jax.complete.options import CompleteArgs
 from uoe_jax.linalg.completion import load_factors

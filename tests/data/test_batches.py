@@ -7,8 +7,8 @@ import json
 
 import numpy as np
 import pytest
-from compare import assert_close
 
+from tests.compare import assert_close
 from uoe_jax.data import make_dataset
 from uoe_jax.errors import ConfigError, DataError
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from compare import assert_close
 
+from tests.compare import assert_close
 from uoe_jax.data.tasks import parallel, pathfinder
 from uoe_jax.data.tasks.pathfinder import PathfinderRules, generate, make_scenes
 from uoe_jax.errors import DataError

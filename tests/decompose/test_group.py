@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exact import DENSE, draw
 
+from tests.compare import assert_close
+from tests.decompose.test_exact import DENSE, draw
 from uoe_jax.decompose.calibrate import layer_values
 from uoe_jax.decompose.cut import Cut
 from uoe_jax.decompose.group import (

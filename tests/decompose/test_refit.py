@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exact import DENSE, draw
 
+from tests.decompose.test_exact import DENSE, draw
 from uoe_jax.config import UnionConfig
 from uoe_jax.decompose.calibrate import Stream
 from uoe_jax.decompose.cut import Cut

@@ -4,15 +4,11 @@ import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.run import main
 from experiments.shared.arrays import load_split, make_take, num_examples, train_rows
@@ -29,6 +25,7 @@ from experiments.shared.fit import CHUNKS, Limits, OutOfTime, TooSlow, run_seed
 from experiments.shared.programs import Programs, with_rate
 from experiments.shared.queue import Task, begin
 from experiments.shared.work import Worker, work
+from tests.compare import assert_close
 from uoe_jax.config import (
     DataConfig,
     ExperimentConfig,

@@ -2,11 +2,8 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.run import main
 from experiments.shared import work

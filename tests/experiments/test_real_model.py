@@ -6,11 +6,11 @@ import json
 import jax
 import numpy as np
 import pytest
-from compare import assert_close
 
 from experiments.e009_real_model.prune import Prune, narrower, prune_params
 from experiments.e009_real_model.study import Scale, entries, write_texts
 from experiments.e009_real_model.table import plot, table
+from tests.compare import assert_close
 from uoe_jax.config import ModelConfig
 from uoe_jax.decompose.plan import Cut
 from uoe_jax.decompose.split import union_config

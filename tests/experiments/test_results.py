@@ -3,12 +3,8 @@
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
-from compare import assert_close
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.shared.case import Case, Study, find_experiment, load_config
 from experiments.shared.plot import plot
@@ -22,6 +18,7 @@ from experiments.shared.results import (
     write_summary,
 )
 from experiments.shared.stats import difference
+from tests.compare import assert_close
 from uoe_jax.config import ExperimentConfig, OptimConfig
 
 CONFIG = ExperimentConfig()

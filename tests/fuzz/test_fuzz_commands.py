@@ -13,9 +13,9 @@ import shutil
 
 import jax
 import pytest
-from fuzzing import CODES, NUMBERS, WORDS, Finding, run_cases, strict_json
 from jax._src import compiler
 
+from tests.fuzz.fuzzing import CODES, NUMBERS, WORDS, Finding, run_cases, strict_json
 from uoe_jax.cli import VERBS, main
 from uoe_jax.presets import PRESETS
 

@@ -13,7 +13,8 @@ import typing
 import jax
 import pytest
 from flax import nnx
-from fuzzing import (
+
+from tests.fuzz.fuzzing import (
     NUMBERS,
     WORDS,
     Finding,
@@ -22,7 +23,6 @@ from fuzzing import (
     raw_error,
     run_cases,
 )
-
 from uoe_jax.cli.cost import count_all
 from uoe_jax.config import ExperimentConfig, config_hash, from_json, to_json
 from uoe_jax.errors import ConfigError

@@ -12,8 +12,8 @@ import shutil
 import numpy as np
 import pytest
 from flax import nnx
-from fuzzing import Finding, damage_bytes, one_line, raw_error, run_cases
 
+from tests.fuzz.fuzzing import Finding, damage_bytes, one_line, raw_error, run_cases
 from uoe_jax.adapt.files import load_adapters
 from uoe_jax.cli import main
 from uoe_jax.complete.predictions import load_completion

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_folders import GOLDENS, write_folder
 
+from tests.interop.tiny_folders import GOLDENS, write_folder
 from uoe_jax.adapt.adapters import init_adapters
 from uoe_jax.adapt.config import AdapterConfig
 from uoe_jax.adapt.export import export_adapter

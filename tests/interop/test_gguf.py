@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from tiny_folders import LLAMA, random_tensors, write_folder
 
+from tests.interop.tiny_folders import LLAMA, random_tensors, write_folder
 from uoe_jax.errors import DataError
 from uoe_jax.interop.folder import open_foreign
 from uoe_jax.interop.read import read_params

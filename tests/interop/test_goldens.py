@@ -8,8 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_folders import FAMILY_NAMES, GOLDENS, LLAMA, random_tensors, write_folder
 
+from tests.interop.tiny_folders import (
+    FAMILY_NAMES,
+    GOLDENS,
+    LLAMA,
+    random_tensors,
+    write_folder,
+)
 from uoe_jax.config import ExperimentConfig, MeshConfig, ModelConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.interop.exporting import export_run

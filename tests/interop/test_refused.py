@@ -9,8 +9,8 @@ import struct
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_folders import GOLDENS, LLAMA, random_tensors, write_folder
 
+from tests.interop.tiny_folders import GOLDENS, LLAMA, random_tensors, write_folder
 from uoe_jax.cli import main
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.interop import hub

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_folders import GOLDENS, TEXT, write_folder
 
+from tests.interop.tiny_folders import GOLDENS, TEXT, write_folder
 from uoe_jax.cli import main
 from uoe_jax.runs.load import load_run
 from uoe_jax.tree import named_leaves

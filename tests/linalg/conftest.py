@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from planted_matrices import make_planted
+
+from tests.linalg.planted_matrices import make_planted
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ import warnings
 
 import numpy as np
 import pytest
-from compare import assert_close
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import cross_val_score
 
+from tests.compare import assert_close
 from uoe_jax.complete.options import CompleteArgs
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.linalg.completion import MatrixCompleter, complete, partial_fit

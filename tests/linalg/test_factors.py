@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
-from planted_matrices import make_planted
 from safetensors.numpy import load_file, save_file
 
+from tests.compare import assert_close
+from tests.linalg.planted_matrices import make_planted
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.linalg.completion import (
     Factors,

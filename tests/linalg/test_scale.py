@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
-from planted_matrices import make_planted
 
+from tests.compare import assert_close
+from tests.linalg.planted_matrices import make_planted
 from uoe_jax.linalg.completion import Solver, complete
 from uoe_jax.linalg.completion.als import run_sweep
 from uoe_jax.linalg.completion.entries import clean_entries

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 
+from tests.compare import assert_close
 from uoe_jax.errors import ConfigError
 from uoe_jax.linalg.completion import Solver
 from uoe_jax.linalg.completion.least_squares import (

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.compare import assert_close
 from uoe_jax.errors import ConfigError
 from uoe_jax.linalg.tucker import (
     Tucker,

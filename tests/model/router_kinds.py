@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from tiny_models import tiny
-
+from tests.model.tiny_models import tiny
 from uoe_jax.config import MobaConfig, ModConfig, ModelConfig, UnionConfig
 
 # A union of attention and MLP for each router.

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from tiny_models import build, tiny, tokens_like
 
+from tests.compare import assert_close
+from tests.model.tiny_models import build, tiny, tokens_like
 from uoe_jax.config import MobaConfig, ModConfig, UnionConfig
 from uoe_jax.model import init_cache, update_router_bias
 from uoe_jax.model.attention import SharedKvAttention

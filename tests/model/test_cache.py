@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
-from tiny_models import VARIANTS, build, forward, tiny, tokens_like, union
 
+from tests.compare import assert_close
+from tests.model.tiny_models import VARIANTS, build, forward, tiny, tokens_like, union
 from uoe_jax.config import UnionConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import init_cache

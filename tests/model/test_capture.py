@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close as close
-from tiny_models import tiny, union
 
 import uoe_jax as uoe
+from tests.compare import assert_close as close
+from tests.model.tiny_models import tiny, union
 from uoe_jax.config import MobaConfig, MoeConfig, UnionConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import make_model

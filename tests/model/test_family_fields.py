@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
-from test_cache import decoded_logits
-from tiny_models import build, forward, split_model, tiny, tokens_like
 
+from tests.compare import assert_close
+from tests.model.test_cache import decoded_logits
+from tests.model.tiny_models import build, forward, split_model, tiny, tokens_like
 from uoe_jax.config import (
     ExperimentConfig,
     MoeConfig,

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_models import tiny
 
+from tests.model.tiny_models import tiny
 from uoe_jax.model.mlp import RoutedMlp
 from uoe_jax.ops.packing import pack_choices
 

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from compare import assert_close
-from router_kinds import config_of
-from tiny_models import build, tokens_like
 
+from tests.compare import assert_close
+from tests.model.router_kinds import config_of
+from tests.model.tiny_models import build, tokens_like
 from uoe_jax.model.context import make_context
 
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from flax import nnx
-from test_cache import decoded_logits
-from tiny_models import tiny, tokens_like
 
+from tests.compare import assert_close
+from tests.model.test_cache import decoded_logits
+from tests.model.tiny_models import tiny, tokens_like
 from uoe_jax import kinds
 from uoe_jax.cli import main
 from uoe_jax.config import (

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from flax import nnx
-from tiny_models import VARIANTS, build, forward, tiny, tokens_like, union
 
+from tests.compare import assert_close
+from tests.model.tiny_models import VARIANTS, build, forward, tiny, tokens_like, union
 from uoe_jax.config import UnionConfig
 from uoe_jax.model import RouterBias, update_router_bias
 from uoe_jax.model.attention import UnionAttention

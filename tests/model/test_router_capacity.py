@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compare import assert_close
 from flax import nnx
-from router_kinds import LENGTH, config_of
 
+from tests.compare import assert_close
+from tests.model.router_kinds import LENGTH, config_of
 from uoe_jax.config import ExperimentConfig, UnionConfig, UnionOverrides
 from uoe_jax.model.context import make_context
 from uoe_jax.model.routing import make_router

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from flax import nnx
-from router_kinds import CAUSAL, LENGTH, LOOKING, OTHERS, config_of
-from tiny_models import build, tiny, tokens_like
 
+from tests.compare import assert_close
+from tests.model.router_kinds import CAUSAL, LENGTH, LOOKING, OTHERS, config_of
+from tests.model.tiny_models import build, tiny, tokens_like
 from uoe_jax.config import (
     ExperimentConfig,
     MobaConfig,

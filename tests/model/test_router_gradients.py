@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from flax import nnx
-from router_kinds import LENGTH
-from tiny_models import build, tiny, tokens_like
 
+from tests.compare import assert_close
+from tests.model.router_kinds import LENGTH
+from tests.model.tiny_models import build, tiny, tokens_like
 from uoe_jax.config import UnionConfig, UnionOverrides
 from uoe_jax.model.baselines.mod import DepthRouter
 from uoe_jax.model.context import make_context

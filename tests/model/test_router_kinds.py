@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
-from router_kinds import CAUSAL, LENGTH, OTHERS, config_of
-from tiny_models import build, tokens_like
 
+from tests.compare import assert_close
+from tests.model.router_kinds import CAUSAL, LENGTH, OTHERS, config_of
+from tests.model.tiny_models import build, tokens_like
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import init_cache, make_model

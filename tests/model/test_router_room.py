@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny
 
+from tests.model.tiny_models import tiny
 from uoe_jax.config import UnionConfig
 from uoe_jax.model.context import make_context
 from uoe_jax.model.routing import make_router

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny_models import VARIANTS, build, tokens_like
 
+from tests.model.tiny_models import VARIANTS, build, tokens_like
 from uoe_jax.model import router_losses
 
 

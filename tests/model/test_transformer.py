@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from flax import nnx
-from tiny_models import (
+
+from tests.compare import assert_close
+from tests.model.tiny_models import (
     VARIANTS,
     build,
     forward,
@@ -20,7 +21,6 @@ from tiny_models import (
     tokens_like,
     union,
 )
-
 from uoe_jax.config import UnionConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import make_model, router_losses, routing_choices

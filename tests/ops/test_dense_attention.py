@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ops_oracle
 import pytest
 
+from tests.ops import ops_oracle
 from uoe_jax.ops import dense_attention
 
 pytestmark = pytest.mark.next_jax

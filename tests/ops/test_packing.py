@@ -3,14 +3,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ops_oracle
 import pytest
-from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from tests.compare import assert_close
+from tests.ops import ops_oracle
 from uoe_jax.ops import Packing, combine_rows, gather_rows, pack_choices
 from uoe_jax.ops.counting import BLOCK, count_choices
 from uoe_jax.ops.packing import sort_choices

@@ -5,11 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ops_oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.ops import ops_oracle
 from uoe_jax.ops import segment_attention
 
 ROWS, SEGMENTS = 96, 6  # the blocks have 16 rows

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from tests.compare import assert_close
 from uoe_jax.model.routing.token import router_scores
 from uoe_jax.ops.split_matmul import split, split_matmul
 

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ops_oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.ops import ops_oracle
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import swiglu
 

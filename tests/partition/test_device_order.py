@@ -5,8 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny_layouts import compute, make_config
 
+from tests.partition.tiny_layouts import compute, make_config
 from uoe_jax.errors import DataError
 from uoe_jax.hardware.devices import parse_topology
 from uoe_jax.partition import rings

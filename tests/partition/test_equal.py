@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from tiny_layouts import compute, first_state, make_config, one_device
 
+from tests.partition.tiny_layouts import compute, first_state, make_config, one_device
 from uoe_jax.model.sharded import Sees, gathered_attention, ring_attention
 from uoe_jax.ops.dense_attention.reference import dense_attention
 from uoe_jax.optim import make_optimizer

@@ -8,8 +8,8 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_layouts import make_config
 
+from tests.partition.tiny_layouts import make_config
 from uoe_jax.cli.plan import plan as run_plan
 from uoe_jax.config import LayoutConfig, MeshConfig, UnionConfig
 from uoe_jax.errors import ConfigError, DataError

@@ -8,11 +8,11 @@ from inspect import unwrap
 import jax
 import numpy as np
 import pytest
-from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import mesh_utils
 
+from tests.compare import assert_close
 from uoe_jax.config import MeshConfig
 from uoe_jax.partition.mesh import make_mesh
 from uoe_jax.partition.rings import in_rings, mean_hops

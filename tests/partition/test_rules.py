@@ -6,10 +6,10 @@ import json
 import jax
 import numpy as np
 import pytest
-from compare import assert_close
 from jax.sharding import PartitionSpec
-from tiny_layouts import compute, make_config, one_device
 
+from tests.compare import assert_close
+from tests.partition.tiny_layouts import compute, make_config, one_device
 from uoe_jax.cli import main
 from uoe_jax.config import LayoutConfig, from_json, to_json
 from uoe_jax.errors import ConfigError

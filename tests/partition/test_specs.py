@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny_layouts import make_config, trace
 
+from tests.partition.tiny_layouts import make_config, trace
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import param_shapes
 from uoe_jax.partition.layout import make_layout

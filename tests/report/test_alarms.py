@@ -4,8 +4,8 @@ import dataclasses
 import json
 
 import numpy as np
-from synthetic_runs import make_overlay
 
+from tests.report.synthetic_runs import make_overlay
 from uoe_jax.config import MoeConfig, to_json
 from uoe_jax.presets import get_preset
 from uoe_jax.report.alarms import find_alarms, latest

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import assert_close
 from matplotlib.image import imread
-from synthetic_runs import TEXT, make_overlay, make_run
 
+from tests.compare import assert_close
+from tests.report.synthetic_runs import TEXT, make_overlay, make_run
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.hardware.count import count_params
 from uoe_jax.presets import get_preset

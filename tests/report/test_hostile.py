@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 from matplotlib.figure import Figure
-from synthetic_runs import make_run
 
+from tests.report.synthetic_runs import make_run
 from uoe_jax.cli import main
 from uoe_jax.config import from_json, to_json
 from uoe_jax.partition.legal import mesh_sizes

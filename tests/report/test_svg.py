@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from synthetic_runs import make_run
 
+from tests.report.synthetic_runs import make_run
 from uoe_jax.report.build import write_report
 from uoe_jax.report.read import read_runs
 from uoe_jax.report.svg import _ticks, health, learning

@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from made_runs import change, make_result, make_run
 
+from tests.runs.made_runs import change, make_result, make_run
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.presets import get_preset
 from uoe_jax.runs.diversity import diversity

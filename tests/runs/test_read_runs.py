@@ -4,8 +4,8 @@ import json
 import os
 
 import pytest
-from made_runs import make_result, make_run
 
+from tests.runs.made_runs import make_result, make_run
 from uoe_jax.errors import DataError
 from uoe_jax.presets import get_preset
 from uoe_jax.runs.foreign import read_foreign

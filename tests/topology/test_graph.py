@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from weighted import graphs
 
+from tests.topology.weighted import graphs
 from uoe_jax.errors import UoeError
 from uoe_jax.hardware.devices import parse_topology
 from uoe_jax.topology import (

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weighted import graphs
 
+from tests.topology.weighted import graphs
 from uoe_jax.errors import ConfigError, all_divisors
 from uoe_jax.hardware.devices import parse_topology
 from uoe_jax.partition.stand_in import jax_order

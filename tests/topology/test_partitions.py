@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weighted import graphs
 
+from tests.topology.weighted import graphs
 from uoe_jax.errors import ConfigError
 from uoe_jax.topology import (
     box_graph,

@@ -4,7 +4,8 @@ import functools
 import os
 
 import pytest
-from tiny_runs import make_tiny
+
+from tests.train.tiny_runs import make_tiny
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_loop import assert_same_bits, lines_of, shared_programs
-from tiny_runs import with_train
 
+from tests.train.test_loop import assert_same_bits, lines_of, shared_programs
+from tests.train.tiny_runs import with_train
 from uoe_jax.data import prefetch
 from uoe_jax.errors import CheckpointError, ConfigError, DataError
 from uoe_jax.runs.checkpoint import Checkpoints

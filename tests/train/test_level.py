@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
-from test_loop import assert_same_bits, lines_of, shared_programs
-from test_step import changed, make_batch, run_steps
-from tiny_runs import make_tiny, with_train
 
+from tests.compare import assert_close
+from tests.train.test_loop import assert_same_bits, lines_of, shared_programs
+from tests.train.test_step import changed, make_batch, run_steps
+from tests.train.tiny_runs import make_tiny, with_train
 from uoe_jax.config import TrainConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.runs.checkpoint import Checkpoints

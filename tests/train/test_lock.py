@@ -10,8 +10,8 @@ import threading
 import time
 
 import pytest
-from tiny_runs import make_tiny
 
+from tests.train.tiny_runs import make_tiny
 from uoe_jax.runs import lock as lock_module
 from uoe_jax.runs.folder import open_run_dir
 from uoe_jax.runs.lock import FolderLost, Locked, RunLock

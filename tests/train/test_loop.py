@@ -7,9 +7,9 @@ import signal
 import chex
 import numpy as np
 import pytest
-from compare import assert_close
-from tiny_runs import with_train
 
+from tests.compare import assert_close
+from tests.train.tiny_runs import with_train
 from uoe_jax.config import ModelConfig
 from uoe_jax.data import make_dataset
 from uoe_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError

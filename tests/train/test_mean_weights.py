@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_loop import arrays_of, assert_same_bits
-from tiny_runs import with_train
 
+from tests.train.test_loop import arrays_of, assert_same_bits
+from tests.train.tiny_runs import with_train
 from uoe_jax.errors import ConfigError
 from uoe_jax.evaluate import evaluate
 from uoe_jax.optim import follow_weights

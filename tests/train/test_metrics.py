@@ -5,8 +5,8 @@ import sys
 
 import pytest
 from rich.console import Console
-from tiny_runs import make_tiny
 
+from tests.train.tiny_runs import make_tiny
 from uoe_jax.train.metrics import MetricsLog, read_metrics, scalars
 from uoe_jax.train.progress import Display
 

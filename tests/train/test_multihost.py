@@ -14,8 +14,8 @@ import time
 
 import numpy as np
 import pytest
-from compare import assert_close
 
+from tests.compare import assert_close
 from uoe_jax.config import MeshConfig, to_json
 from uoe_jax.errors import CheckpointError, ConfigError
 from uoe_jax.partition.mesh import mesh_for

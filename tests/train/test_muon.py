@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import make_tiny
 
+from tests.train.tiny_runs import make_tiny
 from uoe_jax.config import LayoutConfig, MeshConfig, OptimConfig
 from uoe_jax.optim import MUON_RMS, make_optimizer, muon_matrices
 from uoe_jax.partition.mesh import mesh_for

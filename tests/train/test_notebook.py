@@ -7,20 +7,18 @@ from pathlib import Path
 
 import pytest
 from jupyter_client.manager import start_new_kernel
-from test_loop import lines_of
 
+from tests.train.test_loop import lines_of
 from uoe_jax.runs.checkpoint import Checkpoints
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 SETUP = """
-import sys
-sys.path.insert(0, {here!r})
 import jax
 jax.config.update("jax_num_cpu_devices", 1)
 from flax import nnx
 nnx.set_graph_mode(False); nnx.set_graph_updates(False)
 from pathlib import Path
-from tiny_runs import make_tiny
+from tests.train.tiny_runs import make_tiny
 from uoe_jax.train import train
 config = make_tiny(cache_dir={cache!r}, steps=400, save_every=1000, eval_every=1000)
 """
@@ -29,8 +27,7 @@ CELL = "found = train(config, Path({run!r}))\nprint('done', found['step'])"
 
 @pytest.fixture
 def kernel(shared_folder):
-    root = HERE.parents[1]
-    env = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     manager, client = start_new_kernel(kernel_name="python3", env=env)
     try:
         yield manager, client
@@ -65,7 +62,7 @@ def run_cell(client, code, seen=lambda text: None):
 def test_an_interrupted_cell_has_saved_and_goes_on(kernel, shared_folder, tmp_path):
     manager, client = kernel
     run, interrupted = tmp_path / "run", []
-    setup = SETUP.format(here=str(HERE), cache=str(shared_folder / "prepared"))
+    setup = SETUP.format(cache=str(shared_folder / "prepared"))
     assert run_cell(client, setup)[1] is None
 
     def interrupt(said):

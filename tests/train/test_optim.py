@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compare import assert_close
 from flax import nnx
 
+from tests.compare import assert_close
 from uoe_jax.config import ModelConfig, OptimConfig
 from uoe_jax.model import make_model
 from uoe_jax.optim import (

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import io_callback
-from test_loop import assert_same_bits, lines_of, shared_programs
-from tiny_runs import make_tiny, with_train
 
+from tests.train.test_loop import assert_same_bits, lines_of, shared_programs
+from tests.train.tiny_runs import make_tiny, with_train
 from uoe_jax.config import MeshConfig
 from uoe_jax.errors import ReplayError
 from uoe_jax.runs.checkpoint import Checkpoints

@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-from test_loop import assert_same_bits, lines_of
+
+from tests.train.test_loop import assert_same_bits, lines_of
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 from pathlib import Path
-from tiny_runs import make_tiny
+from tests.train.tiny_runs import make_tiny
 from uoe_jax.errors import UoeError
 from uoe_jax.train import train
 config = make_tiny("union", cache_dir=sys.argv[1], steps=45, save_every=3, eval_every=7)
@@ -34,7 +35,7 @@ def start(shared_folder, tmp_path):
     program.write_text(PROGRAM)
     env = {
         **os.environ,
-        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
+        "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
     }
 

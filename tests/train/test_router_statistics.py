@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import make_tiny
 
+from tests.train.tiny_runs import make_tiny
 from uoe_jax.config import ModConfig, ModelConfig, MoeConfig, UnionConfig
 from uoe_jax.data import make_dataset
 from uoe_jax.evaluate import evaluate

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from tiny_runs import make_tiny, with_train
 
+from tests.train.tiny_runs import make_tiny, with_train
 from uoe_jax.errors import ConfigError
 from uoe_jax.runs.folder import open_run_dir, write_environment
 

@@ -5,10 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
-from compare import assert_close
-from test_loop import assert_same_bits, lines_of
-from tiny_runs import with_train
 
+from tests.compare import assert_close
+from tests.train.test_loop import assert_same_bits, lines_of
+from tests.train.tiny_runs import with_train
 from uoe_jax.config import ModelConfig, UnionConfig, UnionOverrides
 from uoe_jax.decompose.runs import Cut, decompose_run
 from uoe_jax.errors import ConfigError

@@ -5,9 +5,9 @@ import dataclasses
 import chex
 import jax
 import pytest
-from test_step import make_batch, optimizer_of
-from tiny_runs import make_tiny
 
+from tests.train.test_step import make_batch, optimizer_of
+from tests.train.tiny_runs import make_tiny
 from uoe_jax.config import MeshConfig
 from uoe_jax.partition.mesh import make_mesh
 from uoe_jax.runs.state import abstract_state, init_state

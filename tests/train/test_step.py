@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compare import assert_close
 from flax import nnx
-from tiny_runs import make_tiny, with_train
 
+from tests.compare import assert_close
+from tests.train.tiny_runs import make_tiny, with_train
 from uoe_jax.config import MeshConfig, ModelConfig
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh, replicated

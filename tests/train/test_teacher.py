@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import assert_close
 from flax import nnx
-from test_loop import arrays_of, assert_same_bits, lines_of
-from test_step import GRADIENTS, make_batch
-from tiny_runs import make_tiny, with_train
 
+from tests.compare import assert_close
+from tests.train.test_loop import arrays_of, assert_same_bits, lines_of
+from tests.train.test_step import GRADIENTS, make_batch
+from tests.train.tiny_runs import make_tiny, with_train
 from uoe_jax.cli import main
 from uoe_jax.config import MeshConfig, ModelConfig
 from uoe_jax.errors import CheckpointError, ConfigError

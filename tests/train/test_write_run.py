@@ -12,8 +12,8 @@ import chex
 import jax
 import numpy as np
 import pytest
-from tiny_runs import make_tiny
 
+from tests.train.tiny_runs import make_tiny
 from uoe_jax.data.record import read_record, record_of_tokenizer
 from uoe_jax.errors import CheckpointError, ConfigError
 from uoe_jax.model import flat_params, make_model

@@ -7,11 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ops_oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.ops import ops_oracle
 from uoe_jax.ops.segment_attention import mosaic_gpu_plan as plans
 from uoe_jax.ops.segment_attention.mosaic_gpu_plan import (
     ALIGN,

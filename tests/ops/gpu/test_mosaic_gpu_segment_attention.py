@@ -8,12 +8,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ops_oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from tests.ops import ops_oracle
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import segment_attention
 from uoe_jax.ops.segment_attention import (

@@ -7,9 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ops_oracle
 import pytest
 
+from tests.ops import ops_oracle
 from uoe_jax.ops import dense_attention
 from uoe_jax.ops.dense_attention import packed_gpu, reference
 from uoe_jax.ops.segment_attention import mosaic_gpu, xla

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import triton_on_cpu  # before anything that imports triton
+from tests.ops.gpu import triton_on_cpu  # before anything that imports triton
 
 # isort: split
 import contextlib
@@ -9,12 +9,12 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ops_oracle
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+from tests.ops import ops_oracle
 from uoe_jax.ops import _triton, _tuning, pack_choices
 from uoe_jax.ops.grouped_matmul import triton, triton_launch
 from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles

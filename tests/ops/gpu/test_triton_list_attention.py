@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import test_triton_segment_attention as on_triton
+from tests.ops.gpu import test_triton_segment_attention as on_triton
 
 # isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ops_oracle
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from tests.ops import ops_oracle
 from uoe_jax.ops import _triton
 from uoe_jax.ops.list_attention import list_attention
 from uoe_jax.ops.segment_attention import mosaic_gpu, triton

@@ -6,13 +6,12 @@ import functools
 from types import SimpleNamespace
 from unittest import mock
 
-import triton_on_cpu  # before anything that imports triton
+from tests.ops.gpu import triton_on_cpu  # before anything that imports triton
 
 # isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ops_oracle
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -20,6 +19,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from triton.runtime import interpreter
 
+from tests.ops import ops_oracle
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import _triton, segment_attention
 from uoe_jax.ops.segment_attention import triton

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import triton_on_cpu  # before anything that imports triton
+from tests.ops.gpu import triton_on_cpu  # before anything that imports triton
 
 # isort: split
 import functools
@@ -10,11 +10,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ops_oracle
 import pytest
 from jax.sharding import PartitionSpec as P
-from test_swiglu import TOLERANCE, check
 
+from tests.ops import ops_oracle
+from tests.ops.test_swiglu import TOLERANCE, check
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import _triton, swiglu
 from uoe_jax.ops.swiglu import triton

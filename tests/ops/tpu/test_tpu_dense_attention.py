@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tpu_oracle
 
+from tests.ops.tpu import tpu_oracle
 from uoe_jax.ops import (
     _tpu,
     dense_attention,

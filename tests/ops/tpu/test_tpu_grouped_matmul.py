@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tpu_oracle
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.ops.tpu import tpu_oracle
 from uoe_jax.ops import pack_choices
 from uoe_jax.ops.grouped_matmul import mosaic_tpu, reference
 

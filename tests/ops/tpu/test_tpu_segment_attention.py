@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tpu_oracle
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.ops.tpu import tpu_oracle
 from uoe_jax.ops.segment_attention import mosaic_tpu, reference
 from uoe_jax.ops.segment_attention import mosaic_tpu_parts as parts
 
