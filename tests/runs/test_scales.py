@@ -15,8 +15,39 @@ from uoe_jax.runs.scales import KINDS, from_scale, kind_of, to_scale
 
 
 def test_every_field_of_a_config_has_a_kind_and_no_other():
+    """An exception whose field was renamed would be one more."""
     fields = set(settings_of(dataclasses.asdict(ExperimentConfig())))
     assert set(KINDS) == fields
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        # By type and bounds: whole numbers and rates, fractions, words, flags, seeds.
+        ("model.window", "log"),
+        ("model.union.capacity_factor", "log"),
+        ("model.union_attention.num_experts", "log"),
+        ("optim.weight_decay", "log"),
+        ("train.max_seconds", "log"),
+        ("model.mod.keep", "share"),
+        ("model.mod.bias_update_rate", "share"),
+        ("data.valid_fraction", "share"),
+        ("model.attention", "category"),
+        ("model.use_bias", "category"),
+        ("model.mlp_bias", "category"),
+        ("data.path", "category"),
+        ("layout.rules", "category"),
+        ("data.seed", "category"),
+        # By name.
+        ("optim.final_lr_fraction", "share"),
+        ("train.seed", "label"),
+        ("train.log_every", "label"),
+        ("data.cache_dir", "label"),
+        ("name", "label"),
+    ],
+)
+def test_kinds_follow_from_types_but_for_those_by_name(name, kind):
+    assert KINDS[tuple(name.split("."))] == kind
 
 
 def test_numbers_have_a_scale_and_words_have_none():

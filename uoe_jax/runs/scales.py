@@ -6,12 +6,18 @@ Recht 2007), whose products are exp(-d^2 / 2) for numbers d apart on their scale
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, Float32
 
+from uoe_jax.config import ExperimentConfig
+from uoe_jax.fields import Bounds, Seed, field_hints
 from uoe_jax.runs.binding import Rows, atom, normals, random_bits
 from uoe_jax.runs.leaves import LENGTH, Path
 
@@ -24,68 +30,50 @@ LOG, SHARE, CATEGORY, LABEL = "log", "share", "category", "label"
 _TINY = 2.0**-100  # zero lies this far down, in doublings
 _THRESHOLDS = 32  # of a thermometer, for each sign
 
-_LABELS = """
-name data.data_dir data.cache_dir data.allow_changed train.log_every train.save_every
-train.keep_checkpoints train.tensorboard train.wandb train.profile train.replay_every
-train.seed
-"""
-_CATEGORIES = """
-data.seed model.kind model.attention model.mlp model.blocks
-model.union.router model.union.gate model.union.shared_kv model.union_attention.router
-model.union_attention.gate model.union_attention.shared_kv model.moe.router
-model.moe.gate model.norm model.position model.activation model.use_bias
-model.tie_embeddings model.remat model.scan_layers model.param_dtype
-model.compute_dtype data.source data.path data.encoding data.tokenizer data.text_key
-data.bad_records data.pack data.bad_utf8 optim.kind optim.schedule
-layout.tensor_reduce
-layout.experts layout.dispatch layout.sequence_attention layout.rules
-layout.device_order
-model.norm_place
-model.embed_norm model.qk_norm model.rope_scaling.kind model.attention_bias
-model.mlp_bias model.class_token model.pooling model.encoder_head train.distill_from
-"""
-_SHARES = """
-model.mod.keep model.mod.bias_update_rate model.dropout data.valid_fraction
-data.test_fraction optim.final_lr_fraction optim.beta1 optim.beta2 optim.momentum
-optim.ema_decay
-train.label_smoothing train.distill_weight
-"""
-_LOGS = """
-model.vocab_size model.max_seq_len model.d_model model.d_ff model.num_layers
-model.num_heads model.num_kv_heads model.head_dim model.union.num_experts
-model.union.top_k model.union.patch_size model.union.num_shared
-model.union.segment_size model.union.selected model.union.capacity_factor
-model.union.balance_loss model.union.router_z_loss model.union.bias_update_rate
-model.union.router_init_std model.union_attention.num_experts
-model.union_attention.top_k model.union_attention.patch_size
-model.union_attention.num_shared model.union_attention.segment_size
-model.union_attention.selected model.union_attention.balance_loss
-model.moba.block_size model.moba.top_k model.mod.capacity_factor
-model.mod.router_z_loss model.mod.router_init_std model.moe.num_experts
-model.moe.top_k model.moe.num_shared model.moe.capacity_factor model.moe.d_expert
-model.moe.balance_loss model.moe.router_z_loss model.moe.bias_update_rate
-model.moe.router_init_std model.norm_eps model.rope_theta model.num_classes
-model.window model.token_types model.rope_scaling.factor
-model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor
-model.rope_scaling.original_max_seq_len model.image_size model.image_channels
-model.image_patch data.bpe_vocab_size
-data.seq_len data.batch_size data.max_bytes data.num_examples data.min_length
-data.max_length optim.learning_rate optim.warmup_steps optim.eps optim.weight_decay
-optim.clip_norm optim.router_lr_scale mesh.data mesh.fsdp mesh.tensor mesh.sequence
-train.steps train.max_seconds train.accumulate train.z_loss train.eval_every
-train.eval_batches train.max_bad_steps train.max_loss_jump train.loss_chunk
-train.distill_temperature train.top_k_warmup_steps
-"""
+# A field's kind follows from its type and bounds, but for these.
+_EXCEPTIONS = {
+    LABEL: """
+        name data.data_dir data.cache_dir data.allow_changed train.log_every
+        train.save_every train.keep_checkpoints train.tensorboard train.wandb
+        train.profile train.replay_every train.seed
+    """,
+    SHARE: "optim.final_lr_fraction",  # which may be above 1
+}
 
-# The kind of every field of a run's config, which a test holds to the config itself.
-KINDS: dict[Path, str] = {
+
+def _field_kinds(cls: type, path: Path = ()) -> Iterator[tuple[Path, str]]:
+    for name, hint in field_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _field_kinds(typing.cast(type, hint), (*path, name))
+        else:
+            yield (*path, name), _hinted_kind(hint)
+
+
+def _hinted_kind(hint: Any) -> str:
+    """Return the kind that a field's annotation gives it.
+
+    Numbers are `log`, fractions of one `share`; words, flags and seeds are categories.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint == Seed:
+        return CATEGORY
+    if origin is Annotated:
+        for rule in args[1:]:
+            if isinstance(rule, Bounds) and args[0] is float:
+                low, high = max(rule.least, rule.above), min(rule.most, rule.below)
+                return SHARE if low == 0 and high == 1 else LOG
+        return _hinted_kind(args[0])
+    if origin in (types.UnionType, typing.Union):
+        return _hinted_kind(next(a for a in args if a is not type(None)))
+    if origin is tuple:
+        return _hinted_kind(args[0])
+    return LOG if hint in (int, float) else CATEGORY
+
+
+# The kind of every field of a run's config.
+KINDS: dict[Path, str] = dict(_field_kinds(ExperimentConfig)) | {
     tuple(name.split(".")): kind
-    for kind, names in (
-        (LABEL, _LABELS),
-        (CATEGORY, _CATEGORIES),
-        (SHARE, _SHARES),
-        (LOG, _LOGS),
-    )
+    for kind, names in _EXCEPTIONS.items()
     for name in names.split()
 }
 LABELS = frozenset(path for path, kind in KINDS.items() if kind == LABEL)
