@@ -50,7 +50,9 @@ def base_experiment(*, tiny: bool = False) -> ExperimentConfig:
             head_dim=width // heads,
             compute_dtype="float32" if tiny else "bfloat16",
         ),
-        data=DataConfig(source="stdlib", batch_size=32),
+        data=DataConfig(
+            source="stdlib", batch_size=32, max_bytes=400_000 if tiny else None
+        ),
         train=TrainConfig(loss_chunk=16_384),
     )
 

@@ -9,23 +9,39 @@ kernel as a matrix [k k in, out], Tucker as the four-way tensor it is.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from flax import nnx
+from jax.sharding import PartitionSpec
 from lm import Results, over_stack, solve, start_ranks
 
+from experiments.shared.stack import first_state, train_at_once, with_rate
 from uoe_jax.adapt import (
     AdapterConfig,
     apply_adapted,
     count_adapter_params,
     init_adapters,
 )
+from uoe_jax.config import (
+    ExperimentConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from uoe_jax.optim import make_optimizer
+from uoe_jax.partition.mesh import make_mesh
+from uoe_jax.runs.state import layout_of
+from uoe_jax.train.step import make_step
+from uoe_jax.train.subject import Objective
 
 Tree = Any
 WIDTHS = (3, 64, 128, 128, 256, 256)
@@ -94,35 +110,96 @@ def forward(params: Tree, images: jax.Array) -> jax.Array:
     return x @ params["head"]["weight"] + params["head"]["bias"]
 
 
-def loss(params: Tree, images: jax.Array, labels: jax.Array) -> jax.Array:
-    picked = jax.nn.log_softmax(forward(params, images))
-    return -jnp.mean(jnp.take_along_axis(picked, labels[:, None], axis=1))
+class Part(nnx.Module):
+    """The arrays of one layer."""
+
+    def __init__(self, arrays: dict[str, jax.Array]):
+        for name, array in arrays.items():
+            setattr(self, name, nnx.Param(array))
+
+
+class Net(nnx.Module):
+    """The network as the training step calls its models: logits, no routers."""
+
+    def __init__(self, params: Tree):
+        self.names = {name: tuple(arrays) for name, arrays in params.items()}
+        for name, arrays in params.items():
+            setattr(self, name, Part(arrays))
+
+    def __call__(self, images: jax.Array, **_: Any) -> tuple[jax.Array, dict]:
+        params = {
+            name: {one: getattr(getattr(self, name), one)[...] for one in arrays}
+            for name, arrays in self.names.items()
+        }
+        return forward(params, images), {}
+
+
+def split(params: Tree) -> Any:
+    """The network's static half, parameters and (no) buffers."""
+    return nnx.split(Net(params), nnx.Param, ...)
+
+
+# (function of parameters and more, what is trained, what isn't, more) -> its value
+Call = Callable[..., Any]
+
+
+def whole(fn: Any, trained: Tree, frozen: Tree, *args: Any) -> Any:
+    """All parameters are trained."""
+    return fn(trained, *args)
 
 
 def fit(
-    objective: Any, start: Tree, data: Any, rate: Any, seed: Any, args: Any
+    params: Tree,
+    data: Any,
+    rate: Any,
+    seed: Any,
+    args: Any,
+    call: Call = whole,
+    trained: Tree = None,
+    frozen: Tree = None,
 ) -> Tree:
-    """Adam with cosine decay and mirrored images, one scan."""
-    adam = optax.scale_by_adam()
+    """The project's step: Adam with cosine decay and mirrored images, in one scan."""
     images, labels = data
+    optim = OptimConfig(
+        learning_rate=1.0, warmup_steps=0, final_lr_fraction=0.0, beta2=0.999,
+        weight_decay=0.0, clip_norm=0.0,
+    )  # fmt: skip
+    model = ModelConfig(kind="vision", image_size=32, image_channels=3, num_classes=10)
+    mesh = MeshConfig(data=1)
+    train = TrainConfig(steps=args.steps)
+    config = ExperimentConfig(model=model, optim=optim, mesh=mesh, train=train)
+    optimizer = with_rate(make_optimizer(optim, args.steps))
+    devices = make_mesh(mesh)
+    # Of other weights than a vision transformer's, each whole.
+    none: Any = {"specs": {}, "shapes": {}, "experts": {}}
+    layout = dataclasses.replace(layout_of(config, devices), **none)
+    graphdef, _, buffers = split(params)
 
-    def step(carry: Tree, number: jax.Array) -> tuple[Tree, None]:
-        tree, state = carry
+    def with_model(
+        fn: Any, state: Any, frozen: Tree, *args: Any, make_key: Any = None
+    ) -> Any:
+        weights, buffers = state
+        given = lambda params, *args: fn(split(params)[1], buffers, *args)
+        return call(given, weights, frozen, *args)
+
+    objective = Objective(
+        call=with_model,
+        update_buffers=lambda buffers, aux, config: buffers,
+        frozen_specs=PartitionSpec(),
+    )
+    step = make_step(config, graphdef, optimizer, devices, layout, objective)
+
+    def batch(number: jax.Array) -> dict[str, jax.Array]:
         key = jax.random.fold_in(jax.random.key(seed), number)
         rows = jax.random.randint(key, (args.batch,), 0, images.shape[0])
         flip = jax.random.bernoulli(jax.random.fold_in(key, 1), 0.5, (args.batch,))
         x = images[rows]
         x = jnp.where(flip[:, None, None, None], x[:, :, ::-1], x)
-        grads = jax.grad(objective)(tree, x, labels[rows])
-        updates, state = adam.update(grads, state)
-        share = 0.5 + 0.5 * jnp.cos(jnp.pi * number / args.steps)
-        return (
-            jax.tree.map(lambda p, u: p - rate * share * u, tree, updates),
-            state,
-        ), None
+        return {"images": x, "labels": labels[rows]}
 
-    (tree, _), _ = jax.lax.scan(step, (start, adam.init(start)), jnp.arange(args.steps))
-    return tree
+    start = params if trained is None else trained
+    state = first_state(start, buffers, optimizer, jnp.float32(rate))
+    return train_at_once(step, state, batch, args.steps, frozen)
 
 
 def error_rate(call: Any, data: Any) -> jax.Array:
@@ -145,6 +222,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    nnx.set_graph_mode(False)
+    nnx.set_graph_updates(False)
     args.out.mkdir(parents=True, exist_ok=True)
     results = Results(args.out / "adapters_conv.json")
     widths = (3, 8, 8, 8, 8, 8) if args.tiny else WIDTHS
@@ -153,7 +232,7 @@ def main() -> None:
         tuple(jnp.asarray(a[:limit]) for a in load(name)) for name in ("mnist", "cifar")
     )
     start = make_net(jax.random.key(0), widths)
-    train = jax.jit(lambda p, data: fit(loss, p, data, 1e-3, 0, args))
+    train = jax.jit(lambda p, data: fit(p, data, 1e-3, 0, args))
     base = train(start, mnist[:2])
     wrong = jax.jit(lambda p, data: error_rate(lambda x: forward(p, x), data))
     about = {
@@ -201,21 +280,24 @@ def run_curve(name: str, base: Tree, data: Any, args: Any, results: Results) -> 
     def one(item: Any, base: Tree, cifar: Any) -> jax.Array:
         start, rate, seed = item
 
-        def call(fn: Any, tree: Tree, *args: Any) -> Any:
+        def call(fn: Any, tree: Tree, frozen: Tree, *args: Any) -> Any:
             if name == "full":
                 return fn(tree, *args)
-            params = {**base, "head": tree["head"]}
+            params = {**frozen["base"], "head": tree["head"]}
             if name == "head":
                 return fn(params, *args)
-            adapters = start.with_weights(tree["adapters"])
+            adapters = dataclasses.replace(
+                start, weights=tree["adapters"], scales=frozen["scales"]
+            )
             return apply_adapted(fn, params, adapters, *args, training=True)
 
         tree = base if name == "full" else {"head": base["head"]}
+        frozen = {"base": base}
         if name in CURVES:
             tree["adapters"] = start.weights
-        objective = lambda tree, x, y: call(loss, tree, x, y)
-        tree = fit(objective, tree, cifar[:2], rate, seed, args)
-        return error_rate(lambda x: call(forward, tree, x), cifar[2:])
+            frozen["scales"] = start.scales
+        tree = fit(base, cifar[:2], rate, seed, args, call, tree, frozen)
+        return error_rate(lambda x: call(forward, tree, frozen, x), cifar[2:])
 
     run = over_stack(one, 1, base, data)
     take = lambda rank, seed: (

@@ -10,6 +10,7 @@ after every stack; a second call goes on with what is missing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import lzma
@@ -17,26 +18,30 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from config import ADAPTERS, RANKS, RATES, SEEDS, adapter, as_dict, base_experiment
 from flax import nnx
 
+from experiments.shared.stack import first_state, train_at_once, with_rate
 from uoe_jax.adapt import (
     Adapters,
     apply_adapted,
     count_adapter_params,
     init_adapters,
 )
-from uoe_jax.config import ExperimentConfig
+from uoe_jax.adapt.subject import adapter_layout, adapter_objective
+from uoe_jax.config import ExperimentConfig, MeshConfig, OptimConfig
 from uoe_jax.data import make_dataset
 from uoe_jax.files import format_json
 from uoe_jax.model import make_model
-from uoe_jax.train.step import batch_loss
+from uoe_jax.optim import make_optimizer
+from uoe_jax.partition.mesh import make_mesh
+from uoe_jax.runs.state import layout_of
+from uoe_jax.train.step import batch_loss, make_step
 from uoe_jax.train.subject import freeze_params
 
 Tree = Any
@@ -62,15 +67,18 @@ def python_source(config: ExperimentConfig) -> tuple[np.ndarray, np.ndarray]:
 def windows(data: jax.Array, starts: jax.Array, length: int) -> dict[str, jax.Array]:
     """The batch whose rows start at the given bytes."""
     rows = data[starts[:, None] + jnp.arange(length + 1)[None]].astype(jnp.int32)
-    mask = jnp.ones((starts.shape[0], length), jnp.float32)
-    return {"tokens": rows[:, :-1], "targets": rows[:, 1:], "mask": mask}
+    whole = jnp.ones((starts.shape[0], length), jnp.int32)
+    mask = whole.astype(jnp.float32)
+    batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
+    return batch | {"mask": mask, "segments": whole}
 
 
 class Task:
     """A model's static half, and its loss as a function of parameters."""
 
     def __init__(self, config: ExperimentConfig):
-        self.config = config
+        self.config = dataclasses.replace(config, mesh=MeshConfig(data=1))
+        self.mesh = make_mesh(self.config.mesh)
         model = make_model(config.model, jax.random.key(0))
         self.graphdef, self.params, self.buffers = nnx.split(model, nnx.Param, ...)
 
@@ -79,34 +87,53 @@ class Task:
         model = nnx.merge(self.graphdef, params, self.buffers)
         return batch_loss(model, batch, self.config)[0].objective / batch["mask"].size
 
+    def training(self, steps: int) -> ExperimentConfig:
+        """Adam with warm-up and cosine decay, its rate given with the state."""
+        optim = OptimConfig(
+            learning_rate=1.0, warmup_steps=max(1, steps // 20), weight_decay=0.0
+        )
+        train = dataclasses.replace(self.config.train, steps=steps)
+        return dataclasses.replace(self.config, optim=optim, train=train)
+
+
+class Run(NamedTuple):
+    """What one run of a stack is trained on, and how long."""
+
+    data: jax.Array
+    rate: jax.Array
+    seed: jax.Array
+    steps: int
+    batch: int
+
 
 def fit(
-    objective: Callable[[Tree, Any], jax.Array],
-    start: Tree,
-    data: jax.Array,
-    length: int,
-    rate: jax.Array,
-    seed: jax.Array,
-    steps: int,
-    batch: int,
+    task: Task,
+    params: Tree,
+    run: Run,
+    start: Adapters | None = None,
+    path: Any = "auto",
 ) -> Tree:
-    """Adam with warm-up and cosine decay, all steps in one scan."""
-    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.95))
-    warmup = max(1, steps // 20)
+    """All steps, the project's own, in one scan: of the parameters or of adapters."""
+    config, length = task.training(run.steps), task.config.model.max_seq_len
+    optimizer = with_rate(make_optimizer(config.optim, run.steps))
+    make = functools.partial(make_step, config, task.graphdef, optimizer, task.mesh)
+    if start is None:
+        step, weights, buffers, frozen = make(), params, task.buffers, None
+    else:
+        whole = layout_of(config, task.mesh)
+        frozen = {"params": params, "buffers": task.buffers, "scales": start.scales}
+        objective = adapter_objective(start, whole, frozen, path)
+        step = make(adapter_layout(start, whole), objective)
+        weights, buffers = start.weights, start.anchor
+    state = first_state(weights, buffers, optimizer, run.rate)
 
-    def step(carry: Tree, number: jax.Array) -> tuple[Tree, None]:
-        tree, state = carry
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        starts = jax.random.randint(key, (batch,), 0, data.shape[0] - length - 1)
-        grads = jax.grad(objective)(tree, windows(data, starts, length))
-        updates, state = adam.update(grads, state)
-        done = jnp.maximum(number - warmup, 0) / max(1, steps - warmup)
-        share = jnp.minimum((number + 1) / warmup, 0.55 + 0.45 * jnp.cos(jnp.pi * done))
-        tree = jax.tree.map(lambda p, u: p - rate * share * u, tree, updates)
-        return (tree, state), None
+    def batch(number: jax.Array) -> dict[str, jax.Array]:
+        key = jax.random.fold_in(jax.random.key(run.seed), number)
+        last = run.data.shape[0] - length - 1
+        starts = jax.random.randint(key, (run.batch,), 0, last)
+        return windows(run.data, starts, length)
 
-    (tree, _), _ = jax.lax.scan(step, (start, adam.init(start)), jnp.arange(steps))
-    return tree
+    return train_at_once(step, state, batch, run.steps, frozen)
 
 
 def bits_per_byte(
@@ -144,12 +171,12 @@ def train_base(task: Task, args: argparse.Namespace) -> tuple[Tree, float]:
         leaves = [jnp.asarray(saved[f"p{i}"]) for i in range(len(names))]
         params = jax.tree.unflatten(jax.tree.structure(task.params), leaves)
     else:
+        rate, seed = jnp.float32(args.base_rate), jnp.int32(7)
         run = jax.jit(
             lambda params, data: fit(
-                task.objective, params, data, length, jnp.float32(args.base_rate),
-                jnp.int32(7), args.base_steps, args.base_batch,
+                task, params, Run(data, rate, seed, args.base_steps, args.base_batch)
             )
-        )  # fmt: skip
+        )
         params = run(task.params, jnp.asarray(train))
         np.savez(file, **{f"p{i}": a for i, a in enumerate(jax.tree.leaves(params))})
     score = jax.jit(lambda p, d: bits_per_byte(task.objective, p, d, length))
@@ -243,9 +270,8 @@ def curve(
                 task.objective, frozen, adapters, batch, path=args.path, training=True
             )
 
-        weights = fit(
-            objective, start.weights, train, length, rate, seed, args.steps, args.batch
-        )
+        run = Run(train, rate, seed, args.steps, args.batch)
+        weights = fit(task, frozen, run, start, args.path)
         return bits_per_byte(objective, weights, valid, length)
 
     run = over_stack(one, args.together, frozen, *data)
@@ -261,9 +287,7 @@ def full(
 
     def one(item: Any, base: Tree, train: jax.Array, valid: jax.Array) -> jax.Array:
         _, rate, seed = item
-        params = fit(
-            task.objective, base, train, length, rate, seed, args.steps, args.batch
-        )
+        params = fit(task, base, Run(train, rate, seed, args.steps, args.batch))
         return bits_per_byte(task.objective, params, valid, length)
 
     run = over_stack(one, args.together, base, *data)

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Int, PyTree
 
 from experiments.shared.arrays import Arrays, eval_rows, make_take, num_examples
+from experiments.shared.stack import first_state, with_rate
 from uoe_jax.config import ExperimentConfig, MeshConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import make_model
@@ -33,25 +33,6 @@ from uoe_jax.validation import validate
 CHUNKS = 20  # of a run, one dispatch each
 _PROBES = 4  # batches of the leak probe
 _MOVED = ("before", "after", "noise")
-
-
-def with_rate(
-    inner: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-    """Return an optimizer of rate 1 whose updates are times `state["rate"]`."""
-
-    def init(params: PyTree) -> PyTree:
-        return {"rate": jnp.ones(()), "inner": inner.init(params)}
-
-    def update(
-        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
-    ) -> tuple[PyTree, PyTree]:
-        updates, new = inner.update(updates, state["inner"], params, **extra)
-        rate = state["rate"]
-        scaled = jax.tree.map(lambda u: u * rate, updates)
-        return scaled, {"rate": rate, "inner": new}
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class Programs:
@@ -78,15 +59,7 @@ class Programs:
 
         def init(key: Array, rate: Array) -> TrainState:
             _, params, buffers = make(key)
-            zero = jnp.zeros((), jnp.int32)
-            opt_state: Any = optimizer.init(params)
-            return TrainState(
-                step=zero,
-                params=params,
-                opt_state=opt_state | {"rate": rate},
-                buffers=buffers,
-                bad_steps=zero,
-            )
+            return first_state(params, buffers, optimizer, rate)
 
         def many(
             state: TrainState, arrays: Arrays, rows: Int[Array, "S B"]

@@ -22,8 +22,9 @@ from experiments.shared.case import (
     search_rates,
 )
 from experiments.shared.fit import CHUNKS, Limits, OutOfTime, TooSlow, run_seed
-from experiments.shared.programs import Programs, with_rate
+from experiments.shared.programs import Programs
 from experiments.shared.queue import Task, begin
+from experiments.shared.stack import with_rate
 from experiments.shared.work import Worker, work
 from tests.compare import assert_close
 from uoe_jax.config import (
