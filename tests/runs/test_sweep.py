@@ -68,7 +68,7 @@ def test_a_small_grid_is_drawn_whole_and_never_twice():
 
 def test_a_range_of_whole_numbers_reaches_both_ends():
     rng = random.Random(0)
-    drawn = {Range(low=1, high=3, whole=True).draw(rng) for _ in range(200)}
+    drawn = {Range(low=1.0, high=3.0, whole=True).draw(rng) for _ in range(200)}
     assert drawn == {"1", "2", "3"}
 
 
