@@ -45,6 +45,7 @@ TESTED: dict[str, dict[str, str]] = {
     },
     "sweep": {
         "--grid": "cli/test_sweep_command.py",
+        "--name": "cli/test_sweep_command.py",
         "--samples": "cli/test_sweep_command.py",
         "--draw-seed": "cli/test_sweep_command.py",
         "--out": "cli/test_sweep_command.py",

@@ -24,7 +24,7 @@ def command(text_file):
                 "--model.d-model", "16", "--model.d-ff", "32",
                 "--model.num-layers", "1", "--model.head-dim", "4",
                 "--model.max-seq-len", "32", "--train.steps", str(steps),
-                "--train.eval-batches", "1", *more]  # fmt: skip
+                "--train.eval-batches", "1", "--name", "swept", *more]  # fmt: skip
 
     return make
 

@@ -106,7 +106,7 @@ def test_models_are_compared_at_the_same_flops():
             # Routers cost something; routed heads see fewer keys.
             assert abs(cost(union) / cost(pruned) - 1) < 0.05
     assert listed["union 12 of 16, taught"].taught
-    assert Scale().steps * 32 * 1024 == pytest.approx(20e6, rel=0.01)
+    assert abs(Scale().steps * 32 * 1024 - 20e6) < 2e5
     assert Scale().steps % 4 == 0
 
 
