@@ -55,7 +55,7 @@ VERBS: dict[str, Verb] = {
     "presets": Verb("cli.presets:presets", "what can be trained: sizes and kinds"),
     "config": Verb("cli.presets:config", "a preset as JSON, for train --config FILE"),
     "eval": Verb("cli.runs:evaluate", "loss, perplexity, bits per byte of a run"),
-    "generate": Verb("cli.runs:generate", "sample text from a run"),
+    "generate": Verb("cli.generate:generate", "sample text from a run"),
     "runs": Verb("cli.search:runs", "all runs: a table, what is like one, and why"),
     "report": Verb("cli.runs:report", "plots and a page for one run or several"),
     "decompose": Verb(

@@ -58,7 +58,8 @@ def _train_and_sample(
     import uoe_jax.report.build  # noqa: F401  what the demo ends with, asked for first
     from uoe_jax import demo as parts
     from uoe_jax.cli import device
-    from uoe_jax.cli.runs import GenerateOptions, continue_text, write
+    from uoe_jax.cli.generate import GenerateOptions, continue_text
+    from uoe_jax.cli.runs import write
 
     device.prepare()
     print(

@@ -1,4 +1,4 @@
-"""`uoe eval`, `uoe generate`, `uoe report`: verbs that read finished runs."""
+"""`uoe eval`, `uoe report`: verbs that read finished runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from uoe_jax.cli.parse import check_typed, parse
 from uoe_jax.config import DataConfig
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.escape import escape, escape_line
-from uoe_jax.fields import Seed
 from uoe_jax.files import format_json
 from uoe_jax.runs.find import find_run
 from uoe_jax.validation import read_config, validate
@@ -31,21 +30,6 @@ class EvalOptions:
     checkpoint: Literal["last", "best"] = "last"  # of the run
     max_batches: int | None = None  # only the first batches of the split
     json: bool = False  # one JSON object instead of tables
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """Sample text from a run, after a prompt."""
-
-    run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
-    prompt: str  # text to go on with
-    max_new_tokens: int = 128  # made after the prompt
-    temperature: float = 0.8  # 0: always the likeliest; 1: as the model has it
-    top_k: int | None = None  # sample among so many likeliest tokens
-    top_p: float | None = None  # among the fewest that have so much probability
-    greedy: bool = False  # always the likeliest token
-    seed: Seed = 0  # the same one samples the same text
-    raw: bool = False  # control characters and broken UTF-8 as they are, not escaped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,48 +106,6 @@ def _spread(stats: dict, row: int) -> list[str]:
     load = stats["load"][row]
     shares = [share * len(load) for share in load]
     return [f"{x:.3f}" for x in (stats["entropy"][row], min(shares), max(shares))]
-
-
-def generate(args: list[str]) -> int:
-    """Print the prompt and its continuation."""
-    options = parse(GenerateOptions, args, "generate")
-    if not options.prompt:
-        raise ConfigError("--prompt is empty; give at least one character")
-    folder = find_run(options.run)
-
-    from uoe_jax.cli.device import prepare
-
-    prepare()
-    if options.raw:
-        text = continue_bytes(folder, options)
-        sys.stdout.flush()
-        sys.stdout.buffer.write(text + b"\n")
-        sys.stdout.buffer.flush()
-    else:
-        print(escape(continue_text(folder, options)))
-    return 0
-
-
-def continue_text(folder: Path, options: GenerateOptions) -> str:
-    """Return the prompt followed by what a run makes of it."""
-    return continue_bytes(folder, options).decode("utf-8", "replace")
-
-
-def continue_bytes(folder: Path, options: GenerateOptions) -> bytes:
-    """Return the prompt followed by what a run makes of it, as the bytes it made."""
-    from uoe_jax.generate import generate_text
-    from uoe_jax.runs.load import load_run
-
-    return generate_text(
-        load_run(folder),
-        options.prompt,
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        greedy=options.greedy,
-        seed=options.seed,
-    )
 
 
 def report(args: list[str]) -> int:

@@ -92,6 +92,11 @@ class SubwordTokenizer:
         found = self._encode(lambda: self._backend.encode(text))
         return np.array(found.ids, np.int32)
 
+    def special_tokens(self) -> dict[str, int]:
+        """Return the ids of tokens that stand for no text, by their names."""
+        added = self._backend.get_added_tokens_decoder()
+        return {t.content: index for index, t in added.items() if t.special}
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of ids; special and unknown ids don't show."""
         known = np.asarray(ids).ravel()

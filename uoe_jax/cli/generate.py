@@ -1,0 +1,202 @@
+"""`uoe generate`: text after a prompt, after many, or as the answer to a message."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from uoe_jax.cli.parse import parse
+from uoe_jax.errors import ConfigError, DataError, shown
+from uoe_jax.escape import escape
+from uoe_jax.fields import Seed
+from uoe_jax.files import format_json, local_path, parse_json
+from uoe_jax.runs.find import find_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Sample text from a run, after a prompt or after each of a file."""
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
+    prompt: str | None = None  # text to go on with
+    # A line of text each, or JSON lines with prompt, or messages for --chat; prints
+    # JSON lines, each the line with its completion.
+    prompts: Path | None = None
+    chat: bool = False  # what is given is said to an imported model that chats
+    batch_size: int = 8  # rows of --prompts made at once
+    max_new_tokens: int = 128  # made after the prompt
+    temperature: float = 0.8  # 0: always the likeliest; 1: as the model has it
+    top_k: int | None = None  # sample among so many likeliest tokens
+    top_p: float | None = None  # among the fewest that have so much probability
+    greedy: bool = False  # always the likeliest token
+    seed: Seed = 0  # the same one samples the same text
+    raw: bool = False  # control characters and broken UTF-8 as they are, not escaped
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How tokens are chosen, as `generate` takes it."""
+        names = ("temperature", "top_k", "top_p", "greedy")
+        return {name: getattr(self, name) for name in names}
+
+
+def generate(args: list[str]) -> int:
+    """Print the prompt and its continuation, or each line of a file with its own."""
+    options = parse(GenerateOptions, args, "generate")
+    records = _read_request(options)
+    folder = find_run(options.run)
+
+    from uoe_jax.cli.device import prepare
+
+    prepare()
+    if options.prompts is not None:
+        texts = complete(folder, records, options)
+        for record, text in zip(records, texts, strict=True):
+            completion = {"completion": text.decode("utf-8", "replace")}
+            print(format_json({**record, **completion}))
+        return 0
+    if options.chat:
+        (text,) = complete(folder, records, options)
+    else:
+        text = continue_bytes(folder, options)
+    if options.raw:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text + b"\n")
+        sys.stdout.buffer.flush()
+    else:
+        print(escape(text.decode("utf-8", "replace")))
+    return 0
+
+
+def _read_request(options: GenerateOptions) -> list[dict[str, Any]]:
+    """Return what is to be gone on with; raise ConfigError or DataError for nothing."""
+    if (options.prompt is None) == (options.prompts is None):
+        both = "both are given" if options.prompts is not None else "neither is given"
+        raise ConfigError(f"give --prompt TEXT or --prompts FILE; {both}")
+    if options.prompts is None:
+        if not options.prompt:
+            raise ConfigError("--prompt is empty; give at least one character")
+        return [{"prompt": options.prompt}]
+    if options.raw:
+        raise ConfigError("--raw is for --prompt; --prompts prints JSON lines")
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size is {options.batch_size}; use at least 1")
+    return read_prompts(local_path(options.prompts, "--prompts"))
+
+
+def read_prompts(file: Path) -> list[dict[str, Any]]:
+    """Return a record for each line of a file that isn't blank.
+
+    Lines of .jsonl and .json files are objects with `prompt` or `messages`, those of
+    other files are prompts. Raises DataError, the line named, for what can't be one.
+    """
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"--prompts {file} can't be read ({reason})") from None
+    is_json = file.suffix.lower() in (".jsonl", ".json")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"{file}, line {number}"
+        record = parse_json(line, place) if is_json else {"prompt": line}
+        if not isinstance(record, dict) or not ({"prompt", "messages"} & set(record)):
+            raise DataError(
+                f"{place} is {shown(record)}; give an object with prompt or messages"
+            )
+        prompt = record.get("prompt", "-")
+        if not isinstance(prompt, str) or not prompt:
+            raise DataError(
+                f"{place} has the prompt {shown(prompt)}; give a text of at least one "
+                "character"
+            )
+        records.append(record)
+    if not records:
+        raise DataError(f"--prompts {file} has no line with a prompt; give one a line")
+    return records
+
+
+def complete(
+    folder: Path, records: list[dict[str, Any]], options: GenerateOptions
+) -> list[bytes]:
+    """Return what a run makes of each prompt, without the prompt."""
+    from uoe_jax.data.record import run_tokenizer
+    from uoe_jax.generate import (
+        continuation,
+        encode_prompt,
+        generate_all,
+        need_decoder,
+    )
+    from uoe_jax.runs.load import load_run
+
+    run = load_run(folder)
+    model = need_decoder(run)
+    tokenizer = run_tokenizer(folder, run.config)
+    eos, prompts = None, []
+    if options.chat:
+        from uoe_jax.interop.chat import encode_chat, end_of_turn, find_template
+
+        template = find_template(folder)
+        eos = end_of_turn(tokenizer, template)
+        for number, record in enumerate(records, 1):
+            messages = _messages(record, number)
+            prompts.append(encode_chat(tokenizer, template, messages))
+    else:
+        for number, record in enumerate(records, 1):
+            if "prompt" not in record:
+                raise ConfigError(f"prompt {number} has messages; give --chat too")
+            prompts.append(encode_prompt(tokenizer, record["prompt"], run.config.model))
+    made = generate_all(
+        model,
+        prompts,
+        options.max_new_tokens,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        eos=eos,
+        **options.sampling,
+    )
+    if options.chat:
+        return [tokenizer.decode_bytes(ids) for ids in made]
+    texts = []
+    for record, before, ids in zip(records, prompts, made, strict=True):
+        whole = continuation(tokenizer, record["prompt"], before, ids)
+        start = record["prompt"].encode("utf-8", "replace")
+        texts.append(whole[len(start) :] if whole.startswith(start) else whole)
+    return texts
+
+
+def _messages(record: Mapping[str, Any], number: int) -> Any:
+    """Return a record's conversation; a prompt is what the user says."""
+    from uoe_jax.interop.chat import check_messages
+
+    if "messages" not in record:
+        return [{"role": "user", "content": record["prompt"]}]
+    try:
+        return check_messages(record["messages"])
+    except ConfigError as error:
+        raise DataError(f"prompt {number}: {error}") from None
+
+
+def continue_text(folder: Path, options: GenerateOptions) -> str:
+    """Return the prompt followed by what a run makes of it."""
+    return continue_bytes(folder, options).decode("utf-8", "replace")
+
+
+def continue_bytes(folder: Path, options: GenerateOptions) -> bytes:
+    """Return the prompt followed by what a run makes of it, as the bytes it made."""
+    from uoe_jax.generate import generate_text
+    from uoe_jax.runs.load import load_run
+
+    return generate_text(
+        load_run(folder),
+        options.prompt or "",
+        options.max_new_tokens,
+        seed=options.seed,
+        **options.sampling,
+    )
