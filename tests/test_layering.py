@@ -24,7 +24,7 @@ LAYERS = (
     ("runs", "plan", "leakcheck", "complete"),
     ("train",),
     ("evaluate", "generate"),
-    ("surgery",),
+    ("surgery", "harness"),
     ("interop",),
     ("decompose", "compress", "adapt"),
     ("report",),

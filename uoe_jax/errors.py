@@ -59,6 +59,7 @@ EXTRAS = {
     "importlib_resources": "data",
     "jax_triton": "kernels",
     "jinja2": "hf",
+    "lm_eval": "lm-eval",
     "matplotlib": "report",
     "PIL": "data",
     "pyarrow": "data",

@@ -1,0 +1,182 @@
+"""A run as a model of lm-evaluation-harness: log-probabilities, continuations."""
+
+import importlib.util
+import sys
+import types
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uoe_jax.config import ExperimentConfig, ModelConfig
+from uoe_jax.data.record import record_of_tokenizer
+from uoe_jax.data.tokenize import train_bpe
+from uoe_jax.errors import ConfigError, MissingExtra
+from uoe_jax.generate import generate
+from uoe_jax.harness import Row, Scorer, cut_at, rolling_rows, run_lm
+from uoe_jax.model import flat_params, make_model
+from uoe_jax.runs.load import load_run
+from uoe_jax.runs.write import Origin, write_run
+
+TEXT = "\n".join(f"the {n} words of a text, number {n * n}" for n in range(400))
+MODEL = ModelConfig(
+    vocab_size=320, max_seq_len=24, d_model=16, d_ff=32, num_layers=1, num_heads=2,
+    num_kv_heads=2, head_dim=8,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of random weights, large enough that tokens differ in likelihood."""
+    folder = tmp_path_factory.mktemp("harness") / "run"
+    params = flat_params(make_model(MODEL, jax.random.key(0)))
+    params = {name: 4 * np.asarray(a) for name, a in params.items()}
+    record = record_of_tokenizer(train_bpe([TEXT.encode()], 320))
+    config = ExperimentConfig(name="h", model=MODEL)
+    write_run(folder, config, params, Origin(made_by="test", source="x", data=record))
+    return load_run(folder)
+
+
+@pytest.fixture(scope="module")
+def scorer(run):
+    return Scorer(run, batch_size=3)
+
+
+def log_probabilities(run, ids):
+    """Log-probabilities [T, V] of what follows each token, float64."""
+    logits = np.asarray(run.model(jnp.asarray(ids)[None])[0][0], np.float64)
+    top = logits.max(-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+
+def test_a_continuation_has_the_sum_of_its_tokens(run, scorer):
+    pairs = [("the 7", " words of a text"), ("the", " 12 words"), ("", "the 3 words"),
+             ("the 7 words ", "of"), ("number ", "9")]  # fmt: skip
+    found = scorer.loglikelihood(pairs)
+    encode = scorer.tokenizer.encode
+    for (context, text), (value, _) in zip(pairs, found, strict=True):
+        whole = encode(context + text)
+        start = len(encode(context.rstrip()))
+        ids = np.concatenate([[scorer.prefix], whole])
+        if context:  # a text's first token isn't scored
+            ids, start = whole, start
+        else:
+            start = 1
+        log = log_probabilities(run, ids[:-1])
+        wanted = sum(log[i - 1, ids[i]] for i in range(start, len(ids)))
+        assert abs(value - wanted) < 1e-4
+    # Blanks at a context's end are the continuation's.
+    assert scorer.split("a ", "b").scored == len(encode("a b")) - len(encode("a"))
+
+
+def test_greedy_says_what_decoding_would_make(run, scorer):
+    ids = scorer.encode("the 7 words")
+    made = generate(
+        run.model, jnp.asarray(ids)[None], jnp.array([len(ids)]), 3, greedy=True
+    )
+    rows = [
+        Row(np.append(ids, made[0][:2]), np.append(ids[1:], made[0]), 3),
+        Row(np.append(ids, made[0][:2]), np.append(ids[1:], made[0] ^ 1), 3),
+    ]
+    assert [bool(right.all()) for _, right in scorer.run(rows)] == [True, False]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 9, 10, 12])
+def test_windows_score_every_token_once_with_the_most_context(count):
+    tokens, length = np.arange(100, 100 + count), 4
+    rows = list(rolling_rows(tokens, 7, length))
+    scored = [target for row in rows for target in row.targets[-row.scored :]]
+    assert scored == tokens.tolist()
+    whole = [7, *tokens.tolist()]
+    for number, row in enumerate(rows):
+        assert len(row.inputs) == len(row.targets) <= length
+        # Each input stands before its target in the text.
+        at = [whole.index(t) for t in row.targets]
+        assert row.inputs.tolist() == [whole[i - 1] for i in at]
+        if number:
+            assert len(row.inputs) == length
+    assert list(rolling_rows(tokens[:0], 7, length)) == []
+
+
+def test_the_harness_own_example_of_windows():
+    rows = list(rolling_rows(np.arange(10), -1, 4))
+    assert [row.inputs.tolist() for row in rows] == [
+        [-1, 0, 1, 2], [3, 4, 5, 6], [5, 6, 7, 8]
+    ]  # fmt: skip
+    assert [row.scored for row in rows] == [4, 4, 2]
+
+
+def test_rolling_adds_up_windows(run, scorer):
+    texts = [TEXT[:200], "the", "", TEXT[50:120]]
+    found = scorer.loglikelihood_rolling(texts)
+    for text, value in zip(texts, found, strict=True):
+        ids = scorer.tokenizer.encode(text)
+        wanted = 0.0
+        for row in rolling_rows(ids, scorer.prefix, MODEL.max_seq_len):
+            log = log_probabilities(run, row.inputs)
+            places = range(len(row.targets) - row.scored, len(row.targets))
+            wanted += sum(log[i, row.targets[i]] for i in places)
+        assert abs(value - wanted) < 1e-3
+    assert len(scorer.tokenizer.encode(texts[0])) > 2 * MODEL.max_seq_len
+
+
+def test_what_is_generated_ends_before_until(run, scorer):
+    context = "the 7 words"
+    ids = scorer.encode(context)
+    made = generate(
+        run.model, jnp.asarray(ids)[None], jnp.array([len(ids)]), 8, greedy=True,
+        eos=scorer.end,
+    )  # fmt: skip
+    whole = scorer.tokenizer.decode_bytes(np.asarray(made[0])).decode(
+        "utf-8", "replace"
+    )
+    stop = whole[3:5]
+    requests = [
+        (context, {"until": [], "max_gen_toks": 8}),
+        (context, {"until": [stop, "never"], "max_gen_toks": 8}),
+        (TEXT[:400], {"until": "zzz", "max_gen_toks": 4}),  # longer than fits
+        ("", {"until": ["zzz"], "max_gen_toks": 4, "do_sample": True,
+              "temperature": 0.7}),
+    ]  # fmt: skip
+    found = scorer.generate_until(requests)
+    assert found[0] == whole
+    assert found[1] == whole[: whole.find(stop)]
+    assert len(found) == 4
+    with pytest.raises(ConfigError, match="max_gen_toks is 24 and max_seq_len 24"):
+        scorer.generate_until([(context, {"max_gen_toks": 24})])
+    assert cut_at("abcabc", ["c", "b", ""]) == "a" and cut_at("abc", []) == "abc"
+
+
+def test_long_contexts_lose_their_beginning_and_long_continuations_are_refused(scorer):
+    row = scorer.split(TEXT[:300], " words")
+    assert len(row.inputs) == MODEL.max_seq_len
+    with pytest.raises(ConfigError, match="scores 1 to 24"):
+        scorer.split("the", TEXT[:300])
+    with pytest.raises(ConfigError, match="has 0 tokens"):
+        scorer.split("the", "")
+
+
+def test_it_is_a_model_of_the_harness(run, scorer, monkeypatch):
+    if importlib.util.find_spec("lm_eval") is None:
+        with pytest.raises(MissingExtra, match=r"uoe_jax\[lm-eval\]"):
+            run_lm(run)
+        # Its base class asks for these methods and nothing else.
+        api = types.ModuleType("lm_eval.api")
+        model = types.ModuleType("lm_eval.api.model")
+        model.LM = type("LM", (), {})
+        package = types.ModuleType("lm_eval")
+        for name, module in (("", package), (".api", api), (".api.model", model)):
+            monkeypatch.setitem(sys.modules, f"lm_eval{name}", module)
+    lm = run_lm(run, batch_size=3)
+    ask = lambda *args: SimpleNamespace(args=args)
+    pair = ("the 7", " words")
+    assert lm.loglikelihood([ask(*pair)]) == scorer.loglikelihood([pair])
+    rolled = scorer.loglikelihood_rolling(["the 7 words"])
+    assert lm.loglikelihood_rolling([ask("the 7 words")]) == rolled
+    settings = {"until": ["."], "max_gen_toks": 4}
+    made = scorer.generate_until([("the", settings)])
+    assert lm.generate_until([ask("the", settings)]) == made
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        run_lm(run, batch_size=0)
