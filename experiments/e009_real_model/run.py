@@ -291,6 +291,18 @@ def plan(study: Study, model: ModelConfig) -> list[tuple[str, Entry]]:
     return [(kind, e) for kind, e in jobs if not done.get(e.name, {}).get(key[kind])]
 
 
+def switch_off_command_buffers() -> None:
+    """Set XLA's flag, before jax has asked for a device.
+
+    On an H200 with jax 0.11.2 a command buffer that captured a cuDNN graph failed, and
+    every later program of the process with it.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_enable_command_buffer" not in flags:
+        flags = f"{flags} --xla_gpu_enable_command_buffer=".strip()
+        os.environ["XLA_FLAGS"] = flags
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program; 1 if an entry failed, 2 for a bad request."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -301,6 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU")
     options = parser.parse_args(argv)
+    switch_off_command_buffers()
     study, failed = Study(options), 0
     prepare(study.work / "compiled")
     try:
@@ -319,6 +332,12 @@ def main(argv: list[str] | None = None) -> int:
         start = time.perf_counter()
         try:
             study.add(entry) if kind == "train" else study.speed(entry)
+        except jax.errors.JaxRuntimeError as error:
+            # A device that failed computes nothing more in this process.
+            study.say(f"{entry.name} ({kind}) failed on the device: {error}"[:500])
+            study.say("the same line goes on in a new process")
+            failed += 1
+            break
         except Exception as error:  # the others are worth having
             failed += 1
             study.say(f"{entry.name} ({kind}) failed: {type(error).__name__}: {error}")
