@@ -7,7 +7,8 @@ import pytest
 
 from uoe_jax.config import ModelConfig, UnionConfig
 from uoe_jax.errors import ConfigError
-from uoe_jax.generate import generate, keep_top_k, keep_top_p, sample
+from uoe_jax.generate import generate, keep_top_k, keep_top_p, sample, stream
+from uoe_jax.generate.text import settled_bytes
 from uoe_jax.model import make_model
 
 KEY = jax.random.key(0)
@@ -79,6 +80,49 @@ def test_a_row_that_ended_is_filled_with_eos(model):
         end = plain[row].tolist().index(eos) if eos in plain[row] else 7
         np.testing.assert_array_equal(out[row, :end], plain[row, :end])
         assert np.all(out[row, end:] == eos)
+
+
+def test_a_stream_has_the_tokens_of_generate_one_by_one(model):
+    drawn = {"key": jax.random.key(3), "temperature": 0.8, "top_k": 9}
+    for options in ({"greedy": True}, drawn):
+        whole = np.asarray(generate(model, PROMPTS, LENGTHS, 5, **options))
+        found = list(stream(model, PROMPTS, LENGTHS, 5, **options))
+        np.testing.assert_array_equal(np.stack(found, axis=1), whole)
+        seen = []
+        again = generate(model, PROMPTS, LENGTHS, 5, on_token=seen.append, **options)
+        np.testing.assert_array_equal(again, whole)
+        np.testing.assert_array_equal(np.stack(seen, axis=1), whole)
+
+
+def test_a_stream_ends_when_every_row_has_ended(model):
+    plain = np.asarray(generate(model, PROMPTS[:1], LENGTHS[:1], 7, greedy=True))[0]
+    eos = int(plain[2])
+    count = plain.tolist().index(eos) + 1
+    options = {"greedy": True, "eos": eos}
+    found = list(stream(model, PROMPTS[:1], LENGTHS[:1], 7, **options))
+    assert [int(token[0]) for token in found] == plain[:count].tolist()
+    seen = []
+    out = generate(model, PROMPTS[:1], LENGTHS[:1], 7, on_token=seen.append, **options)
+    np.testing.assert_array_equal(
+        out, generate(model, PROMPTS[:1], LENGTHS[:1], 7, **options)
+    )
+    assert len(seen) == count
+
+
+def test_a_wrong_stream_is_refused_before_its_first_token(model):
+    with pytest.raises(ConfigError, match="max_new_tokens is 0"):
+        stream(model, PROMPTS, LENGTHS, 0, greedy=True)
+
+
+def test_characters_are_held_back_until_their_bytes_are_there():
+    for text in ("plain", "größe", "日本", "😀!"):
+        whole = text.encode()
+        for count in range(len(whole) + 1):
+            settled = settled_bytes(whole[:count])
+            assert settled == settled.decode().encode()  # whole characters
+            assert len(whole[:count]) - len(settled) <= 3
+        assert settled_bytes(whole) == whole
+    assert settled_bytes(b"a\xff") == b"a\xff"  # no character's beginning
 
 
 @pytest.mark.next_jax

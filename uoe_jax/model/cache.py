@@ -12,12 +12,29 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from uoe_jax.model.routing.balance import PARTS, Stats
 from uoe_jax.model.routing.token import Routing
+from uoe_jax.ops.cache_attention.xla import (
+    append_rows,
+    attend_cache,
+    attend_log,
+    written_rows,
+)
+
+__all__ = [
+    "Cache",
+    "Entry",
+    "KeyValue",
+    "Slot",
+    "attend_cache",
+    "attend_log",
+    "route_token",
+    "write_prompt",
+    "write_state",
+    "written_rows",
+]
 
 Entry = dict[str, Any]
 KeyValue = tuple[Array, Array]
@@ -107,69 +124,3 @@ def write_state(
         name: stored[name].at[index].set(value.astype(stored[name].dtype))
         for name, value in state.items()
     }
-
-
-def append_rows(
-    stored: Array, index: int | Array, first: Int[Array, " B"], rows: Array
-) -> Array:
-    """Return [n, B, S, ...] with a layer's rows [B, R, ...] written from `first` on."""
-    batch, count = rows.shape[:2]
-    sample = jnp.arange(batch)[:, None]
-    place = first[:, None] + jnp.arange(count)[None]
-    return stored.at[index, sample, place].set(rows.astype(stored.dtype))
-
-
-def attend_cache(
-    q: Float[Array, "B K G H"],
-    keys: Float[Array, "B S K H"],
-    values: Float[Array, "B S K H"],
-    visible: Bool[Array, "B K2 G2 S"],
-) -> Float[Array, "B K G H"]:
-    """Return the attention of one query a head over the visible rows, at least one."""
-    scores = jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgs,bskh->bkgh", weights, values)
-
-
-def written_rows(
-    keys: Float[Array, "B S K H"],
-    last: Int[Array, " B"],
-    window: int | None = None,
-) -> Bool[Array, "B 1 1 S"]:
-    """Return which rows of a cache are seen: 0 to `last`, or the last `window` of
-    these."""
-    row = jnp.arange(keys.shape[1])[None]
-    seen = row <= last[:, None]
-    if window is not None:
-        seen &= row > last[:, None] - window
-    return seen[:, None, None]
-
-
-def attend_log(
-    q: Float[Array, "B X J G H"],
-    choices: Int[Array, "B X"],
-    keys: Float[Array, "B R J H"],
-    values: Float[Array, "B R J H"],
-    experts: Int[Array, "B R"],
-    position: Int[Array, " B"],
-    window: int | None = None,
-) -> Float[Array, "B X J G H"]:
-    """Return the attention of each pick over the log rows of its expert, of the last
-    `window` tokens.
-
-    Each row is multiplied by the one query of its expert, so scores cost X/E of dense.
-    """
-    top_k = choices.shape[1]
-    match = experts[:, :, None] == choices[:, None]
-    token = jnp.arange(keys.shape[1]) // top_k
-    match = match & (token[None] <= position[:, None])[..., None]
-    if window is not None:
-        match = match & (token[None] > position[:, None] - window)[..., None]
-    pick = jnp.argmax(match, axis=-1)
-    q_rows = jnp.take_along_axis(q, pick[:, :, None, None, None], axis=1)
-    scores = jnp.sum(q_rows * keys[:, :, :, None], axis=-1, dtype=jnp.float32)
-    scores = scores[:, :, None] * q.shape[-1] ** -0.5
-    scores = jnp.where(match[..., None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=1).astype(values.dtype)
-    return jnp.einsum("brxjg,brjh->bxjgh", weights, values)

@@ -14,11 +14,12 @@ from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError, choose
 from uoe_jax.model.attention import DenseAttention, SharedKvAttention, UnionAttention
 from uoe_jax.model.baselines.moba import MobaAttention
-from uoe_jax.model.baselines.mod import DepthRouter, decode_around, run_around
+from uoe_jax.model.baselines.mod import DepthRouter, run_around
 from uoe_jax.model.baselines.moe import MoeMlp
 from uoe_jax.model.baselines.moh import MohAttention
-from uoe_jax.model.cache import Cache, Entry, KeyValue, Slot, write_prompt
+from uoe_jax.model.cache import Cache, Entry, KeyValue, write_prompt
 from uoe_jax.model.context import Context, make_context, takes_images, takes_tokens
+from uoe_jax.model.decoding.step import prepare
 from uoe_jax.model.heads import Pooler, TokenHead
 from uoe_jax.model.layers import (
     PROJECTION,
@@ -99,23 +100,6 @@ class Block(nnx.Module):
         parts = {"attention": attention, "mlp": mlp}
         return x, {name: part for name, part in parts.items() if part}, key_value
 
-    def decode(
-        self, x: Float[Array, "B D"], slot: Slot
-    ) -> tuple[Float[Array, "B D"], Slot]:
-        """Return the output for one token a row, number `slot.lengths`."""
-        if self.router is not None:
-            return decode_around(self, x, slot)
-        return self.run_token(x, slot)
-
-    def run_token(
-        self, x: Float[Array, "B D"], slot: Slot
-    ) -> tuple[Float[Array, "B D"], Slot]:
-        """Return what `decode` does, with every token inside."""
-        y, slot = self.attention.decode(self.before(self.attention_norm, x), slot)
-        x = self.add(self.attention_norm, x, y)
-        y, slot = self.mlp.decode(self.before(self.mlp_norm, x), slot)
-        return self.add(self.mlp_norm, x, y), slot
-
     def before(self, norm: Norm, x: Array) -> Array:
         """Return what a part reads of the residual x."""
         return x if self.post_norm else norm(x)
@@ -185,23 +169,6 @@ class Trunk(nnx.Module):
             x, stats, key_value = block(x, context)
             entry = write_prompt(layers[stack], index, key_value, stats)
             return (x, _replace(layers, stack, entry)), None
-
-        (x, layers), _ = self.scan(body, (x, layers))
-        return self.finish(x), layers
-
-    def decode(
-        self,
-        x: Float[Array, "B D"],
-        layers: tuple[Entry, ...],
-        lengths: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B D"], tuple[Entry, ...]]:
-        """Return the hidden state of one new token a row and the updated entries."""
-
-        # The cache is carried, not scanned over: its update then happens in place.
-        def body(carry: Any, block: Block, stack: int, index: Any) -> tuple[Any, None]:
-            x, layers = carry
-            x, slot = block.decode(x, Slot(layers[stack], index, lengths, lengths))
-            return (x, _replace(layers, stack, slot.entry)), None
 
         (x, layers), _ = self.scan(body, (x, layers))
         return self.finish(x), layers
@@ -397,10 +364,12 @@ class Decoder(nnx.Module):
     def decode(
         self, token: Int[Array, " B"], cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Append one token to each row; return the logits after it."""
-        x = self.embed(token, cache.lengths)
-        x, layers = self.trunk.decode(x, cache.layers, cache.lengths)
-        return self.logits(x), Cache(cache.lengths + 1, layers)
+        """Append one token to each row; return the logits after it.
+
+        Of many tokens `prepare` once and call its `decode`: this lays out the weights
+        each time.
+        """
+        return prepare(self, token.shape[0]).decode(token, cache)
 
     def _context(self, shape: tuple[int, ...], options: dict[str, Any]) -> Context:
         return make_context(self.config, shape, **options)

@@ -27,6 +27,8 @@ SHARED_MEMORY = {8.0: 163 << 10, 9.0: 227 << 10, 10.0: 227 << 10}
 LEAST_SHARED_MEMORY = 99 << 10  # 8.6, 8.9, 12.0
 INTERPRETED_CORES = 4  # multiprocessors that kernels are planned for without a GPU
 INSTALL = "pip install 'uoe_jax[kernels]'"
+# jaxlib's call of a Triton kernel that XLA may put into a CUDA graph.
+IN_GRAPH = "triton_kernel_call_ffi"
 
 # Part of jit's cache key, so a function traced for both is traced twice.
 _INTERPRETER = jax.make_user_context(default_value=None)
@@ -116,34 +118,89 @@ def cores() -> int:
 
 def launch(
     kernel: Any,
-    *args: jax.Array,
+    *args: jax.Array | int,
     out_shape: tuple[tuple[int, ...], Any] | list[tuple[tuple[int, ...], Any]],
     grid: int,
     num_warps: int,
     num_stages: int,
+    aliases: dict[int, int] | None = None,
+    small: bool = False,
     **constants: Any,
 ) -> Any:
     """Return the array that `grid` programs of a kernel write, of any content before.
 
-    The kernel takes the arrays, then the output, then the constants. A list of shapes
-    makes it a list of outputs.
+    The kernel takes the arrays and numbers, then the output, then the constants. A list
+    of shapes makes it a list of outputs. `aliases` are arguments, by number, that
+    outputs have the memory and content of. `small` kernels become nodes of a CUDA graph
+    with those around them: starting one by one would take longer than they run.
     """
     if isinstance(out_shape, list):
         shape = [jax.ShapeDtypeStruct(*each) for each in out_shape]
     else:
         shape = jax.ShapeDtypeStruct(*out_shape)
+    aliases = aliases or {}
+    arrays = [a for a in args if not isinstance(a, int)]
     run = _INTERPRETER.value
     if run is not None:
-        call = functools.partial(run, kernel, grid, constants, shape)
-        out = jax.pure_callback(call, shape, *args)
-        return jax.tree.map(lambda x: vary_like(x, args[0]), out)
-    out = importlib.import_module("jax_triton").triton_call(
+        numbers = {i: a for i, a in enumerate(args) if isinstance(a, int)}
+        if aliases:
+            run = functools.partial(run, aliases=aliases)
+        call = functools.partial(_interpret, run, numbers, kernel, grid, constants)
+        out = jax.pure_callback(functools.partial(call, shape), shape, *arrays)
+        return jax.tree.map(lambda x: vary_like(x, arrays[0]), out)
+    bridge = importlib.import_module("jax_triton")
+    more = {"custom_call_target_name": IN_GRAPH} if small and typed_calls() else {}
+    out = bridge.triton_call(
         *args,
         kernel=kernel,
         out_shape=shape,
         grid=grid,
         num_warps=num_warps,
         num_stages=num_stages,
+        input_output_aliases=aliases,
+        **more,
         **constants,
     )
-    return jax.tree.map(lambda x: vary_like(x, args[0]), out)
+    return jax.tree.map(lambda x: vary_like(x, arrays[0]), out)
+
+
+@functools.cache
+def typed_calls() -> bool:
+    """Whether jax-triton has to be told to make calls that fit into a CUDA graph.
+
+    From 0.4 on it makes no others. 0.3 makes calls of the old kind, which XLA starts
+    one by one; jaxlib has had the new kind for longer.
+    """
+    from jax.interpreters import mlir
+
+    library = importlib.import_module("jax_triton.triton_lib")
+    if hasattr(library, "CUSTOM_CALL_TARGET_NAME"):
+        return False
+    lower = functools.partial(
+        library.triton_kernel_call_lowering, library.get_cuda_backend
+    )
+
+    def lower_typed(ctx: Any, *args: Any, **params: Any) -> Any:
+        found = lower(ctx, *args, **params)
+        if params["custom_call_target_name"] != IN_GRAPH:
+            return found
+        call = found[0].owner
+        kernel = mlir.ir.StringAttr(call.attributes["backend_config"]).value_bytes
+        call.erase()
+        typed = jax.ffi.ffi_lowering(
+            IN_GRAPH,
+            api_version=4,
+            operand_output_aliases=dict(params["input_output_aliases"]),
+        )
+        return typed(ctx, *args, opaque=kernel)
+
+    mlir.register_lowering(library.triton_kernel_call_p, lower_typed, platform="cuda")
+    return True
+
+
+def _interpret(run, numbers, kernel, grid, constants, shape, *arrays):
+    """Run a kernel on the CPU, with numbers in their places among the arrays."""
+    left = iter(arrays)
+    count = len(arrays) + len(numbers)
+    args = [numbers[i] if i in numbers else next(left) for i in range(count)]
+    return run(kernel, grid, constants, shape, *args)

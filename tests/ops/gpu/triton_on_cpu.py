@@ -74,12 +74,25 @@ interpreter._convert_float = convert
 _alone = threading.Lock()  # the interpreter serves one device at a time
 
 
-def run(kernel, grid, constants, shape, *arrays):
-    """What a kernel writes, an array or a list; NaN where it writes nothing."""
-    out = jax.tree.map(lambda s: np.full(s.shape, np.nan, s.dtype), shape)
-    arrays = [np.array(a) for a in arrays]
-    pointers = [Pointer(a) for a in (*arrays, *jax.tree.leaves(out))]
+def run(kernel, grid, constants, shape, *arrays, aliases=None):
+    """What a kernel writes, an array or a list; NaN where it writes nothing.
+
+    Outputs with an alias, {argument: output}, begin as that argument.
+    """
+    out = jax.tree.map(lambda s: np.full(s.shape, fill(s.dtype), s.dtype), shape)
+    arrays = [a if isinstance(a, int) else np.array(a) for a in arrays]
+    for argument, output in (aliases or {}).items():
+        out[output] = arrays[argument]
+    pointers = [
+        a if isinstance(a, int) else Pointer(a)
+        for a in (*arrays, *jax.tree.leaves(out))
+    ]
     constants = {k: tl.constexpr(v) for k, v in constants.items()}
     with _alone:
         Executor(kernel.rewrite(), kernel.arg_names, (grid,))(*pointers, **constants)
     return out
+
+
+def fill(dtype):
+    """What says that nothing was written."""
+    return np.nan if np.issubdtype(dtype, np.inexact) or dtype.kind == "V" else -(10**6)

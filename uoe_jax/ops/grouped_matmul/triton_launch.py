@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,8 @@ def products(
     tile_map = map_tiles(offsets, num_rows, tiles.rows)
     from uoe_jax.ops.grouped_matmul import triton_kernels
 
-    kernel, turns = triton_kernels.products, {}
+    kernel: Any = triton_kernels.products
+    turns: dict[str, Any] = {}
     grid = tile_map.shape[1] * -(-outer // tiles.outer)
     if tiles.in_turn:
         kernel = triton_kernels.products_in_turn

@@ -1,0 +1,87 @@
+"""Many prompts of different lengths, in batches that share few programs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from uoe_jax.errors import ConfigError
+from uoe_jax.generate.tokens import generate
+from uoe_jax.model import Decoder
+
+
+def generate_all(
+    model: Decoder,
+    prompts: Sequence[Int[np.ndarray, " _"]],
+    max_new_tokens: int,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    eos: int | None = None,
+    **sampling: Any,
+) -> list[Int[np.ndarray, " _"]]:
+    """Return the continuation of each of many prompts, up to its `eos`.
+
+    Prompts of about the same length (up to the same power of two) go together,
+    `batch_size` at a time, so that few programs compile. `sampling` as `generate`
+    takes it; what is sampled depends on the seed, the batches and the order. Raises
+    ConfigError for a `batch_size` below 1, and as `generate` does, the prompt's number
+    named.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; use at least 1")
+    found: list[Any] = [None] * len(prompts)
+    key = jax.random.key(seed)
+    for number, chosen in enumerate(_batches(prompts, batch_size)):
+        lengths = np.array([len(prompts[index]) for index in chosen])
+        room = model.config.max_seq_len - max_new_tokens
+        if lengths.max() > room:
+            longest = chosen[int(np.argmax(lengths))]
+            raise ConfigError(
+                f"prompt {longest + 1} has {lengths.max()} tokens; with "
+                f"{max_new_tokens} new ones at most {max(room, 0)} fit into "
+                f"max_seq_len {model.config.max_seq_len}"
+            )
+        width = min(_bucket(int(lengths.max())), room)
+        rows = np.zeros((len(chosen), width), np.int32)
+        for row, index in enumerate(chosen):
+            rows[row, : lengths[row]] = prompts[index]
+        made = generate(
+            model,
+            jnp.asarray(rows),
+            jnp.asarray(lengths, jnp.int32),
+            max_new_tokens,
+            key=jax.random.fold_in(key, number),
+            eos=eos,
+            **sampling,
+        )
+        for index, row in zip(chosen, np.asarray(made), strict=True):
+            end = np.flatnonzero(row == eos)
+            found[index] = row[: end[0]] if len(end) else row
+    return found
+
+
+def _bucket(length: int) -> int:
+    """Return the padded length: a power of two from 16 on."""
+    return max(16, 1 << (length - 1).bit_length())
+
+
+def _batches(prompts: Sequence[Any], size: int) -> Iterator[list[int]]:
+    """Yield the prompts' numbers in batches of one padded length.
+
+    All batches are of one size: the last repeats a prompt to fill up.
+    """
+    size = min(size, len(prompts))
+    order = sorted(range(len(prompts)), key=lambda n: _bucket(len(prompts[n])))
+    groups = itertools.groupby(order, key=lambda n: _bucket(len(prompts[n])))
+    for _, group in groups:
+        numbers = list(group)
+        for start in range(0, len(numbers), size):
+            part = numbers[start : start + size]
+            yield part + part[-1:] * (size - len(part))

@@ -1,0 +1,209 @@
+"""Texts that a trained run makes of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from uoe_jax.config import ModelConfig
+from uoe_jax.data import Tokenizer
+from uoe_jax.data.record import run_tokenizer
+from uoe_jax.errors import ConfigError, shown
+from uoe_jax.generate.tokens import generate, stream
+from uoe_jax.model import Decoder
+from uoe_jax.runs.load import LoadedRun
+
+
+def generate_text(
+    run: LoadedRun,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+    seed: int = 0,
+    on_text: Callable[[bytes], object] | None = None,
+) -> bytes:
+    """Return a prompt and what a run makes of it, as the bytes it made.
+
+    `on_text` is called with the prompt, and then with each piece that follows it as
+    soon as it is there; all pieces together are what is returned.
+
+    Raises ConfigError for a run that isn't a decoder's, and as `generate` does.
+    """
+    options: dict[str, Any] = {"temperature": temperature, "greedy": greedy}
+    options |= {"top_k": top_k, "top_p": top_p, "seed": seed}
+    if on_text is None:
+        return generate_texts(run, [prompt], max_new_tokens, **options)[0]
+    pieces = []
+    for piece in stream_text(run, prompt, max_new_tokens, **options):
+        pieces.append(piece)
+        on_text(piece)
+    return b"".join(pieces)
+
+
+def generate_texts(
+    run: LoadedRun,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+    seed: int = 0,
+) -> list[bytes]:
+    """Return each prompt and what a run makes of it, all at once, as bytes.
+
+    Raises ConfigError for a run that isn't a decoder's, for no prompts, and as
+    `generate` does.
+    """
+    model, tokenizer, encoded = _encode(run, prompts)
+    tokens = generate(
+        model,
+        *_padded(encoded),
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        greedy=greedy,
+        key=jax.random.key(seed),
+    )
+    return [
+        continuation(tokenizer, prompt, ids, row)
+        for prompt, ids, row in zip(prompts, encoded, np.asarray(tokens), strict=True)
+    ]
+
+
+def stream_text(
+    run: LoadedRun,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+    seed: int = 0,
+) -> Iterator[bytes]:
+    """Return an iterator of a prompt and the pieces that a run makes it go on with.
+
+    Together they are what `generate_text` returns. A piece is held back as long as the
+    next token may change it: a character whose bytes aren't all there yet.
+
+    Raises ConfigError as `generate_text` does.
+    """
+    model, tokenizer, (ids,) = _encode(run, [prompt])
+    steps = stream(
+        model,
+        *_padded([ids]),
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        greedy=greedy,
+        key=jax.random.key(seed),
+    )
+    return _pieces(tokenizer, prompt, ids, steps)
+
+
+def need_decoder(run: LoadedRun) -> Decoder:
+    """Return a run's model; raise ConfigError for one that doesn't generate."""
+    if not isinstance(run.model, Decoder):
+        raise ConfigError(
+            f"{run.folder} is a {run.config.model.kind} model; only a decoder generates"
+        )
+    return run.model
+
+
+def _pieces(
+    tokenizer: Tokenizer, prompt: str, ids: np.ndarray, steps: Iterator[np.ndarray]
+) -> Iterator[bytes]:
+    """Yield the prompt, then what each token adds to it."""
+    said, found = b"", []
+    for token in steps:
+        found.append(int(token[0]))
+        whole = continuation(tokenizer, prompt, ids, np.array(found))
+        settled = settled_bytes(whole)
+        if settled.startswith(said) and settled != said:
+            yield settled[len(said) :]
+            said = settled
+    whole = continuation(tokenizer, prompt, ids, np.array(found))
+    if whole.startswith(said) and whole != said:
+        yield whole[len(said) :]
+
+
+def settled_bytes(text: bytes) -> bytes:
+    """Return text without a character at its end that lacks bytes."""
+    for count in range(1, min(len(text), 4) + 1):
+        first = text[-count]
+        if first & 0xC0 != 0x80:  # begins a character, or is none
+            length = 1 + sum(low <= first < 0xF5 for low in (0xC0, 0xE0, 0xF0))
+            return text[:-count] if length > count else text
+    return text
+
+
+def _encode(
+    run: LoadedRun, prompts: Sequence[str]
+) -> tuple[Decoder, Tokenizer, list[Int[np.ndarray, " T"]]]:
+    """Return a run's model and tokenizer, and the ids of prompts."""
+    model = need_decoder(run)
+    if isinstance(prompts, str) or not len(prompts):
+        raise ConfigError(f"prompts are {shown(prompts)}; give a list of texts")
+    tokenizer = run_tokenizer(run.folder, run.config)
+    ids = [encode_prompt(tokenizer, p, run.config.model) for p in prompts]
+    return model, tokenizer, ids
+
+
+def _padded(
+    encoded: Sequence[np.ndarray],
+) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """Return ids as one array, filled up with 0, and their lengths."""
+    lengths = np.array([len(ids) for ids in encoded], np.int32)
+    tokens = np.zeros((len(encoded), lengths.max()), np.int32)
+    for row, ids in zip(tokens, encoded, strict=True):
+        row[: len(ids)] = ids
+    return jnp.asarray(tokens), jnp.asarray(lengths)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str, config: ModelConfig
+) -> Int[np.ndarray, " T"]:
+    """Return a prompt's ids; raise ConfigError if it is empty or not the model's."""
+    encode = getattr(tokenizer, "encode_prompt", tokenizer.encode)
+    ids = encode(prompt)
+    if not len(ids):
+        raise ConfigError("the prompt is empty; give at least one character")
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        wrong = ids.max() if ids.min() >= 0 else ids.min()
+        raise ConfigError(
+            f"the prompt has token id {wrong}; the model's ids are 0 to "
+            f"{config.vocab_size - 1}"
+        )
+    return ids
+
+
+def continuation(
+    tokenizer: Tokenizer,
+    prompt: str,
+    prompt_ids: Int[np.ndarray, " T"],
+    new_ids: Int[Array, " O"] | Int[np.ndarray, " O"],
+) -> bytes:
+    """Return a prompt and what follows it, decoded together.
+
+    A decoder may treat the first token otherwise (it drops the blank before a word),
+    so the continuation alone would lose what joins the two. Where what follows changes
+    how the prompt decodes, the whole is shown as decoded.
+    """
+    before = tokenizer.decode_bytes(prompt_ids)
+    whole = tokenizer.decode_bytes(np.concatenate([prompt_ids, np.asarray(new_ids)]))
+    if whole.startswith(before):
+        return prompt.encode("utf-8", "replace") + whole[len(before) :]
+    return whole

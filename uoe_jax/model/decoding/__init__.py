@@ -1,0 +1,1 @@
+"""A decoder's weights laid out once for decoding, and the step that uses them."""

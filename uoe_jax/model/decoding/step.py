@@ -1,0 +1,236 @@
+"""One token a row through all layers: `prepare` once, then `decode` each token."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from uoe_jax.model.attention import DenseAttention, SharedKvAttention, UnionAttention
+from uoe_jax.model.baselines.mod import decode_around
+from uoe_jax.model.baselines.moe import MoeMlp
+from uoe_jax.model.baselines.moh import MohAttention
+from uoe_jax.model.cache import Cache, Entry, Slot
+from uoe_jax.model.decoding.attention import SharedKvTokenAttention, TokenAttention
+from uoe_jax.model.decoding.mlp import TokenMlp
+from uoe_jax.model.decoding.routing import scale_of, serves
+from uoe_jax.model.layers import Norm
+from uoe_jax.model.mlp import DenseMlp, UnionMlp
+from uoe_jax.ops.token_products.api import Projection, project, static
+
+# Parts that have a form for decoding; of other classes the part's own `decode` is used.
+FORMS: dict[type, Callable[[Any, Any], Any]] = {
+    DenseAttention: TokenAttention.of,
+    UnionAttention: TokenAttention.of,
+    SharedKvAttention: SharedKvTokenAttention.of,
+    MohAttention: SharedKvTokenAttention.of,
+    DenseMlp: TokenMlp.of,
+    UnionMlp: TokenMlp.of,
+    MoeMlp: TokenMlp.of,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OwnPart:
+    """A part that decodes in its own way."""
+
+    part: Any
+
+    def add_to(
+        self, x: Float[Array, "B D"], norm: Norm | None, slot: Slot
+    ) -> tuple[Float[Array, "B D"], Slot]:
+        """Return x plus what the part makes of norm(x), and its slot."""
+        y, slot = self.part.decode(x if norm is None else norm(x), slot)
+        return x + y, slot
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenBlock:
+    """A block's two parts with their norms; `router` says which tokens enter."""
+
+    attention_norm: Norm
+    attention: Any
+    mlp_norm: Norm
+    mlp: Any
+    router: Any
+    post_norm: bool = static(False)
+
+    def decode(
+        self, x: Float[Array, "B D"], slot: Slot
+    ) -> tuple[Float[Array, "B D"], Slot]:
+        """Return the output for one token a row, number `slot.lengths`."""
+        if self.router is not None:
+            return decode_around(self, x, slot)
+        return self.run_token(x, slot)
+
+    def run_token(
+        self, x: Float[Array, "B D"], slot: Slot
+    ) -> tuple[Float[Array, "B D"], Slot]:
+        """Return what `decode` does, with every token inside."""
+        parts = ((self.attention_norm, self.attention), (self.mlp_norm, self.mlp))
+        for norm, part in parts:
+            if self.post_norm:
+                x, slot = part.add_to(x, None, slot)
+                x = norm(x)
+            else:
+                x, slot = part.add_to(x, norm, slot)
+        return x, slot
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenDecoder:
+    """A decoder's weights, laid out for decoding by `prepare`.
+
+    `layers` are its blocks in order, or its stacks of them where the compiled step has
+    a loop over layers.
+    """
+
+    embed: Any
+    layers: tuple[TokenBlock, ...]
+    norm: Norm | None
+    head: Projection
+    depth: int = static()
+    looped: bool = static(False)
+
+    def decode(
+        self, token: Int[Array, " B"], cache: Cache
+    ) -> tuple[Float32[Array, "B V"], Cache]:
+        """Append one token to each row; return the logits after it."""
+        x = self.embed(token, cache.lengths)
+        run = self._loop if self.looped else self._walk
+        x, entries = run(x, cache)
+        return self.logits(x), Cache(cache.lengths + 1, entries)
+
+    def logits(self, x: Float[Array, "B D"]) -> Float32[Array, "B V"]:
+        """Return float32 logits of the last hidden state."""
+        scale = scale_of(self.norm)
+        if scale is None and self.norm is not None:
+            x = self.norm(x)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return project(x, self.head, scale, dtype=wide)[:, 0]
+
+    def _walk(self, x: Array, cache: Cache) -> tuple[Array, tuple[Entry, ...]]:
+        """Run the layers one by one."""
+        entries = list(cache.layers)
+        for number, block in enumerate(self.layers):
+            index, stack = divmod(number, len(entries))
+            slot = Slot(entries[stack], index, cache.lengths, cache.lengths)
+            x, slot = block.decode(x, slot)
+            entries[stack] = slot.entry
+        return x, tuple(entries)
+
+    def _loop(self, x: Array, cache: Cache) -> tuple[Array, tuple[Entry, ...]]:
+        """Run whole periods in a loop, then the layers left over."""
+        stacks, period = self.layers, len(cache.layers)
+        whole = self.depth // period
+
+        def run(carry: Any, stack: int, index: Any, block: TokenBlock) -> Any:
+            x, entries = carry
+            slot = Slot(entries[stack], index, cache.lengths, cache.lengths)
+            x, slot = block.decode(x, slot)
+            return x, (*entries[:stack], slot.entry, *entries[stack + 1 :])
+
+        def body(carry: Any, item: Any) -> tuple[Any, None]:
+            index, blocks = item
+            for stack, block in enumerate(blocks):
+                carry = run(carry, stack, index, block)
+            return carry, None
+
+        # The cache is carried, not scanned over: its update then happens in place.
+        first = jax.tree.map(lambda a: a[:whole], stacks)
+        carry = (x, cache.layers)
+        carry, _ = jax.lax.scan(body, carry, (jnp.arange(whole), first))
+        for stack in range(self.depth - whole * period):
+            last = jax.tree.map(lambda a: a[whole], stacks[stack])
+            carry = run(carry, stack, whole, last)
+        return carry
+
+
+def prepare(model: Any, batch: int, looped: bool | None = None) -> TokenDecoder:
+    """Return a decoder's weights as decoding of `batch` rows reads them.
+
+    In the compute dtype, what is read together side by side; routers stay float32. Of
+    parts without such a form the weights are the model's own.
+
+    Args:
+      model: a decoder.
+      batch: rows that are decoded at once.
+      looped: compile one period of layers and loop over them; None: on a CPU or TPU
+        where the config scans layers. On a GPU a loop costs more than it saves.
+    """
+    config = model.config
+    if looped is None:
+        looped = config.scan_layers and jax.default_backend() not in ("gpu", "cuda")
+    stacks = model.trunk.blocks
+    dtype = jnp.dtype(config.compute_dtype)
+    if looped:
+        make = lambda block: prepare_block(block, dtype, batch)
+        layers = tuple(jax.vmap(make)(stack) for stack in stacks)
+    else:
+        layers = tuple(
+            _prepare_layer(
+                stacks[number % len(stacks)], number // len(stacks), dtype, batch
+            )
+            for number in range(config.num_layers)
+        )
+    return TokenDecoder(
+        embed=model.embed,
+        layers=layers,
+        norm=model.trunk.norm,
+        head=_head(model, dtype),
+        depth=config.num_layers,
+        looped=looped,
+    )
+
+
+def prepare_block(block: Any, dtype: Any, batch: int) -> TokenBlock:
+    """Return one block as decoding of `batch` rows reads it."""
+    return TokenBlock(
+        attention_norm=block.attention_norm,
+        attention=_prepare_part(block.attention, dtype, batch),
+        mlp_norm=block.mlp_norm,
+        mlp=_prepare_part(block.mlp, dtype, batch),
+        router=block.router,
+        post_norm=block.post_norm,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "batch"))
+def _prepare_layer(stack: Any, index: Any, dtype: Any, batch: int) -> TokenBlock:
+    """Return a layer of a stack: one program for all of them."""
+    block = jax.tree.map(lambda a: a[index], stack)
+    return prepare_block(block, dtype, batch)
+
+
+def _prepare_part(part: Any, dtype: Any, batch: int) -> Any:
+    """Return a part in its form for decoding, or as it is."""
+    form = FORMS.get(type(part))
+    router = getattr(part, "router", None)
+    if form is None:
+        return OwnPart(part)
+    if router is not None:
+        picks = router.top_k + router.num_shared
+        if not serves(batch, router.num_experts, picks):
+            return OwnPart(part)
+    return form(part, dtype)
+
+
+def _head(model: Any, dtype: Any) -> Projection:
+    """Return the weights of the logits, a row for each token of the vocabulary."""
+    if model.head is None:
+        rows = model.embed.embedding[...]
+    else:
+        rows = model.head.weight[...].T
+    bias = None if model.head is None else model.head.bias
+    return Projection(
+        rows.astype(dtype)[None, None],
+        None if bias is None else bias[...].astype(dtype)[None, None],
+    )

@@ -1,0 +1,1 @@
+"""Attention of one new token a row over a key/value cache, by backend."""

@@ -1,0 +1,1 @@
+"""Norm, scores, picks and gates of one token a row, by backend."""
