@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -176,8 +177,7 @@ def main():
     # Or a peer finds no memory left.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     record: dict[str, Any] = {
-        "command": "python benchmarks/bench_decode.py"
-        + (" --peers" if args.peers else ""),
+        "command": "python benchmarks/bench_decode.py " + " ".join(sys.argv[1:]),
         "commit": args.commit or commit(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

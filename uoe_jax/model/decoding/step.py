@@ -172,8 +172,7 @@ def prepare(model: Any, batch: int, looped: bool | None = None) -> TokenDecoder:
     stacks = model.trunk.blocks
     dtype = jnp.dtype(config.compute_dtype)
     if looped:
-        make = lambda block: prepare_block(block, dtype, batch)
-        layers = tuple(jax.vmap(make)(stack) for stack in stacks)
+        layers = tuple(_prepare_stack(stack, dtype, batch) for stack in stacks)
     else:
         layers = tuple(
             _prepare_layer(
@@ -210,6 +209,12 @@ def _prepare_layer(stack: Any, index: Any, dtype: Any, batch: int) -> TokenBlock
     return prepare_block(block, dtype, batch)
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "batch"))
+def _prepare_stack(stack: Any, dtype: Any, batch: int) -> TokenBlock:
+    """Return a stack of layers, with their axis in front as before."""
+    return jax.vmap(lambda block: prepare_block(block, dtype, batch))(stack)
+
+
 def _prepare_part(part: Any, dtype: Any, batch: int) -> Any:
     """Return a part in its form for decoding, or as it is."""
     form = FORMS.get(type(part))
@@ -226,11 +231,15 @@ def _prepare_part(part: Any, dtype: Any, batch: int) -> Any:
 def _head(model: Any, dtype: Any) -> Projection:
     """Return the weights of the logits, a row for each token of the vocabulary."""
     if model.head is None:
-        rows = model.embed.embedding[...]
-    else:
-        rows = model.head.weight[...].T
-    bias = None if model.head is None else model.head.bias
+        return _rows(model.embed.embedding[...], None, dtype, turned=False)
+    bias = None if model.head.bias is None else model.head.bias[...]
+    return _rows(model.head.weight[...], bias, dtype, turned=True)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "turned"))
+def _rows(weight: Array, bias: Array | None, dtype: Any, turned: bool) -> Projection:
+    rows = weight.T if turned else weight
     return Projection(
         rows.astype(dtype)[None, None],
-        None if bias is None else bias[...].astype(dtype)[None, None],
+        None if bias is None else bias.astype(dtype)[None, None],
     )

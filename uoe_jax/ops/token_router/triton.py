@@ -15,10 +15,8 @@ from uoe_jax.ops import _triton
 
 MOST_EXPERTS = 128  # whose pairs a program compares
 WIDEST = 16384
-# Weights taken at a time, all at once if they are few: they come from far, and one
-# program waits for them. And the warps that hold them.
-AREA = 32768
-WARPS = 16
+AREA = 8192  # weights taken at a time
+WARPS = 4
 
 
 def route(x: Float[Array, "B D"], norm: Any, router: Any) -> tuple[Array, ...]:
