@@ -53,7 +53,10 @@ def origin(**changes):
 
 def test_a_written_run_is_what_was_given(source, config, params):
     run = load_run(source)
-    assert (run.step, run.progress) == (7, SPENT)
+    begun = dataclasses.replace(
+        SPENT, first_step=7
+    )  # what the run's own steps begin at
+    assert (run.step, run.progress) == (7, begun)
     assert run.config.model == config.model
     chex.assert_trees_all_equal(flat_params(run.model), params)
     made = json.loads((source / "env.json").read_text())["made_from"]
@@ -170,7 +173,8 @@ def test_what_the_source_spent_is_kept_through_any_number_of_changes(source, tmp
     operate(source, tmp_path / "one", scaled(2.0), verb="scale")
     operate(tmp_path / "one", tmp_path / "two", scaled(0.5), verb="scale")
     run = load_run(tmp_path / "two")
-    assert run.progress == Progress(seconds=5.0, tokens=700, flops=9e9)
+    wanted = Progress(seconds=5.0, tokens=700, flops=9e9, first_step=7)
+    assert run.progress == wanted
     first = flat_params(load_run(source).model)
     chex.assert_trees_all_equal(flat_params(run.model), first)
 
