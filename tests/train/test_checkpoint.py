@@ -1,5 +1,6 @@
 import re
 import resource
+from typing import ClassVar
 
 import chex
 import jax
@@ -201,3 +202,26 @@ def test_a_later_good_save_forgives_a_failed_one(tmp_path, monkeypatch):
     store.save(2, snapshot(TREE), {}, {})
     store.close()
     assert store.steps() == [2]
+
+
+class Watched(np.ndarray):
+    """An array that knows whether it was copied."""
+
+    copies: ClassVar[list[tuple[int, ...]]] = []
+
+    def __deepcopy__(self, memo):
+        self.copies.append(self.shape)
+        return np.array(self)
+
+
+def test_a_save_holds_no_second_copy_of_the_arrays(tmp_path):
+    rng = np.random.default_rng()
+    given = {f"params.{n}": rng.normal(size=(n, 7)).astype(np.float32) for n in (3, 40)}
+    given["step"] = np.array(4, np.int32)
+    store = Checkpoints(tmp_path / "checkpoints")
+    store.save(4, {k: v.view(Watched) for k, v in given.items()}, {}, {})
+    store.close()
+    assert not Watched.copies
+    _, found, _ = store.restore(given, step=4)
+    for name, array in given.items():
+        assert found[name].tobytes() == array.tobytes()
