@@ -272,3 +272,21 @@ def test_what_the_hub_says_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", give)
     assert hub.fetch("hf:a/b@main") == tmp_path
     assert asked[0][:2] == ("a/b", "main") and "*.bin" not in asked[0][2]
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"]
+)
+def test_a_sentence_piece_file_alone_is_refused_and_beside_a_json_ignored(
+    name, tmp_path, capsys
+):
+    folder, out = tmp_path / "model", tmp_path / "run"
+    write_folder(folder, tokenizer=False)
+    (folder / name).write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    asked = ["import", str(folder), "--run-dir", str(out)]
+    assert main(asked) != 0
+    error = capsys.readouterr().err
+    assert f"{name} alone" in error and "save_pretrained" in error
+    assert error.count("\n") == 1 and not out.exists()
+    write_folder(folder)  # with a tokenizer.json
+    assert main(asked) == 0

@@ -10,6 +10,8 @@ from uoe_jax.errors import DataError, extra_packages
 from uoe_jax.files import read_json
 
 TOKENIZER = "tokenizer.json"
+# Protobuf files of SentencePiece, as older models have them.
+_SENTENCE_PIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def find_tokenizer(folder: Path) -> str | None:
@@ -17,7 +19,7 @@ def find_tokenizer(folder: Path) -> str | None:
 
     A tokenizer.json, or the one other .json whose name says tokenizer, or the older
     pairs that GPT-2 (vocab.json, merges.txt) and BERT (vocab.txt) have. Raises
-    DataError for one that can't be read.
+    DataError for one that can't be read, such as SentencePiece's own file.
     """
     file = folder / TOKENIZER
     others = [
@@ -38,6 +40,13 @@ def find_tokenizer(folder: Path) -> str | None:
             return word_piece((folder / "vocab.txt").read_text("utf-8").split("\n"))
     except UnicodeDecodeError as error:
         raise DataError(f"the tokenizer of {folder} isn't UTF-8 ({error})") from None
+    for name in _SENTENCE_PIECE:
+        if (folder / name).is_file():
+            raise DataError(
+                f"{folder} has its tokenizer as {name} alone, which isn't read; write "
+                "a tokenizer.json beside it: transformers.AutoTokenizer"
+                f".from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            )
     return None
 
 
