@@ -17,10 +17,11 @@ from tests.train.tiny_runs import make_tiny
 from uoe_jax.data.record import read_record, record_of_tokenizer
 from uoe_jax.errors import CheckpointError, ConfigError
 from uoe_jax.model import flat_params, make_model
-from uoe_jax.runs import checkpoint
+from uoe_jax.runs import checkpoint, write
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import has_begun
 from uoe_jax.runs.load import load_run
+from uoe_jax.runs.lock import RunLock
 from uoe_jax.runs.result import read_result
 from uoe_jax.runs.state import Progress
 from uoe_jax.runs.write import Origin, write_run
@@ -53,10 +54,8 @@ def origin(**changes):
 
 def test_a_written_run_is_what_was_given(source, config, params):
     run = load_run(source)
-    begun = dataclasses.replace(
-        SPENT, first_step=7
-    )  # what the run's own steps begin at
-    assert (run.step, run.progress) == (7, begun)
+    assert run.step == 7
+    assert run.progress == dataclasses.replace(SPENT, first_step=7)
     assert run.config.model == config.model
     chex.assert_trees_all_equal(flat_params(run.model), params)
     made = json.loads((source / "env.json").read_text())["made_from"]
@@ -138,6 +137,32 @@ def test_a_killed_writer_leaves_no_run_and_the_next_one_cleans_up(
     assert Checkpoints(out / "checkpoints").steps() == [0]
 
 
+def test_a_signal_before_the_folder_is_locked_leaves_nothing(
+    config, params, tmp_path, monkeypatch
+):
+    def interrupted(folder, note):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(write, "RunLock", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_run(tmp_path / "a", config, params, origin())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_another_writes_is_left_alone(config, params, tmp_path):
+    unfinished = tmp_path / ".a.unfinished"
+    unfinished.mkdir()
+    lock = RunLock(unfinished, print)
+    lock.acquire()
+    try:
+        (unfinished / "theirs").write_text("kept")
+        with pytest.raises(ConfigError, match="choose another --out"):
+            write_run(tmp_path / "a", config, params, origin())
+        assert (unfinished / "theirs").read_text() == "kept"
+    finally:
+        lock.release()
+
+
 def scaled(factor, did="scale"):
     """Return a change that scales the last layer's output weights."""
 
@@ -173,8 +198,7 @@ def test_what_the_source_spent_is_kept_through_any_number_of_changes(source, tmp
     operate(source, tmp_path / "one", scaled(2.0), verb="scale")
     operate(tmp_path / "one", tmp_path / "two", scaled(0.5), verb="scale")
     run = load_run(tmp_path / "two")
-    wanted = Progress(seconds=5.0, tokens=700, flops=9e9, first_step=7)
-    assert run.progress == wanted
+    assert run.progress == Progress(seconds=5.0, tokens=700, flops=9e9, first_step=7)
     first = flat_params(load_run(source).model)
     chex.assert_trees_all_equal(flat_params(run.model), first)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,20 +123,25 @@ def _appearing(folder: Path) -> Iterator[Path]:
     """
     folder = folder.resolve()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
+    lock, ours = None, False
     try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(unfinished, note_once)
         try:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(unfinished, note_once)
             lock.acquire()
-            try:
-                _clear(unfinished)
-                yield unfinished
-                unfinished.rename(folder)
-            except BaseException:
+            ours = True
+            _clear(unfinished)
+            yield unfinished
+            unfinished.rename(folder)
+        except BaseException:
+            if ours:
                 shutil.rmtree(unfinished, ignore_errors=True)
-                raise
+            with suppress(OSError):  # not where another process has begun to write
+                unfinished.rmdir()
+            raise
         finally:
-            lock.release()
+            if lock is not None:
+                lock.release()
     except OSError as error:
         raise ConfigError(
             f"{folder} can't be written ({error.strerror}); choose another --out"
