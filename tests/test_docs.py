@@ -175,7 +175,8 @@ def test_commands_of_the_readme_run(command, here, capfd):
 
 
 @pytest.mark.nightly
-def test_the_demo_of_the_readme_runs(here):
+def test_the_demo_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # other commands have a run of its name
     assert main(["demo", *shlex.split(SHORT_COMMANDS["demo"])]) == 0
     rows = json.loads(Path("runs/demo/summary.json").read_text())
     assert [row["name"] for row in rows] == ["dense", "moe", "union"]

@@ -112,6 +112,8 @@ def test_refused_before_jax_is_loaded(case, union_run):
     assert len(done.stderr.splitlines()) == 1
 
 
+# Held in short by test_runs.py: runs side by side.
+@pytest.mark.nightly
 def test_a_page_of_several_runs_leaves_each_ones_own(union_run, tmp_path, capsys):
     import shutil
 

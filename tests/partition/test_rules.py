@@ -168,6 +168,8 @@ def test_a_mesh_with_axes_of_others_is_refused(axes):
         layout_of(make_config("union"), mesh)
 
 
+# Held in short by the losses and gradients above, and test_resume.py.
+@pytest.mark.nightly
 def test_a_run_trained_by_rules_goes_on_without_them(tmp_path, capsys):
     from uoe_jax.model import flat_params
     from uoe_jax.runs.load import load_run

@@ -98,6 +98,8 @@ def test_a_damaged_file_is_refused_by_name(run, name, capsys):
     assert f"{name} is damaged" in capsys.readouterr().err
 
 
+# Held in short by cli/test_printable.py, whose report goes elsewhere.
+@pytest.mark.nightly
 def test_a_page_elsewhere_writes_nothing_into_its_runs(run, tmp_path, capsys):
     other = make_run(tmp_path / "b" / "run", "tiny", seed=1)
     files = lambda: sorted(p for r in (run, other) for p in r.rglob("*"))

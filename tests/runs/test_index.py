@@ -89,6 +89,8 @@ def test_shares_of_an_explanation_add_up_and_rank(tmp_path):
     assert explain(index, a.settings, a.settings) == (pytest.approx(1, abs=1e-5), [])
 
 
+# Held in short by the next two; the whole is benchmarks/run_search.py.
+@pytest.mark.nightly
 def test_expectations_cover_what_was_left_out(tmp_path):
     index = grid(tmp_path, rates=[10 ** (-3 + i / 7) for i in range(9)])
     covered = []

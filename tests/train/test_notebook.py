@@ -59,6 +59,8 @@ def run_cell(client, code, seen=lambda text: None):
     raise AssertionError(f"the cell didn't end; it said: {said}")
 
 
+# Held in short by test_loop.py: a signal saves, the same command resumes.
+@pytest.mark.nightly
 def test_an_interrupted_cell_has_saved_and_goes_on(kernel, shared_folder, tmp_path):
     manager, client = kernel
     run, interrupted = tmp_path / "run", []

@@ -45,6 +45,8 @@ def test_default_tiles_are_the_compiled_ones_which_fit_and_spill_nothing(
             assert found["spilled_bytes"] == 0
 
 
+# Held in short by the record of compiled kernels above.
+@pytest.mark.nightly
 def test_kernels_compile_for_ada(tmp_path):
     """Without triton's interpreter, which other tests of this process use."""
     out = tmp_path / "record.json"
