@@ -112,6 +112,8 @@ def test_a_point_that_fails_is_told_and_the_others_go_on(command, tmp_path, caps
         (["--grid", "train.seed=0", "--out", ""], "--out"),
         (["--grid", "train.seed=0", "--gpus", "-1"], "--gpus"),
         (["--grid", "optim.eps=1..2"], "--samples N"),
+        (["--grid", "optim.eps=1e-8,0.00000001"], "are the same run"),
+        (["--grid", "train.seed=0,1", "--gpus", "0", "0"], "names 0 twice"),
     ],
 )
 def test_a_bad_sweep_is_one_line_before_anything_starts(args, why, capsys, tmp_path,

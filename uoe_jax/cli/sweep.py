@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from uoe_jax.cli.parse import Experiment, check_typed, option_names, parse
 from uoe_jax.cli.paths import take_experiment
-from uoe_jax.config import ExperimentConfig
+from uoe_jax.config import ExperimentConfig, config_hash
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.escape import escape, escape_line
 from uoe_jax.fields import Count, Positive, Seed, Whole
 from uoe_jax.files import format_json
 from uoe_jax.runs.find import RUNS
+from uoe_jax.runs.grid import Point, make_points, parse_axis, point_name
 from uoe_jax.runs.read import read_run
-from uoe_jax.runs.sweep import Point, Sweep, make_points, parse_axis, point_name
+from uoe_jax.runs.sweep import Sweep
 from uoe_jax.validation import validate
 
 
@@ -53,20 +54,7 @@ def sweep(args: list[str]) -> int:
     options = read([])
     check_typed(rest, options.config.data, options.config.model.kind)
     points = _points(options)
-    configs = {}
-    for point in points:
-        typed = [w for name, value in point for w in (f"--{name}", *value.split())]
-        config = read(typed).config
-        try:
-            validate(config)
-        except ConfigError as error:
-            raise ConfigError(f"{point_name(point)}: {error}") from None
-        configs[point_name(point)] = config
-    if len(configs) < len(points):
-        raise ConfigError(
-            "two points of the grid have the same name as a folder; choose values that "
-            "differ in letters, digits or signs"
-        )
+    configs = _configs(points, read)
     runs = Sweep(
         folder=options.out or RUNS / f"sweep-{options.config.name}",
         configs=configs,
@@ -75,9 +63,14 @@ def sweep(args: list[str]) -> int:
         note=(lambda text: None) if options.json else _say,
     )
     if options.dry_run:
+        if options.json:
+            print(format_json({"points": list(configs)}, indent=2))
+            return 0
         for name in configs:
             print(escape_line(name))
         return 0
+    if options.samples is not None and options.samples > len(points):
+        runs.note(f"the grid has no more than {len(points):,} points to draw")
     runs.open()
     if not options.json:
         left, folder = len(runs.left()), runs.folder
@@ -91,6 +84,34 @@ def sweep(args: list[str]) -> int:
     return 1 if failed else 0
 
 
+def _configs(
+    points: Sequence[Point], read: Callable[[list[str]], SweepOptions]
+) -> dict[str, ExperimentConfig]:
+    """Return each point's experiment by its name; raise ConfigError for a bad one."""
+    configs: dict[str, ExperimentConfig] = {}
+    for point in points:
+        typed = [w for name, value in point for w in (f"--{name}", *value.split())]
+        config = read(typed).config
+        try:
+            validate(config)
+        except ConfigError as error:
+            raise ConfigError(f"{point_name(point)}: {error}") from None
+        configs[point_name(point)] = config
+    if len(configs) < len(points):
+        raise ConfigError(
+            "two points of the grid have the same name as a folder; choose values that "
+            "differ in letters, digits or signs"
+        )
+    by_hash: dict[str, str] = {}
+    for name, config in configs.items():
+        twin = by_hash.setdefault(config_hash(config), name)
+        if twin != name:
+            raise ConfigError(
+                f"{twin} and {name} are the same run; name its value once"
+            )
+    return configs
+
+
 def _say(text: str) -> None:
     print(escape_line(text), flush=True)
 
@@ -101,6 +122,8 @@ def _points(options: SweepOptions) -> list[Point]:
             "a sweep varies something: --grid optim.learning-rate=1e-3,3e-3"
         )
     known = sorted(n.lstrip("-") for n in option_names(ExperimentConfig))
+    if twice := sorted({n for n in options.gpus if options.gpus.count(n) > 1}):
+        raise ConfigError(f"--gpus names {twice[0]} twice; one process trains on each")
     axes = [parse_axis(text) for text in options.grid]
     for name, _ in axes:
         if name not in known:
@@ -112,7 +135,7 @@ def _results(runs: Sweep, points: dict[str, Point]) -> list[dict]:
     """Return each finished point's values and outcomes, the lowest loss first."""
     rows = []
     for name, point in points.items():
-        ended = runs.ended.get(name, {}).get("code") == 0
+        ended = runs.ended.get(name, {"code": None})["code"] == 0
         record = read_run(runs.folder / name) if ended else None
         if record is None:
             continue
@@ -140,7 +163,8 @@ def _print(rows: list[dict], points: Sequence[Point]) -> None:
     seeds = "train.seed"
     if seeds in names and len(names) > 1:
         _print_means(rows, [n for n in names if n != seeds])
-    print(escape_line(f"best: {rows[0]['run']}"))
+    if rows[0]["loss"] is not None:
+        print(escape_line(f"best: {rows[0]['run']}"))
 
 
 def _print_means(rows: list[dict], names: list[str]) -> None:

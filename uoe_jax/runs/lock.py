@@ -160,6 +160,20 @@ class RunLock:
                 self._write()
 
 
+def holder(folder: Path) -> str | None:
+    """Return who trains in a folder now, as "process 7 on host"; None for nobody."""
+    try:
+        file = os.open(folder / NAME, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        locked, owner = _flock(file), _read(file)
+        busy = locked is False or (owner and locked is None and _is_alive(owner))
+        return _name(owner) if busy else None
+    finally:
+        os.close(file)
+
+
 def _flock(file: int) -> bool | None:
     """Lock a file: True, False if another has, None if its file system can't."""
     try:

@@ -7,10 +7,8 @@ points stay, an interrupted one resumes. Imports no jax.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -23,110 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from uoe_jax.config import ExperimentConfig, config_hash, to_json
-from uoe_jax.errors import ConfigError, DataError, shown
+from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.files import format_json, local_path, read_json, write_atomically
-from uoe_jax.runs.lock import RunLock
-from uoe_jax.runs.read import RunRecord, read_run
+from uoe_jax.runs.lock import Locked, RunLock, holder
+from uoe_jax.runs.read import CONFIG, RunRecord, read_run
 
 RECORD = "sweep.json"  # in the sweep's folder: which points ended, and how
 _GRACE = 60.0  # seconds that a process has to save before it is killed
-
-Values = tuple[str, ...]
-Point = tuple[tuple[str, str], ...]  # (option, value as it is typed) pairs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """Numbers between two ends, drawn so that each doubling is as likely as another."""
-
-    low: float
-    high: float
-    whole: bool
-
-    def draw(self, rng: random.Random) -> str:
-        """Return a number as it is typed."""
-        value = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
-        return str(round(value)) if self.whole else f"{value:.4g}"
-
-
-def parse_axis(text: str) -> tuple[str, Values | Range]:
-    """Return the option and the values of NAME=A,B,C or NAME=LOW..HIGH.
-
-    Raises ConfigError for a text that is neither.
-    """
-    name, equals, right = text.partition("=")
-    name = name.strip().lstrip("-").replace("_", "-")
-    values = tuple(value.strip() for value in right.split(","))
-    if not name or not equals or not all(values):
-        raise ConfigError(
-            f"--grid {shown(text)} can't be read; write NAME=A,B,C or NAME=LOW..HIGH, "
-            "such as optim.learning-rate=1e-3,3e-3"
-        )
-    if len(values) == 1 and ".." in right:
-        return name, _range(text, right)
-    if len(set(values)) < len(values):
-        raise ConfigError(f"--grid {shown(text)} has a value twice; name each once")
-    return name, values
-
-
-def _range(text: str, right: str) -> Range:
-    low, _, high = right.partition("..")
-    try:
-        ends = float(low), float(high)
-    except ValueError:
-        ends = math.nan, math.nan
-    if not 0 < ends[0] < ends[1] < math.inf:
-        raise ConfigError(
-            f"--grid {shown(text)}: a range goes from a positive number to a larger "
-            "one, such as 1e-4..1e-2"
-        )
-    whole = all(end.strip().isdigit() for end in (low, high))
-    return Range(low=ends[0], high=ends[1], whole=whole)
-
-
-def make_points(
-    axes: Sequence[tuple[str, Values | Range]], samples: int | None, seed: int
-) -> list[Point]:
-    """Return all combinations of the axes' values, or so many drawn at random.
-
-    Points are drawn without repeats; the same seed draws the same. Raises ConfigError
-    for an option that is named twice, and for a range without `samples`.
-    """
-    names = [name for name, _ in axes]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"--grid names {twice[0]} twice; give all its values at once")
-    ranges = [name for name, values in axes if isinstance(values, Range)]
-    if samples is None:
-        if ranges:
-            raise ConfigError(
-                f"--grid {ranges[0]} is a range: say how many points to draw with "
-                "--samples N, or list its values"
-            )
-        grids = [values for _, values in axes if isinstance(values, tuple)]
-        return [
-            tuple(zip(names, values, strict=True))
-            for values in itertools.product(*grids)
-        ]
-    rng = random.Random(seed)
-    every = math.prod(len(v) for _, v in axes if isinstance(v, tuple))
-    found: dict[Point, None] = {}
-    for _ in range(100 * samples):
-        if len(found) == samples or (not ranges and len(found) == every):
-            break
-        draw = lambda v: v.draw(rng) if isinstance(v, Range) else rng.choice(v)
-        found[tuple((name, draw(values)) for name, values in axes)] = None
-    return list(found)
-
-
-def point_name(point: Point) -> str:
-    """Return a point's name, which is its folder's: learning-rate=0.001,seed=2."""
-    leaves = [name.rpartition(".")[2] for name, _ in point]
-    parts = []
-    for (name, value), leaf in zip(point, leaves, strict=True):
-        short = leaf if leaves.count(leaf) == 1 else name
-        parts.append(f"{short}={value}")
-    kept = "".join(c if c.isalnum() or c in "._-=,+" else "_" for c in ",".join(parts))
-    return kept or "run"
+_LOOK = 0.5  # seconds between two looks at a run that somebody else trains
 
 
 @dataclass(kw_only=True)
@@ -144,6 +46,7 @@ class Sweep:
         self.folder = local_path(self.folder, "out")
         self._lock, self._running = threading.Lock(), {}
         self._stop: signal.Signals | None = None
+        self._problem: Exception | None = None  # of a worker
         self._deadline = math.inf
 
     def open(self) -> None:
@@ -160,8 +63,8 @@ class Sweep:
             ) from None
         self.ended = self._read_record()
         for name, config in self.configs.items():
-            known = self.ended.get(name)
-            if known is not None and known.get("config") != config_hash(config):
+            known = self.ended.get(name, {"code": None})
+            if known["code"] == 0 and known["config"] != config_hash(config):
                 raise ConfigError(
                     f"{self.folder / name} was swept with other settings; choose "
                     "another --out"
@@ -175,16 +78,15 @@ class Sweep:
         except (OSError, DataError) as error:
             raise ConfigError(f"{self.folder / RECORD} is damaged: {error}") from None
         entries = found.get("ended") if isinstance(found, dict) else None
-        if not isinstance(entries, dict) or not all(
-            isinstance(entry, dict) for entry in entries.values()
-        ):
+        if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
             raise ConfigError(f"{self.folder / RECORD} isn't a sweep's; restore it")
         return entries
 
     def left(self) -> list[str]:
-        """Return the names of the points that haven't ended well."""
-        done = {n for n, entry in self.ended.items() if entry.get("code") == 0}
-        return [name for name in self.configs if name not in done]
+        """Return the names of the points that haven't ended well, or are gone."""
+        done = {n for n, entry in self.ended.items() if entry["code"] == 0}
+        is_there = lambda name: (self.folder / name / CONFIG).is_file()
+        return [n for n in self.configs if n not in done or not is_there(n)]
 
     def run(self) -> int:
         """Train what is left; return how many points failed.
@@ -192,13 +94,29 @@ class Sweep:
         A signal is passed on to what is training, which saves and ends; then it is
         raised again. At the end of the budget likewise, but for the raising.
         """
-        lock = RunLock(self.folder, self.note)
-        lock.acquire()
         try:
+            lock = RunLock(self.folder, self.note)
+            lock.acquire()
+        except Locked:
+            raise ConfigError(
+                f"{holder(self.folder) or 'another process'} is sweeping in "
+                f"{self.folder}; stop it or choose another --out"
+            ) from None
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            self.ended = self._read_record()  # of a sweep that has ended meanwhile
             self._run()
         finally:
             lock.release()
-        return sum(entry.get("code") != 0 for entry in self.ended.values())
+        ended = [self.ended.get(name, {"code": 0}) for name in self.configs]
+        return sum(entry["code"] != 0 for entry in ended)
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"{error.filename or self.folder} can't be written ({error.strerror}); "
+            "make room there or choose another --out"
+        )
 
     def _run(self) -> None:
         waiting = deque(self.left())
@@ -208,25 +126,34 @@ class Sweep:
             threading.Thread(target=self._work, args=(waiting, gpu), daemon=True)
             for gpu in (self.gpus or (None,))
         ]
-        for worker in workers:
-            worker.start()
         try:
+            for worker in workers:
+                worker.start()
             self._watch(workers)
         except KeyboardInterrupt as stop:
             self._stop = getattr(stop, "number", signal.SIGINT)
             self._end_all(self._stop)
             for worker in workers:
-                worker.join()
+                if worker.ident is not None:
+                    worker.join()
             raise
+        if isinstance(self._problem, OSError):
+            raise self._unwritable(self._problem) from None
+        if self._problem is not None:
+            raise self._problem
 
     def _watch(self, workers: Sequence[threading.Thread]) -> None:
         while any(worker.is_alive() for worker in workers):
             workers[0].join(0.1)
             for worker in workers[1:]:
                 worker.join(0.01)
-            if time.monotonic() > self._deadline and self._stop is None:
+            late = time.monotonic() > self._deadline
+            if self._stop is None and (late or self._problem):
                 self._stop = signal.SIGTERM
-                self.note("the budget is used up; what trains is saved and ends ...")
+                if late:
+                    self.note(
+                        "the budget is used up; what trains is saved and ends ..."
+                    )
                 self._end_all(self._stop)
 
     def _work(self, waiting: deque[str], gpu: int | None) -> None:
@@ -236,11 +163,17 @@ class Sweep:
                 name = waiting.popleft()
             except IndexError:
                 return
-            self._train(name, gpu)
+            try:
+                self._train(name, gpu)
+            except Exception as error:  # the main thread raises it
+                self._problem = self._problem or error
+                return
 
     def _train(self, name: str, gpu: int | None) -> None:
         folder, start = self.folder / name, time.monotonic()
         folder.mkdir(exist_ok=True)
+        if not self._is_free(name):
+            return
         write_atomically(self.folder / f"{name}.json", to_json(self.configs[name]))
         environment = dict(os.environ)
         if gpu is not None:
@@ -269,9 +202,21 @@ class Sweep:
             del self._running[name]
             self._write(name, code, time.monotonic() - start)
 
+    def _is_free(self, name: str) -> bool:
+        """Wait while a process of a sweep that was killed still trains a point.
+
+        Returns False if this sweep was to stop before it ended.
+        """
+        if who := holder(self.folder / name):
+            self.note(f"{name}: {who} is training it; waiting until it ends ...")
+        while self._stop is None and holder(self.folder / name):
+            time.sleep(_LOOK)
+        return self._stop is None
+
     def _write(self, name: str, code: int, seconds: float) -> None:
         """Keep how a point ended, and say it; one that was stopped goes on later."""
-        place = f"[{len(self.ended) + 1}/{len(self.configs)}] {name}"
+        ended = sum(known in self.ended for known in self.configs)
+        place = f"[{ended + 1}/{len(self.configs)}] {name}"
         if self._stop is not None and code != 0:
             self.note(f"{name}: stopped, saved; the same command goes on with it")
             return
@@ -295,7 +240,7 @@ class Sweep:
     def _outlook(self) -> str:
         """Return how long the rest will take, by what the others took."""
         left = len(self.left())
-        times = [e["seconds"] for e in self.ended.values() if e.get("code") == 0]
+        times = [e["seconds"] for e in self.ended.values() if e["code"] == 0]
         if not left or not times:
             return ""
         seconds = left * sum(times) / len(times) / max(len(self.gpus), 1)
@@ -314,6 +259,17 @@ class Sweep:
                 process.wait(max(limit - time.monotonic(), 0))
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry of sweep.json says how a point ended."""
+    if not isinstance(entry, dict):
+        return False
+    seconds, code = entry.get("seconds"), entry.get("code")
+    if not isinstance(seconds, (int, float)) or not isinstance(code, int):
+        return False
+    flags = isinstance(seconds, bool) or isinstance(code, bool)
+    return not flags and seconds >= 0 and isinstance(entry.get("config"), str)
 
 
 def _last_line(file: Path) -> str:
