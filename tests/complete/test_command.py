@@ -106,11 +106,10 @@ def test_a_split_keeps_the_entries_of_a_position_together(seed, holdout):
     [
         ("user,item,rating\n1,2,good\n", "good"),
         ("user,item,rating\n1.5,2,3\n", "1.5"),
-        ("user,item,rating\n1e30,2,3\n", "ids must be integers"),
         ("user,item,rating\ninf,2,3\n", "ids must be integers"),
         ("user,item,rating\n1,2,3\n1,3,nan\n", "entry 2 is nan"),
         ("user,item,rating\n1,2,-inf\n", "entry 1 is -inf"),
-        ("time,user,item,stars\n0,1,2,3\n", "--columns"),
+        ("time,user,item,unheard\n0,1,2,3\n", "--columns"),
         ("user,item,rating\n", "no entries"),
         ("user,item,rating\n1,2\n", "line 2"),
         ("user,item\n1,2\n", "needs a row"),
@@ -123,6 +122,14 @@ def test_bad_tables_are_named(text, words, tmp_path):
     with pytest.raises(DataError, match=words) as caught:
         read_entries(path)
     assert "\n" not in str(caught.value)
+
+
+def test_codes_are_text_and_stars_are_ratings(tmp_path):
+    path = tmp_path / "odd.csv"
+    path.write_text("time,user,item,stars\n0,1e30,2,3\n")
+    found = read_entries(path)
+    assert (list(found.row_ids), list(found.col_ids)) == (["1e30"], [2])
+    assert list(found.values) == [3] and found.names == ("user", "item", "stars")
 
 
 def test_bad_files_and_requests_are_named(ratings, tmp_path):
@@ -169,7 +176,7 @@ def test_bad_files_and_requests_are_named(ratings, tmp_path):
         ("--rank=99", "50 x 40"),
         ("--rank=0", "rank is 0"),
         ("--iters=0", "iters is 0"),
-        ("--seed=-1", "uoe: seed is -1"),
+        ("--seed=-1", "uoe: --seed is -1"),
         ("--holdout=0.0001", "2 held out"),
     ],
 )
