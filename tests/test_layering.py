@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "uoe_jax"
 LAYERS = (
     ("escape", "terminal", "tree"),
     ("errors",),
-    ("files", "kinds"),
+    ("appearing", "files", "kinds"),
     ("rules", "options"),
     ("fields",),
     ("config",),

@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from uoe_jax.appearing import appearing_together
 from uoe_jax.complete.fit import EntrySplit, fit, split
 from uoe_jax.complete.options import CompleteArgs
 from uoe_jax.complete.plot import plot_convergence
@@ -63,10 +64,10 @@ def run_complete(args: CompleteArgs) -> int:
             f"held-out RMSE {error:.5f} ({sure} that chose nothing)", soft_wrap=True
         )
     completion = Completion(factors, table.row_ids, table.col_ids, table.names)
-    out.mkdir(parents=True, exist_ok=True)
-    save_completion(completion, out / "factors.safetensors")
-    plot_convergence(chosen.factors.info, out / "convergence.png")
-    write_atomically(out / "history.json", format_json(result, indent=1))
+    with appearing_together(out) as unfinished:
+        save_completion(completion, unfinished / "factors.safetensors")
+        plot_convergence(chosen.factors.info, unfinished / "convergence.png")
+        write_atomically(unfinished / "history.json", format_json(result, indent=1))
     written = "factors.safetensors, convergence.png, history.json"
     console.print(escape_line(f"{out}: {written}"), soft_wrap=True)
     if pairs is not None:

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from uoe_jax.appearing import remove_unfinished
 from uoe_jax.config import ExperimentConfig, to_json
 from uoe_jax.data.prepare import absolute_paths
 from uoe_jax.data.record import DataRecord, read_record, write_record
@@ -23,7 +24,6 @@ from uoe_jax.files import (
     read_json_lines,
     write_atomically,
 )
-from uoe_jax.runs.device_order import DEVICES
 from uoe_jax.runs.lock import RunLock
 from uoe_jax.validation import parse_config
 
@@ -102,7 +102,7 @@ def open_run_dir(
     try:
         try:
             lock.acquire()
-            _remove_leftovers(path)
+            remove_unfinished(path)
             data = _check_config(path, config, resume, data)
             write_settings(path, config, data)
         except OSError as error:
@@ -128,14 +128,6 @@ def absolute_settings(config: ExperimentConfig) -> ExperimentConfig:
         teacher = str(Path(teacher).expanduser().absolute())
         train = dataclasses.replace(train, distill_from=teacher)
     return dataclasses.replace(config, data=absolute_paths(config.data), train=train)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Delete what a kill in the middle of writing a file left behind."""
-    for name in (CONFIG, ENVIRONMENT, METRICS, DEVICES):
-        for file in path.glob(f".{name}.*"):
-            if file.suffix[1:].isdigit():
-                file.unlink(missing_ok=True)
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:
