@@ -114,6 +114,13 @@ def test_a_point_that_fails_is_told_and_the_others_go_on(command, tmp_path, caps
         (["--grid", "optim.eps=1..2"], "--samples N"),
         (["--grid", "optim.eps=1e-8,0.00000001"], "are the same run"),
         (["--grid", "train.seed=0,1", "--gpus", "0", "0"], "names 0 twice"),
+        (["--grid", "out=a,b"], "uoe train --help-all lists them"),
+        (
+            ["--grid", "data.allow-changed=yes,no"],
+            "has the value 'yes'; a flag is true or",
+        ),
+        (["--grid", "data.no-allow-changed=true"], "did you mean data.allow"),
+        (["--grid", "train.distill-from=gone,away"], "distill-from=gone: no run at"),
     ],
 )
 def test_a_bad_sweep_is_one_line_before_anything_starts(args, why, capsys, tmp_path,
@@ -135,6 +142,13 @@ def test_a_dry_run_lists_the_points_and_makes_nothing(capsys, tmp_path, monkeypa
     assert main([*typed, "4"]) == 0
     assert capsys.readouterr().out != first
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_are_swept_too_and_json_lists_the_points(capsys):
+    grid = ["--grid", "data.allow-changed=true,False"]
+    assert main(["sweep", "tiny", *grid, "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"points": ["allow-changed=true", "allow-changed=False"]}
 
 
 def test_a_budget_ends_a_sweep_that_goes_on_later(command, tmp_path, capsys):

@@ -318,7 +318,7 @@ def _check_names(args: Sequence[str], known: set[str], verb: str) -> None:
         name, equals, value = arg.partition("=")
         name = name.replace("_", "-")
         on, off = _flag(name)
-        if {on, off} <= known:
+        if name.startswith("-") and {on, off} <= known:
             after = args[place + 1] if place + 1 < len(args) else ""
             if equals or after.lower() in _TRUTHS:
                 raise ConfigError(

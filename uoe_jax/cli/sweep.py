@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from uoe_jax.cli.parse import Experiment, check_typed, option_names, parse
+from uoe_jax.cli.fields import option_fields
+from uoe_jax.cli.parse import Experiment, check_typed, parse
 from uoe_jax.cli.paths import take_experiment
 from uoe_jax.config import ExperimentConfig, config_hash
-from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.errors import ConfigError, nearest, shown
 from uoe_jax.escape import escape, escape_line
 from uoe_jax.fields import Count, Positive, Seed, Whole
 from uoe_jax.files import format_json
-from uoe_jax.runs.find import RUNS
+from uoe_jax.runs.find import RUNS, with_teacher_found
 from uoe_jax.runs.grid import Point, make_points, parse_axis, point_name
 from uoe_jax.runs.read import read_run
 from uoe_jax.runs.sweep import Sweep
@@ -90,9 +91,9 @@ def _configs(
     """Return each point's experiment by its name; raise ConfigError for a bad one."""
     configs: dict[str, ExperimentConfig] = {}
     for point in points:
-        typed = [w for name, value in point for w in (f"--{name}", *value.split())]
-        config = read(typed).config
+        typed = [word for name, value in point for word in _words(name, value)]
         try:
+            config = with_teacher_found(read(typed).config)
             validate(config)
         except ConfigError as error:
             raise ConfigError(f"{point_name(point)}: {error}") from None
@@ -112,6 +113,19 @@ def _configs(
     return configs
 
 
+def _words(name: str, value: str) -> list[str]:
+    """Return what a person would type for a value; a flag has none."""
+    flags = {f.option: f.off for f in option_fields(ExperimentConfig) if f.off}
+    option = f"--{name}"
+    if option not in flags:
+        return [option, *value.split()]
+    if value.lower() not in ("true", "false"):
+        raise ConfigError(
+            f"--grid {name} has the value {shown(value)}; a flag is true or false"
+        )
+    return [option if value.lower() == "true" else flags[option]]
+
+
 def _say(text: str) -> None:
     print(escape_line(text), flush=True)
 
@@ -121,13 +135,16 @@ def _points(options: SweepOptions) -> list[Point]:
         raise ConfigError(
             "a sweep varies something: --grid optim.learning-rate=1e-3,3e-3"
         )
-    known = sorted(n.lstrip("-") for n in option_names(ExperimentConfig))
+    known = sorted(f.option.lstrip("-") for f in option_fields(ExperimentConfig))
     if twice := sorted({n for n in options.gpus if options.gpus.count(n) > 1}):
         raise ConfigError(f"--gpus names {twice[0]} twice; one process trains on each")
     axes = [parse_axis(text) for text in options.grid]
     for name, _ in axes:
         if name not in known:
-            raise ConfigError(f"--grid names {name!r}; {nearest(name, known)}")
+            fix = nearest(name, known)
+            if not fix.startswith("did"):
+                fix = "give an option of uoe train; uoe train --help-all lists them"
+            raise ConfigError(f"--grid names {shown(name)}; {fix}")
     return make_points(axes, options.samples, options.draw_seed)
 
 

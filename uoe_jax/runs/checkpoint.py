@@ -70,6 +70,20 @@ _CAUSES = tuple(
 )
 
 
+def _is_told_already(record: logging.LogRecord) -> bool:
+    """Whether a record is about the write of an array whose save failed by another's.
+
+    Orbax waits for the first that fails; the event loop logs each of the others.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    forgotten = "exception was never retrieved" in record.getMessage()
+    return forgotten and any(cause in str(error) for cause in _CAUSES)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not _is_told_already(record)
+
+
 def _reason(error: Exception) -> str:
     """Return in a few words why a save failed."""
     text = " ".join(str(error).split())
@@ -93,8 +107,9 @@ def _drop_late_errors() -> None:
     """Keep quiet of writes that end after their save has failed already.
 
     TensorStore hands the result of each to an event loop that Orbax has closed by then,
-    and prints a traceback where that fails.
+    and prints a traceback where that fails; what failed before it closed is logged.
     """
+    logging.getLogger("asyncio").addFilter(_is_news)
     before, unraisable = sys.excepthook, sys.unraisablehook
     late = lambda error: str(error) == "Event loop is closed"
     if not getattr(before, "drops_late_errors", False):
