@@ -214,6 +214,17 @@ def test_what_is_no_run_or_the_run_itself_is_refused(teacher, student, tmp_path)
         find_teacher(taught_by(student, adapter), tmp_path / "new")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"source": "a", "step": "x", "digest": "b"}',
+     '{"source": 1, "step": true, "digest": null}'],
+)  # fmt: skip
+def test_a_damaged_record_of_the_teacher_is_refused(teacher, student, tmp_path, text):
+    (tmp_path / "distill_from.json").write_text(text)
+    with pytest.raises(CheckpointError, match="distill_from.json is damaged"):
+        find_teacher(taught_by(student, teacher), tmp_path)
+
+
 def test_another_tokenizer_is_refused(tiny, student, tmp_path):
     other = tiny(steps=0, data={"tokenizer": "bpe", "bpe_vocab_size": 257})
     wide = dataclasses.replace(other.model, vocab_size=257)

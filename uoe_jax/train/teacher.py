@@ -136,7 +136,9 @@ def _read_record(run_dir: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError):
         record = None
-    if not isinstance(record, dict) or not {"source", "step", "digest"} <= {*record}:
+    types = {"source": str, "step": int, "digest": str}
+    record = record if isinstance(record, dict) else {}
+    if not all(type(record.get(name)) is kind for name, kind in types.items()):
         raise CheckpointError(f"{run_dir / RECORD} is damaged; restore the file")
     return record
 
