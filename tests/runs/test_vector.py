@@ -334,3 +334,17 @@ def test_leaves_are_sorted_and_paths_can_be_shown(value):
     assert all(isinstance(show_path(leaf.path), str) for leaf in found)
     assert len({(l.path, l.kind, l.value) for l in found}) == len(found)
     assert parse_path("a.b[3].c") == ("a", "b", 3, "c")
+
+
+def test_the_room_gives_its_public_names_without_jax():
+    code = (
+        "import sys; from uoe_jax.runs import JsonVector, RunIndex;"
+        "import uoe_jax.runs;"
+        "assert {'JsonVector', 'RunIndex'} <= set(dir(uoe_jax.runs));"
+        "assert not hasattr(uoe_jax.runs, 'Absent');"
+        "print(JsonVector(64).encode({'a': 1}).shape, 'jax' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["(64,)", "False"]
