@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import chex
@@ -146,6 +147,29 @@ def test_a_signal_before_the_folder_is_locked_leaves_nothing(
     monkeypatch.setattr(write, "RunLock", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_run(tmp_path / "a", config, params, origin())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_while_a_save_is_waited_for_ends_with_the_save(
+    config, params, tmp_path, monkeypatch
+):
+    wait, save = Checkpoints.wait, Checkpoints._write
+
+    def interrupted(self):
+        if self._pending is not None:
+            self._pending = None
+            raise KeyboardInterrupt
+        wait(self)
+
+    def slow(self, *content):
+        time.sleep(0.5)
+        save(self, *content)
+
+    monkeypatch.setattr(Checkpoints, "wait", interrupted)
+    monkeypatch.setattr(Checkpoints, "_write", slow)
+    with pytest.raises(KeyboardInterrupt):
+        write_run(tmp_path / "a", config, params, origin())
+    time.sleep(1.0)  # whoever still writes has written
     assert not list(tmp_path.iterdir())
 
 

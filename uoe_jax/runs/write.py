@@ -86,8 +86,13 @@ def write_run(
         spent = dataclasses.replace(origin.spent, first_step=origin.step).as_json()
         try:
             checkpoints.save(origin.step, arrays, described, spent)
-        finally:  # also on a signal: nobody writes into a folder that is removed
             checkpoints.close()
+        except BaseException:
+            # A signal ends the waiting, not the thread: nobody may write into a folder
+            # that is removed.
+            with suppress(CheckpointError):
+                checkpoints.close()
+            raise
 
 
 def _arrays(
