@@ -95,7 +95,8 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
     other files are prompts. Raises DataError, the line named, for what can't be one.
     """
     try:
-        lines = file.read_text("utf-8").splitlines()
+        # Not splitlines: JSON may hold U+2028 and others within a text.
+        lines = file.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"--prompts {file} can't be read ({reason})") from None
