@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -106,8 +107,8 @@ def peers(graph, shape, traffic, seconds):
     if len(shape) == 1:
         try:
             found["tsp"] = until(seconds, _salesman(table), cost)
-        except ImportError:
-            pass
+        except ImportError as error:
+            print(f"no TSP column: {error}", file=sys.stderr)
     return found
 
 

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.generate.tokens import generate
+from uoe_jax.generate.tokens import generate, pad_prompts
 from uoe_jax.model import Decoder
 
 
@@ -49,13 +48,9 @@ def generate_all(
                 f"max_seq_len {model.config.max_seq_len}"
             )
         width = min(_bucket(int(lengths.max())), room)
-        rows = np.zeros((len(chosen), width), np.int32)
-        for row, index in enumerate(chosen):
-            rows[row, : lengths[row]] = prompts[index]
         made = generate(
             model,
-            jnp.asarray(rows),
-            jnp.asarray(lengths, jnp.int32),
+            *pad_prompts([prompts[index] for index in chosen], width),
             max_new_tokens,
             key=jax.random.fold_in(key, number),
             eos=eos,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -14,7 +13,7 @@ from uoe_jax.config import ModelConfig
 from uoe_jax.data import Tokenizer
 from uoe_jax.data.record import run_tokenizer
 from uoe_jax.errors import ConfigError, shown
-from uoe_jax.generate.tokens import generate, stream
+from uoe_jax.generate.tokens import generate, pad_prompts, stream
 from uoe_jax.model import Decoder
 from uoe_jax.runs.load import LoadedRun
 
@@ -68,7 +67,7 @@ def generate_texts(
     model, tokenizer, encoded = _encode(run, prompts)
     tokens = generate(
         model,
-        *_padded(encoded),
+        *pad_prompts(encoded),
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -103,7 +102,7 @@ def stream_text(
     model, tokenizer, (ids,) = _encode(run, [prompt])
     steps = stream(
         model,
-        *_padded([ids]),
+        *pad_prompts([ids]),
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -160,17 +159,6 @@ def _encode(
     tokenizer = run_tokenizer(run.folder, run.config)
     ids = [encode_prompt(tokenizer, p, run.config.model) for p in prompts]
     return model, tokenizer, ids
-
-
-def _padded(
-    encoded: Sequence[np.ndarray],
-) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
-    """Return ids as one array, filled up with 0, and their lengths."""
-    lengths = np.array([len(ids) for ids in encoded], np.int32)
-    tokens = np.zeros((len(encoded), lengths.max()), np.int32)
-    for row, ids in zip(tokens, encoded, strict=True):
-        row[: len(ids)] = ids
-    return jnp.asarray(tokens), jnp.asarray(lengths)
 
 
 def encode_prompt(

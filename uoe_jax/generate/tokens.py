@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -217,6 +217,20 @@ def _steps(
         yield np.asarray(token)
         if eos is not None and np.all(np.asarray(done)):
             return
+
+
+def pad_prompts(
+    prompts: Sequence[Int[np.ndarray, " _"]], width: int | None = None
+) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """Return ids as one array, filled up with 0 to a width, and their lengths.
+
+    Without a width to that of the longest.
+    """
+    lengths = np.array([len(ids) for ids in prompts], np.int32)
+    tokens = np.zeros((len(prompts), width or lengths.max()), np.int32)
+    for row, ids in zip(tokens, prompts, strict=True):
+        row[: len(ids)] = ids
+    return jnp.asarray(tokens), jnp.asarray(lengths)
 
 
 def _settle(

@@ -21,9 +21,7 @@ from uoe_jax.data import Dataset, make_dataset, prefetch
 from uoe_jax.data.record import record_of
 from uoe_jax.errors import NonFiniteError, out_of_memory
 from uoe_jax.files import local_path
-from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.hardware.devices import peak_flops
-from uoe_jax.model import split_model
 from uoe_jax.ops._dispatch import served
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
@@ -56,7 +54,13 @@ from uoe_jax.train.resume import (
     describe_resharding,
 )
 from uoe_jax.train.signals import StopRun, StopSignals
-from uoe_jax.train.stages import describe_stages, stage_at
+from uoe_jax.train.stages import (
+    STAGES,
+    at_stage,
+    describe_stages,
+    stage_at,
+    stage_number,
+)
 from uoe_jax.train.step import make_step
 from uoe_jax.train.subject import MakeSubject, Subject, whole_model
 from uoe_jax.train.teacher import find_teacher, with_teacher
@@ -174,7 +178,8 @@ class _Run:
         self.step, self.fresh = 0, True
         self.lock: RunLock | None = None
         self.pending: tuple[int, PyTree] | None = None
-        self.stage, self.staged = config, subject  # of a warm-up of top_k
+        # Of a warm-up of top_k; without one all is as at its end.
+        self.stage_number, self.stage, self.staged = STAGES, config, subject
         self.make_programs()
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self.peak = peak * mesh.size if peak else None
@@ -195,8 +200,12 @@ class _Run:
 
     def follow_stage(self) -> bool:
         """Go on with the programs of the step's stage; whether they are others."""
-        stage = stage_at(self.config, self.step - self.progress.first_step)
-        if stage == self.stage:
+        step = self.step - self.progress.first_step
+        number = stage_number(self.config, step)
+        if number == self.stage_number:
+            return False
+        self.stage_number, stage = number, stage_at(self.config, step)
+        if stage == self.stage:  # no expert less than in the one before
             return False
         self.drain()
         self.stage, self.staged = stage, at_stage(self.subject, self.config, stage)
@@ -537,20 +546,6 @@ class _Run:
             **self.progress.as_json(),
             **self.compiled,
         }
-
-
-def at_stage(
-    subject: Subject, config: ExperimentConfig, stage: ExperimentConfig
-) -> Subject:
-    """Return what is trained, its model that of a stage."""
-    if stage is config:
-        return subject
-    cost = [flops_per_token(c.model, c.seq_len).training for c in (config, stage)]
-    return dataclasses.replace(
-        subject,
-        graphdef=split_model(stage.model, stage.train.seed)[0],
-        flops_per_token=subject.flops_per_token + cost[1] - cost[0],
-    )
 
 
 def describe_eval(line: Mapping[str, Any]) -> str:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import dataclasses
 
 from uoe_jax.config import ExperimentConfig, ModelConfig, UnionConfig
+from uoe_jax.hardware.count import flops_per_token
+from uoe_jax.model import split_model
+from uoe_jax.train.subject import Subject
 
 STAGES = 4  # before the last, and so at most five compiled programs
 
@@ -19,12 +22,31 @@ def stage_at(config: ExperimentConfig, step: int) -> ExperimentConfig:
 
     It is the run's own from `train.top_k_warmup_steps` on, and without a warm-up.
     """
-    steps = config.train.top_k_warmup_steps
-    if step >= steps:
+    gone = stage_number(config, step)
+    if gone == STAGES:
         return config
-    gone = step * STAGES // steps
     model = with_more_experts(config.model, gone)
     return dataclasses.replace(config, model=model)
+
+
+def stage_number(config: ExperimentConfig, step: int) -> int:
+    """Return the stage after `step` steps, from 0; `STAGES` after the warm-up."""
+    steps = config.train.top_k_warmup_steps
+    return STAGES if step >= steps else step * STAGES // steps
+
+
+def at_stage(
+    subject: Subject, config: ExperimentConfig, stage: ExperimentConfig
+) -> Subject:
+    """Return what a run of a config trains, its model that of a stage."""
+    if stage is config:
+        return subject
+    cost = [flops_per_token(c.model, c.seq_len).training for c in (config, stage)]
+    return dataclasses.replace(
+        subject,
+        graphdef=split_model(stage.model, stage.train.seed)[0],
+        flops_per_token=subject.flops_per_token + cost[1] - cost[0],
+    )
 
 
 def with_more_experts(model: ModelConfig, gone: int) -> ModelConfig:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from uoe_jax.model.attention import AttentionWeights
 from uoe_jax.model.cache import Slot
-from uoe_jax.model.decoding.routing import TokenRouter, scale_of
+from uoe_jax.model.decoding.routing import TokenRouter, enter
 from uoe_jax.model.layers import Norm
 from uoe_jax.ops.cache_attention.api import Heads, Place, Store, attend
 from uoe_jax.ops.cache_attention.xla import (
@@ -25,7 +25,6 @@ from uoe_jax.ops.rotary import cosines_and_sines
 from uoe_jax.ops.token_products.api import (
     Addition,
     Parts,
-    Picks,
     Projection,
     add,
     project,
@@ -77,13 +76,7 @@ class TokenAttention:
         self, x: Float[Array, "B D"], norm: Norm | None, slot: Slot
     ) -> tuple[Float[Array, "B D"], Slot]:
         """Return x plus the attention of norm(x), and its slot."""
-        picks: Picks | None = None
-        scale = scale_of(norm)
-        if self.router is not None:
-            inner, picks, slot = self.router(x, norm, slot)
-            scale = None
-        else:
-            inner = x if scale is not None or norm is None else norm(x)
+        inner, scale, picks, slot = enter(self.router, x, norm, slot)
         token = project(inner, self.inputs, scale, picks)
         # A log counts all tokens, a cache those that entered: the same but in a
         # mixture of depths, which has no log.

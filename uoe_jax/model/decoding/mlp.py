@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uoe_jax.model.cache import Slot
-from uoe_jax.model.decoding.routing import TokenRouter, scale_of
+from uoe_jax.model.decoding.routing import TokenRouter, enter
 from uoe_jax.model.layers import Norm
 from uoe_jax.ops.token_products.api import (
     Addition,
     Parts,
-    Picks,
     Projection,
     add,
     project,
@@ -57,12 +56,6 @@ class TokenMlp:
         self, x: Float[Array, "B D"], norm: Norm | None, slot: Slot
     ) -> tuple[Float[Array, "B D"], Slot]:
         """Return x plus the MLP of norm(x), and its slot."""
-        picks: Picks | None = None
-        scale = scale_of(norm)
-        if self.router is not None:
-            inner, picks, slot = self.router(x, norm, slot)
-            scale = None
-        else:
-            inner = x if scale is not None or norm is None else norm(x)
+        inner, scale, picks, slot = enter(self.router, x, norm, slot)
         hidden = project(inner, self.inputs, scale, picks)
         return add(Parts(hidden[:, None]), self.outputs, x, picks), slot

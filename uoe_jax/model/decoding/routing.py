@@ -91,3 +91,16 @@ class TokenRouter:
         form = by_pick(x.shape[0], experts, choices.shape[1])
         table = gate_table(choices, gates, experts)
         return x, Picks(choices, gates, table, form), slot
+
+
+def enter(
+    router: TokenRouter | None, x: Float[Array, "B D"], norm: Norm | None, slot: Slot
+) -> tuple[Float[Array, "B D"], Scale | None, Picks | None, Slot]:
+    """Return what a part reads, a norm left to its products, what each row picks, and
+    the slot that remembers it."""
+    if router is not None:
+        inner, picks, slot = router(x, norm, slot)
+        return inner, None, picks, slot
+    scale = scale_of(norm)
+    inner = x if scale is not None or norm is None else norm(x)
+    return inner, scale, None, slot
