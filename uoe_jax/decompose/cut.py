@@ -32,9 +32,8 @@ class Cut(Checked):
 
     attention_experts: Count | None = None  # where heads need another number
 
-    shared: Whole = (
-        0  # MLP experts always on, of those used: the neurons that write most
-    )
+    # MLP experts always on, of those used: the neurons that write most
+    shared: Whole = 0
 
     parts: Annotated[tuple[Part, ...], words(_PARTS)] = PARTS  # what is cut
 
