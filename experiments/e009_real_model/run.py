@@ -4,8 +4,11 @@
         --articles enwiki_articles.jsonl.xz --out runs/e009 --minutes 60
 
 Every model is one entry of OUT/results.json, the most telling first; the same line goes
-on where the last one ended, within a training run too. `--tiny` is the same program on
-seconds of CPU with a small model.
+on where the last one ended, within a training run too. `--part 1/2` takes every second
+model and writes OUT/results-1.json, so that two devices share the work; a later line
+without it reads all parts. `--speeds` measures decoding alone, as the process that
+trains does without CUDA graphs. `--tiny` is the same program on seconds of CPU with a
+small model.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +45,7 @@ from experiments.e009_real_model.study import (
 from experiments.e009_real_model.table import write_summary
 from experiments.shared.case import change
 from experiments.shared.work import prepare
-from uoe_jax.config import ExperimentConfig, ModelConfig, config_hash
+from uoe_jax.config import ExperimentConfig, config_hash
 from uoe_jax.data import make_dataset
 from uoe_jax.data.record import read_record
 from uoe_jax.decompose.plan import Cut
@@ -62,6 +66,34 @@ TEXTS = ("wikipedia", "python")
 LEAST_SECONDS = 75  # that an entry takes, before one has shown
 
 
+class Part(NamedTuple):
+    """Which of the models a process takes: every `count`-th, from `number` on."""
+
+    number: int
+    count: int
+
+    @property
+    def file(self) -> str:
+        """The name of the file that holds its results."""
+        return "results.json" if self.count == 1 else f"results-{self.number}.json"
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Return what `I/N` means; ValueError unless 1 <= I <= N."""
+        part = cls(*map(int, text.split("/")))
+        if not 1 <= part.number <= part.count:
+            raise ValueError(text)
+        return part
+
+
+def join(results: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Add another part's results to some; an entry may be in both."""
+    entries = results["entries"]
+    for name, found in more["entries"].items():
+        entries[name] = entries.get(name, {}) | found
+    results |= {key: value for key, value in more.items() if key != "entries"}
+
+
 class Study:
     """One folder of results, and the programs that score its models."""
 
@@ -75,10 +107,14 @@ class Study:
         # Models that are made while others train.
         self.maker = ThreadPoolExecutor(1, initializer=set_flax)
         self.making: dict[Any, Future[Path]] = {}
-        file = self.out / "results.json"
+        self.part: Part = options.part
+        self.file = self.out / self.part.file
+        # What other parts have found is not done again; only one part writes it.
         self.results: dict[str, Any] = {"entries": {}}
-        if file.is_file():
-            self.results = json.loads(file.read_text())
+        self.others: dict[str, Any] = {"entries": {}}
+        for file in sorted(self.out.glob("results*.json")):
+            mine = file == self.file or self.part.count == 1
+            join(self.results if mine else self.others, json.loads(file.read_text()))
 
     @property
     def left(self) -> float:
@@ -93,10 +129,14 @@ class Study:
         """Write the results so far, and what is drawn from them."""
         self.out.mkdir(parents=True, exist_ok=True)
         text = format_json(self.results, indent=1) + "\n"
-        write_atomically(self.out / "results.json", text)
-        write_summary(self.out, self.results)
+        write_atomically(self.file, text)
+        if self.part.count == 1:
+            names = [entry.name for entry in self.entries]
+            at = lambda item: names.index(item[0])
+            ordered = dict(sorted(self.results["entries"].items(), key=at))
+            write_summary(self.out, self.results | {"entries": ordered})
 
-    def begin(self, model: Path, articles: Path) -> ExperimentConfig:
+    def begin(self, model: Path, articles: Path) -> None:
         """Import the model and prepare the texts, once."""
         texts, dense = self.work / "texts", self.work / "imported"
         if not (texts / "python" / "valid.jsonl").is_file():
@@ -108,6 +148,7 @@ class Study:
             write_settings(dense, config, read_record(dense))
             self.say(f"imported {model.name}")
         config = load_run(dense).config
+        self.entries = entries(config.model, self.scale)
         self.texts = {name: held_out(config, texts, name) for name in TEXTS}
         self.data = {n: make_dataset(c, "valid") for n, c in self.texts.items()}
         train_data = make_dataset(config, "train")
@@ -127,7 +168,6 @@ class Study:
             "learning_rate": config.optim.learning_rate,
         }
         self.say(f"{tokens:,} tokens to train on")
-        return config
 
     def score(self, folder: Path, step: int | None = None) -> dict[str, float]:
         """Return a run's mean loss on each held-out text, nats a token."""
@@ -277,18 +317,20 @@ def _slug(name: str) -> str:
     return name.replace(" ", "-").replace(",", "").replace("/", "-of-")
 
 
-def plan(study: Study, model: ModelConfig) -> list[tuple[str, Entry]]:
-    """Return what is to be done, in order: speeds stand after the first models."""
-    listed = entries(model, study.scale)
-    jobs = [("train", entry) for entry in listed[:4]]
-    jobs += [("speed", entry) for entry in (listed[0], listed[1], listed[3])]
-    jobs += [("train", entry) for entry in listed[4:7]]
-    jobs += [("speed", entry) for entry in (listed[4], listed[6])]
-    jobs += [("train", entry) for entry in listed[7:]]
-    jobs += [("speed", entry) for entry in (listed[7], listed[9], listed[10])]
-    done = study.results["entries"]
-    key = {"train": "done", "speed": "decode_tokens_per_second"}
-    return [(kind, e) for kind, e in jobs if not done.get(e.name, {}).get(key[kind])]
+def plan(study: Study, speeds: bool) -> list[tuple[str, Entry]]:
+    """Return what this process is to do: models to train in order, or all speeds."""
+    listed = study.entries
+    done: dict[str, Any] = {"entries": {}}
+    join(done, study.results)
+    join(done, study.others)
+    if speeds:
+        # A taught or warmed-up union decodes as the one that it began as.
+        own = [e for e in listed if e.plain is not None or e.made is None]
+        kind, key = "speed", "decode_tokens_per_second"
+    else:
+        kind, key, own = "train", "done", list(listed)
+    left = [entry for entry in own if not done["entries"].get(entry.name, {}).get(key)]
+    return [(kind, entry) for entry in left[study.part.number - 1 :: study.part.count]]
 
 
 def switch_off_command_buffers() -> None:
@@ -311,18 +353,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="runs; OUT/work if not given")
     parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument(
+        "--part", type=Part.parse, default=Part(1, 1), metavar="I/N", help="of N"
+    )
+    parser.add_argument("--speeds", action="store_true", help="measure decoding alone")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU")
     options = parser.parse_args(argv)
-    switch_off_command_buffers()
+    if not options.speeds:
+        switch_off_command_buffers()
     study, failed = Study(options), 0
     prepare(study.work / "compiled")
     try:
-        config = study.begin(options.model, options.articles)
+        study.begin(options.model, options.articles)
     except UoeError as error:
         print(f"experiment: {error}", file=sys.stderr)
         return error.exit_code
     took = LEAST_SECONDS if math.isfinite(study.left) else 0
-    jobs = plan(study, config.model)
+    jobs = plan(study, options.speeds)
     study.look_ahead(jobs)
     for kind, entry in jobs:
         # A model that can't reach its first mark in time says nothing.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.e009_real_model.prune import Prune, narrower, prune_params
+from experiments.e009_real_model.run import Part, join
 from experiments.e009_real_model.study import Scale, entries, write_texts
 from experiments.e009_real_model.table import plot, table
 from tests.compare import assert_close
@@ -139,3 +140,14 @@ def test_what_is_there_becomes_a_table_and_a_picture():
     assert plot(results).startswith(b"\x89PNG")
     assert table({"entries": {}})
     assert dataclasses.is_dataclass(Scale())
+
+
+def test_parts_share_the_models_and_their_results_are_joined():
+    assert Part.parse("1/1").file == "results.json"
+    assert Part.parse("2/3").file == "results-2.json"
+    for wrong in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises((ValueError, TypeError)):
+            Part.parse(wrong)
+    results = {"entries": {"dense": {"done": True}}, "steps": 4}
+    join(results, {"entries": {"dense": {"speed": 2.0}, "union": {}}, "steps": 4})
+    assert results["entries"] == {"dense": {"done": True, "speed": 2.0}, "union": {}}
