@@ -329,8 +329,10 @@ def plan(study: Study, speeds: bool) -> list[tuple[str, Entry]]:
         kind, key = "speed", "decode_tokens_per_second"
     else:
         kind, key, own = "train", "done", list(listed)
-    left = [entry for entry in own if not done["entries"].get(entry.name, {}).get(key)]
-    return [(kind, entry) for entry in left[study.part.number - 1 :: study.part.count]]
+    # Of all models, so that a part stays the same one while others finish theirs.
+    mine = own[study.part.number - 1 :: study.part.count]
+    left = [e for e in mine if not done["entries"].get(e.name, {}).get(key)]
+    return [(kind, entry) for entry in left]
 
 
 def switch_off_command_buffers() -> None:
