@@ -23,7 +23,7 @@ from run_search import about
 
 from uoe_jax.errors import MissingExtra
 from uoe_jax.files import format_json
-from uoe_jax.runs.approximate import NeighbourGraph
+from uoe_jax.runs.approximate import CANDIDATES, NeighbourGraph
 from uoe_jax.runs.diversity import Diversity
 from uoe_jax.runs.index import encode_rows, similarities
 from uoe_jax.runs.leaves import leaves_of
@@ -90,18 +90,24 @@ def approximate(
     except MissingExtra as error:
         return {"missing": str(error)}
     built = time.process_time() - start[0], time.perf_counter() - start[1]
-    start = time.process_time(), time.perf_counter()
-    found = graph.nearest(queries, 10)
-    spent = (time.process_time() - start[0]) / len(queries)
-    shared = [len(set(a) & set(b)) for a, b in zip(found, truth, strict=True)]
+    searches = {}
+    for candidates in (64, 256, CANDIDATES, 4 * CANDIDATES):
+        graph.candidates = candidates
+        began = time.process_time()
+        found = graph.nearest(queries, 10)
+        spent = (time.process_time() - began) / len(queries)
+        shared = [len(set(a) & set(b)) for a, b in zip(found, truth, strict=True)]
+        searches[str(candidates)] = {
+            "seconds_a_query": spent,
+            "recall_at_1": float((found[:, 0] == wanted).mean()),
+            "recall_at_10_of_exact": float(np.mean(shared) / 10),
+        }
     return {
         "version": version("usearch"),
         "build_seconds": built[0],
         "build_clock_seconds": built[1],
         "bytes": graph.nbytes,
-        "seconds_a_query": spent,
-        "recall_at_1": float((found[:, 0] == wanted).mean()),
-        "recall_at_10_of_exact": float(np.mean(shared) / 10),
+        "candidates": searches,
     }
 
 

@@ -274,6 +274,27 @@ def test_a_graph_finds_what_it_holds():
     assert (found[:, 0] == np.arange(20)).all() and found.shape == (20, 3)
 
 
+def test_more_candidates_find_more_of_the_exact_neighbours():
+    from uoe_jax.runs.approximate import CANDIDATES, NeighbourGraph
+
+    draw = np.random.default_rng(0)
+    vectors = draw.normal(size=(4050, 128)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    queries, vectors = vectors[:50], vectors[50:]
+    exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
+    graph = NeighbourGraph(vectors, threads=1)
+    assert graph.candidates == CANDIDATES
+
+    def recall() -> float:
+        found = graph.nearest(queries, 10)
+        pairs = zip(found, exact, strict=True)
+        return float(np.mean([len(set(a) & set(b)) for a, b in pairs])) / 10
+
+    many = recall()
+    graph.candidates = 10
+    assert many >= 0.97 and recall() < 0.7
+
+
 def test_a_graph_of_neighbours_is_an_extra(monkeypatch):
     from uoe_jax.errors import MissingExtra
     from uoe_jax.runs.approximate import NeighbourGraph

@@ -12,11 +12,16 @@ from jaxtyping import Float16, Float32, Int
 
 from uoe_jax.errors import extra_packages
 
+CANDIDATES = 1024  # of 100,000 objects: 91% of the exact ten in 7 ms; 64 find 53%
 _ADDED = 10_000  # rows at once
 
 
 class NeighbourGraph:
     """A graph over the rows of an index's vectors, kept as float16 numbers.
+
+    `candidates` is how many rows a search keeps in sight (usearch's expansion): vectors
+    of many leaves are all about as far from each other, so that few candidates lose
+    their way. Time grows with it, and it may be set anew before any search.
 
     Raises MissingExtra where usearch isn't installed.
     """
@@ -26,10 +31,12 @@ class NeighbourGraph:
         vectors: Float32[np.ndarray, "N D"] | Float16[np.ndarray, "N D"],
         *,
         threads: int = 0,
+        candidates: int = CANDIDATES,
     ):
         with extra_packages():
             from usearch.index import Index  # pyrefly: ignore[missing-import]
         self.threads = threads  # 0: all
+        self.candidates = candidates
         self._graph = Index(ndim=vectors.shape[1], metric="ip", dtype="f16")
         for first in range(0, len(vectors), _ADDED):
             part = vectors[first : first + _ADDED]
@@ -45,5 +52,6 @@ class NeighbourGraph:
         self, queries: Float32[np.ndarray, "Q D"], count: int = 10
     ) -> Int[np.ndarray, "Q K"]:
         """Return the rows most like each query, nearest first."""
+        self._graph.expansion_search = self.candidates
         found = self._graph.search(queries, count, threads=self.threads)
         return np.asarray(found.keys).astype(np.int64).reshape(len(queries), -1)
