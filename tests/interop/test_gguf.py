@@ -32,7 +32,11 @@ def side_by_side(weight, heads):
     return split.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(path, tensors, architecture="llama", more=(), **changes):
+def write(
+    path, tensors, architecture="llama", more=(), pack=None, kind=None, **changes
+):
+    """Write a file; `pack` quantises an array, to `kind` where it isn't a vector's."""
+    pack = pack or (lambda array: array)
     writer = gguf.GGUFWriter(str(path), architecture)
     sizes = {
         "context_length": 64,
@@ -47,15 +51,21 @@ def write(path, tensors, architecture="llama", more=(), **changes):
     for name, value in (sizes | changes).items():
         if value is not None:
             getattr(writer, f"add_{name}")(value)
+    counts = {
+        "self_attn.q_proj": (sizes | changes)["head_count"],
+        "self_attn.k_proj": (sizes | changes)["head_count_kv"],
+    }
     for name, array in tensors.items():
         name = name.removesuffix(".weight")
         if name in OUTER:
-            writer.add_tensor(OUTER[name] + ".weight", array)
-            continue
-        layer, _, inner = name.removeprefix("model.layers.").partition(".")
-        heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(inner)
-        array = array if heads is None else side_by_side(array, heads)
-        writer.add_tensor(f"blk.{layer}.{NAMES[inner]}.weight", array)
+            said = OUTER[name]
+        else:
+            layer, _, inner = name.removeprefix("model.layers.").partition(".")
+            said = f"blk.{layer}.{NAMES[inner]}"
+            heads = counts.get(inner)
+            array = array if heads is None else side_by_side(array, heads)
+        raw_dtype = kind if array.ndim > 1 else None
+        writer.add_tensor(f"{said}.weight", pack(array), raw_dtype=raw_dtype)
     for name, array in more:
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -76,6 +86,38 @@ def test_a_file_is_the_model_of_its_tensors(tmp_path):
     assert model == open_foreign(tmp_path / "a").model
     for name, array in parts[0].items():
         np.testing.assert_array_equal(parts[1][name], array, err_msg=name)
+
+
+def test_rows_of_a_quantised_tensor_are_those_of_all_of_it(tmp_path, monkeypatch):
+    kind = gguf.GGMLQuantizationType.Q8_0
+    pack = lambda a: gguf.quantize(a, kind) if a.ndim > 1 else a
+    tensors = random_tensors(LLAMA)
+    path = write(tmp_path / "a.gguf", tensors, pack=pack, kind=kind)
+    for block in (4 << 20, 5 * 4 * 32):  # bytes: all at once, five rows
+        monkeypatch.setattr("uoe_jax.interop.gguf._BLOCK", block)
+        files = open_foreign(path).files
+        for name, array in tensors.items():
+            whole = files.read(name)
+            # A block's scale is its largest entry / 127, in float16.
+            assert np.abs(whole - array).max() < np.abs(array).max() / 200
+            if array.ndim > 1:
+                dense = gguf.dequantize(gguf.quantize(array, kind), kind)
+                np.testing.assert_array_equal(whole, dense, err_msg=name)
+            before = files.bytes_read
+            rows = files.read(name, (3, 14))
+            np.testing.assert_array_equal(rows, whole[3:14], err_msg=name)
+            read = files.bytes_read - before
+            if not name.endswith(("q_proj.weight", "k_proj.weight")):
+                assert read == 11 * (34 * array.shape[1] // 32 if array.ndim > 1 else 4)
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_says_so(tmp_path):
+    path = write(tmp_path / "a.gguf", random_tensors(LLAMA))
+    files = open_foreign(path).files
+    path.write_bytes(path.read_bytes()[:-40_000])
+    with pytest.raises(DataError, match="ends inside model.*; copy it again"):
+        for name in sorted(files.names()):
+            files.read(name)
 
 
 @pytest.mark.parametrize(

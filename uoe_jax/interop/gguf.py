@@ -5,6 +5,7 @@ Their names are turned into Hugging Face's, so that one table of names serves bo
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_BLOCK = 4 << 20  # bytes of float32 that are dequantised at once
 # Pre-tokenizers that cut every digit apart, and those that cut as GPT-2 does.
 _PRE = {"smollm": True, "gpt-2": False, "default": False, None: False}
 
@@ -62,22 +64,44 @@ class GgufTensors:
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
         """Return a tensor in float32, or some rows of it."""
+        shape = self.tensors[name].shape
+        heads = next((n for p, n in self._heads.items() if f".{p}." in name), None)
+        # Rows of q and k lie in another order, whole heads at a time.
+        low, high = rows if rows and heads is None else (0, shape[0])
+        array = np.empty((high - low, *shape[1:]), np.float32)
+        # What dequantising needs is several times what it gives.
+        step = max(1, _BLOCK // (4 * math.prod(shape[1:])))
+        for start in range(0, high - low, step):
+            part = array[start : start + step]
+            part[...] = self._read(name, low + start, len(part))
+        if heads is None:
+            return array
+        array = pair_halves(array, heads)
+        return array if rows is None else array[rows[0] : rows[1]]
+
+    def _read(self, name: str, start: int, count: int) -> np.ndarray:
+        """Return rows of a tensor as they lie in the file, dequantised.
+
+        They are read, not mapped: pages of a map stay in memory.
+        """
         from gguf import dequantize
 
-        raw = self._raw[name]
-        self.bytes_read += raw.data.nbytes
+        raw, shape = self._raw[name], self.tensors[name].shape
+        row = raw.data.nbytes // shape[0]
+        data = np.fromfile(
+            self._path, np.uint8, count * row, offset=raw.data_offset + start * row
+        )
+        self.bytes_read += data.nbytes
+        if data.nbytes < count * row:
+            raise DataError(f"{self._path} ends inside {name}; copy it again")
         try:
-            array = dequantize(raw.data, raw.tensor_type).astype(np.float32, copy=False)
-            array = array.reshape(self.tensors[name].shape)
+            data = data.view(raw.data.dtype).reshape(count, *raw.data.shape[1:])
+            return dequantize(data, raw.tensor_type).reshape(count, *shape[1:])
         except (NotImplementedError, ValueError) as error:
             raise DataError(
                 f"{self._path}: {name} is {raw.tensor_type.name} and can't be "
                 f"dequantised ({first_line(error)})"
             ) from None
-        for part, heads in self._heads.items():
-            if f".{part}." in name:
-                array = pair_halves(array, heads)
-        return array if rows is None else array[rows[0] : rows[1]]
 
 
 def pair_halves(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +31,7 @@ from uoe_jax.tree import named_leaves
 
 _LEAST_SHARE = 0.8  # of an array's bytes: compression saves less of trained weights
 _FILE_BYTES = 2 * 4096  # of blocks for an array's two files
+_AT_ONCE = 64 << 20  # bytes of arrays that are written together, uncompressed
 _SHOWN = 6  # problems spelled out in one message
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
@@ -131,15 +132,46 @@ def _drop_late_errors() -> None:
         sys.unraisablehook = ignore
 
 
-def _without_copies() -> dict[str, Any]:
+class _InTurn(ocp.type_handlers.NumpyHandler):
+    """Saves host arrays a few at a time.
+
+    TensorStore holds a copy of every array that it is writing, and Orbax writes all at
+    once: the whole model twice.
+    """
+
+    async def serialize(
+        self, values: Any, infos: Any, args: Any = None
+    ) -> Sequence[ocp.future.Future]:
+        """Write the arrays, and return when they are on disk."""
+        args = args or [ocp.SaveArgs()] * len(values)
+        for part in _parts([value.nbytes for value in values]):
+            for saved in await super().serialize(values[part], infos[part], args[part]):
+                saved.result()
+        return []
+
+
+def _parts(sizes: Sequence[int]) -> Iterator[slice]:
+    """Yield slices of a sequence that hold `_AT_ONCE` bytes, or one item."""
+    start, held = 0, 0
+    for place, size in enumerate(sizes):
+        if place > start and held + size > _AT_ONCE:
+            yield slice(start, place)
+            start, held = place, 0
+        held += size
+    yield slice(start, len(sizes))
+
+
+def _without_copies(compress: bool) -> dict[str, Any]:
     """Return what lets Orbax save host arrays without copying them first.
 
     Nobody changes the arrays of a `snapshot`. Several processes save none of these.
+    Compression keeps all cores busy only where it has all arrays at once.
     """
     if jax.process_count() > 1:
         return {}
     handlers = ocp.type_handlers
-    host = handlers.NumpyHandler(deepcopy_host_arrays=False)
+    kind = handlers.NumpyHandler if compress else _InTurn
+    host = kind(deepcopy_host_arrays=False)
     registry = handlers.create_type_handler_registry(
         (np.ndarray, host), (jax.Array, handlers.ArrayHandler())
     )
@@ -177,8 +209,8 @@ class Checkpoints:
 
     `keep` complete steps stay on disk; an older one is deleted only when a newer one
     is complete. `about` is written into each step's manifest. Without `compress` saving
-    takes half the memory; trained weights hardly get smaller. `poll` reports failed
-    saves, `close` the last one if it failed.
+    takes the memory of one array beside those saved; trained weights hardly get
+    smaller. `poll` reports failed saves, `close` the last one if it failed.
     """
 
     # Of all stores: Orbax's barriers between processes allow one save at a time.
@@ -359,7 +391,7 @@ class Checkpoints:
                 "state": ocp.PyTreeCheckpointHandler(
                     use_ocdbt=False,
                     use_compression=self._compress,
-                    **_without_copies(),
+                    **_without_copies(self._compress),
                 ),
                 "config": ocp.JsonCheckpointHandler(),
                 "progress": ocp.JsonCheckpointHandler(),
