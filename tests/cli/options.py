@@ -41,6 +41,7 @@ TESTED: dict[str, dict[str, str]] = {
     },
     "export": {
         "--checkpoint": "interop/test_verbs.py",
+        "--dtype": "interop/test_export_dtype.py",
         "--json": "interop/test_verbs.py",
     },
     "sweep": {

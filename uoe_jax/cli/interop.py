@@ -34,6 +34,8 @@ class ExportOptions:
     run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
     out: Positional[Annotated[Path, arg(metavar="FOLDER")]]  # new or empty
     checkpoint: Literal["last", "best"] = "last"  # of the run
+    # Of the tensors there, which are rounded to it; as they are in the run if not.
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     json: bool = False  # one JSON object instead of a table
 
 
@@ -64,6 +66,11 @@ def export_model(args: list[str]) -> int:
     options = parse(ExportOptions, args, "export")
     adapter = _adapter(options.run)
     folder = adapter or find_run(options.run)
+    if adapter is not None and options.dtype is not None:
+        raise ConfigError(
+            f"{adapter} is an adapter, which is written in the dtype it has; leave "
+            "--dtype out"
+        )
 
     from uoe_jax.cli.device import prepare
 
@@ -75,7 +82,9 @@ def export_model(args: list[str]) -> int:
         return 0
     from uoe_jax.interop.exporting import export_run
 
-    found = export_run(folder, options.out, which=options.checkpoint)
+    found = export_run(
+        folder, options.out, which=options.checkpoint, dtype=options.dtype
+    )
     _show(found, options.json)
     return 0
 

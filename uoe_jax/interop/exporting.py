@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.data.record import TOKENIZER, read_record
-from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.errors import ConfigError, DataError, shown
 from uoe_jax.files import format_json, local_path, write_atomically
 from uoe_jax.interop.families import FAMILIES
 from uoe_jax.interop.folder import CONFIG, KEPT, read_object
@@ -30,6 +31,7 @@ from uoe_jax.tree import named_leaves
 from uoe_jax.validation import read_config
 
 SHARD_BYTES = 5_000_000_000
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export_run(
@@ -37,14 +39,19 @@ def export_run(
     out: Path,
     *,
     which: Literal["last", "best"] = "last",
+    dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
     """Write a run's checkpoint as a folder that transformers opens; say what it is.
 
     Unions whose experts are all on, with gates of 1, are written dense, which is the
-    same function. Raises ConfigError for one that isn't, for a model that no family
-    has, and if `out` holds anything.
+    same function. Weights keep their dtype, or are rounded to `dtype`. Raises
+    ConfigError for a union that isn't dense, for a model that no family has, for
+    weights too large for `dtype`, and if `out` holds anything.
     """
+    if dtype not in (None, *DTYPES):
+        known = ", ".join(DTYPES)
+        raise ConfigError(f"dtype is {shown(dtype)}; written are {known}")
     folder, out = Path(folder), local_path(out, "out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} isn't empty; choose another folder")
@@ -64,8 +71,9 @@ def export_run(
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
-        files = write_tensors(unfinished, sources, params, shard_bytes)
+        files = write_tensors(unfinished, sources, params, shard_bytes, dtype)
         raw = family_config(family, model, before)
+        raw["dtype"] = dtype or raw["dtype"]
         write_atomically(unfinished / CONFIG, format_json(raw, indent=2) + "\n")
         _copy_others(folder, unfinished)
         if out.is_dir():
@@ -80,7 +88,7 @@ def export_run(
         "step": step,
         "architecture": family.architecture,
         "parameters": sum(math.prod(s[0].shape) for s in by_tensor(sources).values()),
-        "dtype": model.param_dtype,
+        "dtype": dtype or model.param_dtype,
         "files": files,
     }
 
@@ -191,14 +199,16 @@ def write_tensors(
     sources: list[Source],
     params: Mapping[str, np.ndarray],
     shard_bytes: int = SHARD_BYTES,
+    dtype: str | None = None,
 ) -> list[str]:
     """Write weights under the names of `sources`; return the files' names.
 
     One file, or shards of at most `shard_bytes` with an index; one is in memory at a
-    time.
+    time. Raises ConfigError for numbers that `dtype` can't hold.
     """
     groups = by_tensor(sources)
-    shards = list(_shards(groups, params, shard_bytes))
+    to = {n: a.dtype if dtype is None else jnp.dtype(dtype) for n, a in params.items()}
+    shards = list(_shards(groups, to, shard_bytes))
     places, total = {}, 0
     names = [WEIGHTS]
     if len(shards) > 1:
@@ -207,7 +217,12 @@ def write_tensors(
             for n in range(len(shards))
         ]
     for name, tensors in zip(names, shards, strict=True):
-        content = {tensor: make_tensor(groups[tensor], params) for tensor in tensors}
+        content = {
+            tensor: rounded(
+                make_tensor(groups[tensor], params), to[groups[tensor][0].name], tensor
+            )
+            for tensor in tensors
+        }
         save_file(content, out / name, metadata={"format": "pt"})
         (out / name).chmod(0o644)  # the package leaves it to its owner alone
         places |= dict.fromkeys(tensors, name)
@@ -218,13 +233,30 @@ def write_tensors(
     return names
 
 
+def rounded(array: np.ndarray, dtype: np.dtype, tensor: str) -> np.ndarray:
+    """Return a tensor in another dtype; ConfigError for finite numbers that become
+    infinite there."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        found = array.astype(dtype)
+    lost = np.isfinite(array) & ~np.isfinite(found)
+    if lost.any():
+        largest = float(np.abs(array[lost]).max())
+        raise ConfigError(
+            f"{tensor} holds {largest:.6g}, more than {dtype} can "
+            f"({float(jnp.finfo(dtype).max):.6g}); export in bfloat16 or float32"
+        )
+    return found
+
+
 def _shards(
-    groups: Mapping[str, list[Source]], params: Mapping[str, Any], most: int
+    groups: Mapping[str, list[Source]], dtypes: Mapping[str, np.dtype], most: int
 ) -> Iterator[list[str]]:
     held, size = [], 0
     for tensor in sorted(groups):
         source = groups[tensor][0]
-        bytes_ = math.prod(source.shape) * params[source.name].dtype.itemsize
+        bytes_ = math.prod(source.shape) * dtypes[source.name].itemsize
         if held and size + bytes_ > most:
             yield held
             held, size = [], 0
