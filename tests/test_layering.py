@@ -15,6 +15,7 @@ LAYERS = (
     ("rules", "options"),
     ("fields",),
     ("config",),
+    ("widths",),
     ("weights", "presets", "validation", "probes"),
     ("splits",),
     ("hardware", "linalg", "cluster"),
@@ -36,6 +37,7 @@ LAYERS = (
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 NO_JAX = (
     "config",
+    "widths",
     "fields",
     "kinds",
     "options",

@@ -51,6 +51,10 @@ Weight = Annotated[float, Bounds(above=0, most=1)]
 Temperature = Annotated[float, Bounds(least=0.1, most=100)]
 
 
+# The field of `LayerWidths` that has the ranks of a weight of the MLP.
+RANKS = {"w_up": "up_rank", "w_gate": "gate_rank", "w_down": "down_rank"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class UnionConfig(Checked):
     """Union of experts: each token (or patch) uses `top_k` of `num_experts` parts.
@@ -167,6 +171,27 @@ class RopeScaling(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerWidths(Checked):
+    """Where layers are narrower than the model: a number a layer; None: none is.
+
+    A low rank r holds a product's matrix [in, out] as two, [in, r] and [r, out].
+    """
+
+    d_ff: tuple[Count, ...] | None = None  # neurons of each layer's MLP
+    # Of a head's queries and keys: even where rotated, when whole pairs are kept.
+    key_dim: tuple[Count, ...] | None = None
+    value_dim: tuple[Count, ...] | None = None  # of a head's values
+    up_rank: tuple[Whole, ...] | None = None  # of each w_up; 0: the whole matrix
+    gate_rank: tuple[Whole, ...] | None = None  # of each w_gate; 0: the whole matrix
+    down_rank: tuple[Whole, ...] | None = None  # of each w_down; 0: the whole matrix
+
+    def of_layer(self, layer: int) -> LayerWidths:
+        """Return the widths of one layer, as tuples of one number."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return LayerWidths(**{n: w and w[layer : layer + 1] for n, w in own.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig(Checked):
     """A decoder language model, an encoder or a vision transformer."""
 
@@ -180,6 +205,7 @@ class ModelConfig(Checked):
     num_heads: Count = 8  # query heads
     num_kv_heads: Count = 8  # key and value heads; fewer: shared by query heads
     head_dim: Count = 16  # width of a head
+    widths: LayerWidths = field(default_factory=LayerWidths)
     # Kinds of attention, cycled over the layers: dense union alternates.
     attention: tuple[AttentionKind, ...] = ("dense",)
     # Kinds of MLP, cycled likewise.
@@ -282,11 +308,40 @@ class ModelConfig(Checked):
         """The window of every layer, the pattern cycled."""
         return tuple(self.window[i % len(self.window)] for i in range(self.num_layers))
 
-    def with_window(self, window: int) -> ModelConfig:
-        """Return the config of a model all of whose layers have this window."""
-        if self.window == (window,):
+    def of_layer(self, layer: int) -> ModelConfig:
+        """Return the config of a model all of whose layers are as this one.
+
+        That is of its window and its widths: kinds stay as they are. Widths that are
+        the model's own are left out.
+        """
+        widths = self.widths.of_layer(layer)
+        d_ff = widths.d_ff[0] if widths.d_ff else self.d_ff
+        usual = {"key_dim": (self.head_dim,), "value_dim": (self.head_dim,)}
+        usual |= dict.fromkeys(RANKS.values(), (0,))
+        left = {"d_ff": None}
+        left |= {n: None for n, width in usual.items() if getattr(widths, n) == width}
+        widths = dataclasses.replace(widths, **left)
+        own = {"window": (self.windows[layer],), "d_ff": d_ff, "widths": widths}
+        if all(getattr(self, name) == value for name, value in own.items()):
             return self
-        return dataclasses.replace(self, window=(window,))
+        return dataclasses.replace(self, **own)  # pyrefly: ignore
+
+    @property
+    def key_dim(self) -> int:
+        """Width of a head's queries and keys, in the config of a layer."""
+        given = self.widths.key_dim
+        return given[0] if given else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's values, in the config of a layer."""
+        given = self.widths.value_dim
+        return given[0] if given else self.head_dim
+
+    def rank(self, weight: str) -> int:
+        """Return the rank of a weight of the MLP in the config of a layer; 0: whole."""
+        given = getattr(self.widths, RANKS[weight])
+        return given[0] if given else 0
 
     @property
     def num_query_groups(self) -> int:

@@ -319,4 +319,6 @@ def out_of_bounds(hint: Any, value: Any, path: str) -> Iterator[str]:
 
 
 def _kind(hint: Any) -> Any:
-    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    """Return the type of a hint's values: of a tuple or dict without what it holds."""
+    origin = typing.get_origin(hint)
+    return typing.get_args(hint)[0] if origin is Annotated else origin or hint

@@ -211,7 +211,7 @@ def _block_choice(model: Any, length: float) -> float:
     # Each query meets the mean key of every block it may pick.
     blocks = -(-length // model.moba.block_size) - 1
     pairs = blocks / 2 if model.causal else blocks
-    return 2 * model.num_heads * model.head_dim * pairs
+    return 2 * model.num_heads * model.key_dim * pairs
 
 
 ATTENTIONS: dict[str, AttentionFacts] = {

@@ -17,6 +17,7 @@ from uoe_jax.errors import ConfigError, DataError, divisors, shown
 from uoe_jax.fields import range_problems
 from uoe_jax.files import check_path, parse_json
 from uoe_jax.kinds import ATTENTIONS, ROUTERS
+from uoe_jax.widths import width_problems
 
 CONFIG = "config.json"  # of a run's folder
 # What else lies there as a file; and as a folder.
@@ -129,6 +130,9 @@ def _model_rules(model: ModelConfig) -> Iterator[str]:
     yield from _union(model)
     yield from _moe(model)
     yield from _sparse(model)
+    # Widths are of layers, which a model has only if its patterns make some.
+    if all((model.attention, model.mlp, model.blocks, model.window)):
+        yield from width_problems(model)
 
 
 def _paths(data: DataConfig) -> Iterator[str]:

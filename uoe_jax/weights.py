@@ -9,17 +9,19 @@ One letter an axis:
     e  experts (1 when dense)     j  key/value heads       p  numbers of an image patch
     x  experts that are scored    g  query heads of each   t  positions, types of tokens
     f  neurons                    h  width of a head       w  model width, going out
+    r  rank of a product          n  pairs that are rotated
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from uoe_jax.config import ModelConfig
+from uoe_jax.config import RANKS, LayerWidths, ModelConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.kinds import ATTENTIONS, MLPS, router_columns, router_of
 
@@ -120,10 +122,20 @@ MLP = {
     "w_up": Weight(axes="edf", ins="d", outs="f", cut="f", fsdp="d", cast=True),
     "w_gate": Weight(axes="edf", ins="d", outs="f", cut="f", fsdp="d", cast=True),
     "w_down": Weight(axes="efd", ins="f", outs="d", cut="f", fsdp="d", cast=True),
+    # Of low rank: a product's two matrices in the place of its one.
+    "w_up_a": Weight(axes="edr", ins="d", outs="r", fsdp="d", cast=True),
+    "w_up_b": Weight(axes="erf", ins="r", outs="f", cut="f", cast=True),
+    "w_gate_a": Weight(axes="edr", ins="d", outs="r", fsdp="d", cast=True),
+    "w_gate_b": Weight(axes="erf", ins="r", outs="f", cut="f", cast=True),
+    "w_down_a": Weight(axes="efr", ins="f", outs="r", cut="f", cast=True),
+    "w_down_b": Weight(axes="erd", ins="r", outs="d", fsdp="d", cast=True),
     "b_up": Weight(axes="ef", ins="", outs="f", cut="f"),
     "b_gate": Weight(axes="ef", ins="", outs="f", cut="f"),
     "b_down": Weight(axes="d", ins="", outs="d"),
 }
+_OF_VALUES = ("wv", "wo", "bv")  # of attention: their heads are as wide as values
+# Integers beside the weights: of each pair that narrow heads keep, which one it was.
+ROTARY_PAIRS = Weight(axes="jn", ins="", outs="", cut="j")
 # Routers are small and are read in float32 by every device.
 _SCORES = Weight(axes="dx", ins="d", outs="x")
 ROUTER = {
@@ -198,8 +210,19 @@ class Param:
 def layer_period(model: ModelConfig) -> int:
     """Return after how many layers the pattern of kinds repeats: the stacks."""
     patterns = (model.attention, model.mlp, model.blocks, model.window)
-    period = math.lcm(*map(len, patterns))
-    return min(period, model.num_layers)
+    period = min(math.lcm(*map(len, patterns)), model.num_layers)
+    return period if model.widths == LayerWidths() else _width_period(model, period)
+
+
+@functools.lru_cache(256)
+def _width_period(model: ModelConfig, step: int) -> int:
+    """Return the first multiple of `step` layers after which widths repeat."""
+    own = [model.of_layer(n) for n in range(model.num_layers)]
+    shapes = [(layer.d_ff, layer.widths) for layer in own]
+    for period in range(step, model.num_layers, step):
+        if shapes[period:] == shapes[:-period]:
+            return period
+    return model.num_layers
 
 
 def model_params(model: ModelConfig) -> dict[str, Param]:
@@ -267,10 +290,11 @@ def _head_sizes(model: ModelConfig) -> dict[str, dict[str, int]]:
 def _block(model: ModelConfig, number: int) -> dict[str, Param]:
     """Return the parameters of one layer by name, without the layer axis."""
     attention, mlp = model.layer_kinds[number]
+    model, block = model.of_layer(number), model.block_kinds[number]
     sizes = {"d": model.d_model}
     params = _norm("attention_norm", model, sizes) | _norm("mlp_norm", model, sizes)
     params |= _attention(model, attention) | _mlp(model, mlp)
-    if model.block_kinds[number] == "mod":
+    if block == "mod":
         params |= _router("router", {"weight": 1}, model.d_model)
     return params
 
@@ -291,11 +315,14 @@ def _attention(model: ModelConfig, kind: str) -> dict[str, Param]:
         "d": model.d_model,
         "j": model.num_kv_heads // experts,
         "g": model.num_query_groups,
-        "h": model.head_dim,
+        "h": model.key_dim,
     }
+    values = sizes | {"h": model.value_dim}
     params = {
         name: Param(
-            weight=weight, shape=_shape(weight, sizes), routed=router is not None
+            weight=weight,
+            shape=_shape(weight, values if name in _OF_VALUES else sizes),
+            routed=router is not None,
         )
         for name, weight in ATTENTION.items()
         if name.startswith("w")
@@ -316,16 +343,41 @@ def _attention(model: ModelConfig, kind: str) -> dict[str, Param]:
 def _mlp(model: ModelConfig, kind: str) -> dict[str, Param]:
     experts, width = MLPS[kind].sizes(model)
     sizes = {"e": experts, "d": model.d_model, "f": width}
-    left_out = set() if model.gated else {"w_gate", "b_gate"}
     routed = router_of(model, "mlp", kind) is not None
-    params = {
-        name: Param(weight=weight, shape=_shape(weight, sizes), routed=routed)
-        for name, weight in MLP.items()
-        if name not in left_out and (model.has_mlp_bias or name.startswith("w"))
-    }
+    params = {}
+    for name in mlp_weights(model):
+        rank = {"r": model.rank(name[:-2])} if name[:-2] in RANKS else {}
+        shape = _shape(MLP[name], sizes | rank)
+        params[name] = Param(weight=MLP[name], shape=shape, routed=routed)
     params |= _router("router", router_columns(model, "mlp", kind), model.d_model)
     params |= MLPS[kind].params(model)
     return {f"mlp.{name}": param for name, param in params.items()}
+
+
+def mlp_weights(model: ModelConfig) -> list[str]:
+    """Return the names of an MLP's weights in the config of a layer."""
+    names = [name for name in RANKS if model.gated or name != "w_gate"]
+    found = []
+    for name in names:
+        found += [f"{name}_a", f"{name}_b"] if model.rank(name) else [name]
+    biases = [f"b{name[1:]}" for name in names] if model.has_mlp_bias else []
+    return found + biases
+
+
+def rotary_pairs(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each stack's integers of rotated pairs, by name.
+
+    Narrow heads whose queries and keys are rotated have them: each pair's number in a
+    head of the model's width, by which it is rotated.
+    """
+    period, found = layer_period(model), {}
+    for stack in range(period):
+        own = model.of_layer(stack)
+        if own.widths.key_dim and model.rotates:
+            layers = len(range(stack, model.num_layers, period))
+            shape = (layers, model.num_kv_heads, own.key_dim // 2)
+            found[f"{BLOCKS}{stack}.attention.rotary_pairs"] = shape
+    return found
 
 
 def _router(name: str, columns: Mapping[str, int], width: int) -> dict[str, Param]:

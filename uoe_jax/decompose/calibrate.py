@@ -11,10 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from uoe_jax.model.context import Context, make_context
-from uoe_jax.model.layers import project
-from uoe_jax.model.mlp import DenseMlp, activate
 from uoe_jax.model.transformer import Block
-from uoe_jax.ops.dense_attention.api import dense_attention
 from uoe_jax.weights import layer_period
 
 
@@ -94,26 +91,10 @@ def _run_layer(
     """Return what the MLP adds to and its output, and what `LayerValues` holds."""
     attention: Any = block.attention
     first = block.before(block.attention_norm, x)
-    q, k, v = attention.project_qkv(first, context.positions)
-    heads = dense_attention(
-        q,
-        k,
-        v,
-        causal=attention.causal,
-        segments=context.segments,
-        window=attention.window,
-    )
+    heads, _ = attention.attend_heads(first, context)
     x = block.add(block.attention_norm, x, attention.project_out(heads))
     second = block.before(block.mlp_norm, x)
-    neurons, output = _run_mlp(block.mlp, second)
+    mlp: Any = block.mlp
+    neurons = mlp.neurons(second)
+    output = mlp.write(neurons)
     return x, output, (first, heads, x, second, neurons, output)
-
-
-def _run_mlp(mlp: Any, x: Array) -> tuple[Array, Array]:
-    """Return the neurons' activations and the output."""
-    dense: DenseMlp = mlp
-    part = lambda weight, bias: project(x, weight[0], None if bias is None else bias[0])
-    gate = None if dense.w_gate is None else part(dense.w_gate, dense.b_gate)
-    neurons = activate(part(dense.w_up, dense.b_up), gate, dense.exact)
-    bias = None if dense.b_down is None else dense.b_down[...]
-    return neurons, project(neurons, dense.w_down[0], bias)

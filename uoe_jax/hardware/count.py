@@ -14,8 +14,9 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from uoe_jax.config import ModelConfig
+from uoe_jax.config import RANKS, ModelConfig
 from uoe_jax.kinds import ATTENTIONS, MLPS, router_columns
 from uoe_jax.weights import model_params
 
@@ -72,11 +73,11 @@ class _Attention:
 
 
 def _attention(model: ModelConfig, kind: str) -> _Attention:
-    d, h = model.d_model, model.head_dim
+    d, both = model.d_model, model.key_dim + model.value_dim
     heads, kv = model.num_heads, model.num_kv_heads
-    side, keys = 2 * d * heads * h, 2 * d * kv * h
+    side, keys = d * heads * both, d * kv * both
     if model.qkv_bias:
-        side, keys = side + heads * h, keys + 2 * kv * h
+        side, keys = side + heads * model.key_dim, keys + kv * both
     if model.output_bias:
         side += d
     return _Attention(side, keys, *ATTENTIONS[kind].shares(model))
@@ -88,11 +89,22 @@ def _mlp_width(model: ModelConfig, kind: str) -> tuple[int, float]:
     return experts * width, MLPS[kind].active_width(model)
 
 
+def _mlp_weights(model: ModelConfig, width: int | float) -> int | float:
+    """Return the numbers in the matrices of an MLP of so many neurons."""
+    d, total = model.d_model, 0
+    for name in RANKS:
+        if name != "w_gate" or model.gated:
+            rank = model.rank(name)
+            total += rank * (d + width) if rank else d * width
+    return total
+
+
 def _mlp_params(model: ModelConfig, kind: str) -> int:
-    d, matrices = model.d_model, _mlp_matrices(model)
     width, _ = _mlp_width(model, kind)
-    biases = (matrices - 1) * width + d if model.has_mlp_bias else 0
-    return matrices * d * width + biases
+    biases = 0
+    if model.has_mlp_bias:
+        biases = (_mlp_matrices(model) - 1) * width + model.d_model
+    return round(_mlp_weights(model, width)) + biases
 
 
 def _scored(model: ModelConfig, attention: str, mlp: str) -> int:
@@ -102,12 +114,22 @@ def _scored(model: ModelConfig, attention: str, mlp: str) -> int:
     return sum(n for one in named for name, n in one.items() if name != "default")
 
 
-def _layers(model: ModelConfig) -> list[tuple[str, str, float]]:
-    """Return (attention, mlp, share of the tokens that enter) of every layer."""
+class _Layer(NamedTuple):
+    """A layer's own config, the kinds of its parts, and the share of tokens inside."""
+
+    own: ModelConfig
+    attention: str
+    mlp: str
+    inside: float
+
+
+@functools.lru_cache(256)
+def _layers(model: ModelConfig) -> tuple[_Layer, ...]:
     pairs = zip(model.layer_kinds, model.block_kinds, strict=True)
-    return [
-        (*kinds, model.mod.keep if block == "mod" else 1.0) for kinds, block in pairs
-    ]
+    return tuple(
+        _Layer(model.of_layer(n), *kinds, model.mod.keep if block == "mod" else 1.0)
+        for n, (kinds, block) in enumerate(pairs)
+    )
 
 
 def count_params(model: ModelConfig) -> dict[str, int]:
@@ -136,21 +158,21 @@ def count_active_params(model: ModelConfig) -> int:
     Of a mixture-of-depths block the share of the tokens that enter it.
     """
     total = sum(count_params(model).values())
-    for attention, mlp, inside in _layers(model):
-        part, width = _attention(model, attention), _mlp_width(model, mlp)
+    for own, attention, mlp, inside in _layers(model):
+        part, width = _attention(own, attention), _mlp_width(own, mlp)
         total -= round(part.params - inside * part.active)
-        total -= round(_mlp_params(model, mlp) * (1 - inside * width[1] / width[0]))
+        total -= round(_mlp_params(own, mlp) * (1 - inside * width[1] / width[0]))
     return total
 
 
 def _attention_flops(model: ModelConfig, kind: str, length: float) -> dict[str, float]:
-    d, h, heads = model.d_model, model.head_dim, model.num_heads
+    d, heads, both = model.d_model, model.num_heads, model.key_dim + model.value_dim
     part = _attention(model, kind)
-    projected = part.side * 2 * heads + part.keys * 2 * model.num_kv_heads
+    projected = part.side * heads + part.keys * model.num_kv_heads
     kinds = ATTENTIONS[kind]
     parts = {
-        "attention projections": 2.0 * d * h * projected,
-        "attention scores": 4 * heads * h * kinds.keys_seen(model, length),
+        "attention projections": 2.0 * d * both * projected,
+        "attention scores": 2 * heads * both * kinds.keys_seen(model, length),
     }
     if chosen := kinds.choosing(model, length):
         parts["routers"] = chosen
@@ -167,11 +189,9 @@ def flops_per_token(model: ModelConfig, seq_len: int | None = None) -> FlopCount
     """
     length = num_tokens(model, seq_len)
     parts: dict[str, float] = defaultdict(float)
-    for number, (attention, mlp, inside) in enumerate(_layers(model)):
-        own = _with_window(model, model.windows[number])
+    for own, attention, mlp, inside in _layers(model):
         layer = _attention_flops(own, attention, length * inside)
-        width = _mlp_width(model, mlp)[1]
-        layer["mlp"] = 2 * model.d_model * _mlp_matrices(model) * width
+        layer["mlp"] = 2 * _mlp_weights(own, _mlp_width(own, mlp)[1])
         columns = _scored(model, attention, mlp)
         layer["routers"] = layer.get("routers", 0.0) + 2.0 * model.d_model * columns
         for name, flops in layer.items():
@@ -199,11 +219,6 @@ def _head_flops(model: ModelConfig, length: int) -> float:
     if model.kind == "encoder" and model.encoder_head == "none":
         return pooler
     return pooler + 2 * d * model.num_classes / length
-
-
-@functools.lru_cache(256)
-def _with_window(model: ModelConfig, window: int) -> ModelConfig:
-    return model.with_window(window)
 
 
 def flop_share(model: ModelConfig, seq_len: int, lengths: Sequence[int]) -> float:
@@ -235,9 +250,11 @@ def cache_bytes(
     As they are allocated: a mixture-of-depths block needs room for every token.
     """
     size = DTYPE_BYTES[dtype or model.compute_dtype]
-    token = 2 * model.num_kv_heads * model.head_dim * size
-    keep = sum(_attention(model, kind).keys for kind, _ in model.layer_kinds)
-    return round(batch * length * token * keep)
+    token = sum(
+        (own.key_dim + own.value_dim) * _attention(own, attention).keys
+        for own, attention, _, _ in _layers(model)
+    )
+    return round(batch * length * model.num_kv_heads * size * token)
 
 
 def state_bytes(model: ModelConfig) -> dict[str, int]:
@@ -256,17 +273,18 @@ def activation_bytes(model: ModelConfig, batch: int, seq_len: int | None = None)
     attention outputs, hidden activations); with `remat="full"` only layer inputs stay.
     A mixture-of-depths block keeps those of the tokens it has room for.
     """
-    size, d, h = DTYPE_BYTES[model.compute_dtype], model.d_model, model.head_dim
+    size, d = DTYPE_BYTES[model.compute_dtype], model.d_model
     tokens = batch * num_tokens(model, seq_len)
     total = 0.0
-    for attention, mlp, inside in _layers(model):
+    for own, attention, mlp, inside in _layers(model):
         if model.remat == "full":
             total += d
             continue
-        part = _attention(model, attention)
-        heads = 2 * model.num_heads * part.side + 2 * model.num_kv_heads * part.keys
-        layer = 4 * d + heads * h
-        layer += _mlp_width(model, mlp)[1] * _mlp_matrices(model)
+        part = _attention(own, attention)
+        heads = model.num_heads * part.side + model.num_kv_heads * part.keys
+        layer = 4 * d + heads * (own.key_dim + own.value_dim)
+        layer += _mlp_width(own, mlp)[1] * _mlp_matrices(model)
+        layer += sum(map(own.rank, RANKS))
         if inside < 1:
             layer = d + min(1.0, inside * model.mod.capacity_factor) * layer
         total += layer

@@ -30,6 +30,7 @@ from uoe_jax.model.transformer import (
 )
 from uoe_jax.tree import Arrays, fill_leaves, named_leaves
 from uoe_jax.validation import validate_model
+from uoe_jax.weights import rotary_pairs
 
 __all__ = [
     "Aux",
@@ -51,6 +52,7 @@ __all__ = [
     "routing_choices",
     "split_model",
     "update_router_bias",
+    "whole_buffers",
     "with_params",
 ]
 
@@ -116,7 +118,10 @@ def flat_params(model: nnx.Module) -> Arrays:
 
 
 def flat_buffers(model: nnx.Module) -> Arrays:
-    """Return host copies of a model's router biases by name."""
+    """Return host copies of what a model has beside its parameters, by name.
+
+    The routers' biases, and of narrow heads the pairs that are rotated.
+    """
     rest = named_leaves(nnx.split(model, nnx.Param, ...)[2])
     return {name: np.asarray(leaf) for name, leaf in rest.items()}
 
@@ -126,10 +131,10 @@ def with_params(
     params: Mapping[str, Any],
     buffers: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Return a config's model with the given parameters, and zero or given buffers.
+    """Return a config's model with the given parameters and buffers.
 
-    Buffers are the routers' balance biases, by name. Raises ConfigError for parameters
-    that are missing, too many or of another shape.
+    Buffers are as `whole_buffers` says. Raises ConfigError for parameters that are
+    missing, too many or of another shape, and for pairs that can't be.
     """
     check_params(config, params)
     graphdef, make = split_model(config)
@@ -138,12 +143,50 @@ def with_params(
         name: jnp.asarray(arrays[name], leaf.dtype)
         for name, leaf in named_leaves(tree).items()
     }
-    zeros = {n: np.zeros(a.shape) for n, a in named_leaves(biases).items()}
     filled = (
         fill_leaves(shapes, cast(shapes, params)),
-        fill_leaves(biases, cast(biases, zeros | dict(buffers or {}))),
+        fill_leaves(biases, cast(biases, whole_buffers(config, buffers or {}))),
     )
     return nnx.merge(graphdef, *filled)
+
+
+def whole_buffers(config: ModelConfig, given: Mapping[str, Any]) -> Arrays:
+    """Return the given buffers of a config's model and what is missing, by name.
+
+    The routers' balance biases, zero where they are missing; and of narrow heads the
+    pairs that are rotated, [layers, K, key_dim / 2] integers: the first ones. Raises
+    ConfigError for pairs that aren't of a head, or that a head has twice.
+    """
+    pairs, whole = rotary_pairs(config), {}
+    leaves = named_leaves(jax.eval_shape(split_model(config)[1])[1])
+    for name, leaf in leaves.items():
+        value = given.get(name)
+        if value is None:
+            first = np.arange(leaf.shape[-1]) if name in pairs else 0
+            value = np.broadcast_to(first, leaf.shape)
+        elif name in pairs:
+            _check_pairs(name, np.asarray(value), leaf.shape, config.head_dim // 2)
+        whole[name] = np.asarray(value, leaf.dtype)
+    return whole
+
+
+def _check_pairs(
+    name: str, pairs: np.ndarray, shape: tuple[int, ...], count: int
+) -> None:
+    """Raise ConfigError unless each head keeps other ones of its `count` pairs."""
+    if pairs.shape != shape or pairs.dtype.kind not in "iu":
+        raise ConfigError(
+            f"{name} is {list(pairs.shape)} of {pairs.dtype}; it must be {list(shape)} "
+            "integers, the pairs that each key head keeps"
+        )
+    ordered = np.sort(pairs, axis=-1)
+    if ordered.min() < 0 or ordered.max() >= count:
+        raise ConfigError(
+            f"{name} has pairs {ordered.min()} to {ordered.max()}; a head of the "
+            f"model's width has 0 to {count - 1}"
+        )
+    if np.any(ordered[..., 1:] == ordered[..., :-1]):
+        raise ConfigError(f"{name} names a pair of a head twice; name each once")
 
 
 def check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """Attention: dense, and as a union whose experts see only the tokens that chose them.
 
 An expert is J key/value heads with their G query heads each; dense attention is one
-expert with all K heads. Weights: wq [E,D,J,G,H], wk and wv [E,D,J,H], wo [E,J,G,H,D].
+expert with all K heads. Weights: wq [E,D,J,G,H], wk and wv [E,D,J,H], wo [E,J,G,H,D];
+where a layer is narrower than the model, H is `key_dim` of wq and wk and `value_dim` of
+wv and wo.
 """
 
 from __future__ import annotations
@@ -45,20 +47,35 @@ from uoe_jax.model.sharded import attend, pack_local, share_experts, splits_toke
 from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
 from uoe_jax.ops.list_attention import list_attention
 from uoe_jax.ops.packing import Packing
-from uoe_jax.ops.rotary import rotate
+from uoe_jax.ops.rotary import frequencies, rotate, rotate_pairs
 from uoe_jax.ops.segment_attention.api import segment_attention
 from uoe_jax.ops.split_heads.api import split_heads
 
 UNUSED = 1024  # rows of a segment that nothing reads
 
 
+class RotaryPairs(nnx.Variable):
+    """Of each pair that narrow heads keep, which one of the model's heads it was.
+
+    Integers [K, key_dim / 2], one row a key head; never trained.
+    """
+
+
+def _first_pairs(config: ModelConfig) -> RotaryPairs | None:
+    """Return the first pairs of a head for all; None where heads keep all they have."""
+    if not (config.widths.key_dim and config.rotates):
+        return None
+    pairs = jnp.arange(config.key_dim // 2, dtype=jnp.int32)[None]
+    return RotaryPairs(jnp.broadcast_to(pairs, (config.num_kv_heads, pairs.size)))
+
+
 class AttentionWeights(nnx.Module):
     """The weights that every kind of attention has, and what reads them densely."""
 
     def __init__(self, config: ModelConfig, num_experts: int, *, rngs: nnx.Rngs):
-        e, d, h = num_experts, config.d_model, config.head_dim
+        e, d, h, hv = num_experts, config.d_model, config.key_dim, config.value_dim
         j, g = config.num_kv_heads // e, config.num_query_groups
-        fan_out = config.num_heads * h
+        fan_out = config.num_heads * hv
         scale = residual_scale(config)
         self.causal = config.causal
         self.window = config.window[0] or None  # of a block: see Block
@@ -67,14 +84,18 @@ class AttentionWeights(nnx.Module):
         self.scaling = None if scaling.kind == "none" else scaling
         self.wq = init_weight(rngs, (e, d, j, g, h), d, config)
         self.wk = init_weight(rngs, (e, d, j, h), d, config)
-        self.wv = init_weight(rngs, (e, d, j, h), d, config)
-        self.wo = init_weight(rngs, (e, j, g, h, d), fan_out, config, scale)
+        self.wv = init_weight(rngs, (e, d, j, hv), d, config)
+        self.wo = init_weight(rngs, (e, j, g, hv, d), fan_out, config, scale)
         self.bq = init_bias((e, j, g, h), config, config.qkv_bias)
         self.bk = init_bias((e, j, h), config, config.qkv_bias)
-        self.bv = init_bias((e, j, h), config, config.qkv_bias)
+        self.bv = init_bias((e, j, hv), config, config.qkv_bias)
         self.bo = init_bias((d,), config, config.output_bias)
         self.q_norm = HeadNorm(config) if config.qk_norm else None
         self.k_norm = HeadNorm(config) if config.qk_norm else None
+        # What other widths of keys or values change; see `narrow`.
+        self.head_dim = config.head_dim
+        self.narrow = bool(config.widths.key_dim or config.widths.value_dim)
+        self.rotary_pairs = _first_pairs(config)
 
     @staticmethod
     def cache_shapes(config: ModelConfig, max_len: int) -> dict[str, Any]:
@@ -82,8 +103,9 @@ class AttentionWeights(nnx.Module):
 
         Here k and v of every token; the dtype None stands for the cache's own.
         """
-        shape = (max_len, config.num_kv_heads, config.head_dim)
-        return {"k": (shape, None), "v": (shape, None)}
+        shape = (max_len, config.num_kv_heads)
+        widths = {"k": config.key_dim, "v": config.value_dim}
+        return {name: ((*shape, width), None) for name, width in widths.items()}
 
     def settle(self, x: Array, norm: HeadNorm | None, positions: Array) -> Array:
         """Return heads [*N, heads, H] normalised and rotated, where the model does."""
@@ -91,12 +113,19 @@ class AttentionWeights(nnx.Module):
             x = norm(x)
         if self.theta is None:
             return x
+        if self.rotary_pairs is not None:
+            spectrum = frequencies(self.head_dim, self.theta, self.scaling)
+            return rotate_pairs(x, positions, spectrum[self.rotary_pairs[...]])
         return rotate(x, positions, self.theta, self.scaling)
 
     def project_qkv(
         self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
     ) -> tuple[Array, Array, Array]:
-        """Return rotated queries [*N, K*G, H] and keys, and values [*N, K, H]."""
+        """Return rotated queries [*N, K*G, H] and keys, and values [*N, K, H].
+
+        Queries of narrow keys are shrunk: whoever divides scores by the root of the
+        width there is then divides by that of the model's, sqrt(head_dim).
+        """
         parts = []
         pairs = zip(
             (self.wq, self.wk, self.wv), (self.bq, self.bk, self.bv), strict=True
@@ -108,6 +137,8 @@ class AttentionWeights(nnx.Module):
             parts.append(part.reshape(*x.shape[:-1], -1, weight.shape[-1]))
         q, k, v = parts
         q = self.settle(q, self.q_norm, positions)
+        if q.shape[-1] != self.head_dim:
+            q = q * (q.shape[-1] / self.head_dim) ** 0.5
         return q, self.settle(k, self.k_norm, positions), v
 
     def project_out(self, heads: Float[Array, "*N Q H"]) -> Float[Array, "*N D"]:
@@ -131,7 +162,7 @@ class AttentionWeights(nnx.Module):
         slot, (keys, values) = slot.append_token(k, v)
         q = q.reshape(*k.shape[:2], -1, k.shape[2])
         out = attend_cache(q, keys, values, visible(q, keys))
-        return self.project_out(out.reshape(x.shape[0], -1, k.shape[2])), slot
+        return self.project_out(out.reshape(x.shape[0], -1, v.shape[2])), slot
 
     def project_keys(
         self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
@@ -170,9 +201,19 @@ class DenseAttention(AttentionWeights):
         self, x: Float[Array, "B T D"], context: Context
     ) -> tuple[Float[Array, "B T D"], Stats, KeyValue]:
         """Return the output, no statistics, and keys and values [B, T, K, H]."""
+        out, key_value = self.attend_heads(x, context)
+        return self.project_out(out), {}, key_value
+
+    def attend_heads(
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T Q W"], KeyValue]:
+        """Return what each head reads of the values, and the keys and values."""
         q, k, v = self.project_qkv(x, context.positions)
-        out = attend(q, k, v, context, self.causal, self.window)
-        return self.project_out(out), {}, (k, v)
+        heads = equal_widths(q, k, v) if self.narrow else (q, k, v)
+        out = attend(*heads, context, self.causal, self.window)
+        if self.narrow:
+            out = out[..., : v.shape[-1]]
+        return out, (k, v)
 
     def decode(
         self, x: Float[Array, "B D"], slot: Slot
@@ -181,6 +222,21 @@ class DenseAttention(AttentionWeights):
         return self.decode_visible(
             x, slot, lambda q, keys: written_rows(keys, slot.row, self.window)
         )
+
+
+def equal_widths(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K W"]
+) -> tuple[Array, Array, Array]:
+    """Return queries, keys and values with zeros up to one width, a multiple of 8.
+
+    As kernels want them. Queries grow by what a wider head's scores are divided more.
+    """
+    width = -(-max(k.shape[-1], v.shape[-1]) // 8) * 8
+    if width != q.shape[-1]:
+        q = q * (width / q.shape[-1]) ** 0.5
+    missing = lambda a: [(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])]
+    q, k, v = (jnp.pad(a, missing(a)) for a in (q, k, v))
+    return q, k, v
 
 
 class UnionAttention(AttentionWeights):

@@ -234,7 +234,7 @@ class HeadNorm(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.eps = config.norm_eps
-        self.scale = nnx.Param(jnp.ones((config.head_dim,), config.param_dtype))
+        self.scale = nnx.Param(jnp.ones((config.key_dim,), config.param_dtype))
 
     def __call__(self, x: Float[Array, "*N H"]) -> Float[Array, "*N H"]:
         """Return x normalised, in its own dtype."""

@@ -1,9 +1,12 @@
 """MLPs: dense, and as a union of slices of its neurons.
 
-Weights: w_up and w_gate [E, D, F/E], w_down [E, F/E, D]; dense is one expert.
+Weights: w_up and w_gate [E, D, F/E], w_down [E, F/E, D]; dense is one expert. Of low
+rank r (dense only) a weight is a product: w_up_a [1, D, r] times w_up_b [1, r, F].
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from uoe_jax.config import ModelConfig
+from uoe_jax.config import RANKS, ModelConfig
 from uoe_jax.model.cache import Slot, route_token
 from uoe_jax.model.context import Context
 from uoe_jax.model.layers import (
@@ -50,13 +53,28 @@ def activate(
 class DenseMlp(nnx.Module):
     """Every token uses every neuron."""
 
+    w_up: nnx.Param | None  # None: of low rank
+    w_gate: nnx.Param | None
+    w_down: nnx.Param | None
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, f = config.d_model, config.d_ff
         self.exact = config.activation == "gelu_erf"
-        self.w_up = init_weight(rngs, (1, d, f), d, config)
         gated, biased = config.gated, config.has_mlp_bias
-        self.w_gate = init_weight(rngs, (1, d, f), d, config) if gated else None
-        self.w_down = init_weight(rngs, (1, f, d), f, config, residual_scale(config))
+        self.gated, self.low_rank = gated, tuple(n for n in RANKS if config.rank(n))
+        ends = {"w_up": (d, f), "w_gate": (d, f), "w_down": (f, d)}
+        for name, (before, after) in ends.items():
+            scale = residual_scale(config) if name == "w_down" else 1.0
+            if name == "w_gate" and not gated:
+                self.w_gate = None
+            elif rank := config.rank(name):
+                make = partial(init_weight, rngs, config=config)
+                setattr(self, name, None)
+                setattr(self, f"{name}_a", make((1, before, rank), before))
+                setattr(self, f"{name}_b", make((1, rank, after), rank, scale=scale))
+            else:
+                shape = (1, before, after)
+                setattr(self, name, init_weight(rngs, shape, before, config, scale))
         self.b_up = init_bias((1, f), config, biased)
         self.b_gate = init_bias((1, f), config, gated and biased)
         self.b_down = init_bias((d,), config, biased)
@@ -75,14 +93,31 @@ class DenseMlp(nnx.Module):
 
     def apply(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         """Return the output for tokens of any leading shape."""
+        return self.write(self.neurons(x))
+
+    def neurons(self, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
+        """Return the activations that the second product reads."""
         bias = None if self.b_up is None else self.b_up[0]
-        up = project(x, self.w_up[0], bias)
+        up = self.product("w_up", x, bias)
         gate = None
-        if self.w_gate is not None:
+        if self.gated:
             bias = None if self.b_gate is None else self.b_gate[0]
-            gate = project(x, self.w_gate[0], bias)
+            gate = self.product("w_gate", x, bias)
+        return activate(up, gate, self.exact)
+
+    def write(self, neurons: Float[Array, "*N F"]) -> Float[Array, "*N D"]:
+        """Return what activations add to the residual."""
         bias = None if self.b_down is None else self.b_down[...]
-        return project(activate(up, gate, self.exact), self.w_down[0], bias)
+        return self.product("w_down", neurons, bias)
+
+    def product(
+        self, name: str, x: Float[Array, "*N I"], bias: Float[Array, " O"] | None
+    ) -> Float[Array, "*N O"]:
+        """Return x times a weight, or its two of low rank one after the other."""
+        if name not in self.low_rank:
+            return project(x, getattr(self, name)[0], bias)
+        inner = project(x, getattr(self, f"{name}_a")[0])
+        return project(inner, getattr(self, f"{name}_b")[0], bias)
 
 
 class RoutedMlp(nnx.Module):

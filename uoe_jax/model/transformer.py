@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.config import ModelConfig
+from uoe_jax.config import LayerWidths, ModelConfig
 from uoe_jax.errors import ConfigError, choose
 from uoe_jax.model.attention import DenseAttention, SharedKvAttention, UnionAttention
 from uoe_jax.model.baselines.moba import MobaAttention
@@ -63,7 +63,7 @@ class Block(nnx.Module):
 
     A post-norm block normalises each of the two sums instead (Vaswani et al. 2017). The
     kinds of its parts are those that the config has for layer number `layer`, and the
-    config that its parts are given has that layer's window.
+    config that its parts are given has that layer's window and widths.
     """
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
@@ -71,10 +71,10 @@ class Block(nnx.Module):
         self.rate, self.causal = config.dropout, config.causal
         self.post_norm = config.post_norm
         self.attention_norm = Norm(config)
-        own = config.with_window(config.windows[layer])
+        own = config.of_layer(layer)
         self.attention = attention_class(config, attention)(own, rngs=rngs)
         self.mlp_norm = Norm(config)
-        self.mlp = MLP[mlp](config, rngs=rngs)
+        self.mlp = MLP[mlp](own, rngs=rngs)
         around = config.block_kinds[layer] == "mod"
         self.router = DepthRouter(config, rngs=rngs) if around else None
 
@@ -117,9 +117,12 @@ class Trunk(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.num_layers, self.dropout = config.num_layers, config.dropout
-        self.remat, self.scan_layers = config.remat, config.scan_layers
         keys = jax.random.split(rngs.params(), config.num_layers)
         period = layer_period(config)
+        # Layers none of which is like another are not scanned: XLA would undo a loop
+        # of one turn, and then the recomputation in it.
+        alike = config.widths == LayerWidths() or period < config.num_layers
+        self.remat, self.scan_layers = config.remat, config.scan_layers and alike
         self.blocks = nnx.List(
             [_stack(config, i, keys[i::period]) for i in range(period)]
         )
@@ -282,9 +285,10 @@ def _cache_entry(
     """Return zeros for all that the layers of a stack remember."""
     depth = len(range(stack, config.num_layers, layer_period(config)))
     attention = attention_class(config, config.layer_kinds[stack][0])
+    layer = config.of_layer(stack)
     entry: Entry = {
         name: jnp.zeros((depth, batch, *shape), own or dtype)
-        for name, (shape, own) in attention.cache_shapes(config, max_len).items()
+        for name, (shape, own) in attention.cache_shapes(layer, max_len).items()
     }
     for part in ("attention", "mlp"):
         router: Any = router_configs(config, part).get(stack)

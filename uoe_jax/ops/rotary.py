@@ -35,13 +35,19 @@ def cosines_and_sines(
     scaling: RopeScaling | None = None,
 ) -> tuple[Float32[Array, "*N half"], Float32[Array, "*N half"]]:
     """Return those of the angles that heads of `width` are rotated by."""
-    half = width // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if scaling is not None:
-        frequency = stretch(frequency, scaling)
-    shape = (1,) * positions.ndim + (half,)
+    frequency = frequencies(width, theta, scaling)
+    shape = (1,) * positions.ndim + frequency.shape
     angle = positions.astype(jnp.float32)[..., None] * frequency.reshape(shape)
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def frequencies(
+    width: int, theta: float, scaling: RopeScaling | None = None
+) -> Float32[Array, " half"]:
+    """Return the angle a position of each pair of a head, stretched, in radians."""
+    half = width // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    return frequency if scaling is None else stretch(frequency, scaling)
 
 
 def stretch(
@@ -66,6 +72,10 @@ def _rotate(
     x: Array, positions: Array, theta: float, scaling: RopeScaling | None
 ) -> Array:
     cos, sin = cosines_and_sines(positions[..., None], x.shape[-1], theta, scaling)
+    return _turn(x, cos, sin)
+
+
+def _turn(x: Array, cos: Array, sin: Array) -> Array:
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
@@ -87,3 +97,38 @@ def _rotate_bwd(
 
 
 rotate.defvjp(_rotate_fwd, _rotate_bwd)
+
+
+@jax.custom_vjp
+def rotate_pairs(
+    x: Float[Array, "*N Q H"],
+    positions: Int[Array, "*N"],
+    frequency: Float32[Array, "K half"],
+) -> Float[Array, "*N Q H"]:
+    """Rotate pairs (i, i + H/2) of x by `position * frequency` of their key head.
+
+    Each of the K key heads has Q/K heads of x, side by side. Frequencies are constants:
+    they have no gradient.
+    """
+    groups = x.reshape(*x.shape[:-2], frequency.shape[0], -1, x.shape[-1])
+    places = positions.astype(jnp.float32)[..., None, None, None]
+    shape = (1,) * positions.ndim + (frequency.shape[0], 1, frequency.shape[1])
+    angle = places * frequency.reshape(shape)
+    return _turn(groups, jnp.cos(angle), jnp.sin(angle)).reshape(x.shape)
+
+
+def _rotate_pairs_fwd(
+    x: Array, positions: Array, frequency: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return rotate_pairs(x, positions, frequency), (positions, frequency)
+
+
+def _rotate_pairs_bwd(
+    saved: tuple[Array, Array], grad: Array
+) -> tuple[Array, None, None]:
+    # As in `_rotate_bwd`: sines are computed again rather than kept.
+    (positions, frequency), grad = jax.lax.optimization_barrier((saved, grad))
+    return rotate_pairs(grad, -positions, frequency), None, None
+
+
+rotate_pairs.defvjp(_rotate_pairs_fwd, _rotate_pairs_bwd)

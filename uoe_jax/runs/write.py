@@ -18,7 +18,7 @@ from uoe_jax.data.progress import note_once
 from uoe_jax.data.record import DataRecord
 from uoe_jax.errors import CheckpointError, ConfigError
 from uoe_jax.files import local_path, write_atomically
-from uoe_jax.model import check_params, split_model
+from uoe_jax.model import check_params, split_model, whole_buffers
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS, write_environment, write_settings
 from uoe_jax.runs.lock import NAME, RunLock
@@ -59,7 +59,7 @@ def write_run(
     """Write a model as the checkpoint of a run, which trains and evaluates as any does.
 
     `params` are the model's by name (`trunk.blocks.0.attention.wq`); they are stored in
-    the config's dtype. `buffers` are the routers' biases, zero where they are missing.
+    the config's dtype. `buffers` are as `whole_buffers` says.
     The optimizer has no state yet: it starts when the run trains. There are no metrics
     either, so the first `uoe train` may change any field. The folder appears whole or
     not at all.
@@ -106,13 +106,12 @@ def _arrays(
     Arrays that have their dtype aren't copied: a large model is in memory once.
     """
     check_params(config.model, params)
-    weights, biases = jax.eval_shape(split_model(config.model)[1])
+    weights = jax.eval_shape(split_model(config.model)[1])[0]
     arrays = {name: np.asarray(n, np.int32) for name, n in _counts(step).items()}
     for name, leaf in named_leaves(weights).items():
         arrays[f"params.{name}"] = np.asarray(params[name], leaf.dtype)
-    for name, leaf in named_leaves(biases).items():
-        value = buffers.get(name, np.zeros(leaf.shape))
-        arrays[f"buffers.{name}"] = np.asarray(value, leaf.dtype)
+    for name, value in whole_buffers(config.model, buffers).items():
+        arrays[f"buffers.{name}"] = value
     return arrays
 
 

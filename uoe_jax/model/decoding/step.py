@@ -219,6 +219,9 @@ def _prepare_part(part: Any, dtype: Any, batch: int) -> Any:
     """Return a part in its form for decoding, or as it is."""
     form = FORMS.get(type(part))
     router = getattr(part, "router", None)
+    # Forms are of heads of one width and of whole matrices.
+    if getattr(part, "narrow", False) or getattr(part, "low_rank", ()):
+        form = None
     if form is None:
         return OwnPart(part)
     if router is not None:

@@ -164,6 +164,9 @@ def update_router_bias(buffers: PyTree, aux: Aux, config: ModelConfig) -> PyTree
     flat, period = [], layer_period(config)
     for path, variable in nnx.to_flat_state(buffers):
         # trunk, blocks, STACK, PART, router, bias; the block's own without a PART
+        if "router" not in map(str, path):  # pairs that are rotated
+            flat.append((path, variable))
+            continue
         stack, part = int(str(path[2])), str(path[3])
         part = "depth" if part == "router" else part
         routers = router_configs(config, part)

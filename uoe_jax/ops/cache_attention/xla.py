@@ -80,9 +80,9 @@ def append_rows(
 def attend_cache(
     q: Float[Array, "B K G H"],
     keys: Float[Array, "B S K H"],
-    values: Float[Array, "B S K H"],
+    values: Float[Array, "B S K W"],
     visible: Bool[Array, "B K2 G2 S"],
-) -> Float[Array, "B K G H"]:
+) -> Float[Array, "B K G W"]:
     """Return the attention of one query a head over the visible rows, at least one."""
     scores = jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)
     scores = jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf)
