@@ -314,6 +314,11 @@ class ModelConfig(Checked):
         That is of its window and its widths: kinds stay as they are. Widths that are
         the model's own are left out.
         """
+        window = (self.windows[layer],)
+        if self.widths == LayerWidths():
+            # Most models: made for each layer by all that counts layers.
+            same = self.window == window
+            return self if same else dataclasses.replace(self, window=window)
         widths = self.widths.of_layer(layer)
         d_ff = widths.d_ff[0] if widths.d_ff else self.d_ff
         usual = {"key_dim": (self.head_dim,), "value_dim": (self.head_dim,)}
@@ -321,10 +326,7 @@ class ModelConfig(Checked):
         left = {"d_ff": None}
         left |= {n: None for n, width in usual.items() if getattr(widths, n) == width}
         widths = dataclasses.replace(widths, **left)
-        own = {"window": (self.windows[layer],), "d_ff": d_ff, "widths": widths}
-        if all(getattr(self, name) == value for name, value in own.items()):
-            return self
-        return dataclasses.replace(self, **own)  # pyrefly: ignore
+        return dataclasses.replace(self, window=window, d_ff=d_ff, widths=widths)
 
     @property
     def key_dim(self) -> int:
@@ -337,6 +339,17 @@ class ModelConfig(Checked):
         """Width of a head's values, in the config of a layer."""
         given = self.widths.value_dim
         return given[0] if given else self.head_dim
+
+    @property
+    def kernel_dim(self) -> int:
+        """Width at which heads attend, in the config of a layer.
+
+        Keys and values of other widths than the model's have zeros up to one width, a
+        multiple of 8, as kernels want them.
+        """
+        if self.widths.key_dim is None and self.widths.value_dim is None:
+            return self.head_dim
+        return -(-max(self.key_dim, self.value_dim) // 8) * 8
 
     def rank(self, weight: str) -> int:
         """Return the rank of a weight of the MLP in the config of a layer; 0: whole."""

@@ -27,6 +27,12 @@ CASES = {
     "dense": ("dense", {"fsdp": 2, "sequence": 2, "tensor": 2}, {}),
     "moe": ("moe", {"fsdp": 2, "tensor": 4}, {"experts": "round_robin"}),
     "union": ("union", {"data": 2, "sequence": 2, "tensor": 2}, EVERYTHING),
+    "narrow": ("narrow", {"data": 2, "sequence": 2, "tensor": 2}, {}),
+    "narrow fsdp": (
+        "narrow",
+        {"fsdp": 2, "tensor": 4},
+        {"tensor_reduce": "reduce_scatter"},
+    ),
     "family": ("family dense", {"fsdp": 2, "sequence": 2, "tensor": 2}, {}),
     "family union": (
         "family union",

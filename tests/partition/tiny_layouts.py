@@ -1,4 +1,4 @@
-"""One-layer experiments on eight devices, their gradients and their collectives."""
+"""Small experiments on eight devices, their gradients and their collectives."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import numpy as np
 from uoe_jax.config import (
     DataConfig,
     ExperimentConfig,
+    LayerWidths,
     LayoutConfig,
     MeshConfig,
     ModelConfig,
@@ -20,7 +21,7 @@ from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.runs.state import abstract_state, init_state, layout_of
 from uoe_jax.train.step import make_gradients, put_batch
-from uoe_jax.tree import named_leaves
+from uoe_jax.tree import leaf_name, named_leaves
 
 KINDS = {
     "dense": {"attention": ("dense",), "mlp": ("dense",)},
@@ -34,6 +35,18 @@ FAMILY = {
     "attention_bias": "qkv",
     "rope_scaling": RopeScaling(kind="linear", factor=2.0),
 }
+# Layers of unequal width: fewer pairs, values and neurons, and products of low rank.
+KINDS["narrow"] = KINDS["dense"] | {
+    "num_layers": 2,
+    "widths": LayerWidths(
+        d_ff=(16, 12),
+        key_dim=(2, 4),
+        value_dim=(3, 1),
+        up_rank=(3, 0),
+        gate_rank=(0, 4),
+        down_rank=(5, 0),
+    ),
+}
 KINDS |= {f"family {kind}": KINDS[kind] | FAMILY for kind in ("dense", "union")}
 
 
@@ -43,7 +56,7 @@ def make_config(kind, mesh=None, layout=None, **model):
         max_seq_len=16,
         d_model=16,
         d_ff=32,
-        num_layers=1,
+        **{"num_layers": 1, **KINDS[kind]},
         num_heads=8,
         num_kv_heads=4,
         head_dim=4,
@@ -51,7 +64,6 @@ def make_config(kind, mesh=None, layout=None, **model):
         activation="swiglu",
         union=UnionConfig(num_experts=4, top_k=2),
         moe=MoeConfig(num_experts=4, top_k=2),
-        **KINDS[kind],
     )
     return ExperimentConfig(
         name=kind,
@@ -85,7 +97,17 @@ def first_state(kind):
     config = make_config(kind)
     optimizer = make_optimizer(config.optim, 10)
     graphdef, state = init_state(config, optimizer, mesh_for(config))
-    return graphdef, jax.device_get(state)
+    state = jax.device_get(state)
+
+    def other_pairs(path, leaf):
+        """Let the heads of narrow layers keep one pair each, in turns."""
+        if not leaf_name(path).endswith("rotary_pairs"):
+            return leaf
+        assert leaf.shape == (1, 4, 1)
+        return np.array([[[0], [1], [1], [0]]], leaf.dtype)
+
+    buffers = jax.tree_util.tree_map_with_path(other_pairs, state.buffers)
+    return graphdef, dataclasses.replace(state, buffers=buffers)
 
 
 def compute(config):

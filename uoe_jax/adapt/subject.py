@@ -81,7 +81,7 @@ def adapter_objective(
         update_buffers=lambda buffers, aux, config: buffers,
         frozen_specs={
             "params": model.spec_tree(frozen["params"]),
-            "buffers": PartitionSpec(),
+            "buffers": model.spec_tree(frozen["buffers"]),
             "scales": PartitionSpec(),
         },
     )

@@ -114,7 +114,7 @@ def _scored(model: ModelConfig, attention: str, mlp: str) -> int:
     return sum(n for one in named for name, n in one.items() if name != "default")
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """A layer's own config, the kinds of its parts, and the share of tokens inside."""
 
     own: ModelConfig
@@ -124,10 +124,11 @@ class _Layer(NamedTuple):
 
 
 @functools.lru_cache(256)
-def _layers(model: ModelConfig) -> tuple[_Layer, ...]:
+def model_layers(model: ModelConfig) -> tuple[Layer, ...]:
+    """Return the layers of a model in order."""
     pairs = zip(model.layer_kinds, model.block_kinds, strict=True)
     return tuple(
-        _Layer(model.of_layer(n), *kinds, model.mod.keep if block == "mod" else 1.0)
+        Layer(model.of_layer(n), *kinds, model.mod.keep if block == "mod" else 1.0)
         for n, (kinds, block) in enumerate(pairs)
     )
 
@@ -158,7 +159,7 @@ def count_active_params(model: ModelConfig) -> int:
     Of a mixture-of-depths block the share of the tokens that enter it.
     """
     total = sum(count_params(model).values())
-    for own, attention, mlp, inside in _layers(model):
+    for own, attention, mlp, inside in model_layers(model):
         part, width = _attention(own, attention), _mlp_width(own, mlp)
         total -= round(part.params - inside * part.active)
         total -= round(_mlp_params(own, mlp) * (1 - inside * width[1] / width[0]))
@@ -189,7 +190,7 @@ def flops_per_token(model: ModelConfig, seq_len: int | None = None) -> FlopCount
     """
     length = num_tokens(model, seq_len)
     parts: dict[str, float] = defaultdict(float)
-    for own, attention, mlp, inside in _layers(model):
+    for own, attention, mlp, inside in model_layers(model):
         layer = _attention_flops(own, attention, length * inside)
         layer["mlp"] = 2 * _mlp_weights(own, _mlp_width(own, mlp)[1])
         columns = _scored(model, attention, mlp)
@@ -252,7 +253,7 @@ def cache_bytes(
     size = DTYPE_BYTES[dtype or model.compute_dtype]
     token = sum(
         (own.key_dim + own.value_dim) * _attention(own, attention).keys
-        for own, attention, _, _ in _layers(model)
+        for own, attention, _, _ in model_layers(model)
     )
     return round(batch * length * model.num_kv_heads * size * token)
 
@@ -276,7 +277,7 @@ def activation_bytes(model: ModelConfig, batch: int, seq_len: int | None = None)
     size, d = DTYPE_BYTES[model.compute_dtype], model.d_model
     tokens = batch * num_tokens(model, seq_len)
     total = 0.0
-    for own, attention, mlp, inside in _layers(model):
+    for own, attention, mlp, inside in model_layers(model):
         if model.remat == "full":
             total += d
             continue

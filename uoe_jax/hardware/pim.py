@@ -24,7 +24,7 @@ from typing import Annotated
 from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError, choose, shown
 from uoe_jax.fields import Bounds, Checked, Count, NotNegative, Positive
-from uoe_jax.hardware.count import count_params
+from uoe_jax.hardware.count import count_params, model_layers
 from uoe_jax.hardware.decoding import DecodeCost, check_context, held_bytes
 from uoe_jax.kinds import ATTENTIONS, MLPS, router_columns
 
@@ -201,20 +201,21 @@ def product(spec: PimSpec, outputs: int, inputs: int, vectors: int = 1) -> Work:
     return Work(ns=ns * spec.refresh_factor, rows=float(rows), columns=float(columns))
 
 
-def write_keys(spec: PimSpec, width: int) -> Work:
-    """Return the work of storing one token's keys and values, `width` numbers each.
+def write_keys(spec: PimSpec, width: int, values: int) -> Work:
+    """Return the work of storing one token's keys and values, `width` and `values`
+    numbers.
 
     Keys lie row after row, so the token's are one or a few rows of one bank. Values
     lie column after column: each bank opens a row for each value that it stores.
     """
     rows = -(-width // spec.row_numbers)
     key_columns = -(-width // spec.lanes)
-    held = -(-width // spec.total_banks)
+    held = -(-values // spec.total_banks)
     opened = rows + held
     ns = opened * (spec.t_rcd + spec.t_rp + spec.t_wr)
     ns += (key_columns + held) * spec.t_ccd
     # The keys go into one channel, the values into all of them.
-    ns += (1 + 1 / spec.channels) * width * 8 * _BF16 / spec.channel_gbits
+    ns += (width + values / spec.channels) * 8 * _BF16 / spec.channel_gbits
     # A bank's mean: the keys lie in one of all banks.
     share = 1 / spec.total_banks
     return Work(
@@ -279,10 +280,10 @@ def decode_cost(
     whole = choose("experts", experts, {"all_banks": False, "own_banks": True})
     _check(model, context, spec)
     phases: dict[str, Work] = {}
-    for attention, mlp in model.layer_kinds:
-        for name, work in _attention(model, attention, context, spec, whole):
+    for own, attention, mlp, _ in model_layers(model):
+        for name, work in _attention(own, attention, context, spec, whole):
             phases[name] = phases.get(name, Work()) + work
-        for name, work in _mlp(model, mlp, spec, whole):
+        for name, work in _mlp(own, mlp, spec, whole):
             phases[name] = phases.get(name, Work()) + work
     phases["norms and sums"] = phases["norms and sums"] + asic(
         spec, "norm", model.d_model
@@ -311,25 +312,27 @@ def _attention(
     """Yield the steps of one attention layer."""
     facts = ATTENTIONS[kind]
     side, keys = (1.0, 1.0) if whole else facts.shares(model)
-    d, width = model.d_model, model.head_dim
+    d, key, value = model.d_model, model.key_dim, model.value_dim
     heads, kv_heads = model.num_heads * side, model.num_kv_heads * keys
     # The last token of a sample sees about twice the mean.
     seen = facts.keys_seen(model, float(2 * context - 1))
     if whole:
         seen = float(context)
     yield from _router(model, "attention", kind, spec)
-    yield "q, k, v", product(spec, round((heads + 2 * kv_heads) * width), d)
-    yield "write k, v", write_keys(spec, round(kv_heads * width))
+    outer = (heads + kv_heads) * key + kv_heads * value
+    yield "q, k, v", product(spec, round(outer), d)
+    keys_values = (round(kv_heads * key), round(kv_heads * value))
+    yield "write k, v", write_keys(spec, *keys_values)
     # `keys_seen` is a mean over all heads, those that a token doesn't use included.
     lines = max(1, round(seen / (heads / model.num_heads)))
     used = max(1, round(heads / model.num_query_groups))
     groups = model.num_query_groups
-    yield "scores", _scores(spec, lines, used * width, used, groups)
+    yield "scores", _scores(spec, lines, used * key, used, groups)
     yield "softmax", asic(spec, "softmax", heads * lines)
     # As many heads at a time as fill the banks: each channel sees its head's weights.
-    rounds = -(-used * width // spec.total_banks)
+    rounds = -(-used * value // spec.total_banks)
     yield "values", product(spec, spec.total_banks, lines, groups) * rounds
-    yield "attention out", product(spec, d, round(heads * width))
+    yield "attention out", product(spec, d, round(heads * value))
     yield "norms and sums", asic(spec, "norm", d) + asic(spec, "add", d)
 
 
@@ -354,13 +357,20 @@ def _mlp(model: ModelConfig, kind: str, spec: PimSpec, whole: bool) -> Steps:
     router = facts.router(model)
     used = experts if whole or router is None else router.top_k
     yield from _router(model, "mlp", kind, spec)
-    ups = 2 if model.gated else 1
-    yield "MLP in", product(spec, ups * width, model.d_model) * used
+    names = ("w_up", "w_gate") if model.gated else ("w_up",)
+    d, whole_ones = model.d_model, [n for n in names if not model.rank(n)]
+    if whole_ones:
+        yield "MLP in", product(spec, len(whole_ones) * width, d) * used
+    for rank in filter(None, map(model.rank, names)):
+        yield "MLP in", product(spec, rank, d) + product(spec, width, rank)
     activation = "swiglu" if model.gated else "gelu"
     yield "activation", asic(spec, activation, used * width)
     # An expert's part of the output weights lies in one piece, so the others' rows
     # stay closed.
-    yield "MLP out", product(spec, model.d_model, width) * used
+    if rank := model.rank("w_down"):
+        yield "MLP out", product(spec, rank, width) + product(spec, d, rank)
+    else:
+        yield "MLP out", product(spec, d, width) * used
     yield (
         "norms and sums",
         asic(spec, "norm", model.d_model) + asic(spec, "add", model.d_model),

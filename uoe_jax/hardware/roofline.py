@@ -13,6 +13,7 @@ from uoe_jax.hardware.count import (
     DTYPE_BYTES,
     count_params,
     flops_per_token,
+    model_layers,
     num_tokens,
 )
 from uoe_jax.hardware.devices import Device, Topology
@@ -266,7 +267,10 @@ def _activations(config: ExperimentConfig, sizes: Mapping[str, int]) -> float:
     tokens = tokens_per_device(config, sizes) / config.train.accumulate
     scattered = config.layout.scatters
     held = model.d_model / (tensor if scattered else 1)
-    widths = [_layer_width(model, kinds, tensor) for kinds in model.layer_kinds]
+    widths = [
+        _layer_width(layer.own, (layer.attention, layer.mlp), tensor)
+        for layer in model_layers(model)
+    ]
     if model.remat == "full":
         kept, working = model.num_layers * held, max(widths)
     else:
@@ -277,7 +281,8 @@ def _activations(config: ExperimentConfig, sizes: Mapping[str, int]) -> float:
 def _layer_width(model: Any, kinds: tuple[str, str], tensor: int) -> float:
     """Return the numbers a token keeps in the split parts of a layer."""
     attention, mlp = kinds
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    heads = model.num_heads + model.num_kv_heads
+    heads *= model.key_dim + model.value_dim
     matrices = 3 if model.gated else 2
     if attention == "union":
         union = model.union_for("attention")

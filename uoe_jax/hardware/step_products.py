@@ -113,7 +113,7 @@ def step_products(
     """Return a step's products at balanced load; None for layers not listed here."""
     model = config.model
     kinds = layer_groups(model)
-    for attention, mlp in kinds:
+    for _, attention, mlp in kinds:
         if attention not in KNOWN["attention"] or mlp not in KNOWN["mlp"]:
             return None
     if model.kind != "decoder" or any(block == "mod" for block in model.block_kinds):
@@ -122,13 +122,13 @@ def step_products(
     tokens = max(1, round(tokens_per_device(config, sizes) / steps))
     again = 2.0 if model.remat == "full" else 1.0
     found: list[Counted] = []
-    for (attention, mlp), layers in kinds.items():
+    for (own, attention, mlp), layers in kinds.items():
         count = float(layers * steps)
         for name, kind in (("attention", attention), ("mlp", mlp)):
             routed = "routed products" if kind in ("union", "moe") else "products"
             part = _Part(routed, tokens, model.compute_dtype, again * count, count)
             make = _attention if name == "attention" else _mlp
-            found += make(model, kind, part, sizes["tensor"])
+            found += make(own, kind, part, sizes["tensor"])
     found += _output(config, tokens, sizes["tensor"])
     return found
 
@@ -136,8 +136,8 @@ def step_products(
 def _attention(
     model: ModelConfig, kind: str, part: _Part, tensor: int
 ) -> Iterator[Counted]:
-    width, head = model.d_model, model.head_dim
-    queries, keys = model.num_heads * head, model.num_kv_heads * head
+    width, heads = model.d_model, model.num_heads
+    queries, keys = heads * model.key_dim, model.num_kv_heads * model.key_dim
     if kind == "union":
         union = model.union_for("attention")
         local = max(1, union.num_experts // tensor)
@@ -146,24 +146,33 @@ def _attention(
         columns = own + 2 * keys // union.num_experts
         yield from part.routed(width, columns, own, local, rows, last=False)
         return
-    for outer in (queries, keys, keys):
+    values = model.num_kv_heads * model.value_dim
+    for outer in (queries, keys, values):
         yield from part.dense(width, max(1, outer // tensor))
-    yield from part.dense(queries // tensor, width)
+    yield from part.dense(heads * model.value_dim // tensor, width)
 
 
 def _mlp(model: ModelConfig, kind: str, part: _Part, tensor: int) -> Iterator[Counted]:
     width, into = model.d_model, 2 if model.activation == "swiglu" else 1
     if kind == "dense":
         wide = model.d_ff // tensor
-        for _ in range(into):
-            yield from part.dense(width, wide)
-        yield from part.dense(wide, width, again=False)
+        for name in ("w_up", "w_gate")[:into]:
+            for inner, outer in _pair(width, wide, model.rank(name)):
+                yield from part.dense(inner, outer)
+        pair = _pair(wide, width, model.rank("w_down"))
+        for number, (inner, outer) in enumerate(pair, 1):
+            yield from part.dense(inner, outer, again=number < len(pair))
         return
     routed: Any = model.moe if kind == "moe" else model.union
     wide = model.d_expert if kind == "moe" else model.d_ff // routed.num_experts
     local = max(1, routed.num_experts // tensor)
     rows = max(1, part.tokens * routed.top_k // tensor)
     yield from part.routed(width, into * wide, wide, local, rows, last=True)
+
+
+def _pair(inner: int, outer: int, rank: int) -> list[tuple[int, int]]:
+    """Return the sizes of a product's one matrix, or of its two of low rank."""
+    return [(inner, rank), (rank, outer)] if rank else [(inner, outer)]
 
 
 def _output(config: ExperimentConfig, tokens: int, tensor: int) -> Iterator[Counted]:
@@ -231,20 +240,19 @@ def moved_bytes(config: ExperimentConfig, sizes: Mapping[str, int]) -> float:
     tokens = tokens_per_device(config, sizes)
     size = DTYPE_BYTES[model.compute_dtype]
     tensor = sizes["tensor"]
-    for (attention, mlp), layers in layer_groups(model).items():
+    for (own, attention, mlp), layers in layer_groups(model).items():
         again = 1 if model.remat == "full" else 0  # the forward pass once more
         numbers = (24 + 8 * again) * model.d_model
-        union, heads = model.union_for("attention"), 2 * model.num_heads
+        union, heads = model.union_for("attention"), model.num_heads
         kept = union.top_k / union.num_experts if attention == "union" else 1.0
-        heads = (heads + 2 * model.num_kv_heads) * model.head_dim * kept / tensor
+        heads = (heads + model.num_kv_heads) * (own.key_dim + own.value_dim)
+        heads *= kept / tensor
         numbers += (2.5 + again) * heads
         both, forward = (8, 3) if model.activation == "swiglu" else (5, 2)
-        numbers += (both + forward * again) * _hidden(model, mlp) / tensor
+        numbers += (both + forward * again) * _hidden(own, mlp) / tensor
         if model.scan_layers and not again:
             # A scan copies what the backward pass needs into a stack of all layers.
-            numbers += 3 * (
-                2 * model.d_model + heads + 3 * _hidden(model, mlp) / tensor
-            )
+            numbers += 3 * (2 * model.d_model + heads + 3 * _hidden(own, mlp) / tensor)
         moved = numbers * size
         for kind, picks in ((attention, union.top_k), (mlp, _picks(model, mlp))):
             if kind in ("union", "moe"):

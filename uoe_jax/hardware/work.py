@@ -8,16 +8,19 @@ memory, the optimizer. Collectives are listed as the layout makes them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.hardware.count import (
     DTYPE_BYTES,
     count_params,
     flops_per_token,
+    model_layers,
     num_tokens,
 )
 from uoe_jax.kinds import ATTENTIONS, MLPS
@@ -53,18 +56,31 @@ class Collective:
     hidden: bool
 
 
-def _one_layer(model: ModelConfig, attention: str, mlp: str) -> ModelConfig:
-    return dataclasses.replace(
-        model,
-        num_layers=1,
-        attention=(attention,),  # type: ignore[arg-type]
-        mlp=(mlp,),  # type: ignore[arg-type]
+class LayerKind(NamedTuple):
+    """What layers that cost the same have in common; `own` is the config of one."""
+
+    own: ModelConfig
+    attention: str
+    mlp: str
+
+    @property
+    def alone(self) -> ModelConfig:
+        """The config of a model of this one layer."""
+        return dataclasses.replace(
+            self.own,
+            num_layers=1,
+            attention=(self.attention,),  # type: ignore[arg-type]
+            mlp=(self.mlp,),  # type: ignore[arg-type]
+        )
+
+
+@functools.lru_cache(256)
+def layer_groups(model: ModelConfig) -> Mapping[LayerKind, int]:
+    """Return how many layers there are of each kind and of the same widths."""
+    return Counter(
+        LayerKind(layer.own, layer.attention, layer.mlp)
+        for layer in model_layers(model)
     )
-
-
-def layer_groups(model: ModelConfig) -> Counter[tuple[str, str]]:
-    """Return how many layers there are of each (attention, mlp) kind."""
-    return Counter(model.layer_kinds)
 
 
 def tokens_per_device(config: ExperimentConfig, sizes: Mapping[str, int]) -> float:
@@ -86,8 +102,9 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
     last = 1 / (3 if model.gated else 2) if again > 3 else 0.0
     split = tokens / sizes["tensor"]
     work: dict[str, float] = dict.fromkeys((*FLOP_KINDS, *BYTE_KINDS), 0.0)
-    for (attention, mlp), layers in layer_groups(model).items():
-        parts = flops_per_token(_one_layer(model, attention, mlp), length).parts
+    for group, layers in layer_groups(model).items():
+        _, attention, mlp = group
+        parts = flops_per_token(group.alone, length).parts
         for name, flops in parts.items():
             if name in ("head", "embedding"):
                 continue
@@ -104,7 +121,7 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
             times -= last if name == "mlp" else 0.0
             work[kind] += layers * flops * share * times
         size = DTYPE_BYTES[model.compute_dtype]
-        reads = _elementwise(model, attention, mlp, sizes)
+        reads = _elementwise(group, sizes)
         work["elementwise"] += layers * tokens * size * reads * passes
     head = flops_per_token(model, length).parts["head"]
     work["output"] = head * split * 3
@@ -129,15 +146,15 @@ def loss_bytes(config: ExperimentConfig, tokens: float) -> float:
     return logits + chunks * 2 * _FLOAT32 * model.vocab_size * model.d_model
 
 
-def _elementwise(
-    model: ModelConfig, attention: str, mlp: str, sizes: Mapping[str, int]
-) -> float:
+def _elementwise(group: LayerKind, sizes: Mapping[str, int]) -> float:
     """Return numbers read and written a token in a layer's passes over memory."""
+    model, attention, mlp = group
     tensor = sizes["tensor"]
     keep = model.union.top_k / model.union.num_experts
     # Norms and residual sums: read and written by each of the two parts.
     total = 8.0 * model.d_model
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    heads = model.num_heads + model.num_kv_heads
+    heads *= model.key_dim + model.value_dim
     total += 2 * heads * (keep if attention == "union" else 1) / tensor
     wide = MLPS[mlp].active_width(model)
     matrices = 3 if model.gated else 2
@@ -188,9 +205,9 @@ def collectives(
     """Yield the collectives of one step."""
     steps = config.train.accumulate
     yield from _weights(config, sizes, steps)
-    for kinds, layers in layer_groups(config.model).items():
-        yield from _tensor(config, sizes, kinds, layers * steps)
-        yield from _sequence(config, sizes, kinds, layers * steps)
+    for group, layers in layer_groups(config.model).items():
+        yield from _tensor(config, sizes, group, layers * steps)
+        yield from _sequence(config, sizes, group, layers * steps)
     yield from _gradients(config, sizes)
 
 
@@ -230,7 +247,7 @@ def _weights(
 def _tensor(
     config: ExperimentConfig,
     sizes: Mapping[str, int],
-    kinds: tuple[str, str],
+    group: LayerKind,
     count: int,
 ) -> Iterator[Collective]:
     model, layout = config.model, config.layout
@@ -242,7 +259,7 @@ def _tensor(
     scattered = layout.scatters
     again = 1 if model.remat == "full" else 0
     parts = 2
-    routed = MLPS[kinds[1]].router(model)
+    routed = MLPS[group.mlp].router(model)
     if layout.dispatches and routed is not None:
         parts = 1
         # Room for every row that could go there.
@@ -281,16 +298,16 @@ def _tensor(
 def _sequence(
     config: ExperimentConfig,
     sizes: Mapping[str, int],
-    kinds: tuple[str, str],
+    group: LayerKind,
     count: int,
 ) -> Iterator[Collective]:
-    model, sequence = config.model, sizes["sequence"]
+    model, sequence = group.own, sizes["sequence"]
     if sequence == 1:
         return
     size = DTYPE_BYTES[model.compute_dtype]
     tokens = tokens_per_device(config, sizes) / config.train.accumulate * sequence
     again = 1 if model.remat == "full" else 0
-    if kinds[0] == "union":
+    if group.attention == "union":
         for kind in ("all_gather", "reduce_scatter"):
             yield Collective(
                 kind=kind,
@@ -301,7 +318,7 @@ def _sequence(
                 hidden=False,
             )
         return
-    keys = 2 * tokens * model.num_kv_heads * model.head_dim * size / sizes["tensor"]
+    keys = 2 * tokens * model.num_kv_heads * model.kernel_dim * size / sizes["tensor"]
     if config.layout.sequence_attention == "gather":
         for kind, times in (("all_gather", 1 + again), ("reduce_scatter", 1)):
             yield Collective(

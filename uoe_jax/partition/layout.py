@@ -18,6 +18,7 @@ from uoe_jax.partition.specs import (
     Rule,
     axis_place,
     default_rules,
+    pair_specs,
     param_specs,
     spec_axes,
     state_owner,
@@ -169,6 +170,7 @@ def make_layout(
     experts = {  # [layers, experts, ...]
         name: 1 for name, spec in specs.items() if len(spec) > 1 and spec[1] == "tensor"
     }
+    specs |= pair_specs(config.model, sizes)
     return Layout(
         mesh=mesh, specs=specs, shapes=shapes, parallel=parallel, experts=experts
     )

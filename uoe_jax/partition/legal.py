@@ -125,6 +125,9 @@ def tensor_counts(model: ModelConfig) -> dict[str, int]:
             experts, width = MLPS[mlp].sizes(model)
             if MLPS[mlp].router(model) is None:
                 counts[MLPS[mlp].field] = experts * width
+                if narrow := model.widths.d_ff:
+                    name = "the common divisor of model.widths.d_ff,"
+                    counts[name] = math.gcd(*narrow)
             else:
                 counts[f"{MLPS[mlp].field}.num_experts"] = experts
     return counts

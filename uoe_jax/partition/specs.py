@@ -12,6 +12,7 @@ from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.rules import NO_RULES, Rules
 from uoe_jax.splits import split_axes
+from uoe_jax.weights import ROTARY_PAIRS, rotary_pairs
 
 
 class Rule(NamedTuple):
@@ -83,6 +84,17 @@ def _spec(
                 f"{list(shape)}; use a divisor of {size}"
             )
     return PartitionSpec(*[a if sizes.get(a, 1) > 1 else None for a in axes])
+
+
+def pair_specs(
+    model: ModelConfig, sizes: Mapping[str, int]
+) -> dict[str, PartitionSpec]:
+    """Return the spec of the pairs that narrow heads keep: split with their heads."""
+    axes = ROTARY_PAIRS.stacked().mesh_axes(False)
+    return {
+        name: _spec(name, shape, Rule(re.escape(name), axes), sizes)
+        for name, shape in rotary_pairs(model).items()
+    }
 
 
 def state_owner(

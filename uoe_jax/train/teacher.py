@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from uoe_jax.config import ExperimentConfig, ModelConfig, content_hash
@@ -179,7 +179,7 @@ def with_teacher(
         teach=teach,
         frozen_specs={
             "params": layout.spec_tree(frozen["params"]),
-            "buffers": PartitionSpec(),
+            "buffers": layout.spec_tree(buffers),
         },
     )
     forward = flops_per_token(model, config.seq_len).forward
