@@ -6,15 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.compare import assert_close
 from tests.decompose.test_exact import DENSE, draw
 from uoe_jax.decompose.calibrate import layer_values
 from uoe_jax.decompose.cut import Cut
 from uoe_jax.decompose.group import (
-    balanced_assignment,
     coactivation_order,
     order_neurons,
 )
@@ -24,14 +21,6 @@ from uoe_jax.decompose.split import union_config
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import with_params
 from uoe_jax.runs.probe import logits
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 2**31))
-def test_assignments_are_balanced(groups, size, seed):
-    likeness = np.random.default_rng(seed).normal(size=(groups * size, groups))
-    labels = balanced_assignment(likeness)
-    assert np.bincount(labels, minlength=groups).tolist() == [size] * groups
 
 
 def test_neurons_that_are_active_together_are_grouped():
