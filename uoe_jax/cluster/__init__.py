@@ -1,0 +1,17 @@
+"""Clusters: which points belong together, and how many kinds there are."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uoe_jax.cluster.ppp import PPP
+
+__all__ = ["PPP"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name == "PPP":
+        from uoe_jax.cluster.ppp import PPP
+
+        return PPP
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
