@@ -16,6 +16,7 @@ from uoe_jax.adapt.config import AdapterConfig
 from uoe_jax.adapt.files import PREFIX, load_adapters, part_suffix, to_file
 from uoe_jax.adapt.folder import CONFIG, WEIGHTS, read_config
 from uoe_jax.adapt.plan import LeafPlan
+from uoe_jax.config import LayerWidths
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.files import format_json, local_path, write_atomically
 from uoe_jax.interop.families import FAMILIES
@@ -54,6 +55,12 @@ def export_adapter(folder: Path, out: Path) -> dict[str, Any]:
     if architecture not in FAMILIES:
         raise ConfigError(
             f"{base} wasn't imported, so its weights have no names of another library"
+        )
+    if run.config.model.widths != LayerWidths():
+        raise ConfigError(
+            f"the layers of {base} are narrower than its model (model.widths), and an "
+            "adapter of another library is of whole layers; merge it into the weights "
+            "with uoe adapt --merge and export the merged run"
         )
     places = module_places(run.config.model, architecture)
     names = {place: module for module, place in places.items()}

@@ -31,7 +31,7 @@ from uoe_jax.adapt.store import (
     write_request,
 )
 from uoe_jax.adapt.subject import adapter_subject
-from uoe_jax.config import ExperimentConfig, MeshConfig
+from uoe_jax.config import ExperimentConfig, LayerWidths, MeshConfig
 from uoe_jax.data import Dataset
 from uoe_jax.data.record import record_of
 from uoe_jax.errors import ConfigError, MissingExtra
@@ -130,7 +130,8 @@ def _foreign_names(run: LoadedRun) -> Names:
     By the names that an imported run came with, otherwise by Llama's.
     """
     architecture = read_result(run.folder).get("architecture")
-    if architecture not in FAMILIES:
+    # Modules of theirs are of whole layers: they fit no narrower one.
+    if architecture not in FAMILIES or run.config.model.widths != LayerWidths():
         return llama_names
     return module_places(run.config.model, architecture)
 

@@ -17,11 +17,13 @@ from uoe_jax.config import ModelConfig
 from uoe_jax.data.record import TOKENIZER, read_record
 from uoe_jax.errors import ConfigError, DataError, shown
 from uoe_jax.files import format_json, local_path, write_atomically
+from uoe_jax.hardware.count import count_params
 from uoe_jax.interop.families import FAMILIES
 from uoe_jax.interop.folder import CONFIG, KEPT, read_object
 from uoe_jax.interop.function import dense_form, differences
 from uoe_jax.interop.importing import KEPT_FOLDER
 from uoe_jax.interop.names import Family, Source, by_tensor, find_sources
+from uoe_jax.interop.padding import pad_layers
 from uoe_jax.interop.safetensors import INDEX, WEIGHTS
 from uoe_jax.model import split_model
 from uoe_jax.runs.checkpoint import Checkpoints
@@ -45,8 +47,10 @@ def export_run(
     """Write a run's checkpoint as a folder that transformers opens; say what it is.
 
     Unions whose experts are all on, with gates of 1, are written dense, which is the
-    same function. Weights keep their dtype, or are rounded to `dtype`. Raises
-    ConfigError for a union that isn't dense, for a model that no family has, for
+    same function; layers narrower than the model with zeros up to its widths. Weights
+    keep their dtype, or are rounded to `dtype`.
+
+    Raises ConfigError for a union that isn't dense, for a model that no family has, for
     weights too large for `dtype`, and if `out` holds anything.
     """
     if dtype not in (None, *DTYPES):
@@ -56,17 +60,18 @@ def export_run(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} isn't empty; choose another folder")
     config = read_config(folder)
-    model = dense_form(config.model)
     weights, biases = jax.eval_shape(split_model(config.model)[1])
     template = {"params": weights, "buffers": biases}
     store = Checkpoints(folder / (BEST if which == "best" else CHECKPOINTS))
     step, arrays, _ = store.restore(named_leaves(template))
     check_saved(folder, config, store.config(step), step)
-    params = _params(arrays)
-    check_gates(config.model, params, arrays)
+    params, buffers = _part(arrays, "params."), _part(arrays, "buffers.")
+    check_gates(config.model, params, buffers)
+    whole, params = pad_layers(config.model, params, buffers)
+    model = dense_form(whole)
     before = _kept_config(folder)
     family = choose_family(model, before, read_result(folder).get("architecture"))
-    sources = find_sources(config.model, family)
+    sources = find_sources(whole, family)
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -82,29 +87,32 @@ def export_run(
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    padded = whole != config.model
+    own = {"own_parameters": sum(count_params(config.model).values())} if padded else {}
     return {
         "did": "export",
         "run": str(folder),
         "step": step,
         "architecture": family.architecture,
         "parameters": sum(math.prod(s[0].shape) for s in by_tensor(sources).values()),
+        **own,
         "dtype": dtype or model.param_dtype,
         "files": files,
     }
 
 
-def _params(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _part(arrays: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:
     return {
-        name.removeprefix("params."): array
+        name.removeprefix(start): array
         for name, array in arrays.items()
-        if name.startswith("params.")
+        if name.startswith(start)
     }
 
 
 def check_gates(
     model: ModelConfig,
     params: Mapping[str, np.ndarray],
-    arrays: Mapping[str, np.ndarray],
+    buffers: Mapping[str, np.ndarray],
 ) -> None:
     """Raise ConfigError for routing that a file of another library can't hold.
 
@@ -127,7 +135,7 @@ def check_gates(
                 f"{routers[0]} isn't zero, so the gates of {part} aren't 1, and a "
                 f"dense file has none; {fix}"
             )
-    biased = [n for n, a in arrays.items() if n.startswith("buffers.") and a.any()]
+    biased = [n for n, a in buffers.items() if ".router." in n and a.any()]
     if biased and "moe" in model.mlp:
         raise ConfigError(
             f"{biased[0]} isn't zero: balance chooses experts with a bias that a "

@@ -1,0 +1,95 @@
+"""A model whose layers are narrower than itself, as one of whole layers with zeros."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from uoe_jax.config import RANKS, LayerWidths, ModelConfig
+from uoe_jax.weights import BLOCKS, Param, layer_period, model_params
+
+# Where a weight's key heads stand in it; their pairs go back to their places.
+_ROTATED = {"wq": 2, "wk": 2, "bq": 1, "bk": 1}
+Arrays = Mapping[str, np.ndarray]
+
+
+def pad_layers(
+    model: ModelConfig, params: Arrays, buffers: Arrays
+) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """Return the config and parameters of the same function with whole layers.
+
+    Neurons, pairs and values that a layer lacks are zeros, so that they add nothing;
+    kept pairs go to where the model's frequencies rotate them; products of low rank are
+    multiplied out. Without widths the model is returned as it is.
+    """
+    whole = dataclasses.replace(model, widths=LayerWidths())
+    if whole == model:
+        return model, dict(params)
+    wanted = model_params(whole)
+    padded = {n: a for n, a in params.items() if not n.startswith(BLOCKS)}
+    narrow, period = layer_period(model), layer_period(whole)
+    for layer in range(model.num_layers):
+        pick = lambda arrays, n=layer: _layer(arrays, n % narrow, n // narrow)
+        start = f"{BLOCKS}{layer % period}."
+        shapes = {
+            name.removeprefix(start): param
+            for name, param in wanted.items()
+            if name.startswith(start)
+        }
+        found = _pad_layer(model, pick(params), pick(buffers), shapes)
+        for inner, array in found.items():
+            name = start + inner
+            if name not in padded:
+                padded[name] = np.zeros(wanted[name].shape, array.dtype)
+            padded[name][layer // period] = array
+    return whole, padded
+
+
+def _layer(arrays: Arrays, stack: int, index: int) -> dict[str, np.ndarray]:
+    """Return a layer's arrays by their name inside it."""
+    start = f"{BLOCKS}{stack}."
+    return {
+        name.removeprefix(start): array[index]
+        for name, array in arrays.items()
+        if name.startswith(start)
+    }
+
+
+def _pad_layer(
+    model: ModelConfig, layer: Arrays, buffers: Arrays, shapes: Mapping[str, Param]
+) -> dict[str, np.ndarray]:
+    layer = dict(layer)
+    for weight in RANKS:
+        if f"mlp.{weight}_a" in layer:
+            layer[f"mlp.{weight}"] = _multiply(
+                layer.pop(f"mlp.{weight}_a"), layer.pop(f"mlp.{weight}_b")
+            )
+    pairs, found = buffers.get("attention.rotary_pairs"), {}
+    for name, array in layer.items():
+        shape = shapes[name].shape[1:]  # without the axis of layers
+        part, _, last = name.rpartition(".")
+        if pairs is not None and part == "attention" and last in _ROTATED:
+            array = _spread(array, pairs, _ROTATED[last], model.head_dim)
+        whole = np.zeros(shape, array.dtype)
+        whole[tuple(map(slice, array.shape))] = array
+        found[name] = whole
+    return found
+
+
+def _multiply(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return a product of low rank as one matrix, multiplied in float32."""
+    product = first.astype(np.float32) @ second.astype(np.float32)
+    return product.astype(first.dtype)
+
+
+def _spread(array: np.ndarray, pairs: np.ndarray, axis: int, width: int) -> np.ndarray:
+    """Return heads with pairs (i, i + n) at (p, p + width/2), p the i-th of a head."""
+    places = np.concatenate([pairs, pairs + width // 2], axis=-1)
+    shape = [1] * array.ndim
+    shape[axis], shape[-1] = places.shape
+    index = np.broadcast_to(places.reshape(shape), array.shape)
+    whole = np.zeros((*array.shape[:-1], width), array.dtype)
+    np.put_along_axis(whole, index, array, -1)
+    return whole
