@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from uoe_jax.config import ModelConfig
+from uoe_jax.config import RANKS, LayerWidths, ModelConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.kinds import ATTENTIONS, MLPS, ROUTERS
 
@@ -54,6 +54,7 @@ def scaled_down(model: ModelConfig) -> ModelConfig:
     pattern = max(
         len(model.attention), len(model.mlp), len(model.blocks), len(model.window)
     )
+    num_layers = min(model.num_layers, 2 * pattern)
     width = min(model.d_model, 64)
     # Divisible by the union's experts and by the mixture's choices.
     d_ff = 4 * model.union.num_experts * model.moe.top_k
@@ -70,10 +71,42 @@ def scaled_down(model: ModelConfig) -> ModelConfig:
         max_seq_len=min(model.max_seq_len, max(256, 2 * model.union.patch_size)),
         d_model=width,
         d_ff=min(model.d_ff, d_ff),
-        num_layers=min(model.num_layers, 2 * pattern),
+        num_layers=num_layers,
         num_kv_heads=kv_heads,
         num_heads=kv_heads * model.num_query_groups,
         head_dim=min(model.head_dim, 16),
         window=tuple(min(window, 8) for window in model.window),
         moe=moe,
+        widths=_scaled_widths(model, width, min(model.d_ff, d_ff), num_layers),
     )
+
+
+def _scaled_widths(
+    model: ModelConfig, width: int, d_ff: int, num_layers: int
+) -> LayerWidths:
+    """Return the widths of the first layers, in proportion to a small model's.
+
+    Products of low rank have rank 1.
+    """
+    head = min(model.head_dim, 16)
+    union = model.union.num_experts
+    share = lambda n, whole, most, step: max(step, n * most // whole // step * step)
+    widths: dict[str, tuple[int, ...] | None] = {}
+    for name, most, whole, step in (
+        ("d_ff", d_ff, model.d_ff, union if "union" in model.mlp else 1),
+        ("key_dim", head, model.head_dim, 2),
+        ("value_dim", head, model.head_dim, 1),
+    ):
+        given = getattr(model.widths, name)
+        widths[name] = given and tuple(
+            share(n, whole, most, step) for n in given[:num_layers]
+        )
+    small = widths["d_ff"] or (d_ff,) * num_layers
+    for name in RANKS.values():
+        given = getattr(model.widths, name)
+        # A rank of 1 saves something where the matrix has more than 2 rows or columns.
+        widths[name] = given and tuple(
+            int(rank > 0 and width + wide < width * wide)
+            for rank, wide in zip(given, small, strict=False)
+        )
+    return LayerWidths(**widths)

@@ -143,7 +143,7 @@ def _layer_rows(model: ModelConfig, stack: int, length: int) -> Iterator[Row]:
     block = model.block_kinds[stack]
     inside = model.mod.keep if block == "mod" else 1.0
     kinds: Any = {"attention": (attention,), "mlp": (mlp,), "blocks": (block,)}
-    alone = replace(model, num_layers=1, **kinds)
+    alone = replace(model.of_layer(stack), num_layers=1, **kinds)
     flops = flops_per_token(alone, length).parts
     begin, before = f"{BLOCKS}{stack}.", ""
     params = {

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from uoe_jax.config import ModelConfig, UnionOverrides
+from uoe_jax.config import LayerWidths, ModelConfig, UnionOverrides
 from uoe_jax.decompose.cut import PARTS, Part
 from uoe_jax.decompose.layers import from_layers, to_layers
 from uoe_jax.errors import ConfigError
@@ -64,6 +64,7 @@ def merged_config(config: ModelConfig) -> ModelConfig:
     _check_kinds(config, {"dense", "union"}, "only unions and dense layers merge")
     if "union" not in config.attention + config.mlp:
         raise ConfigError("the model is dense already; nothing is left to merge")
+    _check_whole(config)
     return dataclasses.replace(config, attention=("dense",), mlp=("dense",))
 
 
@@ -75,6 +76,17 @@ def check_dense(config: ModelConfig) -> None:
             f"{list(config.mlp)}); merge it first, or take a dense run"
         )
     _check_kinds(config, {"dense"}, "only dense layers decompose")
+    _check_whole(config)
+
+
+def _check_whole(config: ModelConfig) -> None:
+    """Raise ConfigError for layers narrower than their model."""
+    if config.widths != LayerWidths():
+        raise ConfigError(
+            "the model's layers are narrower than itself (model.widths), and neurons "
+            "are put in order for all layers alike; take the run from before they were "
+            "cut"
+        )
 
 
 def _check_kinds(config: ModelConfig, known: set[str], rule: str) -> None:

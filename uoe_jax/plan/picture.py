@@ -66,7 +66,8 @@ def _experts(
     model, rank = config.model, place["tensor"]
     attention, mlp = model.layer_kinds[-1]
     heads = _range(rank, model.num_kv_heads // sizes["tensor"])
-    columns = _range(rank, model.d_ff // sizes["tensor"])
+    own = model.of_layer(model.num_layers - 1)
+    columns = _range(rank, own.d_ff // sizes["tensor"])
     first = f"heads {heads}"
     if router := ATTENTIONS[attention].router(model):
         owned = owned_experts(config, router.num_experts, sizes["tensor"], rank)
