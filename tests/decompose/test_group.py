@@ -9,7 +9,6 @@ import pytest
 
 from tests.compare import assert_close
 from tests.decompose.test_exact import DENSE, draw
-from uoe_jax.decompose.calibrate import layer_values
 from uoe_jax.decompose.cut import Cut
 from uoe_jax.decompose.group import (
     coactivation_order,
@@ -20,6 +19,7 @@ from uoe_jax.decompose.route import SCORE_DEVIATION, expert_lengths, fit_router
 from uoe_jax.decompose.split import union_config
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import with_params
+from uoe_jax.model.observe import layer_values
 from uoe_jax.runs.probe import logits
 
 

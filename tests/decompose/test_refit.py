@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from tests.decompose.test_exact import DENSE, draw
 from uoe_jax.config import UnionConfig
-from uoe_jax.decompose.calibrate import Stream
 from uoe_jax.decompose.cut import Cut
 from uoe_jax.decompose.plan import as_written, make_plan
 from uoe_jax.decompose.refit import chosen_gates, core_first, fit_down
@@ -19,6 +18,7 @@ from uoe_jax.decompose.route import RouterFit
 from uoe_jax.decompose.split import merge_params, union_config
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import with_params
+from uoe_jax.model.observe import Stream
 from uoe_jax.runs.probe import logits
 
 seeds = st.integers(0, 2**31)

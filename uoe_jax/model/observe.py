@@ -1,8 +1,8 @@
-"""What a dense model's layers compute on some text, one layer at a time."""
+"""What a model's layers compute on some text, one layer at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +26,16 @@ class LayerValues(NamedTuple):
     output: Float[np.ndarray, "N D"]  # the MLP's
 
 
-class Stream:
-    """A batch on its way through a dense model, one layer after another.
+# A layer as it is run: (block, residual, context) -> what the MLP's output is added to,
+# that output, and whatever else is wanted of the layer.
+RunLayer = Callable[[Block, Array, Context], tuple[Array, Array, Any]]
 
-    The batch is one of the run's datasets. One layer is in memory at a time.
+
+class Stream:
+    """A batch on its way through a model, one layer after another.
+
+    The batch is one of the run's datasets. One layer is in memory at a time. `valid`
+    [B, T] says which tokens aren't padding.
     """
 
     def __init__(self, model: Any, batch: Mapping[str, np.ndarray]):
@@ -46,12 +52,17 @@ class Stream:
             context = make_context(config, tokens.shape, **known)
             x = model.embed(tokens, context.positions)
             valid = np.asarray(batch["segments"]) != 0
-        self._model, self._context, self._valid = model, context, valid
+        self._model, self._context, self.valid = model, context, valid
         self._number, self._residual, self._output = 0, x, jnp.zeros_like(x)
         self._last: Any = None  # the block before the next
 
     def run_layer(self) -> LayerValues:
-        """Return what the next layer computes."""
+        """Return what the next layer of a dense model computes."""
+        values = self.step(run_dense)
+        return LayerValues(*(np.asarray(value)[self.valid] for value in values))
+
+    def step(self, run: RunLayer) -> Any:
+        """Run the next layer by `run`; return what that finds beside the residual."""
         blocks = self._model.trunk.blocks
         stack, index = self._place()
         block = jax.tree.map(lambda a: a[index], blocks[stack])
@@ -59,14 +70,14 @@ class Stream:
         if last is not None:
             x = last.add(last.mlp_norm, x, self._output)
         self._last = block
-        self._residual, self._output, values = _run_layer(block, x, self._context)
+        self._residual, self._output, found = run(block, x, self._context)
         self._number += 1
-        return LayerValues(*(np.asarray(value)[self._valid] for value in values))
+        return found
 
     def replace_output(self, output: Float[np.ndarray, "N D"]) -> None:
         """Let the last layer's MLP have written something else."""
         whole = np.zeros(self._output.shape, np.float32)
-        whole[self._valid] = output
+        whole[self.valid] = output
         self._output = jnp.asarray(whole, self._output.dtype)
 
     def _place(self) -> tuple[int, int]:
@@ -85,16 +96,28 @@ _OPTIONS = ("positions", "segments")
 
 
 @jax.jit
-def _run_layer(
+def run_dense(
     block: Block, x: Float[Array, "B T D"], context: Context
 ) -> tuple[Array, Array, tuple[Array, ...]]:
     """Return what the MLP adds to and its output, and what `LayerValues` holds."""
+    first, heads, x = run_attention(block, x, context)
+    second = block.before(block.mlp_norm, x)
+    neurons, output = run_mlp(block.mlp, second)
+    return x, output, (first, heads, x, second, neurons, output)
+
+
+def run_attention(
+    block: Block, x: Float[Array, "B T D"], context: Context
+) -> tuple[Array, Array, Array]:
+    """Return what dense attention reads, its heads' outputs, and the residual after."""
     attention: Any = block.attention
     first = block.before(block.attention_norm, x)
     heads, _ = attention.attend_heads(first, context)
-    x = block.add(block.attention_norm, x, attention.project_out(heads))
-    second = block.before(block.mlp_norm, x)
-    mlp: Any = block.mlp
-    neurons = mlp.neurons(second)
-    output = mlp.write(neurons)
-    return x, output, (first, heads, x, second, neurons, output)
+    added = attention.project_out(heads)
+    return first, heads, block.add(block.attention_norm, x, added)
+
+
+def run_mlp(mlp: Any, x: Array) -> tuple[Array, Array]:
+    """Return a dense MLP's activations and its output."""
+    neurons = mlp.neurons(x)
+    return neurons, mlp.write(neurons)
