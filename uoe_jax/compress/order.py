@@ -1,0 +1,134 @@
+"""Nested orders of channels, and the weights that make up for those left out.
+
+A linear layer reads channels z with second moment C = E z^T z and writes z W. Keep the
+first k channels of an order and the best weights for them, in least squares, are
+`C_SS^-1 C_S: W`. With the order fixed, one Cholesky factor gives them for every k, and
+the error that stays: see `Lift`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+LEVERAGE_RIDGE = 1e-2  # of scores, in units of the channels' mean second moment
+RIDGE = 1e-7  # of the factor, likewise
+_BLOCK = 128  # rows solved at once
+_TRIES = 8  # of a ridge ten times larger each
+
+
+class Lift(NamedTuple):
+    """Channels in order, and what gives the best weights of the first k for any k.
+
+    With C of the sorted channels = L L^T, `lifted` is M = L^T W. Then
+    `C_SS^-1 C_S: W = L[:k, :k]^-T M[:k]`, and the error of the output is the sum of
+    squares of M[k:].
+    """
+
+    order: Int[np.ndarray, " F"]
+    factor: Float[np.ndarray, "F F"]
+    lifted: Float[np.ndarray, "F D"]
+
+    def weights(self, count: int) -> Float[np.ndarray, "K D"]:
+        """Return the best weights of the first `count` channels."""
+        return solve_transposed(self.factor[:count, :count], self.lifted[:count])
+
+    def errors(self) -> Float[np.ndarray, " F1"]:
+        """Return the output's squared error with the first k channels, k = 0 to F."""
+        return tail_sums(np.square(self.lifted.astype(np.float64)).sum(axis=1))
+
+
+def make_lift(
+    moment: Float[np.ndarray, "F F"],
+    weights: Float[np.ndarray, "F D"],
+    order: Int[np.ndarray, " F"],
+    ridge: float = RIDGE,
+) -> Lift:
+    """Return the lift of sorted channels, in float64."""
+    sorted_moment = moment[np.ix_(order, order)].astype(np.float64)
+    factor = cholesky(sorted_moment, ridge)
+    return Lift(order, factor, factor.T @ weights[order].astype(np.float64))
+
+
+def cholesky(
+    moment: Float[np.ndarray, "F F"], ridge: float = RIDGE
+) -> Float[np.ndarray, "F F"]:
+    """Return the lower factor of a moment with a ridge added to its diagonal.
+
+    The ridge is relative to the mean of the diagonal; it grows tenfold as often as a
+    moment that was summed in float32 needs it. Of nothing but zeros it is the identity.
+    """
+    size = len(moment)
+    mean = float(np.trace(moment)) / size
+    if mean <= 0:
+        return np.eye(size)
+    for attempt in range(_TRIES):
+        added = ridge * 10**attempt * mean
+        try:
+            return np.linalg.cholesky(moment + added * np.eye(size))
+        except np.linalg.LinAlgError:
+            continue
+    raise np.linalg.LinAlgError("the second moment has large negative eigenvalues")
+
+
+def solve_transposed(
+    factor: Float[np.ndarray, "K K"], right: Float[np.ndarray, "K D"]
+) -> Float[np.ndarray, "K D"]:
+    """Return X with `factor^T X = right` for a lower triangular factor, by blocks."""
+    found = np.array(right)
+    for start in reversed(range(0, len(factor), _BLOCK)):
+        stop = min(start + _BLOCK, len(factor))
+        rest = found[start:stop] - factor[stop:, start:stop].T @ found[stop:]
+        found[start:stop] = np.linalg.solve(factor[start:stop, start:stop].T, rest)
+    return found
+
+
+def leverage_scores(
+    moment: Float[np.ndarray, "F F"], ridge: float = LEVERAGE_RIDGE
+) -> Float[np.ndarray, " F"]:
+    """Return each channel's ridge leverage score: diag(C (C + ridge I)^-1).
+
+    MoDeGPT (Lin et al. 2024, algorithm 1) with a ridge relative to the mean of the
+    diagonal, so that it doesn't depend on the number of tokens.
+    """
+    moment = moment.astype(np.float64)
+    added = ridge * float(np.trace(moment)) / len(moment)
+    if added <= 0:
+        return np.zeros(len(moment))
+    inverse = np.linalg.inv(moment + added * np.eye(len(moment)))
+    return 1 - added * np.diag(inverse)
+
+
+def activity_scores(
+    moment: Float[np.ndarray, "F F"], weights: Float[np.ndarray, "F D"]
+) -> Float[np.ndarray, " F"]:
+    """Return what each channel writes: its root mean square times its row's length."""
+    lengths = np.linalg.norm(weights.astype(np.float64), axis=1)
+    return np.sqrt(np.maximum(np.diag(moment), 0)) * lengths
+
+
+def best_first(scores: Float[np.ndarray, " F"]) -> Int[np.ndarray, " F"]:
+    """Return the channels by falling score; of equal ones the first comes first."""
+    return np.argsort(-scores, kind="stable")
+
+
+def tail_sums(values: Float[np.ndarray, " F"]) -> Float[np.ndarray, " F1"]:
+    """Return the sum of values[k:] for k = 0 to F."""
+    return np.append(np.cumsum(values[::-1])[::-1], 0.0)
+
+
+def dropping_errors(
+    moment: Float[np.ndarray, "F F"],
+    weights: Float[np.ndarray, "F D"],
+    order: Int[np.ndarray, " F"],
+) -> Float[np.ndarray, " F1"]:
+    """Return the output's squared error with the first k channels, weights unchanged.
+
+    `weights` are sorted already. What the others wrote is tr(W_R^T C_RR W_R).
+    """
+    moment = moment[np.ix_(order, order)].astype(np.float64)
+    between = moment * (weights @ weights.T)
+    # Of the square of channels k to F: its corner, and the rest of its row and column.
+    return tail_sums(np.diag(between) + 2 * np.triu(between, 1).sum(axis=1))

@@ -1,0 +1,239 @@
+"""Second moments of what a model's layers compute on a text: one pass for all methods.
+
+Sums are made batch by batch in float32 at full precision and added up in float64 on the
+host; a statistics file holds them in float32, as every reader then sees them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from uoe_jax.config import ModelConfig
+from uoe_jax.errors import ConfigError
+from uoe_jax.model.context import Context
+from uoe_jax.model.layers import project
+from uoe_jax.model.mlp import activate
+from uoe_jax.model.observe import Stream, run_attention, run_mlp
+from uoe_jax.model.transformer import Block
+
+TOKENS_AT_ONCE = 4096  # of a calibration text; the sums don't depend on a run's batches
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class LayerStatistics(NamedTuple):
+    """Sums over the tokens of one layer; attention's are empty where it is routed.
+
+    Of a union's MLP an expert's neurons are those of the tokens that chose it, times
+    its gate, as `w_down` reads them. A dense MLP is one expert.
+    """
+
+    tokens: Float[np.ndarray, ""]
+    attention_input: Float[np.ndarray, "D D"]  # second moment
+    attention_mean: Float[np.ndarray, " D"]  # sum
+    query_squares: Float[np.ndarray, "K G H"]
+    key_squares: Float[np.ndarray, "K H"]
+    heads: Float[np.ndarray, "QH QH"]  # second moment of what the output reads
+    heads_mean: Float[np.ndarray, " QH"]
+    mlp_input: Float[np.ndarray, "D D"]
+    mlp_mean: Float[np.ndarray, " D"]
+    expert_tokens: Float[np.ndarray, " E"]  # that chose it
+    neurons: Float[np.ndarray, "E F F"]
+    neurons_mean: Float[np.ndarray, "E F"]
+    likeness: Float[np.ndarray, ""]  # sum of cos(residual before, after the layer)
+    inverse_square: Float[np.ndarray, ""]  # sum of 1 / |residual before the MLP|^2
+
+    @property
+    def influence(self) -> float:
+        """Block Influence: 1 - E cos(before, after) (Men et al. 2024, ShortGPT)."""
+        return 1 - float(self.likeness) / max(float(self.tokens), 1.0)
+
+    @property
+    def residual_square(self) -> float:
+        """The residual's squared length: its harmonic mean, as few tokens are huge."""
+        return float(self.tokens) / max(float(self.inverse_square), 1e-30)
+
+
+def check_kinds(model: ModelConfig) -> None:
+    """Raise ConfigError for a model with parts that aren't observed."""
+    known = ("attention dense", "attention union", "mlp dense", "mlp union")
+    for number, (attention, mlp) in enumerate(model.layer_kinds):
+        block = model.block_kinds[number]
+        kinds = (f"attention {attention}", f"mlp {mlp}", f"block {block}")
+        if other := [kind for kind in kinds if kind not in (*known, "block all")]:
+            raise ConfigError(
+                f"layer {number} has {other[0]}; compressed are dense layers and unions"
+            )
+
+
+def observe(
+    model: Any, batch: Mapping[str, np.ndarray], tokens_at_once: int = TOKENS_AT_ONCE
+) -> tuple[LayerStatistics, ...]:
+    """Return each layer's sums over a batch, `tokens_at_once` in memory at a time.
+
+    Raises ConfigError for a model with kinds that aren't dense or union.
+    """
+    check_kinds(model.config)
+    rows = len(next(iter(batch.values())))
+    length = model.config.num_image_tokens
+    if "tokens" in batch:
+        length = batch["tokens"].shape[1]
+    step = max(tokens_at_once // length, 1)
+    totals: list[dict[str, np.ndarray] | None] = [None] * model.config.num_layers
+    with jax.default_matmul_precision("highest"):
+        for start in range(0, rows, step):
+            part = {k: v[start : start + step] for k, v in batch.items()}
+            stream = Stream(model, part)
+            valid = jnp.asarray(stream.valid)
+            run = functools.partial(_observe, valid=valid)
+            for number in range(len(totals)):
+                sums = stream.step(run)
+                totals[number] = _added(totals[number], sums)
+    narrow = lambda total: LayerStatistics(
+        **{k: np.asarray(v, np.float32) for k, v in total.items()}
+    )
+    return tuple(narrow(total) for total in totals)
+
+
+def _added(
+    total: dict[str, np.ndarray] | None, sums: Mapping[str, Array]
+) -> dict[str, np.ndarray]:
+    """Return float64 sums with a batch's added, in place."""
+    if total is None:
+        return {name: np.asarray(value, np.float64) for name, value in sums.items()}
+    for name, value in sums.items():
+        total[name] += np.asarray(value)
+    return total
+
+
+@jax.jit
+def _observe(
+    block: Block, x: Float[Array, "B T D"], context: Context, *, valid: Array
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Return what the MLP adds to, its output, and one batch's `LayerStatistics`."""
+    # Its words are no arrays, which the traced ones would be.
+    context = Context(context.positions, context.segments, None, None, False)
+    attention: Any = block.attention
+    mask = valid.reshape(-1)
+    flat = lambda a: a.reshape(mask.size, -1)
+    counted = lambda a: jnp.where(mask[:, None], flat(a), 0)
+    if hasattr(attention, "router"):
+        first = block.before(block.attention_norm, x)
+        residual = block.add(block.attention_norm, x, attention(first, context)[0])
+        sums = _no_attention(x.dtype)
+    else:
+        first, heads, residual = run_attention(block, x, context)
+        sums = _attention_sums(attention, counted(first), counted(heads), mask)
+    second = block.before(block.mlp_norm, residual)
+    gates = mask[None].astype(x.dtype)
+    if hasattr(block.mlp, "router"):
+        gates *= _gates(block.mlp, second, context)
+        neurons, output = _run_experts(block.mlp, second, context)
+    else:
+        neurons, output = run_mlp(block.mlp, second)
+    after = block.add(block.mlp_norm, residual, output)
+    sums |= _mlp_sums(counted(second), flat(neurons), gates)
+    sums |= _residual_sums(flat(x), flat(residual), flat(after), mask)
+    return residual, output, sums
+
+
+def _gates(part: Any, x: Array, context: Context) -> Float[Array, "E N"]:
+    """Return each expert's gate for each token, 0 where it isn't chosen."""
+    routing = part.router(x, context)
+    experts = part.w_up.shape[0]
+    hot = jax.nn.one_hot(routing.choices, experts, dtype=x.dtype, axis=0)
+    return (hot * routing.gates[None]).sum(-1).reshape(experts, -1)
+
+
+def _run_experts(
+    mlp: Any, x: Float[Array, "B T D"], context: Context
+) -> tuple[Float[Array, "B T F"], Float[Array, "B T D"]]:
+    """Return every expert's activations, chosen or not, and the routed MLP's output."""
+    bias = lambda b: 0.0 if b is None else b[...].reshape(1, 1, *b.shape)
+    part = lambda w, b: jnp.einsum("btd,edf->btef", x, w[...].astype(x.dtype)) + bias(b)
+    gate = None if mlp.w_gate is None else part(mlp.w_gate, mlp.b_gate)
+    neurons = activate(part(mlp.w_up, mlp.b_up), gate, mlp.exact)
+    neurons = neurons.reshape(*x.shape[:2], -1)
+    return neurons, mlp(x, context)[0]
+
+
+def _moment(x: Float[Array, "N D"]) -> Float[Array, "D D"]:
+    return jnp.dot(x.T, x, precision=_HIGHEST)
+
+
+def _no_attention(dtype: Any) -> dict[str, Array]:
+    """Return the empty sums of attention that is routed."""
+    axes = {
+        "attention_input": 2, "attention_mean": 1, "query_squares": 3,
+        "key_squares": 2, "heads": 2, "heads_mean": 1,
+    }  # fmt: skip
+    return {name: jnp.zeros((0,) * count, dtype) for name, count in axes.items()}
+
+
+def _attention_sums(
+    attention: Any, x: Float[Array, "N D"], heads: Float[Array, "N QH"], mask: Array
+) -> dict[str, Array]:
+    """Return sums of what dense attention reads and makes; padded rows are zero."""
+
+    def squares(weight: Any, bias: Any, norm: Any) -> Array:
+        matrix = weight[0].reshape(x.shape[1], -1)
+        y = project(x, matrix, None if bias is None else bias[0].reshape(-1))
+        y = y.reshape(-1, *weight.shape[2:])
+        # Rotation leaves the square of a pair as it is, so it isn't done.
+        y = y if norm is None else norm(y)
+        return jnp.einsum(
+            "n,n...->...", mask.astype(y.dtype), y * y, precision=_HIGHEST
+        )
+
+    return {
+        "attention_input": _moment(x),
+        "attention_mean": x.sum(0),
+        "query_squares": squares(attention.wq, attention.bq, attention.q_norm),
+        "key_squares": squares(attention.wk, attention.bk, attention.k_norm),
+        "heads": _moment(heads),
+        "heads_mean": heads.sum(0),
+    }
+
+
+def _mlp_sums(
+    x: Float[Array, "N D"], neurons: Float[Array, "N EF"], gates: Float[Array, "E N"]
+) -> dict[str, Array]:
+    """Return sums of what the MLP reads and of its neurons times their gates."""
+    parts = jnp.moveaxis(neurons.reshape(x.shape[0], gates.shape[0], -1), 1, 0)
+
+    def one(item: tuple[Array, Array]) -> tuple[Array, Array]:
+        part, gate = item
+        scaled = part * gate[:, None]
+        return _moment(scaled), scaled.sum(0)
+
+    moments, means = jax.lax.map(one, (parts, gates))
+    return {
+        "mlp_input": _moment(x),
+        "mlp_mean": x.sum(0),
+        "expert_tokens": (gates != 0).astype(x.dtype).sum(1),
+        "neurons": moments,
+        "neurons_mean": means,
+    }
+
+
+def _residual_sums(
+    before: Float[Array, "N D"],
+    between: Float[Array, "N D"],
+    after: Float[Array, "N D"],
+    mask: Array,
+) -> dict[str, Array]:
+    """Return sums of how like the residual is itself after a layer, and of its size."""
+    square = lambda a: jnp.maximum(jnp.sum(a * a, axis=1), 1e-30)
+    likeness = (before * after).sum(1) * jax.lax.rsqrt(square(before) * square(after))
+    sums = lambda a: jnp.where(mask, a, 0).sum()
+    return {
+        "tokens": mask.astype(before.dtype).sum(),
+        "likeness": sums(likeness),
+        "inverse_square": sums(1 / square(between)),
+    }
