@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float, Int
 from uoe_jax.config import ModelConfig
 from uoe_jax.data.record import carried_record
 from uoe_jax.decompose.group import contributions
-from uoe_jax.decompose.layers import from_layers, to_layers
 from uoe_jax.decompose.refit import Refit, core_first, fit_down
 from uoe_jax.model import flat_params, with_params
 from uoe_jax.model.observe import LayerValues, Stream
+from uoe_jax.model.stacks import from_layers, to_layers
 from uoe_jax.runs.batches import CALIBRATION_TOKENS, calibration_batch
 from uoe_jax.runs.load import load_run
 from uoe_jax.runs.probe import in_float32

@@ -31,6 +31,7 @@ FIRST = {
     "decompose": ["nowhere", "--experts", "2"], "adapt": ["nowhere"],
     "import": ["nowhere"], "export": ["nowhere"], "config": ["tiny"],
     "sweep": ["tiny", "--grid", "train.seed=0"],
+    "compress": ["nowhere", "--cut", "0.3"],
 }  # fmt: skip
 # A method, and arguments that carry no name.
 NOT_PATHS = {("adapt", "--path"), ("complete", "--file"), ("export", "--out")}

@@ -33,6 +33,7 @@ _LEAVES_FILES = (
     "demo",
     "report",
     "decompose",
+    "compress",
     "adapt",
     "complete",
     "import",
@@ -61,6 +62,7 @@ VERBS: dict[str, Verb] = {
     "decompose": Verb(
         "cli.decompose:decompose", "a dense run into a union run, exactly, and back"
     ),
+    "compress": Verb("cli.compress:compress", "a run made smaller, without training"),
     "import": Verb("cli.interop:import_model", "a Hugging Face or GGUF model as a run"),
     "export": Verb("cli.interop:export_model", "a run as a Hugging Face model"),
     "leakcheck": Verb(
@@ -97,6 +99,8 @@ _USUAL = {
     "plot": "report",
     "compare": "report",
     "split": "decompose",
+    "prune": "compress",
+    "shrink": "compress",
     "merge": "decompose",
     "finetune": "adapt",
     "fine-tune": "adapt",

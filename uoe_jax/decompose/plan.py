@@ -11,7 +11,6 @@ from jaxtyping import Int
 from uoe_jax.config import ModelConfig
 from uoe_jax.decompose.cut import PARTS, Cut
 from uoe_jax.decompose.group import contributions, order_neurons
-from uoe_jax.decompose.layers import from_layers, to_layers
 from uoe_jax.decompose.refit import Refit, chosen_gates, core_first, fit_down
 from uoe_jax.decompose.route import (
     RouterFit,
@@ -21,6 +20,7 @@ from uoe_jax.decompose.route import (
 from uoe_jax.decompose.split import split_params
 from uoe_jax.model import flat_params
 from uoe_jax.model.observe import LayerValues, Stream
+from uoe_jax.model.stacks import from_layers, to_layers
 from uoe_jax.tree import Arrays
 
 

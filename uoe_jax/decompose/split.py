@@ -17,9 +17,9 @@ from jaxtyping import Int
 
 from uoe_jax.config import LayerWidths, ModelConfig, UnionOverrides
 from uoe_jax.decompose.cut import PARTS, Part
-from uoe_jax.decompose.layers import from_layers, to_layers
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import check_params, param_shapes
+from uoe_jax.model.stacks import from_layers, to_layers
 from uoe_jax.tree import Arrays
 from uoe_jax.weights import ATTENTION, MLP
 

@@ -39,7 +39,7 @@ def from_layers(
     params, period = dict(rest), layer_period(config)
     for stack in range(period):
         members = layers[stack::period]
-        for inner in members[0]:
+        for inner in members[0] if members else ():
             arrays = [member[inner] for member in members]
             params[f"{BLOCKS}{stack}.{inner}"] = np.stack(arrays)
     return params
