@@ -32,6 +32,8 @@ def draw(seed, rows, columns, rank=None):
     inner = rng.normal(size=(rows, rank or columns)) @ rng.normal(
         size=(rank or columns, columns)
     )
+    if rank is None:  # well conditioned, so that weights can be compared
+        inner = inner / columns**0.5 + rng.normal(size=inner.shape)
     return inner * rng.uniform(0.2, 3, (1, columns)), rng
 
 
