@@ -3,13 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from uoe_jax.cluster.mlc import MLC
     from uoe_jax.cluster.ppp import PPP
 
-__all__ = ["PPP"]
+__all__ = ["MLC", "PPP"]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
+    if name == "MLC":
+        from uoe_jax.cluster.mlc import MLC
+
+        return MLC
     if name == "PPP":
         from uoe_jax.cluster.ppp import PPP
 

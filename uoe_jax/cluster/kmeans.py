@@ -92,13 +92,13 @@ def _exchange(
     costs[split], costs[:, split] = np.inf, np.inf
     np.fill_diagonal(costs, np.inf)
     a, b = np.unravel_index(np.argmin(costs), costs.shape)
-    if costs[a, b] >= gains[split]:
+    cut = halves[split].centres(2)
+    if cut is None or costs[a, b] >= gains[split]:
         return None
     moved = centres.copy()
     joined = mass[a] * centres[a] + mass[b] * centres[b]
     moved[a] = joined / max(mass[a] + mass[b], 1e-300)
-    first, second = halves[split].centres(2)
-    moved[split], moved[b] = first, second
+    moved[split], moved[b] = cut
     return moved.round(DIGITS)
 
 
