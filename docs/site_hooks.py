@@ -1,8 +1,9 @@
 """What mkdocs adds to the pages of docs/ when it builds the site.
 
 The results browser; the experiments' pages and the JSON files that pages link to; the
-notebooks, with their outputs if they were executed (UOE_NOTEBOOKS=run, minutes). Links
-that lead out of docs/ are led to those.
+notebooks, with their outputs if they were executed (UOE_NOTEBOOKS=run, minutes; the one
+of a real model fetches it from the hub, or reads the folder UOE_MODEL). Links that lead
+out of docs/ are led to those.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.interop.tiny_folders import write_folder
+
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "colabs").glob("*.ipynb"))
 
 
@@ -77,6 +79,8 @@ def test_the_first_cell_installs_from_a_checkout_or_a_git_address(
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("UOE_SHORT", "1")
+    write_folder(tmp_path / "model")  # instead of one of the hub
+    monkeypatch.setenv("UOE_MODEL", str(tmp_path / "model"))
     monkeypatch.delenv("MPLBACKEND", raising=False)  # a kernel has its own
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
