@@ -1,6 +1,7 @@
 """A run as a model of lm-evaluation-harness: log-probabilities, continuations."""
 
 import importlib.util
+import json
 import sys
 import types
 from types import SimpleNamespace
@@ -180,3 +181,64 @@ def test_it_is_a_model_of_the_harness(run, scorer, monkeypatch):
     assert lm.generate_until([ask("the", settings)]) == made
     with pytest.raises(ConfigError, match="batch_size is 0"):
         run_lm(run, batch_size=0)
+
+
+def test_the_number_of_new_tokens_has_the_names_of_the_harness(scorer):
+    make = lambda **settings: scorer.generate_until([("the 7 words", settings)])[0]
+    wanted = make(max_gen_toks=3)
+    for name in ("max_new_tokens", "max_tokens", "max_completion_tokens"):
+        assert make(**{name: 3}) == wanted
+    assert make(max_gen_toks=3, max_tokens=9) == wanted
+    # Half of what the model takes, where nothing is said and 256 don't fit.
+    assert make() == make(max_gen_toks=12) != wanted
+
+
+TASK = """task: local
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+doc_to_text: "{{{{q}}}}"
+output_type: {kind}
+{more}
+"""
+ASKED = {
+    "multiple_choice": (
+        'doc_to_choice: "{{choices}}"\ndoc_to_target: gold\n'
+        "metric_list: [{metric: acc}]"
+    ),
+    "generate_until": (
+        'doc_to_target: "{{made}}"\nmetric_list: [{metric: exact_match}]\n'
+        'generation_kwargs: {until: ["zzz"], max_gen_toks: 4}'
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_a_whole_evaluation(run, scorer, tmp_path, monkeypatch, kind):
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked, choices = ["the 7", "number 9"], ["words", "text", "of a"]
+    rows = []
+    for wrong, q in enumerate(asked):
+        found = [value for value, _ in scorer.loglikelihood(
+            [(q, f" {choice}") for choice in choices]
+        )]  # fmt: skip
+        gold = (int(np.argmax(found)) + wrong) % 3  # right for the first only
+        made = scorer.generate_until([(q, {"until": ["zzz"], "max_gen_toks": 4})])[0]
+        rows.append({"q": q, "choices": choices, "gold": gold, "made": made})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = TASK.format(rows=file, kind=kind, more=ASKED[kind])
+    (tmp_path / "local.yaml").write_text(task)
+    found = lm_eval.simple_evaluate(
+        model=run_lm(run, batch_size=3),
+        tasks=["local"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+    )["results"]["local"]
+    if kind == "multiple_choice":
+        assert found["acc,none"] == 0.5
+    else:
+        assert found["exact_match,none"] == 1

@@ -26,7 +26,9 @@ from uoe_jax.runs.load import LoadedRun, load_run
 from uoe_jax.train.loss import output_layer, token_scores
 
 _CHUNK = 1024  # tokens whose logits are alive at once
-_NEW_TOKENS = 256  # where a request doesn't say
+_NEW_TOKENS = 256  # where a request doesn't say, at most half of what a model takes
+# How a request says it: the harness' names, the first given one counts.
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 class Row(NamedTuple):
@@ -108,7 +110,8 @@ class Scorer:
         """Return what follows contexts that are gone on with in the same way."""
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
-        new = int(settings.get("max_gen_toks", _NEW_TOKENS))
+        asked = [settings[n] for n in _LENGTHS if settings.get(n) is not None]
+        new = int(asked[0]) if asked else min(_NEW_TOKENS, self.length // 2)
         room = self.length - new
         if room < 1:
             raise ConfigError(
