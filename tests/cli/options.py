@@ -23,6 +23,7 @@ CLASSES = {
     "topology": "uoe_jax.cli.topology:TopologyOptions",
     "adapt": "uoe_jax.cli.adapt:AdaptOptions",
     "complete": "uoe_jax.complete.options:CompleteArgs",
+    "cluster": "uoe_jax.cli.cluster:ClusterOptions",
     "cost": "uoe_jax.cli.cost:CostOptions",
     "import": "uoe_jax.cli.interop:ImportOptions",
     "export": "uoe_jax.cli.interop:ExportOptions",
@@ -227,6 +228,13 @@ TESTED: dict[str, dict[str, str]] = {
         "--seed": "complete/test_complete_options.py",
         "--solver": "complete/test_complete_options.py",
         "--tol": "complete/test_complete_options.py",
+    },
+    "cluster": {
+        "--method": "cli/test_cluster.py",
+        "--k": "cli/test_cluster.py",
+        "--compare": "cli/test_cluster.py",
+        "--json": "cli/test_cluster.py",
+        "--out": "cli/test_cluster.py",
     },
     "cost": {
         "--device": "cli/test_cost_decode.py",

@@ -30,11 +30,17 @@ FIRST = {
     "report": ["nowhere"], "leakcheck": ["tiny"], "complete": ["nowhere.csv"],
     "decompose": ["nowhere", "--experts", "2"], "adapt": ["nowhere"],
     "import": ["nowhere"], "export": ["nowhere"], "config": ["tiny"],
+    "cluster": ["nowhere.npz"],
     "sweep": ["tiny", "--grid", "train.seed=0"],
     "compress": ["nowhere", "--cut", "0.3"],
 }  # fmt: skip
 # A method, and arguments that carry no name.
-NOT_PATHS = {("adapt", "--path"), ("complete", "--file"), ("export", "--out")}
+NOT_PATHS = {
+    ("adapt", "--path"),
+    ("complete", "--file"),
+    ("cluster", "--file"),
+    ("export", "--out"),
+}
 CONFIGS = ("--data.path", "--data.data-dir", "--data.cache-dir", "--data.tokenizer")
 
 

@@ -36,6 +36,7 @@ _LEAVES_FILES = (
     "compress",
     "adapt",
     "complete",
+    "cluster",
     "import",
     "export",
 )
@@ -76,6 +77,9 @@ VERBS: dict[str, Verb] = {
     ),
     "adapt": Verb("cli.adapt:adapt", "a run fitted to other data by small factors"),
     "complete": Verb("cli.complete:complete", "a low-rank matrix from its entries"),
+    "cluster": Verb(
+        "cli.cluster:cluster", "which points belong together, and how many kinds"
+    ),
     "cost": Verb("cli.cost:cost", "parameters, FLOPs and bytes of a preset"),
 }
 

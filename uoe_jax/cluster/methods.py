@@ -1,0 +1,103 @@
+"""Four ways to cluster an array, asked and answered alike, to be set side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+
+from uoe_jax.cluster.metrics import accuracy, mutual_information, numerical_rank
+from uoe_jax.cluster.mlc import MLC
+from uoe_jax.cluster.ppp import PPP
+from uoe_jax.cluster.prepare import make_frame
+from uoe_jax.errors import ConfigError, extra_packages
+
+Method = Literal["ppp", "mlc", "spectral", "kmeans"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clustered:
+    """What a method makes of points."""
+
+    method: Method
+    labels: Int[np.ndarray, " N"]
+    sizes: list[int]
+    # Of a cluster's features; where points are their own, around the cluster's mean.
+    ranks: list[int]
+    how: str  # where the number of clusters is from
+    seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def scores(self, classes: Shaped[np.ndarray, " N"]) -> dict[str, float]:
+        """Return accuracy and normalised mutual information against classes."""
+        return {
+            "accuracy": accuracy(self.labels, classes),
+            "nmi": mutual_information(self.labels, classes),
+        }
+
+
+def cluster_points(
+    points: Float[np.ndarray, "N P"], method: Method, num_clusters: int | None
+) -> Clustered:
+    """Return clusters of points; None: as many as PPP finds.
+
+    ppp: PPP. mlc: MLC with its network. spectral: MLC's affinity of the points'
+    directions alone. kmeans: scikit-learn's, on standardised principal axes.
+
+    Raises ConfigError for more clusters than points, DataError for bad points.
+    """
+    if num_clusters is not None and num_clusters > len(points):
+        raise ConfigError(
+            f"k is {num_clusters} and there are {len(points)} points; ask for no more "
+            "clusters than points"
+        )
+    begun = perf_counter()
+    how = "given" if num_clusters is not None else "found by PPP among points"
+    details: dict[str, Any] = {}
+    features, centred = points, True
+    if method in ("mlc", "spectral"):
+        network = method == "mlc"
+        mlc = MLC(num_clusters=num_clusters, network=network).fit(points)
+        labels, features, centred = mlc.labels, mlc.features, False
+        details = mlc.report()
+        if num_clusters is None:
+            how = "found by PPP among features"
+    elif method == "ppp":
+        ppp = PPP(num_clusters=num_clusters).fit(points)
+        labels, details = ppp.labels, ppp.report()
+    else:
+        labels = _kmeans(points, num_clusters or PPP().fit(points).found)
+    sizes = np.bincount(labels)
+    parts = [features[labels == j] for j in range(len(sizes))]
+    ranks = [numerical_rank(p - p.mean(axis=0)[None] if centred else p) for p in parts]
+    return Clustered(
+        method=method,
+        labels=labels,
+        sizes=sizes.tolist(),
+        ranks=ranks,
+        how=how,
+        seconds=perf_counter() - begun,
+        details=details,
+    )
+
+
+def _kmeans(points: np.ndarray, count: int) -> Int[np.ndarray, " N"]:
+    """Return scikit-learn's labels, the best of ten starts; the largest part first."""
+    with extra_packages():
+        from sklearn.cluster import KMeans
+
+    turned = make_frame(points).apply(points)
+    if len(np.unique(turned, axis=0)) < count:
+        raise ConfigError(
+            f"k is {count} and the points have fewer different values; ask for fewer"
+        )
+    if count == 1:
+        return np.zeros(len(points), np.int64)
+    labels = KMeans(count, n_init=10, random_state=0).fit(turned).labels_
+    sizes = np.bincount(labels, minlength=count)
+    place = np.empty(count, np.int64)
+    place[np.argsort(-sizes, kind="stable")] = np.arange(count)
+    return place[labels]
