@@ -83,7 +83,7 @@ class MLC(Checked):
         """Cluster points, a row each, and return self.
 
         Raises DataError for points that aren't finite numbers in a table, ConfigError
-        for more clusters than points.
+        for more clusters than points or than there are different points.
         """
         points = check_points(points)
         if self.num_clusters and self.num_clusters > min(len(points), ANCHORS):
@@ -206,12 +206,12 @@ class MLC(Checked):
         k = self.num_clusters
         if k is None:
             k = PPP().fit(self.features[anchors]).found
-        found = spectral_labels(self._affinity(rows[anchors]), k)
-        sizes = np.bincount(found, minlength=k)
-        first = np.array([np.argmax(found == j) for j in range(k)])
-        place = np.empty(k, np.int64)
-        place[np.lexsort((first, -sizes))] = np.arange(k)
-        found = place[found]  # the largest first, of equals the first seen
+        if (distinct := len(np.unique(rows[anchors].round(6), axis=0))) < k:
+            raise ConfigError(
+                f"num_clusters is {k} and only {distinct} directions of points "
+                "differ: there are too few different values; ask for fewer"
+            )
+        found = _by_size(spectral_labels(self._affinity(rows[anchors]), k), k)
         z = self.features[anchors]
         self._bases = [_basis(z[found == j]) for j in range(k)]
         labels = self._nearest(self.features)
@@ -221,6 +221,15 @@ class MLC(Checked):
     def _nearest(self, z: Float[np.ndarray, "N D"]) -> Int[np.ndarray, " N"]:
         held = [np.square(z @ basis).sum(axis=1) for basis in self._bases]
         return np.argmax(np.stack(held, axis=1), axis=1)
+
+
+def _by_size(labels: Int[np.ndarray, " N"], count: int) -> Int[np.ndarray, " N"]:
+    """Return labels in numbers anew: the largest first, of equals the first seen."""
+    sizes = np.bincount(labels, minlength=count)
+    first = np.array([np.argmax(labels == j) for j in range(count)])
+    place = np.empty(count, np.int64)
+    place[np.lexsort((first, -sizes))] = np.arange(count)
+    return place[labels]
 
 
 def _basis(z: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "D R"]:
