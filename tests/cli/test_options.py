@@ -108,6 +108,9 @@ def other_values(old, hint):
         if typing.get_origin(kind) is typing.Literal:
             yield from (w for w in typing.get_args(kind) if w != old)
         if typing.get_origin(kind) is tuple:
+            if plain(typing.get_args(kind)[0]) is int:  # a number a layer
+                yield from ([n] * layers for layers in (2, 4) for n in (8, 2))
+                return
             words = typing.get_args(plain(typing.get_args(kind)[0])) or (8,)
             yield from ([w] for w in words if (w,) != old)
             return
@@ -142,11 +145,15 @@ GROUPS = sorted({option.rpartition(".")[0] for option, _, _ in FIELDS})
 def changes(group):
     """Yield (preset, words, config): legal commands that type all of a group."""
     left = [f for f in FIELDS if f[0].rpartition(".")[0] == group]
-    vision = ["--model.kind", "vision"]  # which no preset is
-    for preset, first in [*((name, []) for name in PRESETS), ("tiny", vision)]:
-        config, words, later = get_preset(preset), list(first), []
-        if first:
-            config = with_value(config, ("model", "kind"), "vision")
+    # Which no preset is.
+    others = [("kind", "vision"), ("activation", "swiglu")]
+    begun = [*((name, ()) for name in PRESETS), *(("tiny", other) for other in others)]
+    for preset, other in begun:
+        config, first = get_preset(preset), []
+        if other:
+            config = with_value(config, ("model", other[0]), other[1])
+            first = [f"--model.{other[0]}", other[1]]
+        words, later = list(first), []
         for option, path, hint in left:
             for value in other_values(get(config, path), hint):
                 try:

@@ -22,7 +22,7 @@ class Compress(Checked):
     # Share of the blocks' parameters (of their predicted time, with seconds) to cut.
     cut: Share | None = None
 
-    # modegpt: fitted; sort: its orders, nothing fitted; drop, flap, magnitude: by what
+    # modegpt: fitted; sort: its MLPs without fits; drop, flap, magnitude: by what
     # channels write, fluctuate, weigh
     method: Method = "modegpt"
 

@@ -1,0 +1,1 @@
+"""010: a published model made smaller, by method and by where the cut falls."""
