@@ -1,7 +1,7 @@
 """Second moments of what a model's layers compute on a text: one pass for all methods.
 
 Sums are made batch by batch in float32 at full precision and added up in float64 on the
-host; a statistics file holds them in float32, as every reader then sees them.
+host.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from uoe_jax.config import RANKS, LayerWidths, ModelConfig
+from uoe_jax.model.stacks import from_layers, to_layers
 from uoe_jax.weights import BLOCKS, Param, layer_period, model_params
 
 # Where a weight's key heads stand in it; their pairs go back to their places.
@@ -27,34 +28,19 @@ def pad_layers(
     whole = dataclasses.replace(model, widths=LayerWidths())
     if whole == model:
         return model, dict(params)
-    wanted = model_params(whole)
-    padded = {n: a for n, a in params.items() if not n.startswith(BLOCKS)}
-    narrow, period = layer_period(model), layer_period(whole)
-    for layer in range(model.num_layers):
-        pick = lambda arrays, n=layer: _layer(arrays, n % narrow, n // narrow)
-        start = f"{BLOCKS}{layer % period}."
+    rest, layers = to_layers(params, model)
+    kept = to_layers(buffers, model)[1]
+    wanted, period = model_params(whole), layer_period(whole)
+    padded = []
+    for number, layer in enumerate(layers):
+        start = f"{BLOCKS}{number % period}."
         shapes = {
             name.removeprefix(start): param
             for name, param in wanted.items()
             if name.startswith(start)
         }
-        found = _pad_layer(model, pick(params), pick(buffers), shapes)
-        for inner, array in found.items():
-            name = start + inner
-            if name not in padded:
-                padded[name] = np.zeros(wanted[name].shape, array.dtype)
-            padded[name][layer // period] = array
-    return whole, padded
-
-
-def _layer(arrays: Arrays, stack: int, index: int) -> dict[str, np.ndarray]:
-    """Return a layer's arrays by their name inside it."""
-    start = f"{BLOCKS}{stack}."
-    return {
-        name.removeprefix(start): array[index]
-        for name, array in arrays.items()
-        if name.startswith(start)
-    }
+        padded.append(_pad_layer(model, layer, kept[number], shapes))
+    return whole, from_layers(rest, padded, whole)
 
 
 def _pad_layer(
