@@ -5,7 +5,8 @@
 
 The texts are those of experiment 009: Wikipedia articles and files of Python's
 standard library. Transformers, in the interpreter `--peer-python`, opens what `uoe
-export` writes of the run and reads the same rows of tokens, in float32. The same line
+export` writes of the run and reads the same rows of tokens, in float32. On a GPU, set
+JAX_DEFAULT_MATMUL_PRECISION=highest, or products are of shorter numbers. The same line
 goes on where the last one ended; more `--tokens` go on too.
 """
 
@@ -22,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.e009_real_model.study import write_texts
@@ -146,7 +148,9 @@ def main(argv: list[str]) -> None:
         "model": run.config.name,
         "compute_dtype": run.config.model.compute_dtype,
         "length": args.length,
-        "device": f"CPU, {os.cpu_count()} cores",
+        "device": device
+        if (device := jax.devices()[0].device_kind) != "cpu"
+        else f"CPU, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "jax": version("jax"),
         "peer": json.loads(said.stdout.splitlines()[-1]),

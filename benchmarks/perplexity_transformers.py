@@ -16,9 +16,11 @@ import transformers
 
 def main(folder: str, rows: str, losses: str, count: str) -> None:
     """Append the loss of each of the first rows of each text that has none yet."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True
-    ).eval()
+    )
+    model = model.to(device).eval()
     file = Path(losses)
     lines = file.read_text().splitlines() if file.exists() else []
     done = {(e["text"], e["row"]) for e in map(json.loads, lines)}
@@ -27,7 +29,7 @@ def main(folder: str, rows: str, losses: str, count: str) -> None:
             for text in texts.files:
                 if number >= len(texts[text]) or (text, number) in done:
                     continue
-                row = torch.from_numpy(texts[text][number]).long()[None]
+                row = torch.from_numpy(texts[text][number]).long()[None].to(device)
                 logits = model(row[:, :-1], use_cache=False).logits[0]
                 loss = torch.nn.functional.cross_entropy(
                     logits.double(), row[0, 1:], reduction="sum"

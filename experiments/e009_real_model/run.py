@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.e009_real_model.prune import Prune, prune_run
+from experiments.e009_real_model.prune import Prune, narrower, prune_run
 from experiments.e009_real_model.study import (
     MARKS,
     TINY,
@@ -45,16 +45,18 @@ from experiments.e009_real_model.study import (
 from experiments.e009_real_model.table import write_summary
 from experiments.shared.case import change
 from experiments.shared.work import prepare
-from uoe_jax.config import ExperimentConfig, config_hash
+from uoe_jax.config import ExperimentConfig, ModelConfig, config_hash
 from uoe_jax.data import make_dataset
 from uoe_jax.data.record import read_record
 from uoe_jax.decompose.plan import Cut
 from uoe_jax.decompose.runs import decompose_run
+from uoe_jax.decompose.split import union_config
 from uoe_jax.errors import UoeError
 from uoe_jax.files import format_json, write_atomically
 from uoe_jax.generate import generate
 from uoe_jax.hardware.count import count_params, flops_per_token
 from uoe_jax.interop.importing import import_run
+from uoe_jax.model import make_model
 from uoe_jax.partition.mesh import evaluation_mesh
 from uoe_jax.runs.folder import write_settings
 from uoe_jax.runs.load import load_run
@@ -187,7 +189,7 @@ class Study:
     def look_ahead(self, jobs: list[tuple[str, Entry]]) -> None:
         """Begin to make the models of all jobs, in their order."""
         for kind, entry in jobs:
-            wanted = [entry.plain, entry.made] if kind == "train" else [entry.plain]
+            wanted = [entry.plain, entry.made] if kind == "train" else []
             for made in wanted:
                 if made is not None and made not in self.making:
                     folder = self.work / "made" / config_hash(made)
@@ -248,12 +250,14 @@ class Study:
                 curve[tokens] = self.score(folder, step=step)
 
     def speed(self, entry: Entry) -> None:
-        """Measure how fast an entry's model decodes; its weights don't matter."""
+        """Measure how fast an entry's model decodes, by fresh weights of its shape."""
         found = self.results["entries"].setdefault(entry.name, {})
-        run = load_run(self.made(entry.plain))
+        dense = load_run(self.work / "imported").config.model
+        make_fresh = jax.jit(make_model, static_argnums=0)
+        model = make_fresh(shape_of(entry.plain, dense), jax.random.key(0))
         rates = {}
         for rows in self.scale.decode_rows:
-            rates[str(rows)] = decode_rate(run.model, rows, self.scale)
+            rates[str(rows)] = decode_rate(model, rows, self.scale)
         found["decode_tokens_per_second"] = rates
         self.say(f"{entry.name} decodes {rates} tokens/s")
         self.write()
@@ -265,6 +269,16 @@ def make(made: Cut | Prune, dense: Path, folder: Path) -> Path:
         write = prune_run if isinstance(made, Prune) else decompose_run
         write(dense, folder, made)  # type: ignore[arg-type]
     return folder
+
+
+def shape_of(made: Cut | Prune | None, dense: ModelConfig) -> ModelConfig:
+    """Return the config of what `make` makes of a dense model."""
+    if made is None:
+        return dense
+    if isinstance(made, Prune):
+        return narrower(dense, made)
+    where = (made.parts, made.attention_experts, made.shared)
+    return union_config(dense, made.num_experts, made.chosen, *where)
 
 
 def set_flax() -> None:
