@@ -189,8 +189,10 @@ class Study:
     def look_ahead(self, jobs: list[tuple[str, Entry]]) -> None:
         """Begin to make the models of all jobs, in their order."""
         for kind, entry in jobs:
-            wanted = [entry.plain, entry.made] if kind == "train" else []
-            for made in wanted:
+            known = self.results["entries"].get(entry.name, {})
+            needed = {"plain_at_once": entry.plain, "at_once": entry.made}
+            wanted = [m for name, m in needed.items() if name not in known]
+            for made in [*wanted, entry.made] if kind == "train" else []:
                 if made is not None and made not in self.making:
                     folder = self.work / "made" / config_hash(made)
                     job = self.maker.submit(make, made, self.work / "imported", folder)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float
 
 from uoe_jax.config import UnionConfig
 from uoe_jax.decompose.route import RouterFit
@@ -73,21 +74,43 @@ def fit_down(
     of Z^T Z. Neurons are in the experts' order. A neuron that is never on keeps its
     weights.
     """
-    experts = gates.shape[1]
-    width = neurons.shape[1] // experts
-    on = neurons * np.repeat(gates, width, axis=1)
-    moment = (on.T @ on).astype(np.float64)
+    on, *sums, before = _normal_equations(neurons, gates, w_down, wanted)
+    moment, cross = (np.asarray(a, np.float64) for a in sums)
     rho = ridge * float(np.trace(moment)) / len(moment)
     if rho <= 0:  # nothing is ever on
         return Refit(w_down, np.zeros_like(wanted), 1.0, 1.0)
-    left = wanted - on @ w_down
-    change = np.linalg.solve(
-        moment + rho * np.eye(len(moment)), (on.T @ left).astype(np.float64)
-    )
+    change = np.linalg.solve(moment + rho * np.eye(len(moment)), cross)
     new = (w_down + change).astype(np.float32)
-    outputs, length = on @ new, max(float(np.linalg.norm(wanted)), 1e-30)
-    before, after = np.linalg.norm(left), np.linalg.norm(wanted - outputs)
+    outputs, after = map(np.asarray, _apply(on, new, wanted))
+    length = max(float(np.linalg.norm(wanted)), 1e-30)
     return Refit(new, outputs, float(before) / length, float(after) / length)
+
+
+# The products over all tokens are the work, so they are made where jax computes: on a
+# GPU's host numpy took minutes for them. The solution has double precision.
+@jax.jit
+@jax.default_matmul_precision("highest")
+def _normal_equations(
+    neurons: Float[Array, "N F"],
+    gates: Float[Array, "N E"],
+    w_down: Float[Array, "F D"],
+    wanted: Float[Array, "N D"],
+) -> tuple[Array, ...]:
+    """Return Z, Z^T Z, Z^T R and |R|, where R is what `w_down` leaves of `wanted`."""
+    width = neurons.shape[1] // gates.shape[1]
+    on = neurons * jnp.repeat(gates, width, axis=1)
+    left = wanted - on @ w_down
+    return on, on.T @ on, on.T @ left, jnp.linalg.norm(left)
+
+
+@jax.jit
+@jax.default_matmul_precision("highest")
+def _apply(
+    on: Float[Array, "N F"], w_down: Float[Array, "F D"], wanted: Float[Array, "N D"]
+) -> tuple[Array, Array]:
+    """Return what neurons write, and how far that is from what is wanted."""
+    outputs = on @ w_down
+    return outputs, jnp.linalg.norm(wanted - outputs)
 
 
 def core_first(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 # Scores this small order the experts and leave every gate within 1% of 1.
 SCORE_DEVIATION = 0.02
@@ -27,10 +29,19 @@ def expert_lengths(
 
     `inner` are neurons or heads' values in the experts' order, F = E W.
     """
+    return np.asarray(_lengths(inner, weight))
+
+
+@jax.jit
+@jax.default_matmul_precision("highest")
+def _lengths(
+    inner: Float[Array, "N F"], weight: Float[Array, "E W D"]
+) -> Float[Array, "N E"]:
     experts, width, _ = weight.shape
-    parts = inner.reshape(len(inner), experts, width)
-    outputs = (parts[:, e] @ weight[e] for e in range(experts))
-    return np.stack([np.linalg.norm(y, axis=1) for y in outputs], axis=1)
+    parts = inner.reshape(len(inner), experts, width).swapaxes(0, 1)
+    # One expert at a time: the outputs of all would be E times the residual stream.
+    length = lambda pair: jnp.linalg.norm(pair[0] @ pair[1], axis=1)
+    return jax.lax.map(length, (parts, weight)).T
 
 
 def fit_router(
