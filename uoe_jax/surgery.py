@@ -20,7 +20,7 @@ from uoe_jax.files import local_path
 from uoe_jax.model import flat_buffers, flat_params, with_params
 from uoe_jax.runs.batches import Batch, calibration_batch, count_scored, probe_batch
 from uoe_jax.runs.load import load_run, run_dataset
-from uoe_jax.runs.probe import TOLERANCE, in_float32, probe
+from uoe_jax.runs.probe import TOLERANCE, in_float32, probe_each
 from uoe_jax.runs.write import Origin, check_free, write_run
 from uoe_jax.tree import Arrays
 from uoe_jax.validation import validate
@@ -116,11 +116,8 @@ def operate(
 
 def _compare(source: Form, changed: Changed, batch: Batch) -> dict[str, Any]:
     """Return how far the changed forms are from the source: logits and losses."""
-    reference = _in_float32(source)
-    seen = {
-        name: probe(reference, _in_float32(form), batch)
-        for name, form in changed.forms.items()
-    }
+    forms = {name: _in_float32(form) for name, form in changed.forms.items()}
+    seen = probe_each(_in_float32(source), forms, batch)
     first = next(iter(seen.values()))
     verdict = {"tolerance": TOLERANCE, "exact": first.exact} if changed.same else {}
     return {

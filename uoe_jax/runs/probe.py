@@ -42,13 +42,26 @@ def probe(reference: Any, model: Any, batch: Mapping[str, np.ndarray]) -> ProbeR
     Products are made at full float32 precision, whatever the device's default. Give
     models of an `in_float32` config.
     """
-    totals = np.zeros(5)
+    return probe_each(reference, {"model": model}, batch)["model"]
+
+
+def probe_each(
+    reference: Any, models: Mapping[str, Any], batch: Mapping[str, np.ndarray]
+) -> dict[str, ProbeResult]:
+    """Return what `probe` does for several models, by name; the reference runs once."""
+    totals = {name: np.zeros(5) for name in models}
     with jax.default_matmul_precision("highest"):
         for part in _chunks(batch):
-            found = np.asarray(_compare(reference, model, part))
-            totals[:2] = np.maximum(totals[:2], found[:2])
-            totals[2:] += found[2:]
-    difference, largest, first, second, weight = totals.tolist()
+            first = _reference_logits(reference, part)
+            for name, model in models.items():
+                found = np.asarray(_compare(first, model, part))
+                totals[name][:2] = np.maximum(totals[name][:2], found[:2])
+                totals[name][2:] += found[2:]
+    return {name: _result(total) for name, total in totals.items()}
+
+
+def _result(total: Float[np.ndarray, " 5"]) -> ProbeResult:
+    difference, largest, first, second, weight = total.tolist()
     weight = max(weight, 1.0)
     return ProbeResult(difference, largest, first / weight, second / weight)
 
@@ -64,14 +77,24 @@ def _chunks(batch: Mapping[str, np.ndarray]) -> list[dict[str, Array]]:
 
 
 @jax.jit
-def _compare(reference: Any, model: Any, batch: dict[str, Array]) -> Array:
-    """Return [difference, largest logit, two summed losses, weight]."""
+def _reference_logits(model: Any, batch: dict[str, Array]) -> Float[Array, "*N V"]:
+    return logits(model, batch)
+
+
+@jax.jit
+def _compare(
+    first: Float[Array, "*N V"], model: Any, batch: dict[str, Array]
+) -> Float[Array, " 5"]:
+    """Return [difference, largest logit, two summed losses, weight].
+
+    `first` are the reference's logits.
+    """
     if "targets" in batch:
         targets, weights = batch["targets"], batch["mask"]
     else:
         targets = jnp.maximum(batch["labels"], 0)
         weights = (batch["labels"] >= 0).astype(jnp.float32)
-    first, second = logits(reference, batch), logits(model, batch)
+    second = logits(model, batch)
     counts = (weights > 0)[..., None]
     difference = jnp.max(jnp.where(counts, jnp.abs(first - second), 0.0))
     largest = jnp.max(jnp.where(counts, jnp.abs(first), 0.0))
