@@ -3,7 +3,7 @@ SHELL := /bin/sh
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALL := sh .ci/install
-NEXT := $(VENV)/jax-next
+BEFORE := $(VENV)/jax-before
 # The TPU compiler lies beside the packages: among them, jax would look for TPUs first.
 LIBTPU := $(VENV)/libtpu
 
@@ -11,7 +11,7 @@ LIBTPU := $(VENV)/libtpu
 help:
 	@echo "make venv   the project's own .venv"
 	@echo "make demo   train a dense, an MoE and a union model on this machine; table and report"
-	@echo "make test   the tests on jax 0.11, the marked ones on jax 0.12, coverage"
+	@echo "make test   the tests on jax 0.12, the marked ones on jax 0.11, coverage"
 	@echo "make nightly  the tests that take long and repeat what shorter ones hold"
 	@echo "make lint   ruff and pyrefly"
 	@echo "make docs   the site, into site/; NOTEBOOKS=run executes the notebooks for it (minutes)"
@@ -30,10 +30,10 @@ $(VENV)/.dev: $(VENV)/.base
 	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-$(NEXT)/.done: constraints-next.txt $(VENV)/.dev
-	@echo "Installing the newer jax beside it ..."
-	@rm -rf $(NEXT)
-	@$(INSTALL) --no-deps --target $(NEXT) --requirement constraints-next.txt
+$(BEFORE)/.done: constraints-before.txt $(VENV)/.dev
+	@echo "Installing jax 0.11 beside it ..."
+	@rm -rf $(BEFORE)
+	@$(INSTALL) --no-deps --target $(BEFORE) --requirement constraints-before.txt
 	@touch $@
 
 $(LIBTPU)/.done: constraints-tpu.txt $(VENV)/.dev
@@ -48,10 +48,10 @@ venv: $(VENV)/.base
 demo: $(VENV)/.base
 	@$(VENV)/bin/uoe demo
 
-test: $(VENV)/.dev $(NEXT)/.done $(LIBTPU)/.done
+test: $(VENV)/.dev $(BEFORE)/.done $(LIBTPU)/.done
 	@sh .ci/test
 
-nightly: $(VENV)/.dev $(NEXT)/.done $(LIBTPU)/.done
+nightly: $(VENV)/.dev $(BEFORE)/.done $(LIBTPU)/.done
 	@sh .ci/test nightly
 
 lint: $(VENV)/.dev

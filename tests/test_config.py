@@ -10,7 +10,7 @@ from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.presets import PRESETS, as_moe, as_union, get_preset, sized
 from uoe_jax.validation import validate
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 
 @pytest.mark.parametrize("name", PRESETS)

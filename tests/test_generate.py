@@ -47,7 +47,7 @@ def greedy_by_forward(model, prompt, count):
     return row[len(prompt) :]
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_greedy_is_the_argmax_of_the_full_forward_for_ragged_prompts(model):
     out = generate(model, PROMPTS, LENGTHS, 7, greedy=True)
     assert out.shape == (2, 7)
@@ -125,14 +125,14 @@ def test_characters_are_held_back_until_their_bytes_are_there():
     assert settled_bytes(b"a\xff") == b"a\xff"  # no character's beginning
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_top_k_keeps_exactly_the_highest():
     logits = jnp.array([[1.0, 3.0, 2.0, -1.0], [0.0, 5.0, 4.0, 6.0]])
     kept = np.isfinite(keep_top_k(logits, 2))
     np.testing.assert_array_equal(kept, [[0, 1, 1, 0], [0, 1, 0, 1]])
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_top_p_keeps_the_fewest_that_reach_the_mass():
     logits = jnp.log(jnp.array([[0.5, 0.1, 0.3, 0.1], [0.05, 0.9, 0.03, 0.02]]))
     kept = lambda p: np.isfinite(keep_top_p(logits, p)).tolist()
@@ -142,7 +142,7 @@ def test_top_p_keeps_the_fewest_that_reach_the_mass():
     assert kept(1.0) == [[True] * 4] * 2
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_sampling_follows_the_filtered_distribution():
     logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
     many = jnp.broadcast_to(logits, (20000, 4))
@@ -155,7 +155,7 @@ def test_sampling_follows_the_filtered_distribution():
     assert counts[3] == 0
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,7 +9,7 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.presets import get_preset
 from uoe_jax.validation import validate
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 
 def changed(config: ExperimentConfig, **values) -> ExperimentConfig:

@@ -8,7 +8,7 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.hardware.comms import KINDS, Group, place_axes, seconds
 from uoe_jax.hardware.devices import Link, parse_topology
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 GB = 1e9
 TORUS = Link(

@@ -19,7 +19,7 @@ from uoe_jax.hardware import count, devices
 from uoe_jax.model import init_cache, make_model
 from uoe_jax.presets import PRESETS, get_preset
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 
 @pytest.mark.parametrize("name", PRESETS)

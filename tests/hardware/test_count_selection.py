@@ -7,7 +7,7 @@ import pytest
 from uoe_jax.config import ModelConfig, UnionConfig
 from uoe_jax.hardware.count import flops_per_token
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 # Four experts of one head, width 2; eight tokens of one sample.
 MODEL = ModelConfig(

@@ -12,7 +12,7 @@ from uoe_jax.hardware.devices import find_device, parse_topology
 from uoe_jax.hardware.roofline import DEFAULT_FACTORS, Calibration, predict
 from uoe_jax.presets import get_preset
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 H200 = find_device("NVIDIA H200")
 TRUTH = Calibration(

@@ -15,7 +15,7 @@ from uoe_jax.hardware.work import FLOP_KINDS, device_work, held_params
 from uoe_jax.plan.layouts import make_plan
 from uoe_jax.presets import get_preset
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 ONE = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
 PRESETS = ("small", "small-moe", "small-union", "1b", "1b-union")

@@ -40,7 +40,7 @@ def decoded_logits(model, tokens, lengths, steps):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.next_jax if name == "mixed" else ())
+        pytest.param(name, marks=pytest.mark.both_jax if name == "mixed" else ())
         for name in VARIANTS
         if name != "moe"
     ],
@@ -83,7 +83,7 @@ def test_padding_after_a_prompt_does_not_reach_it():
         assert_close(a, b, 1e-5)
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_union_cache_has_exactly_the_kept_share_of_the_dense_bytes():
     options = {"num_layers": 3, "union": UnionConfig(num_experts=4, top_k=3)}
     size = lambda cache: sum(e[n].nbytes for e in cache.layers for n in ("k", "v"))
@@ -109,7 +109,7 @@ def test_decoding_does_not_recompile():
         chex.assert_trees_all_equal_shapes_and_dtypes(before, cache)
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_only_decoders_have_a_cache():
     with pytest.raises(ConfigError, match="'encoder'; only a decoder"):
         init_cache(tiny(kind="encoder"), 1, 4)

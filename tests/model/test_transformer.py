@@ -50,7 +50,7 @@ def loss_and_grads(model, tokens):
     [
         (8, 8, "gelu", False),  # a head for each expert
         # Two key heads, two query heads each, and all weights.
-        pytest.param(4, 2, "swiglu", True, marks=pytest.mark.next_jax),
+        pytest.param(4, 2, "swiglu", True, marks=pytest.mark.both_jax),
     ],
 )
 def test_all_experts_with_unit_gates_are_the_dense_model(
@@ -75,7 +75,7 @@ def test_all_experts_with_unit_gates_are_the_dense_model(
         assert np.abs(value).max() > 1e-6, path
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_all_experts_are_the_dense_model_in_bfloat16():
     options = {
         "compute_dtype": "bfloat16",
@@ -140,7 +140,7 @@ def test_remat_changes_no_gradient(config, remat):
         assert_close(a, b, 1e-5)
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 @pytest.mark.parametrize(("remat", "recomputed"), [("full", True), ("dots", False)])
 def test_remat_dots_keeps_the_projections(remat, recomputed):
     count = {}
@@ -166,7 +166,7 @@ def test_a_sample_alone_is_the_sample_in_a_batch(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.next_jax if name == "union" else ())
+        pytest.param(name, marks=pytest.mark.both_jax if name == "union" else ())
         for name in VARIANTS
     ],
 )
@@ -209,7 +209,7 @@ def test_encoder_ignores_padding_at_any_length():
     np.testing.assert_allclose(long, short, atol=1e-5)
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_vision_gives_class_logits_that_depend_on_every_patch():
     config = tiny(
         kind="vision",
@@ -273,7 +273,7 @@ def test_new_values_of_the_same_shape_do_not_recompile():
         model = jax.tree.map(lambda a: 0.5 * a, model)
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_builds_without_allocating(name):
     config = get_preset(name).model
@@ -283,7 +283,7 @@ def test_every_preset_builds_without_allocating(name):
         assert leaf.dtype == config.param_dtype
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_parameter_shapes():
     config = union(num_layers=3, use_bias=True, activation="swiglu")
     flat = nnx.to_flat_state(nnx.state(build(config), nnx.Param))
@@ -332,7 +332,7 @@ def test_router_losses_are_the_weighted_sum_over_routed_layers():
     assert mlp["load"][1, 4] == 0
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_routing_choices_are_distinct_experts_of_every_layer():
     config = VARIANTS["mixed"]
     tokens = tokens_like(config, 2, 12, seed=12)
@@ -345,7 +345,7 @@ def test_routing_choices_are_distinct_experts_of_every_layer():
         assert len(set(row)) == 3
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_too_many_tokens_are_refused_in_one_line():
     model = build(tiny())
     with pytest.raises(ConfigError, match=r"33 tokens .* max_seq_len 32.*raise"):

@@ -7,7 +7,7 @@ import pytest
 
 from uoe_jax.ops import segment_attention
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 ROWS = 96
 

@@ -10,7 +10,7 @@ import pytest
 from tests.ops import ops_oracle
 from uoe_jax.ops import dense_attention
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 BATCH, WIDTH = 2, 16
 HEADS, KV_HEADS = 4, 2

@@ -12,7 +12,7 @@ from uoe_jax.ops import (
 )
 from uoe_jax.ops._dispatch import dispatch
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 
 def refuse(x):

@@ -13,7 +13,7 @@ from tests.ops import ops_oracle
 from uoe_jax.ops import pack_choices
 from uoe_jax.ops.grouped_matmul import api, batched, reference, serial, xla
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 ROWS, GROUPS, INS, OUTS = 70, 5, 24, 40
 BLOCKS = {"serial": serial, "batched": batched}

@@ -13,7 +13,7 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.ops import list_attention as op
 from uoe_jax.ops.list_attention import list_attention, merge
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 ROWS, GROUPS, WIDTH, LISTS, KEYS = 24, 2, 4, 4, 6
 NUMBERS = {"max_rows": ROWS, "scale": 0.7}

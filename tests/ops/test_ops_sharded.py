@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from uoe_jax import ops
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 # Long enough for the blockwise paths.
 BATCH, LENGTH, EXPERTS, TOP_K, LAYERS = 8, 72, 4, 2, 2

@@ -15,7 +15,7 @@ from uoe_jax.ops import Packing, combine_rows, gather_rows, pack_choices
 from uoe_jax.ops.counting import BLOCK, count_choices
 from uoe_jax.ops.packing import sort_choices
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 BATCH, LENGTH, EXPERTS = 3, 7, 5
 seeds = st.integers(0, 2**32 - 1)

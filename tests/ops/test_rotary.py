@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from uoe_jax.ops.rotary import rotate
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 ROWS, HEADS, WIDTH, THETA = 6, 2, 8, 100.0
 

@@ -38,7 +38,7 @@ def draw(rng, groups, width, dtype=np.float32):
 cuts = st.lists(st.integers(0, ROWS), min_size=SEGMENTS, max_size=SEGMENTS).map(sorted)
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("causal", "window", "groups", "width", "scale"),
@@ -76,7 +76,7 @@ def test_value_and_gradients_match_float64(
     check()
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_past_the_end_are_zero_and_never_read(implementation):
     q, k, v, grad = draw(np.random.default_rng(), 1, 32)
@@ -94,7 +94,7 @@ def test_rows_past_the_end_are_zero_and_never_read(implementation):
         assert not np.asarray(got[70:]).any() and np.abs(got[:70]).max() > 0
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_later_rows_and_other_segments_have_no_influence(implementation):
     rng = np.random.default_rng()
@@ -111,7 +111,7 @@ def test_later_rows_and_other_segments_have_no_influence(implementation):
     assert not changed[:row].any() and not changed[80:].any()
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_bfloat16_is_as_near_as_its_rounding():
     q, k, v, grad = draw(np.random.default_rng(), 1, 32, jnp.bfloat16)
     offsets = [0, 9, 9, 40, 41, 60, 96]
@@ -132,13 +132,13 @@ def test_bfloat16_is_as_near_as_its_rounding():
     ops_oracle.assert_near(got, want, 2 * 2**-8)
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_no_rows_give_no_rows():
     q, k = jnp.zeros((0, 2, 8)), jnp.zeros((0, 8))
     assert segment_attention(q, k, k, jnp.zeros(3, int), causal=True).shape == q.shape
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 @pytest.mark.parametrize("causal", [True, False])
 def test_vmap_equals_a_loop(causal):
     rng = np.random.default_rng()

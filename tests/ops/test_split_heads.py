@@ -11,7 +11,7 @@ from tests.ops import ops_oracle
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import split_heads
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 TOKENS, ROWS, THETA = 9, 14, 100.0
 # Of values up to 5, turned by up to 500 radians in float32, two roundings.

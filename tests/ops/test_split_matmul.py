@@ -13,7 +13,7 @@ from tests.compare import assert_close
 from uoe_jax.model.routing.token import router_scores
 from uoe_jax.ops.split_matmul import split, split_matmul
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 ROWS, WIDTH, EXPERTS = 40, 24, 5
 EPS = float(jnp.finfo(jnp.float32).eps)

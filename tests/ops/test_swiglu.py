@@ -11,7 +11,7 @@ from tests.ops import ops_oracle
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import swiglu
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 # float32's error in products of a few numbers and sums of them, of the largest.
 TOLERANCE = 2.0**-20

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops.tiled_attention import MASKED, tiled_attention
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 ROWS, GROUPS, WIDTH, LISTS, KEYS = 40, 2, 4, 5, 7
 

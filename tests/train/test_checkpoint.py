@@ -13,7 +13,7 @@ from uoe_jax.runs import integrity
 from uoe_jax.runs.checkpoint import Checkpoints, snapshot
 from uoe_jax.tree import fill_leaves, named_leaves
 
-pytestmark = pytest.mark.next_jax
+pytestmark = pytest.mark.both_jax
 
 RNG = np.random.default_rng()
 TREE = {

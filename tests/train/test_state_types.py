@@ -35,7 +35,7 @@ def traced_step(config, devices=1):
     return state, jax.eval_shape(step, state, batch)[0]
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_keeps_shapes_and_types(name, dtype):

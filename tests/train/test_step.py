@@ -85,7 +85,7 @@ def assert_gradients_close(a, b):
         assert_close(a[name], b[name], 1e-5, least=1.0, about=name)
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_eight_devices_give_the_step_of_one():
     # Routed attention on many devices: tests/partition and test_sharded.py.
     config = make_tiny("union", attention="dense", z_loss=1e-3)
@@ -188,7 +188,7 @@ def test_the_diagnosis_names_the_router_and_its_layer():
     assert dump["batch_hash"] == hash_batch(batch) != hash_batch(make_batch())
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_steps_compile_once(caplog):
     config = make_tiny()
     _, mesh, state, step = first_step(config)
@@ -202,7 +202,7 @@ def test_steps_compile_once(caplog):
     assert [r for r in caplog.records if "Compiling" in r.getMessage()]
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_state_is_donated():
     config = make_tiny()
     _, mesh, state, step = first_step(config)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -66,7 +67,7 @@ def subspace_svd(
     *,
     passes: int = 5,
     oversample: int = 10,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "M R"], Float[Array, " R"], Float[Array, "N R"]]:
     """Return the leading singular triplets of a matrix known by its products.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, Float32
 
 from uoe_jax.ops._dispatch import vary_together
@@ -60,7 +61,7 @@ def _matmul_bwd(saved, grad):
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def _dot(a: Array, b: Array, dtype: jnp.dtype | type = jnp.float32) -> Array:
+def _dot(a: Array, b: Array, dtype: DTypeLike = jnp.float32) -> Array:
     return jnp.dot(a, b, preferred_element_type=dtype)
 
 

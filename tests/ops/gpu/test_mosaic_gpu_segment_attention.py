@@ -97,7 +97,7 @@ def test_value_and_gradients_match_float64(
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 @pytest.mark.parametrize(
     ("dtype", "groups", "width", "causal", "deterministic"),
     [

@@ -33,7 +33,7 @@ CASES = {
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=pytest.mark.next_jax if options["heads"] == 1 else ())
+        pytest.param(case, marks=pytest.mark.both_jax if options["heads"] == 1 else ())
         for case, options in CASES.items()
     ],
 )
@@ -69,7 +69,7 @@ def kernels_of(function, *args):
         return tpu_oracle.kernels(function, *args)
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_a_tpu_is_given_its_kernels():
     bf16 = jnp.bfloat16
     x = jnp.zeros((2, 256, 2, 128), bf16)
@@ -93,7 +93,7 @@ def test_a_tpu_is_given_its_kernels():
     assert names == {"grouped_matmul"}
 
 
-@pytest.mark.next_jax
+@pytest.mark.both_jax
 def test_a_cpu_is_not():
     x = jnp.zeros((1, 128, 1, 64))
     dense = functools.partial(dense_attention, causal=True)
