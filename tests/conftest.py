@@ -3,6 +3,7 @@
 import functools
 import gc
 import hashlib
+import itertools
 import os
 import platform
 import signal
@@ -83,6 +84,25 @@ def _computes_in_float16() -> bool:
         if "Failed to materialize symbols" not in str(error):
             raise
         return False
+
+
+# A compiled program takes three mappings of memory for each of its parts. Linux gives a
+# process 65,530 (vm.max_map_count), and ends it where the next program finds none.
+MOST_MAPPINGS = 45_000
+_tests_run = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Drop compiled programs before there are too many; they are read again if needed.
+
+    A look takes 20 ms where there are many, so only every 20th test takes one.
+    """
+    maps = Path("/proc/self/maps")
+    if next(_tests_run) % 20 or not maps.is_file():
+        return
+    if maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_runtest_setup(item):
