@@ -7,7 +7,15 @@ import pytest
 
 from uoe_jax.config import ModelConfig, UnionConfig
 from uoe_jax.errors import ConfigError
-from uoe_jax.generate import generate, keep_top_k, keep_top_p, sample, stream
+from uoe_jax.generate import (
+    Sampling,
+    generate,
+    generate_all,
+    keep_top_k,
+    keep_top_p,
+    sample,
+    stream,
+)
 from uoe_jax.generate.text import settled_bytes
 from uoe_jax.model import make_model
 
@@ -109,6 +117,22 @@ def test_a_stream_ends_when_every_row_has_ended(model):
     assert len(seen) == count
 
 
+def test_sampling_is_given_as_itself_or_as_its_fields(model):
+    fields = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
+    whole = Sampling(**fields)
+    made = generate(model, PROMPTS, LENGTHS, 4, whole, key=KEY)
+    apart = generate(model, PROMPTS, LENGTHS, 4, **fields, key=KEY)
+    np.testing.assert_array_equal(made, apart)
+    streamed = list(stream(model, PROMPTS, LENGTHS, 4, whole, key=KEY))
+    np.testing.assert_array_equal(made, np.stack(streamed, axis=1))
+    prompts = [np.asarray(PROMPTS[0])]
+    (made,) = generate_all(model, prompts, 4, whole, seed=2)
+    (apart,) = generate_all(model, prompts, 4, **fields, seed=2)
+    np.testing.assert_array_equal(made, apart)
+    with pytest.raises(ConfigError, match="top_p is 0.0; it must be positive"):
+        Sampling(top_p=0)
+
+
 def test_a_wrong_stream_is_refused_before_its_first_token(model):
     with pytest.raises(ConfigError, match="max_new_tokens is 0"):
         stream(model, PROMPTS, LENGTHS, 0, greedy=True)
@@ -167,6 +191,10 @@ def test_sampling_follows_the_filtered_distribution():
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"key": None}, "without a key"),
+        ({"top_k": 32}, "top_k is 32; use 1 to 31"),
+        ({"topk": 3}, "no option 'topk'; did you mean top_k"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"sampling": Sampling(), "top_k": 3}, "top_k with sampling"),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(model, change, message):

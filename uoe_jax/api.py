@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from uoe_jax.config import DataConfig, ExperimentConfig, ModelConfig
-from uoe_jax.errors import ConfigError, nearest, shown
+from uoe_jax.errors import ConfigError, shown
+from uoe_jax.given import fill, one_of
 from uoe_jax.presets import get_preset
 from uoe_jax.runs.find import RUNS, find_run, run_or_preset, with_teacher_found
 from uoe_jax.validation import validate
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from uoe_jax.adapt import AdapterConfig
     from uoe_jax.decompose import Cut
+    from uoe_jax.generate import Sampling
     from uoe_jax.leakcheck import Finding
     from uoe_jax.plan.layouts import Plan
     from uoe_jax.runs.load import LoadedRun
@@ -135,11 +137,9 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    greedy: bool = False,
+    sampling: Sampling | None = None,
     seed: int = 0,
+    **options: Any,
 ) -> str:
     """Return the prompt and what a run makes of it.
 
@@ -147,24 +147,18 @@ def generate(
       run: its folder, its name, or what `load_run` returned.
       prompt: text, at least one character.
       max_new_tokens: how many tokens are made.
-      temperature: 0 is greedy; below 1 likely tokens get likelier.
-      top_k: sample among so many likeliest tokens.
-      top_p: sample among the fewest tokens that have so much probability together.
-      greedy: always the likeliest token.
+      sampling: how tokens are drawn.
       seed: the same one gives the same text.
+      **options: fields of `uoe_jax.generate.Sampling` instead of `sampling`:
+        temperature (0.8 if neither is given), top_k, top_p, greedy.
     """
-    from uoe_jax.generate import generate_text
+    from uoe_jax.generate import Sampling, generate_text
+    from uoe_jax.generate.sampling import TEMPERATURE
 
-    made = generate_text(
-        load_run(run),
-        prompt,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        greedy=greedy,
-        seed=seed,
-    )
+    if sampling is None:
+        options = {"temperature": TEMPERATURE} | options
+    wanted = one_of("sampling", Sampling, sampling, options)
+    made = generate_text(load_run(run), prompt, max_new_tokens, wanted, seed=seed)
     return made.decode("utf-8", "replace")
 
 
@@ -194,7 +188,7 @@ def decompose(
     from uoe_jax.decompose.cut import Cut
     from uoe_jax.decompose.runs import decompose_run
 
-    wanted = _one_of("cut", Cut, cut, options)
+    wanted = one_of("cut", Cut, cut, options)
     folder = find_run(_path(run))
     target = _target(folder, out, f"union{wanted.num_experts}")
     return decompose_run(folder, target, wanted, which=which) | {"out": str(target)}
@@ -247,13 +241,13 @@ def adapt(
     shape = {f.name for f in dataclasses.fields(AdapterConfig)} & options.keys()
     given = {name: options.pop(name) for name in sorted(shape)}
     if options.get("load") is None:
-        adapter = _one_of("adapter", AdapterConfig, adapter, given)
+        adapter = one_of("adapter", AdapterConfig, adapter, given)
     elif given:
         raise ConfigError(
             f"{', '.join(given)} with load; a loaded adapter keeps its own: leave one "
             "of them out"
         )
-    asked = _fill(AdaptRequest, AdapterConfig, adapter=adapter, **options)
+    asked = fill(AdaptRequest, AdapterConfig, adapter=adapter, **options)
     ending = f"{adapter.method}{adapter.rank}" if adapter else "adapted"
     target = _target(folder, out, ending)
     return adapt_run(folder, target, asked, quiet=quiet) | {"out": str(target)}
@@ -346,36 +340,3 @@ def _path(run: Any) -> str:
 
 def _target(folder: Path, out: str | Path | None, ending: str) -> Path:
     return RUNS / f"{folder.name}-{ending}" if out is None else Path(out)
-
-
-def _one_of(name: str, cls: Any, whole: Any, fields: Mapping[str, Any]) -> Any:
-    """Return a config that is given as itself or as its fields."""
-    if whole is None:
-        return _fill(cls, **fields)
-    if fields:
-        raise ConfigError(
-            f"{', '.join(fields)} with {name}; they are fields of it: give either"
-        )
-    if not isinstance(whole, cls):
-        raise ConfigError(f"{name} is {shown(whole)}; expected {cls.__name__}")
-    return whole
-
-
-def _fill(cls: Any, *others: Any, **values: Any) -> Any:
-    """Return a dataclass of these fields; ConfigError names a field it hasn't.
-
-    `others` are classes whose fields could have been given too.
-    """
-    known = [f.name for c in (cls, *others) for f in dataclasses.fields(c)]
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"no option {name!r}; {nearest(name, known)}")
-    needed = [f.name for f in dataclasses.fields(cls) if _required(f)]
-    if missing := [name for name in needed if name not in values]:
-        raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}")
-    return cls(**values)
-
-
-def _required(field: dataclasses.Field) -> bool:
-    missing = dataclasses.MISSING
-    return field.default is missing and field.default_factory is missing

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from uoe_jax.data.record import run_tokenizer
 from uoe_jax.errors import ConfigError, extra_packages
 from uoe_jax.files import format_json
-from uoe_jax.generate import generate_all, need_decoder
+from uoe_jax.generate import Sampling, generate_all, need_decoder
 from uoe_jax.model import Decoder
 from uoe_jax.runs.find import find_run
 from uoe_jax.runs.load import LoadedRun, load_run
@@ -125,9 +125,9 @@ class Scorer:
             self.model,
             prompts,
             new,
+            _sampling(settings),
             batch_size=self.batch_size,
             eos=self.end,
-            **_sampling(settings),
         )
         texts = [self.tokenizer.decode_bytes(ids).decode("utf-8", "replace")
                  for ids in made]  # fmt: skip
@@ -200,16 +200,16 @@ def cut_at(text: str, until: Sequence[str]) -> str:
     return text[: min((end for end in ends if end >= 0), default=len(text))]
 
 
-def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a request's sampling as `generate` takes it."""
+def _sampling(settings: Mapping[str, Any]) -> Sampling:
+    """Return how a request's tokens are drawn."""
     temperature = float(settings.get("temperature") or 0.0)
     if not settings.get("do_sample", temperature > 0) or temperature == 0:
-        return {"greedy": True}
-    known = {"temperature": temperature}
-    for name in ("top_k", "top_p"):
-        if settings.get(name) is not None:
-            known[name] = settings[name]
-    return known
+        return Sampling(greedy=True)
+    return Sampling(
+        temperature=temperature,
+        top_k=settings.get("top_k"),
+        top_p=settings.get("top_p"),
+    )
 
 
 def _padded(length: int, most: int) -> int:

@@ -64,7 +64,7 @@ def test_generate_continues_the_prompt_and_depends_on_the_seed_only(union_run, c
     [
         (["--prompt", ""], "empty"),
         (["--prompt", "x", "--max-new-tokens", "32"], "max_seq_len 32"),
-        (["--prompt", "x", "--top-p", "2", "--max-new-tokens", "4"], "top_p"),
+        (["--prompt", "x", "--top-p", "2", "--max-new-tokens", "4"], "--top-p is 2"),
         (["--prompt", "x", "--split", "valid"], "--split"),
     ],
 )

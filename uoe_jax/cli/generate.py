@@ -10,16 +10,18 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from uoe_jax.cli.fields import part_of
 from uoe_jax.cli.parse import parse
 from uoe_jax.errors import ConfigError, DataError, shown
 from uoe_jax.escape import escape
-from uoe_jax.fields import Seed
+from uoe_jax.fields import NotNegative, Seed
 from uoe_jax.files import format_json, local_path, parse_json
+from uoe_jax.generate.sampling import TEMPERATURE, Sampling
 from uoe_jax.runs.find import find_run
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
+class GenerateOptions(Sampling):
     """Sample text from a run, after a prompt or after each of a file."""
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
@@ -30,18 +32,9 @@ class GenerateOptions:
     chat: bool = False  # what is given is said to an imported model that chats
     batch_size: int = 8  # rows of --prompts made at once
     max_new_tokens: int = 128  # made after the prompt
-    temperature: float = 0.8  # 0: always the likeliest; 1: as the model has it
-    top_k: int | None = None  # sample among so many likeliest tokens
-    top_p: float | None = None  # among the fewest that have so much probability
-    greedy: bool = False  # always the likeliest token
+    temperature: NotNegative = TEMPERATURE  # 0: the likeliest; 1: as the model has it
     seed: Seed = 0  # the same one samples the same text
     raw: bool = False  # control characters and broken UTF-8 as they are, not escaped
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """How tokens are chosen, as `generate` takes it."""
-        names = ("temperature", "top_k", "top_p", "greedy")
-        return {name: getattr(self, name) for name in names}
 
 
 def generate(args: list[str]) -> int:
@@ -157,10 +150,10 @@ def complete(
         model,
         prompts,
         options.max_new_tokens,
+        part_of(options, Sampling),
         batch_size=options.batch_size,
         seed=options.seed,
         eos=eos,
-        **options.sampling,
     )
     if options.chat:
         return [tokenizer.decode_bytes(ids) for ids in made]
@@ -198,6 +191,6 @@ def continue_bytes(folder: Path, options: GenerateOptions) -> bytes:
         load_run(folder),
         options.prompt or "",
         options.max_new_tokens,
+        part_of(options, Sampling),
         seed=options.seed,
-        **options.sampling,
     )

@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import Int
 
 from uoe_jax.errors import ConfigError
+from uoe_jax.generate.sampling import Sampling
 from uoe_jax.generate.tokens import generate, pad_prompts
+from uoe_jax.given import one_of
 from uoe_jax.model import Decoder
 
 
@@ -19,20 +21,22 @@ def generate_all(
     model: Decoder,
     prompts: Sequence[Int[np.ndarray, " _"]],
     max_new_tokens: int,
+    sampling: Sampling | None = None,
     *,
     batch_size: int = 8,
     seed: int = 0,
     eos: int | None = None,
-    **sampling: Any,
+    **options: Any,
 ) -> list[Int[np.ndarray, " _"]]:
     """Return the continuation of each of many prompts, up to its `eos`.
 
     Prompts of about the same length (up to the same power of two) go together,
-    `batch_size` at a time, so that few programs compile. `sampling` as `generate`
-    takes it; what is sampled depends on the seed, the batches and the order. Raises
-    ConfigError for a `batch_size` below 1, and as `generate` does, the prompt's number
-    named.
+    `batch_size` at a time, so that few programs compile. `sampling` and `options` as
+    `generate` takes them; what is sampled depends on the seed, the batches and the
+    order. Raises ConfigError for a `batch_size` below 1, and as `generate` does, the
+    prompt's number named.
     """
+    sampling = one_of("sampling", Sampling, sampling, options)
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; use at least 1")
     found: list[Any] = [None] * len(prompts)
@@ -52,9 +56,9 @@ def generate_all(
             model,
             *pad_prompts([prompts[index] for index in chosen], width),
             max_new_tokens,
+            sampling,
             key=jax.random.fold_in(key, number),
             eos=eos,
-            **sampling,
         )
         for index, row in zip(chosen, np.asarray(made), strict=True):
             end = np.flatnonzero(row == eos)

@@ -13,7 +13,9 @@ from uoe_jax.config import ModelConfig
 from uoe_jax.data import Tokenizer
 from uoe_jax.data.record import run_tokenizer
 from uoe_jax.errors import ConfigError, shown
+from uoe_jax.generate.sampling import Sampling
 from uoe_jax.generate.tokens import generate, pad_prompts, stream
+from uoe_jax.given import one_of
 from uoe_jax.model import Decoder
 from uoe_jax.runs.load import LoadedRun
 
@@ -22,27 +24,25 @@ def generate_text(
     run: LoadedRun,
     prompt: str,
     max_new_tokens: int,
+    sampling: Sampling | None = None,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    greedy: bool = False,
     seed: int = 0,
     on_text: Callable[[bytes], object] | None = None,
+    **options: Any,
 ) -> bytes:
     """Return a prompt and what a run makes of it, as the bytes it made.
 
-    `on_text` is called with the prompt, and then with each piece that follows it as
-    soon as it is there; all pieces together are what is returned.
+    How tokens are drawn is said by `sampling`, or by its fields as `options`. `on_text`
+    is called with the prompt, and then with each piece that follows it as soon as it is
+    there; all pieces together are what is returned.
 
     Raises ConfigError for a run that isn't a decoder's, and as `generate` does.
     """
-    options: dict[str, Any] = {"temperature": temperature, "greedy": greedy}
-    options |= {"top_k": top_k, "top_p": top_p, "seed": seed}
+    sampling = one_of("sampling", Sampling, sampling, options)
     if on_text is None:
-        return generate_texts(run, [prompt], max_new_tokens, **options)[0]
+        return generate_texts(run, [prompt], max_new_tokens, sampling, seed=seed)[0]
     pieces = []
-    for piece in stream_text(run, prompt, max_new_tokens, **options):
+    for piece in stream_text(run, prompt, max_new_tokens, sampling, seed=seed):
         pieces.append(piece)
         on_text(piece)
     return b"".join(pieces)
@@ -52,29 +52,20 @@ def generate_texts(
     run: LoadedRun,
     prompts: Sequence[str],
     max_new_tokens: int,
+    sampling: Sampling | None = None,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    greedy: bool = False,
     seed: int = 0,
+    **options: Any,
 ) -> list[bytes]:
     """Return each prompt and what a run makes of it, all at once, as bytes.
 
     Raises ConfigError for a run that isn't a decoder's, for no prompts, and as
     `generate` does.
     """
+    sampling = one_of("sampling", Sampling, sampling, options)
     model, tokenizer, encoded = _encode(run, prompts)
-    tokens = generate(
-        model,
-        *pad_prompts(encoded),
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        greedy=greedy,
-        key=jax.random.key(seed),
-    )
+    padded, key = pad_prompts(encoded), jax.random.key(seed)
+    tokens = generate(model, *padded, max_new_tokens, sampling, key=key)
     return [
         continuation(tokenizer, prompt, ids, row)
         for prompt, ids, row in zip(prompts, encoded, np.asarray(tokens), strict=True)
@@ -85,12 +76,10 @@ def stream_text(
     run: LoadedRun,
     prompt: str,
     max_new_tokens: int,
+    sampling: Sampling | None = None,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    greedy: bool = False,
     seed: int = 0,
+    **options: Any,
 ) -> Iterator[bytes]:
     """Return an iterator of a prompt and the pieces that a run makes it go on with.
 
@@ -99,17 +88,10 @@ def stream_text(
 
     Raises ConfigError as `generate_text` does.
     """
+    sampling = one_of("sampling", Sampling, sampling, options)
     model, tokenizer, (ids,) = _encode(run, [prompt])
-    steps = stream(
-        model,
-        *pad_prompts([ids]),
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        greedy=greedy,
-        key=jax.random.key(seed),
-    )
+    padded, key = pad_prompts([ids]), jax.random.key(seed)
+    steps = stream(model, *padded, max_new_tokens, sampling, key=key)
     return _pieces(tokenizer, prompt, ids, steps)
 
 

@@ -13,7 +13,9 @@ from jaxtyping import Array, Bool, Int
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError
-from uoe_jax.generate.sampling import Sampling, make_sampling
+from uoe_jax.generate.drawing import Drawing, make_drawing
+from uoe_jax.generate.sampling import Sampling
+from uoe_jax.given import one_of
 from uoe_jax.model import Cache, Decoder, init_cache
 from uoe_jax.model.decoding.step import TokenDecoder, prepare
 
@@ -31,26 +33,26 @@ def generate(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     max_new_tokens: int,
+    sampling: Sampling | None = None,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    greedy: bool = False,
     key: jax.Array | None = None,
     eos: int | None = None,
     on_token: Callable[[Int[np.ndarray, " B"]], object] | None = None,
+    **options: Any,
 ) -> Int[Array, "B O"]:
     """Return `max_new_tokens` continuations of the prompts `tokens[b, :lengths[b]]`.
 
-    A row that produced `eos` is filled up with it. Temperature 0 is greedy. `on_token`
-    is called with each row's next token as soon as it is there. Raises ConfigError for
-    lengths or sampling settings that make no sense.
+    How they are drawn is said by `sampling`, or by its fields as `options`. A row that
+    produced `eos` is filled up with it. `on_token` is called with each row's next token
+    as soon as it is there. Raises ConfigError for lengths or sampling that make no
+    sense.
     """
     given = _settle(model, tokens, lengths, max_new_tokens)
-    sampling = make_sampling(model.config, temperature, top_k, top_p, greedy, key)
+    sampling = one_of("sampling", Sampling, sampling, options)
+    drawing = make_drawing(model.config, sampling, key)
     if on_token is not None:
         found = []
-        for token in _steps(model, *given, max_new_tokens, sampling, eos):
+        for token in _steps(model, *given, max_new_tokens, drawing, eos):
             found.append(token)
             on_token(token)
         missing = max_new_tokens - len(found)
@@ -61,10 +63,8 @@ def generate(
         model,
         decoder,
         *given,
-        sampling._replace(top_k=None, greedy=False),
+        drawing,
         max_new_tokens=max_new_tokens,
-        top_k=top_k,
-        greedy=sampling.greedy,
         eos=eos,
     )
 
@@ -74,13 +74,11 @@ def stream(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     max_new_tokens: int,
+    sampling: Sampling | None = None,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    greedy: bool = False,
     key: jax.Array | None = None,
     eos: int | None = None,
+    **options: Any,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Return an iterator of each row's next token, those that `generate` returns.
 
@@ -88,8 +86,9 @@ def stream(
     here, not at the first token.
     """
     given = _settle(model, tokens, lengths, max_new_tokens)
-    sampling = make_sampling(model.config, temperature, top_k, top_p, greedy, key)
-    return _steps(model, *given, max_new_tokens, sampling, eos)
+    sampling = one_of("sampling", Sampling, sampling, options)
+    drawing = make_drawing(model.config, sampling, key)
+    return _steps(model, *given, max_new_tokens, drawing, eos)
 
 
 def _begin(
@@ -97,23 +96,23 @@ def _begin(
     tokens: Array,
     lengths: Array,
     max_new_tokens: int,
-    sampling: Sampling,
+    drawing: Drawing,
     eos: int | None,
 ) -> State:
     """Return the state after the prompts: their first new tokens."""
     batch, length = tokens.shape
     cache = init_cache(model.config, batch, length + max_new_tokens)
     logits, cache = model.prefill(tokens, lengths, cache)
-    token = sampling.draw(logits, 0)
+    token = drawing.draw(logits, 0)
     return State(token, _ended(token, eos), cache)
 
 
 def _extend(
-    decoder: TokenDecoder, state: State, step: Any, sampling: Sampling, eos: int | None
+    decoder: TokenDecoder, state: State, step: Any, drawing: Drawing, eos: int | None
 ) -> State:
     """Return the state after token number `step`."""
     logits, cache = decoder.decode(state.token, state.cache)
-    token = sampling.draw(logits, step)
+    token = drawing.draw(logits, step)
     if eos is not None:
         token = jnp.where(state.done, eos, token)
     return State(token, state.done | _ended(token, eos), cache)
@@ -123,23 +122,18 @@ def _ended(token: Array, eos: int | None) -> Array:
     return jnp.zeros(token.shape, bool) if eos is None else token == eos
 
 
-@functools.partial(
-    jax.jit, static_argnames=("max_new_tokens", "top_k", "greedy", "eos")
-)
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos"))
 def _generate(
     model: Decoder,
     decoder: TokenDecoder,
     tokens: Array,
     lengths: Array,
-    sampling: Sampling,
+    drawing: Drawing,
     *,
     max_new_tokens: int,
-    top_k: int | None,
-    greedy: bool,
     eos: int | None,
 ) -> Array:
     """Compile prefill and a decode loop that stops when every row has ended."""
-    sampling = sampling._replace(top_k=top_k, greedy=greedy)
 
     def more(carry: tuple[Array, State, Array]) -> Array:
         step, state, _ = carry
@@ -149,51 +143,41 @@ def _generate(
 
     def extend(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
         step, state, out = carry
-        state = _extend(decoder, state, step, sampling, eos)
+        state = _extend(decoder, state, step, drawing, eos)
         return step + 1, state, out.at[:, step].set(state.token)
 
-    state = _begin(model, tokens, lengths, max_new_tokens, sampling, eos)
+    state = _begin(model, tokens, lengths, max_new_tokens, drawing, eos)
     shape = (tokens.shape[0], max_new_tokens)
     out = jnp.full(shape, 0 if eos is None else eos, jnp.int32)
     out = out.at[:, 0].set(state.token)
     return jax.lax.while_loop(more, extend, (jnp.int32(1), state, out))[2]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("max_new_tokens", "top_k", "greedy", "eos")
-)
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos"))
 def _first(
     model: Decoder,
     tokens: Array,
     lengths: Array,
-    sampling: Sampling,
+    drawing: Drawing,
     *,
     max_new_tokens: int,
-    top_k: int | None,
-    greedy: bool,
     eos: int | None,
 ) -> State:
-    sampling = sampling._replace(top_k=top_k, greedy=greedy)
-    return _begin(model, tokens, lengths, max_new_tokens, sampling, eos)
+    return _begin(model, tokens, lengths, max_new_tokens, drawing, eos)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("top_k", "greedy", "eos"), donate_argnames=("cache",)
-)
+@functools.partial(jax.jit, static_argnames=("eos",), donate_argnames=("cache",))
 def _next(
     decoder: TokenDecoder,
     token: Array,
     done: Array,
     cache: Cache,
     step: Array,
-    sampling: Sampling,
+    drawing: Drawing,
     *,
-    top_k: int | None,
-    greedy: bool,
     eos: int | None,
 ) -> State:
-    sampling = sampling._replace(top_k=top_k, greedy=greedy)
-    return _extend(decoder, State(token, done, cache), step, sampling, eos)
+    return _extend(decoder, State(token, done, cache), step, drawing, eos)
 
 
 def _steps(
@@ -201,19 +185,17 @@ def _steps(
     tokens: Array,
     lengths: Array,
     max_new_tokens: int,
-    sampling: Sampling,
+    drawing: Drawing,
     eos: int | None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yield each step's tokens; the next step runs while the last one is looked at."""
-    fixed = {"top_k": sampling.top_k, "greedy": sampling.greedy, "eos": eos}
-    sampling = sampling._replace(top_k=None, greedy=False)
     decoder = prepare(model, tokens.shape[0])
-    size = {"max_new_tokens": max_new_tokens, **fixed}
-    state = _first(model, tokens, lengths, sampling, **size)
+    size = {"max_new_tokens": max_new_tokens, "eos": eos}
+    state = _first(model, tokens, lengths, drawing, **size)
     for step in range(1, max_new_tokens + 1):
         token, done = state.token, state.done
         if step < max_new_tokens:
-            state = _next(decoder, *state, jnp.int32(step), sampling, **fixed)
+            state = _next(decoder, *state, jnp.int32(step), drawing, eos=eos)
         yield np.asarray(token)
         if eos is not None and np.all(np.asarray(done)):
             return
