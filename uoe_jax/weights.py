@@ -27,6 +27,7 @@ from uoe_jax.kinds import ATTENTIONS, MLPS, router_columns, router_of
 
 LAYER, EXPERT = "l", "e"
 BLOCKS = "trunk.blocks."  # before the number of a stack
+ROTATED = ("wq", "wk", "bq", "bk")  # of attention: what becomes queries and keys
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,12 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from uoe_jax.cli import main
+from uoe_jax.model import attention
 from uoe_jax.runs.checkpoint import Checkpoints
 
 SIZES = {"d-model": 16, "d-ff": 32, "num-layers": 1, "num-heads": 4,
@@ -114,6 +116,60 @@ def test_what_does_not_match_is_refused_with_both_shapes_or_left_fresh(
     assert f"{len(others)} parameter{'s' * (len(others) > 1)} fresh (" in out
     record = json.loads((run / "init_from.json").read_text())
     assert {f"params.{n}" for n in record["loaded"]} == fits
+
+
+def test_narrow_keys_are_not_those_of_another_head(train, tmp_path, capsys):
+    """Four numbers of a head of eight rotate otherwise than a head of four."""
+    dense = dict(preset="tiny", head_dim=8, **{"widths.key-dim": 4})
+    plain = dict(dense, **{"widths.value-dim": 4})
+    wide, run = tmp_path / "wide", tmp_path / "run"
+    assert train(wide, "--train.seed", "7", "--quiet", **plain) == 0
+    capsys.readouterr()
+    for other in (
+        dict(preset="tiny", head_dim=4),
+        dict(plain, head_dim=16),
+    ):
+        assert train(run, "--init-from", str(wide), **other) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        there, here = 8, other["head_dim"]
+        for name in ("wq", "wk"):
+            told = f"{name} keeps pairs of a head of {there} there, of {here} here"
+            assert told in line
+        assert line.startswith("uoe: 2 parameters") and "--init-partial" in line
+        assert not run.exists()
+    options = ("--init-from", str(wide), "--init-partial", "--quiet")
+    assert train(run, *options, preset="tiny", head_dim=4) == 0
+    first, second = saved(wide), saved(run)
+    names = {name for name in second if name.startswith("params.")}
+    rest = {name for name in names if not name.endswith((".wq", ".wk"))}
+    assert same(first, second) == rest and len(names) == len(rest) + 2
+    assert train(tmp_path / "again", *options[:2], "--quiet", **plain) == 0
+    assert same(first, saved(tmp_path / "again")) == names
+
+
+def test_pairs_that_cannot_be_are_refused_where_a_run_is_read(
+    train, tmp_path, monkeypatch, capsys
+):
+    narrow = dict(preset="tiny", head_dim=8, **{"widths.key-dim": 4})
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        pairs = lambda config: attention.RotaryPairs(jnp.full((4, 2), 9, "int32"))
+        patch.setattr(attention, "_first_pairs", pairs)
+        assert train(run, "--quiet", **narrow) == 0
+    capsys.readouterr()
+    said = "rotary_pairs has pairs 9 to 9; a head of the model's width has 0 to 3"
+    new = ("--init-from", str(run))
+    learn = ("--train.distill-from", str(run))
+    assert train(run, "--quiet", steps=1, **narrow) == 2
+    assert said in capsys.readouterr().err
+    assert train(tmp_path / "new", *new, "--quiet", **narrow) == 2
+    assert said in capsys.readouterr().err
+    assert train(tmp_path / "new", *learn, "--quiet", preset="tiny") == 2
+    assert said in capsys.readouterr().err
+    for verb in (["eval", str(run)], ["export", str(run), str(tmp_path / "out")]):
+        assert main(verb) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line and "write the run anew" in line
 
 
 def test_a_run_that_goes_on_keeps_its_start(train, source, tmp_path, capsys):

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
@@ -25,11 +24,8 @@ from uoe_jax.interop.importing import KEPT_FOLDER
 from uoe_jax.interop.names import Family, Source, by_tensor, find_sources
 from uoe_jax.interop.padding import pad_layers
 from uoe_jax.interop.safetensors import INDEX, WEIGHTS
-from uoe_jax.model import split_model
-from uoe_jax.runs.checkpoint import Checkpoints
-from uoe_jax.runs.folder import BEST, CHECKPOINTS, check_saved
+from uoe_jax.runs.load import read_weights
 from uoe_jax.runs.result import read_result
-from uoe_jax.tree import named_leaves
 from uoe_jax.validation import read_config
 
 SHARD_BYTES = 5_000_000_000
@@ -60,12 +56,8 @@ def export_run(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} isn't empty; choose another folder")
     config = read_config(folder)
-    weights, biases = jax.eval_shape(split_model(config.model)[1])
-    template = {"params": weights, "buffers": biases}
-    store = Checkpoints(folder / (BEST if which == "best" else CHECKPOINTS))
-    step, arrays, _ = store.restore(named_leaves(template))
-    check_saved(folder, config, store.config(step), step)
-    params, buffers = _part(arrays, "params."), _part(arrays, "buffers.")
+    saved = read_weights(folder, config, which=which)
+    params, buffers = _part(saved.arrays, "params."), _part(saved.arrays, "buffers.")
     check_gates(config.model, params, buffers)
     whole, params = pad_layers(config.model, params, buffers)
     model = dense_form(whole)
@@ -92,7 +84,7 @@ def export_run(
     return {
         "did": "export",
         "run": str(folder),
-        "step": step,
+        "step": saved.step,
         "architecture": family.architecture,
         "parameters": sum(math.prod(s[0].shape) for s in by_tensor(sources).values()),
         **own,

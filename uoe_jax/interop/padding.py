@@ -9,10 +9,15 @@ import numpy as np
 
 from uoe_jax.config import RANKS, LayerWidths, ModelConfig
 from uoe_jax.model.stacks import from_layers, to_layers
-from uoe_jax.weights import BLOCKS, Param, layer_period, model_params
+from uoe_jax.weights import (
+    ATTENTION,
+    BLOCKS,
+    ROTATED,
+    Param,
+    layer_period,
+    model_params,
+)
 
-# Where a weight's key heads stand in it; their pairs go back to their places.
-_ROTATED = {"wq": 2, "wk": 2, "bq": 1, "bk": 1}
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -56,8 +61,9 @@ def _pad_layer(
     for name, array in layer.items():
         shape = shapes[name].shape[1:]  # without the axis of layers
         part, _, last = name.rpartition(".")
-        if pairs is not None and part == "attention" and last in _ROTATED:
-            array = _spread(array, pairs, _ROTATED[last], model.head_dim)
+        if pairs is not None and part == "attention" and last in ROTATED:
+            heads = ATTENTION[last].axes.index("j")
+            array = _spread(array, pairs, heads, model.head_dim)
         whole = np.zeros(shape, array.dtype)
         whole[tuple(map(slice, array.shape))] = array
         found[name] = whole

@@ -39,6 +39,7 @@ __all__ = [
     "Encoder",
     "RouterBias",
     "VisionTransformer",
+    "check_pairs",
     "check_params",
     "flat_buffers",
     "flat_params",
@@ -179,6 +180,21 @@ def _check_pairs(
             f"{name} is {list(pairs.shape)} of {pairs.dtype}; it must be {list(shape)} "
             "integers, the pairs that each key head keeps"
         )
+    _check_places(name, pairs, count)
+
+
+def check_pairs(config: ModelConfig, buffers: Mapping[str, Any]) -> None:
+    """Raise ConfigError where buffers have pairs that a head hasn't, or has twice.
+
+    Of arrays on several processes each checks its part.
+    """
+    for name in rotary_pairs(config).keys() & buffers.keys():
+        shards = getattr(buffers[name], "addressable_shards", None)
+        for part in [buffers[name]] if shards is None else [s.data for s in shards]:
+            _check_places(name, np.asarray(part), config.head_dim // 2)
+
+
+def _check_places(name: str, pairs: np.ndarray, count: int) -> None:
     ordered = np.sort(pairs, axis=-1)
     if ordered.min() < 0 or ordered.max() >= count:
         raise ConfigError(

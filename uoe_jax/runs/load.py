@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
+from jaxtyping import PyTree
 
 from uoe_jax.config import DataConfig, ExperimentConfig
 from uoe_jax.data import Dataset, make_dataset
@@ -26,7 +27,7 @@ from uoe_jax.files import local_path
 from uoe_jax.model import split_model
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import BEST, CHECKPOINTS, CONFIG, check_saved
-from uoe_jax.runs.state import Progress
+from uoe_jax.runs.state import Progress, check_buffers
 from uoe_jax.tree import fill_leaves, named_leaves
 from uoe_jax.validation import read_config
 
@@ -41,6 +42,16 @@ class LoadedRun(NamedTuple):
     step: int
     folder: Path
     progress: Progress  # the totals at that step
+
+
+class SavedWeights(NamedTuple):
+    """What a checkpoint has of a model: arrays by name, and where they go."""
+
+    graphdef: nnx.GraphDef
+    template: dict[str, PyTree]  # shapes of `params` and `buffers`
+    arrays: dict[str, Any]
+    step: int
+    progress: Progress
 
 
 def load_run(
@@ -67,15 +78,31 @@ def load_run(
             f"{run_dir / 'merged'}, which `uoe adapt --merge` writes"
         )
     config = read_config(run_dir)
+    saved = read_weights(run_dir, config, which=which, step=step)
+    state = jax.device_put(fill_leaves(saved.template, saved.arrays))
+    model = nnx.merge(saved.graphdef, *state.values())
+    return LoadedRun(config, model, saved.step, run_dir, saved.progress)
+
+
+def read_weights(
+    run_dir: Path,
+    config: ExperimentConfig,
+    *,
+    which: Literal["last", "best"] = "last",
+    step: int | None = None,
+) -> SavedWeights:
+    """Return a checkpoint's parameters and buffers on the host, checked.
+
+    Raises CheckpointError as `load_run` does, and for rotated pairs that can't be.
+    """
     graphdef, make = split_model(config.model, config.train.seed)
     params, buffers = jax.eval_shape(make)
     template = {"params": params, "buffers": buffers}
     store = Checkpoints(run_dir / (BEST if which == "best" else CHECKPOINTS))
     step, arrays, progress = store.restore(named_leaves(template), step=step)
     check_saved(run_dir, config, store.config(step), step)
-    state = jax.device_put(fill_leaves(template, arrays))
-    model = nnx.merge(graphdef, *state.values())
-    return LoadedRun(config, model, step, run_dir, Progress(**progress))
+    check_buffers(run_dir, config.model, arrays)
+    return SavedWeights(graphdef, template, arrays, step, Progress(**progress))
 
 
 def run_dataset(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,9 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from uoe_jax.config import ExperimentConfig, OptimConfig, TrainConfig
-from uoe_jax.errors import ConfigError
-from uoe_jax.model import param_shapes, split_model
+from uoe_jax.config import ExperimentConfig, ModelConfig, OptimConfig, TrainConfig
+from uoe_jax.errors import CheckpointError, ConfigError
+from uoe_jax.model import check_pairs, param_shapes, split_model
 from uoe_jax.partition.layout import Layout, make_layout
 
 # Initialisation runs once: on a CPU compiling it well takes longer than running it.
@@ -95,6 +96,16 @@ def _renamed(arrays: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
         new + name.removeprefix(old) if name.startswith(old) else name: array
         for name, array in arrays.items()
     }
+
+
+def check_buffers(run_dir: Path, model: ModelConfig, arrays: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for rotated pairs of a state that a model can't have."""
+    start = "buffers."
+    buffers = {n.removeprefix(start): a for n, a in arrays.items()}
+    try:
+        check_pairs(model, buffers)
+    except ConfigError as error:
+        raise CheckpointError(f"{run_dir}: {error}; write the run anew") from None
 
 
 def first_mean(config: OptimConfig, params: PyTree) -> PyTree:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from uoe_jax.config import ExperimentConfig, content_hash
+from uoe_jax.config import ExperimentConfig, ModelConfig, content_hash
 from uoe_jax.data.prepare import prepare
 from uoe_jax.data.progress import note_once
 from uoe_jax.data.record import TOKENIZER, read_record, record_of
@@ -25,10 +25,12 @@ from uoe_jax.files import format_json, local_path, read_json, write_atomically
 from uoe_jax.model import param_shapes
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS
-from uoe_jax.runs.state import first_mean
+from uoe_jax.runs.state import check_buffers, first_mean
 from uoe_jax.train.peers import is_primary
 from uoe_jax.train.subject import MakeSubject, Subject, whole_model
 from uoe_jax.tree import named_leaves, replace_leaves
+from uoe_jax.validation import read_config
+from uoe_jax.weights import ROTATED
 
 RECORD = "init_from.json"  # in the folder of a run that was started from another
 _PARAMS, _BUFFERS = "params.", "buffers."
@@ -42,7 +44,7 @@ class Start:
     step: int  # of the source's checkpoint
     partial: bool
     digest: str  # of the checkpoint's manifest
-    loaded: tuple[str, ...]  # parameters that match in name and shape
+    loaded: tuple[str, ...]  # parameters that match in name, shape and meaning
     fresh: tuple[str, ...]  # those of the new model that don't
 
     def describe(self) -> str:
@@ -58,8 +60,9 @@ def start_from(
 ) -> MakeSubject:
     """Return what makes a model with the parameters of another run's newest checkpoint.
 
-    With `partial` those that match in name and shape are loaded, the others are fresh;
-    so are the optimizer and the step. A run that has trained already goes on as it is.
+    With `partial` those that match in name, shape and the heads that they are of are
+    loaded, the others are fresh; so are the optimizer and the step. A run that has
+    trained already goes on as it is.
 
     Raises CheckpointError, before anything is written, if parameters don't match (with
     both shapes), none does, or the source can't be read; ConfigError if the run in
@@ -125,9 +128,11 @@ def _plan(source: Path, config: ExperimentConfig, partial: bool) -> Start:
         if name.startswith(_PARAMS)
     }
     model = {name: leaf.shape for name, leaf in param_shapes(config.model).items()}
-    loaded = tuple(name for name in model if saved.get(name) == model[name])
-    if not loaded or (not partial and saved != model):
-        raise CheckpointError(_mismatch(source, saved, model, bool(loaded)))
+    heads = _other_heads(read_config(source).model, config.model, list(model))
+    problems = heads | _problems(saved, model)
+    loaded = tuple(name for name in model if name not in problems)
+    if not loaded or (not partial and problems):
+        raise CheckpointError(_mismatch(source, problems, bool(loaded)))
     return Start(
         source=source,
         step=steps[-1],
@@ -166,19 +171,37 @@ def compare_tokenizers(
     note_once(f"warning: {text}")
 
 
-def _mismatch(
-    source: Path, saved: Mapping[str, Any], model: Mapping[str, Any], some: bool
-) -> str:
+def _problems(saved: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, str]:
+    """Return by name which parameters differ in shape, or are one model's alone."""
     shape = lambda shapes, name: list(shapes[name]) if name in shapes else "absent"
-    problems = [
-        f"{name} is {shape(saved, name)} there, {shape(model, name)} here"
+    return {
+        name: f"is {shape(saved, name)} there, {shape(model, name)} here"
         for name in [*model, *(n for n in saved if n not in model)]
         if saved.get(name) != model.get(name)
-    ]
+    }
+
+
+def _other_heads(
+    there: ModelConfig, here: ModelConfig, names: Sequence[str]
+) -> dict[str, str]:
+    """Return by name which queries and keys are of heads that are rotated otherwise.
+
+    Narrow heads keep pairs of a wide one with their frequencies (`model.widths`), so a
+    head of four numbers isn't four numbers of a head of eight, whose shape is the same.
+    """
+    if there.head_dim == here.head_dim or not (there.rotates and here.rotates):
+        return {}
+    told = f"keeps pairs of a head of {there.head_dim} there, of {here.head_dim} here"
+    rotated = tuple(f".attention.{name}" for name in ROTATED)
+    return {name: told for name in names if name.endswith(rotated)}
+
+
+def _mismatch(source: Path, problems: Mapping[str, str], some: bool) -> str:
+    told = [f"{name} {problem}" for name, problem in problems.items()]
     fix = "--init-partial loads the others" if some else "none matches: try another run"
     return (
         f"{len(problems)} parameters of {source} aren't this model's: "
-        f"{_listed(problems, '; ', 12)}; {fix}"
+        f"{_listed(told, '; ', 12)}; {fix}"
     )
 
 
@@ -213,6 +236,7 @@ def _make_subject(start: Start, run_dir: Path) -> MakeSubject:
         }
         template = {name: leaves[name] for name in leaves if name in wanted}
         _, arrays, _ = store.restore(template, step=start.step)
+        check_buffers(start.source, config.model, arrays)
         typed = {n: np.asarray(a).astype(leaves[n].dtype) for n, a in arrays.items()}
         placed = layout.place(layout.to_memory(typed))
         if is_primary():

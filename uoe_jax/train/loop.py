@@ -37,7 +37,13 @@ from uoe_jax.runs.folder import (
     write_environment,
 )
 from uoe_jax.runs.lock import RunLock
-from uoe_jax.runs.state import Progress, check_32_bits, from_saved, to_saved
+from uoe_jax.runs.state import (
+    Progress,
+    check_32_bits,
+    check_buffers,
+    from_saved,
+    to_saved,
+)
 from uoe_jax.train.clock import Clock, Rate
 from uoe_jax.train.diagnose import diagnose, write_dump
 from uoe_jax.train.feed import flop_share, train_batch
@@ -236,6 +242,7 @@ class _Run:
         saved = self.checkpoints.config(self.step)
         check_saved(self.run_dir, self.config, saved, self.step)
         barrier("checkpoint is read")
+        check_buffers(self.run_dir, self.config.model, arrays)
         # A checkpoint of a run without `max_loss_jump` has no level: it begins anew.
         arrays = from_saved(self.layout.to_memory(arrays), fresh)
         begun = {name: fresh[name] for name in fresh.keys() - arrays.keys()}

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -26,13 +25,13 @@ from uoe_jax.model import split_model
 from uoe_jax.rules import NO_RULES
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS, CONFIG
-from uoe_jax.runs.load import ADAPTATION
+from uoe_jax.runs.load import ADAPTATION, read_weights
 from uoe_jax.runs.state import layout_of
 from uoe_jax.train.initial import compare_tokenizers
 from uoe_jax.train.loss import Taught, output_layer
 from uoe_jax.train.step import example_weights, hidden_states, loss_tokens
 from uoe_jax.train.subject import Subject, freeze_params
-from uoe_jax.tree import fill_leaves, named_leaves
+from uoe_jax.tree import fill_leaves
 from uoe_jax.validation import read_config
 
 RECORD = "distill_from.json"  # in the folder of a run that learns from another
@@ -195,10 +194,12 @@ def _read(
     teacher: Teacher, config: ExperimentConfig
 ) -> tuple[nnx.GraphDef, PyTree, PyTree]:
     """Return the teacher's static half and its arrays on the host."""
-    graphdef, make = split_model(config.model, 0)
-    params, buffers = jax.eval_shape(make)
-    template = {"params": params, "buffers": buffers}
-    store = Checkpoints(teacher.folder / CHECKPOINTS)
-    _, arrays, _ = store.restore(named_leaves(template), step=teacher.step)
-    state = fill_leaves(template, {n: np.asarray(a) for n, a in arrays.items()})
-    return graphdef, freeze_params(state["params"], config), state["buffers"]
+    own = read_config(teacher.folder)
+    saved = read_weights(teacher.folder, own, step=teacher.step)
+    arrays = {name: np.asarray(array) for name, array in saved.arrays.items()}
+    state = fill_leaves(saved.template, arrays)
+    return (
+        split_model(config.model, 0)[0],
+        freeze_params(state["params"], config),
+        state["buffers"],
+    )
