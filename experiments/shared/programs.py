@@ -1,6 +1,8 @@
 """A model's compiled programs: its start, a chunk of training steps, a split's scores.
 
-Learning rate and seed are data, so all runs of a model share them.
+Learning rate and seed are data, so all runs of a model share them. A chunk is a scan
+over the project's one step and not `train`'s loop: that dispatches each step, reads its
+metrics and writes a run's folder, which takes longer than such a step does.
 """
 
 from __future__ import annotations

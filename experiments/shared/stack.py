@@ -1,7 +1,8 @@
 """A whole run as one program: the project's training step in a scan over its batches.
 
 For runs of one shape that differ only in their start, rate and seed: mapped over these,
-a stack of runs is compiled once.
+a stack of runs is compiled once. `train`'s loop can't be mapped: it reads every step's
+metrics and writes files.
 """
 
 from __future__ import annotations
