@@ -33,12 +33,12 @@ import numpy as np
 import tpu_schedule
 
 from uoe_jax.files import format_json
-from uoe_jax.ops import Packing, _tpu
+from uoe_jax.ops import Packing, tpu
 from uoe_jax.ops.dense_attention import splash
-from uoe_jax.ops.grouped_matmul import mosaic_tpu as grouped
-from uoe_jax.ops.grouped_matmul.mosaic_tpu_plan import computed_rows
-from uoe_jax.ops.segment_attention import mosaic_tpu as attention
-from uoe_jax.ops.segment_attention.mosaic_tpu_plan import (
+from uoe_jax.ops.grouped_matmul.tpu import mosaic as grouped
+from uoe_jax.ops.grouped_matmul.tpu.schedule import computed_rows
+from uoe_jax.ops.segment_attention.tpu import mosaic as attention
+from uoe_jax.ops.segment_attention.tpu.schedule import (
     computed_pairs,
     needed_pairs,
     visited,
@@ -136,7 +136,7 @@ def compile_attention(case: Attention, name: str, dumps: Path) -> dict[str, Any]
     )
     tpu_schedule.clear_dump(dumps)
     result = compiled(jax.grad(objective, (0, 1, 2)), args, name, mesh)
-    target = _tpu.Target(mesh.devices.flat[0].device_kind)
+    target = tpu.Target(mesh.devices.flat[0].device_kind)
     options = attention.make_options(
         target, args[0].shape, BF16, len(offsets) - 1, scale=1.0, **how
     )
@@ -208,11 +208,11 @@ def compile_grouped(case: Grouped, name: str, dumps: Path) -> dict[str, Any]:
         packing,
     )
     result = compiled(jax.grad(objective, (0, 1)), args, name, mesh)
-    target = _tpu.Target(mesh.devices.flat[0].device_kind)
+    target = tpu.Target(mesh.devices.flat[0].device_kind)
     return result | grouped_tiles(case, target)
 
 
-def grouped_tiles(case: Grouped, target: _tpu.Target) -> dict[str, Any]:
+def grouped_tiles(case: Grouped, target: tpu.Target) -> dict[str, Any]:
     """Return the tiles of the three kernels, their VMEM, and work over the floor."""
     num_rows = case.batch * case.length * case.top_k
     w = shape(case.experts, case.depth, case.width)
@@ -264,10 +264,10 @@ def compile_splash(name: str, dumps: Path) -> dict[str, Any]:
     sides = shape(case.batch, case.length, case.heads, case.width)
     tpu_schedule.clear_dump(dumps)
     result = compiled(jax.grad(objective, (0, 1, 2)), (sides,) * 3, name, mesh)
-    block = splash.block_side(_tpu.Target(mesh.devices.flat[0].device_kind), sides)
+    block = splash.block_side(tpu.Target(mesh.devices.flat[0].device_kind), sides)
     tiles = case.length // block
     steps = case.batch * case.heads * tiles * (tiles + 1) // 2
-    generation = _tpu.Target(mesh.devices.flat[0].device_kind).generation
+    generation = tpu.Target(mesh.devices.flat[0].device_kind).generation
     cycles = {}
     for kernel, products in (("fwd", 2), ("dq", 3), ("dkv", 4)):
         path = tpu_schedule.find_dump(dumps, f"splash_mha_{kernel}")

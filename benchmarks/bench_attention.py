@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.files import format_json
-from uoe_jax.ops.segment_attention import mosaic_gpu, triton
+from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
+from uoe_jax.ops.segment_attention.nvidia import triton
 
 RESULTS = Path(__file__).parent / "results"
 DENSE = [  # causal, B, T, N, H

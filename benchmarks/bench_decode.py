@@ -32,7 +32,7 @@ from uoe_jax.hardware.count import cache_bytes, count_active_params, count_param
 from uoe_jax.hardware.decoding import short_names
 from uoe_jax.model import init_cache, make_model
 from uoe_jax.model.decoding.step import prepare
-from uoe_jax.ops._dispatch import served
+from uoe_jax.ops.dispatch import served
 from uoe_jax.presets import get_preset
 
 BYTES = 2  # of a weight or a number of the cache in bfloat16

@@ -28,13 +28,13 @@ from uoe_jax.bench.union import layer_config, layer_program
 from uoe_jax.config import UnionConfig
 from uoe_jax.files import format_json
 from uoe_jax.model.mlp import UnionMlp
-from uoe_jax.ops.grouped_matmul import triton_launch, triton_tiles
+from uoe_jax.ops.grouped_matmul.nvidia import launch, tiles
 
 
-def nearest_tiles(op: str, shape: dict[str, Any]) -> triton_tiles.Tiles:
+def nearest_tiles(op: str, shape: dict[str, Any]) -> tiles.Tiles:
     """Return the tile that the tables alone give."""
-    with mock.patch.object(triton_tiles, "predict_tiles", lambda op, shape: None):
-        return triton_tiles.choose_tiles(op, shape)
+    with mock.patch.object(tiles, "predict_tiles", lambda op, shape: None):
+        return tiles.choose_tiles(op, shape)
 
 
 def build(union: tuple, choose: Any, found: list) -> tuple[Any, tuple]:
@@ -51,12 +51,12 @@ def build(union: tuple, choose: Any, found: list) -> tuple[Any, tuple]:
         name="",
     )  # fmt: skip
 
-    def note(op: str, shape: dict[str, Any]) -> triton_tiles.Tiles:
+    def note(op: str, shape: dict[str, Any]) -> tiles.Tiles:
         tile = choose(op, shape)
         found.append({"op": op, **shape, "tile": list(tile)})
         return tile
 
-    with mock.patch.object(triton_launch, "choose_tiles", note):
+    with mock.patch.object(launch, "choose_tiles", note):
         jax.clear_caches()  # programs traced with other tiles
         lowered = jax.jit(program.fun).lower(*program.args)
     return lowered, program.args
@@ -79,10 +79,10 @@ def main(argv: list[str]) -> None:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "results": [],
     }
-    ways = {"nearest": nearest_tiles, "predicted": triton_tiles.choose_tiles}
+    ways = {"nearest": nearest_tiles, "predicted": tiles.choose_tiles}
     for union in UNTUNED:
-        tiles: dict[str, list] = {way: [] for way in ways}
-        built = {way: build(union, ways[way], tiles[way]) for way in ways}
+        taken: dict[str, list] = {way: [] for way in ways}
+        built = {way: build(union, ways[way], taken[way]) for way in ways}
         with ThreadPoolExecutor(2) as pool:
             compiled = pool.map(compile_one, (lowered for lowered, _ in built.values()))
             programs = dict(zip(ways, compiled, strict=True))
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
         row: dict[str, Any] = {"union": dict(zip(names, union[:5], strict=True))}
         row["milliseconds"] = {way: times[way][0] * 1e3 for way in ways}
         row["spread"] = {way: times[way][1] for way in ways}
-        row["tiles"] = tiles
+        row["tiles"] = taken
         print(row["union"], row["milliseconds"], row["spread"], flush=True)
         record["results"].append(row)
         if args.out:

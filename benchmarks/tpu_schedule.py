@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uoe_jax.ops import _tpu
-from uoe_jax.ops.segment_attention.mosaic_tpu_plan import EDGE
+from uoe_jax.ops import tpu
+from uoe_jax.ops.segment_attention.tpu.schedule import EDGE
 
-LANES = _tpu.LANES
+LANES = tpu.LANES
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from uoe_jax.files import format_json
-from uoe_jax.ops import _triton
+from uoe_jax.ops import nvidia
 from uoe_jax.ops.segment_attention import triton as attention
 
 CAPABILITIES = (80, 86, 89, 90)
@@ -94,11 +94,11 @@ def launches(case: Case, capability: int) -> list[dict[str, Any]]:
     key = shape((ROWS, case.width), case.dtype)
     query = shape((ROWS, case.groups, case.width), case.dtype)
     bounds = [shape((ROWS,), jnp.int32)] * (2 if case.bounds else 0)
-    memory = _triton.SHARED_MEMORY.get(capability / 10, _triton.LEAST_SHARED_MEMORY)
+    memory = nvidia.SHARED_MEMORY.get(capability / 10, nvidia.LEAST_SHARED_MEMORY)
     with (
-        mock.patch.object(_triton, "launch", launch),
-        mock.patch.object(_triton, "shared_memory", lambda: memory),
-        _triton.interpreted(launch),  # or it would ask for a device
+        mock.patch.object(nvidia, "launch", launch),
+        mock.patch.object(nvidia, "shared_memory", lambda: memory),
+        nvidia.interpreted(launch),  # or it would ask for a device
     ):
         offsets = shape((SEGMENTS + 1,), jnp.int32)
         jax.eval_shape(value_and_grads, query, key, key, offsets, *bounds)

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from uoe_jax.files import format_json
-from uoe_jax.ops import _triton
-from uoe_jax.ops.segment_attention import triton
-from uoe_jax.ops.segment_attention.triton import Tiles
+from uoe_jax.ops import nvidia
+from uoe_jax.ops.segment_attention.nvidia import triton
+from uoe_jax.ops.segment_attention.nvidia.triton import Tiles
 
 CASES = [  # causal, segments, rows of each, H
     (True, 16, 2048, 64),
@@ -81,7 +81,7 @@ def main():
     parser.add_argument("--width", type=int, help="of the heads; default: 64 and 128")
     args = parser.parse_args()
     try:
-        _triton.require(jnp.bfloat16)
+        nvidia.require(jnp.bfloat16)
     except NotImplementedError as error:
         parser.error(str(error))
     found: dict[str, list] = {}
@@ -94,7 +94,7 @@ def main():
                 tiles
                 for tiles in candidates
                 if triton.shared_bytes(kernel, width, 2, tiles)
-                <= _triton.shared_memory()
+                <= nvidia.shared_memory()
             ]
             lines = [time_tile(kernel, tiles, case, args.rounds) for tiles in fit]
             for line in lines:

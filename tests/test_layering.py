@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "uoe_jax"
 
 # From the ground up: a room imports what is below it, nothing beside it.
 LAYERS = (
-    ("escape", "terminal", "tree"),
+    ("escape", "terminal", "tree", "varying"),
     ("errors",),
     ("appearing", "files", "kinds"),
     ("rules", "options", "given"),

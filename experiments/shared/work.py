@@ -27,7 +27,7 @@ from experiments.shared.queue import TOO_SLOW, Job, Task, open_jobs, outlook
 from experiments.shared.results import write_result
 from uoe_jax.config import config_hash
 from uoe_jax.data.split import SPLITS
-from uoe_jax.ops._triton import installed_fault
+from uoe_jax.ops.nvidia import installed_fault
 
 _POLL = 1.0  # seconds between looks at what other processes do
 _GRACE = 20.0  # seconds after the budget in which a run may finish its chunk

@@ -7,7 +7,7 @@ import pytest
 
 from uoe_jax.bench import command, sizes, tune
 from uoe_jax.cli import main
-from uoe_jax.ops import _tuning
+from uoe_jax.ops import measured
 
 TINY = dataclasses.replace(
     sizes.SMALL,
@@ -25,10 +25,10 @@ TINY = dataclasses.replace(
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     monkeypatch.setitem(command.SIZES, "small", TINY)
-    monkeypatch.setenv(_tuning.FOLDER, str(tmp_path / "tuning"))
-    _tuning.load.cache_clear()
+    monkeypatch.setenv(measured.FOLDER, str(tmp_path / "tuning"))
+    measured.load.cache_clear()
     yield tmp_path
-    _tuning.load.cache_clear()
+    measured.load.cache_clear()
 
 
 def test_rows_are_measured_or_say_why(tiny, capsys):
@@ -57,7 +57,7 @@ def test_sweep_is_plotted(tiny):
 
 def test_tuned_table_orders_backends(tiny):
     tune.tune(dataclasses.replace(TINY, attention=()), 1, lambda text: None)
-    table = _tuning.load()
+    table = measured.load()
     entry = table["order"]["grouped_matmul"][0]
     assert entry["fastest"] == ["xla"]  # the only one that serves a CPU
     heads = table["order"]["split_heads"]
@@ -68,13 +68,13 @@ def test_tuned_table_orders_backends(tiny):
     assert gated["shape"] == {"rows": 32, "width": 8, "dtype": "float32"}
     near = entry["shape"] | {"rows": 100}
     names = ("triton", "xla", "reference")
-    assert _tuning.prefer("grouped_matmul", names, near) == (
+    assert measured.prefer("grouped_matmul", names, near) == (
         "xla",
         "triton",
         "reference",
     )
     far = entry["shape"] | {"rows": 10**6}
-    assert _tuning.prefer("grouped_matmul", names, far) == names
+    assert measured.prefer("grouped_matmul", names, far) == names
 
 
 @pytest.mark.parametrize(

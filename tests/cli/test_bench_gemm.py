@@ -23,9 +23,9 @@ from uoe_jax.cli import main
 from uoe_jax.hardware import gemm, gemm_fit
 from uoe_jax.hardware.devices import find_device
 from uoe_jax.hardware.product import Product
-from uoe_jax.ops import _tuning
-from uoe_jax.ops.grouped_matmul import triton_tiles
-from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles, choose_tiles
+from uoe_jax.ops import measured
+from uoe_jax.ops.grouped_matmul.nvidia import tiles as triton_tiles
+from uoe_jax.ops.grouped_matmul.nvidia.tiles import Tiles, choose_tiles
 
 # A made-up chip with an H200's name, so slow that this machine's roofline is its own.
 SLOW = dataclasses.replace(
@@ -168,7 +168,7 @@ def test_plan_says_which_it_used(capsys):
 def on_h200(monkeypatch, tmp_path):
     """Choices as on an H200; nothing is launched."""
     monkeypatch.setenv(gemm.FOLDER, str(tmp_path))
-    monkeypatch.setattr(_tuning, "device_kind", lambda: "NVIDIA H200")
+    monkeypatch.setattr(measured, "device_kind", lambda: "NVIDIA H200")
     gemm.find.cache_clear()
     triton_tiles._predict.cache_clear()
     yield
@@ -181,18 +181,18 @@ def test_a_tile_is_measured_then_predicted_then_near(on_h200, monkeypatch):
              "gather": True, "transpose": False}  # fmt: skip
     tile = Tiles(128, 64, 128, 4, 4, 2)
     entry = {"shape": dict(shape), "tile": tile._asdict(), "ms": 1.0}
-    monkeypatch.setattr(_tuning, "load", lambda: {"tiles": {"products": [entry]}})
+    monkeypatch.setattr(measured, "load", lambda: {"tiles": {"products": [entry]}})
     grouped = shape | {"groups": 12}
     assert choose_tiles("products", grouped) == tile  # its own shape was measured
     far = grouped | {"rows": 4 * 98304}
     assert choose_tiles("products", far) in triton_tiles.CANDIDATES["products"]
     # A device without a model: the nearest that was measured.
-    monkeypatch.setattr(_tuning, "device_kind", lambda: "NVIDIA A100")
+    monkeypatch.setattr(measured, "device_kind", lambda: "NVIDIA A100")
     assert choose_tiles("products", far) == tile
 
 
 def test_a_predicted_tile_is_no_wider_than_its_product(on_h200, monkeypatch):
-    monkeypatch.setattr(_tuning, "load", lambda: {})
+    monkeypatch.setattr(measured, "load", lambda: {})
     shape = {"rows": 4096, "inner": 32, "outer": 100, "dtype": "bfloat16",
              "gather": "grad", "groups": 3}  # fmt: skip
     tile = choose_tiles("weight_grads", shape)
@@ -204,7 +204,7 @@ def test_candidates_begin_with_the_tables_tile(on_h200, monkeypatch):
     tile = Tiles(32, 32, 32, 4, 4, 2)
     entry = {"shape": {"rows": 4096, "inner": 256, "outer": 512}, "tile":
              tile._asdict()}  # fmt: skip
-    monkeypatch.setattr(_tuning, "load", lambda: {"tiles": {"products": [entry]}})
+    monkeypatch.setattr(measured, "load", lambda: {"tiles": {"products": [entry]}})
     assert candidates(case)[0] == tile
     assert tuned_shape(case)["groups"] == 4
 

@@ -10,7 +10,7 @@ import pytest
 
 from uoe_jax.cli import main
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import _dispatch, _triton
+from uoe_jax.ops import dispatch, nvidia
 from uoe_jax.train import train
 from uoe_jax.train.clock import Rate
 from uoe_jax.train.metrics import check_sinks
@@ -71,24 +71,24 @@ def test_a_gpu_without_the_kernels_package_is_told_of_once(monkeypatch):
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     device = type("Device", (), {"compute_capability": "9.0"})
     monkeypatch.setattr("jax.devices", lambda: [device])
-    fault = f"it needs jax-triton; {_triton.INSTALL}"
-    monkeypatch.setattr(_triton, "installed_fault", lambda: fault)
-    _triton.warn_slow.cache_clear()
+    fault = f"it needs jax-triton; {nvidia.INSTALL}"
+    monkeypatch.setattr(nvidia, "installed_fault", lambda: fault)
+    nvidia.warn_slow.cache_clear()
     with pytest.warns(UserWarning, match=r"more slowly.*uoe_jax\[kernels\]") as told:
         for _ in range(3):
             with pytest.raises(NotImplementedError):
-                _triton.require("bfloat16")
+                nvidia.require("bfloat16")
     assert len(told) == 1
 
 
 def test_dispatch_notes_who_served(monkeypatch):
-    monkeypatch.setattr(_dispatch, "served", {})
+    monkeypatch.setattr(dispatch, "served", {})
 
     def cant():
         raise NotImplementedError("no such device")
 
-    assert _dispatch.dispatch("op", {"a": cant, "b": lambda: 3}, None) == 3
-    assert _dispatch.served == {"op": {"b": None}}
+    assert dispatch.dispatch("op", {"a": cant, "b": lambda: 3}, None) == 3
+    assert dispatch.served == {"op": {"b": None}}
 
 
 @pytest.mark.parametrize("case", ["other config", "no file", "empty prompt"])

@@ -18,7 +18,7 @@ from uoe_jax.cli.plan import PlanOptions
 from uoe_jax.config import ExperimentConfig, from_json, to_json
 from uoe_jax.errors import ConfigError
 from uoe_jax.fields import field_hints
-from uoe_jax.ops import _tuning
+from uoe_jax.ops import measured
 from uoe_jax.presets import get_preset
 from uoe_jax.rules import Rules
 from uoe_jax.validation import validate
@@ -317,10 +317,10 @@ def test_bench(tmp_path, monkeypatch, capsys):
         smha=(),
     )
     monkeypatch.setitem(command.SIZES, "small", tiny)
-    monkeypatch.setenv(_tuning.FOLDER, str(tmp_path / "tuning"))
-    _tuning.load.cache_clear()
+    monkeypatch.setenv(measured.FOLDER, str(tmp_path / "tuning"))
+    measured.load.cache_clear()
     args = ["bench", "attention", "--size", "small", "--rounds", "1", "--tune"]
     assert main(args) == 0
-    _tuning.load.cache_clear()
+    measured.load.cache_clear()
     assert "tiles and backends measured" in capsys.readouterr().out
     assert list((tmp_path / "tuning").iterdir())

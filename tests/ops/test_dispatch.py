@@ -5,12 +5,12 @@ import pytest
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import (
-    _tuning,
     dense_attention,
     grouped_matmul,
+    measured,
     segment_attention,
 )
-from uoe_jax.ops._dispatch import dispatch
+from uoe_jax.ops.dispatch import dispatch
 
 pytestmark = pytest.mark.both_jax
 
@@ -46,12 +46,12 @@ def test_unknown_backend_names_the_nearest():
 def test_measured_order_comes_first(monkeypatch):
     """Near a measured shape the fastest serves; elsewhere the built-in order does."""
     found = {"shape": {"rows": 512, "dtype": "float32"}, "fastest": ["b", "gone"]}
-    monkeypatch.setattr(_tuning, "load", lambda: {"order": {"op": [found]}})
+    monkeypatch.setattr(measured, "load", lambda: {"order": {"op": [found]}})
     backends = {"a": lambda: "a", "b": lambda: "b"}
     for rows, dtype, want in (
         (512, "float32", "b"),
-        (512 * _tuning.REACH, "float32", "b"),
-        (513 * _tuning.REACH, "float32", "a"),
+        (512 * measured.REACH, "float32", "b"),
+        (513 * measured.REACH, "float32", "a"),
         (512, "bfloat16", "a"),
     ):
         shape = {"rows": rows, "dtype": dtype}
@@ -61,12 +61,12 @@ def test_measured_order_comes_first(monkeypatch):
 
 def test_nearest_measurement_answers():
     entries = [{"shape": {"rows": n, "causal": True}} for n in (64, 1024)]
-    near = lambda rows, causal=True: _tuning.nearest(
+    near = lambda rows, causal=True: measured.nearest(
         entries, {"rows": rows, "causal": causal}
     )
     assert near(100) is entries[0] and near(900) is entries[1]
     assert near(100, causal=False) is None and near(10**6) is None
-    assert _tuning.nearest(entries, {"causal": True}) is None
+    assert measured.nearest(entries, {"causal": True}) is None
 
 
 def test_cudnn_says_why_it_cannot_serve():

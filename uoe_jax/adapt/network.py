@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from uoe_jax.adapt.equation import plan_contraction
-from uoe_jax.ops._dispatch import vary_together
+from uoe_jax.varying import vary_together
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -35,7 +35,7 @@ from uoe_jax.ops.grouped_matmul.api import (
     project_scatter,
 )
 from uoe_jax.ops.packing import Packing, combine_rows, gather_rows
-from uoe_jax.partition.collectives import varying_axes
+from uoe_jax.varying import varying_axes
 
 Bind = Callable[..., Array]
 

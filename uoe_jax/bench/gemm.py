@@ -28,9 +28,9 @@ import numpy as np
 from uoe_jax.bench.gemm_cases import Case, candidates, draw_ids
 from uoe_jax.errors import first_line
 from uoe_jax.hardware.count import DTYPE_BYTES
-from uoe_jax.ops import _triton
-from uoe_jax.ops.grouped_matmul.triton_launch import products, weight_grads
-from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles
+from uoe_jax.ops import nvidia
+from uoe_jax.ops.grouped_matmul.nvidia.launch import products, weight_grads
+from uoe_jax.ops.grouped_matmul.nvidia.tiles import Tiles
 
 WARM_UPS, REPEATS = 3, 12
 REPEAT_SECONDS = 4e-3
@@ -247,7 +247,7 @@ def _compile(case: Case, tile: Tiles | None) -> Any:
     """Compile a program that makes the product of every set of operands."""
     sets, one = _operands(case), _product_of(case, tile)
     if tile is not None:
-        _triton.require(jnp.dtype(case.dtype))
+        nvidia.require(jnp.dtype(case.dtype))
     extra = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in draw_ids(case)]
 
     def run(sets: Any, *extra: Any) -> Any:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from uoe_jax.hardware.count import DTYPE_BYTES
-from uoe_jax.ops import _tuning
-from uoe_jax.ops.grouped_matmul.triton_tiles import (
+from uoe_jax.ops import measured
+from uoe_jax.ops.grouped_matmul.nvidia.tiles import (
     CANDIDATES,
     Tiles,
     choose_tiles,
@@ -127,7 +127,7 @@ def candidates(case: Case) -> list[Tiles | None]:
     if case.op in ("dot", "ragged_dot"):
         return [None]
     shape = tuned_shape(case)
-    known = _tuning.tiles(case.op, shape)
+    known = measured.tiles(case.op, shape)
     first = choose_tiles(case.op, shape) if known is None else Tiles(**known)
     tried = (WIDE if case.dtype == "float32" else CANDIDATES)[case.op]
     cut = [cut_tiles(tile, shape) for tile in (first, *tried)]

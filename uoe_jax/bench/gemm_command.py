@@ -18,7 +18,7 @@ from uoe_jax.files import format_json, write_atomically
 from uoe_jax.hardware import gemm, gemm_fit
 from uoe_jax.hardware.devices import DEVICES, Device, find_device
 from uoe_jax.hardware.product import roofline
-from uoe_jax.ops import _triton
+from uoe_jax.ops import nvidia
 from uoe_jax.report.style import LIGHT, MARKERS, styled
 from uoe_jax.report.table import format_table
 
@@ -93,7 +93,7 @@ def run_gemm(
 
 def _kernels_fault() -> str | None:
     try:
-        _triton.require(jax.numpy.bfloat16)
+        nvidia.require(jax.numpy.bfloat16)
     except NotImplementedError as error:
         return str(error)
     return None

@@ -16,9 +16,9 @@ from uoe_jax.bench.timing import Program, both_passes, measure
 from uoe_jax.bench.union import uneven_offsets
 from uoe_jax.files import format_json
 from uoe_jax.ops import (
-    _tuning,
     dense_attention,
     grouped_matmul,
+    measured,
     split_heads,
     swiglu,
 )
@@ -26,9 +26,9 @@ from uoe_jax.ops.dense_attention.api import BACKENDS as DENSE
 from uoe_jax.ops.dense_attention.api import call_shape as dense_shape
 from uoe_jax.ops.grouped_matmul.api import GROUPED_MATMUL
 from uoe_jax.ops.grouped_matmul.api import call_shape as matmul_shape
-from uoe_jax.ops.grouped_matmul.triton import require
-from uoe_jax.ops.grouped_matmul.triton_launch import products, weight_grads
-from uoe_jax.ops.grouped_matmul.triton_tiles import CANDIDATES, Tiles
+from uoe_jax.ops.grouped_matmul.nvidia.launch import products, weight_grads
+from uoe_jax.ops.grouped_matmul.nvidia.tiles import CANDIDATES, Tiles
+from uoe_jax.ops.grouped_matmul.nvidia.triton import require
 from uoe_jax.ops.split_heads.api import BACKENDS as SPLIT_HEADS
 from uoe_jax.ops.split_heads.api import call_shape as heads_shape
 from uoe_jax.ops.swiglu.api import BACKENDS as SWIGLU
@@ -64,10 +64,10 @@ def tune(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> Path:
 
 
 def _write(found: Mapping[str, Any]) -> Path:
-    path = _tuning.user_folder() / f"{_tuning.device_name()}.json"
+    path = measured.user_folder() / f"{measured.device_name()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(format_table(found))
-    _tuning.load.cache_clear()
+    measured.load.cache_clear()
     jax.clear_caches()  # programs traced with another choice
     return path
 

@@ -23,7 +23,7 @@ UNITS = {"H200": 132, "H100": 132, "H100 PCIe": 114, "A100": 108, "B200": 148,
 _STAGING = 227 << 10  # bytes of shared memory of a multiprocessor
 _CACHE_RATE = 1.25  # of memory's rate: what tiles read again comes from a cache
 _LONG = 4096  # programs, from which on they fill the units evenly
-_SPLITS = 8  # of a group's rows, at most; see ops.grouped_matmul.triton_launch
+_SPLITS = 8  # of a group's rows, at most; see ops.grouped_matmul.nvidia.launch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError, nearest
-from uoe_jax.ops import _checks
+from uoe_jax.ops import checks
 from uoe_jax.partition.collectives import Parallel
 
 
@@ -58,7 +58,7 @@ def _check_call(given: dict[str, Any], name: str, check_input: Any) -> None:
         values = given if option in given else options
         if values.get(option) is None:
             continue
-        _checks.ints(values, option, "B T")
+        checks.ints(values, option, "B T")
         if values[option].shape != given[name].shape[:2]:
             raise ConfigError(
                 f"{option} is {list(values[option].shape)} beside {name} "
@@ -66,18 +66,18 @@ def _check_call(given: dict[str, Any], name: str, check_input: Any) -> None:
             )
     if given.get("token_types") is not None:
         count = given["self"].config.token_types
-        _checks.within(given, "token_types", count, "types of model.token_types")
+        checks.within(given, "token_types", count, "types of model.token_types")
 
 
 def _check_tokens(given: dict[str, Any]) -> None:
-    _checks.ints(given, "tokens", "B T")
+    checks.ints(given, "tokens", "B T")
     vocabulary = given["self"].config.vocab_size
-    _checks.within(given, "tokens", vocabulary, "tokens of model.vocab_size")
+    checks.within(given, "tokens", vocabulary, "tokens of model.vocab_size")
 
 
 def _check_images(given: dict[str, Any]) -> None:
     config: ModelConfig = given["self"].config
-    _checks.floats(given, "images", "B H W C")
+    checks.floats(given, "images", "B H W C")
     side, channels = config.image_size, config.image_channels
     if given["images"].shape[1:] != (side, side, channels):
         raise ConfigError(
@@ -87,10 +87,10 @@ def _check_images(given: dict[str, Any]) -> None:
 
 
 # Decorators of what a model is called with; numbers are looked at only where known.
-takes_tokens = _checks.checked(
+takes_tokens = checks.checked(
     partial(_check_call, name="tokens", check_input=_check_tokens)
 )
-takes_images = _checks.checked(
+takes_images = checks.checked(
     partial(_check_call, name="images", check_input=_check_images)
 )
 

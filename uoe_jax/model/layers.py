@@ -14,8 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.ops._dispatch import accumulator_dtype, vary_together
+from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.packing import Packing, take_rows
+from uoe_jax.varying import vary_together
 
 # The name remat policy "dots" keeps: outputs of projections, never attention scores.
 PROJECTION = "projection"

@@ -15,8 +15,9 @@ from uoe_jax.model.layers import rows_to_picks
 from uoe_jax.model.routing.token import Routing
 from uoe_jax.ops.dense_attention.api import dense_attention
 from uoe_jax.ops.packing import Packing, gather_rows, pack_choices
-from uoe_jax.partition.collectives import Parallel, vary_over
+from uoe_jax.partition.collectives import Parallel
 from uoe_jax.tree import leaf_name
+from uoe_jax.varying import vary_over
 
 _NEVER = -1e30  # a score that never counts beside a real one, and has no NaN
 

@@ -8,14 +8,14 @@ from typing import Any
 try:
     import triton
     import triton.language as tl
-except ModuleNotFoundError:  # `_triton.require` says so before a kernel is wanted
+except ModuleNotFoundError:  # `nvidia.require` says so before a kernel is wanted
     triton = tl = None
 
 __all__ = ["jit", "tl"]
 
 
 def jit(kernel: Callable) -> Any:
-    """Return the kernel for `_triton.launch`; as it is where triton isn't installed.
+    """Return the kernel for `nvidia.launch`; as it is where triton isn't installed.
 
     Kernels also carry `typing.no_type_check`: their arguments are pointers.
     """

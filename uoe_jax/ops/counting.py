@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from uoe_jax.ops._dispatch import vary_together, zeros_varying
+from uoe_jax.varying import vary_together, zeros_varying
 
 BLOCK = 128  # tokens counted by one small product of ones
 

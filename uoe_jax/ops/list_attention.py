@@ -14,9 +14,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops._dispatch import dispatch
+from uoe_jax.ops.dispatch import dispatch
 from uoe_jax.ops.packing import Packing, combine_rows, gather_rows
-from uoe_jax.ops.segment_attention import mosaic_gpu, triton
+from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
+from uoe_jax.ops.segment_attention.nvidia import triton
 from uoe_jax.ops.tiled_attention import check_lists, tiled_attention
 
 

@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import _checks
-from uoe_jax.ops._dispatch import accumulator_dtype, vary_together
+from uoe_jax.ops import checks
 from uoe_jax.ops.counting import count_choices
+from uoe_jax.ops.numerics import accumulator_dtype
+from uoe_jax.varying import vary_together
 
 MAX_COUNTED = 256  # experts; the table of running counts is B x T x E numbers
 
@@ -35,10 +36,10 @@ class Packing(NamedTuple):
     group_offsets: Int[Array, " E1"]  # E + 1 first rows of the experts
 
 
-def _settle(given: _checks.Given) -> None:
-    _checks.ints(given, "choices", "B T X")
-    _checks.whole(given, "num_experts")
-    _checks.whole(given, "num_rows", optional=True)
+def _settle(given: checks.Given) -> None:
+    checks.ints(given, "choices", "B T X")
+    checks.whole(given, "num_experts")
+    checks.whole(given, "num_rows", optional=True)
     shape, experts = given["choices"].shape, given["num_experts"]
     kept = given["kept"]
     # Of the choices that aren't kept, as where a device has only some of the experts,
@@ -50,7 +51,7 @@ def _settle(given: _checks.Given) -> None:
             f"least {least}"
         )
     if kept is None:
-        _checks.within(given, "choices", experts, "experts")
+        checks.within(given, "choices", experts, "experts")
         return
     if getattr(kept, "shape", None) != shape or kept.dtype != bool:
         found = f"{getattr(kept, 'dtype', '')} {list(getattr(kept, 'shape', ()))}"
@@ -58,12 +59,12 @@ def _settle(given: _checks.Given) -> None:
             f"kept is {type(kept).__name__} {found}; it must be bool {list(shape)}, as "
             "the choices are"
         )
-    if all(map(_checks.is_concrete, (kept, given["choices"]))):
+    if all(map(checks.is_concrete, (kept, given["choices"]))):
         counted = {"choices": np.where(kept, given["choices"], 0)}
-        _checks.within(counted, "choices", experts, "experts")
+        checks.within(counted, "choices", experts, "experts")
 
 
-@_checks.checked(_settle)
+@checks.checked(_settle)
 def pack_choices(
     choices: Int[Array, "B T X"],
     num_experts: int,

@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, Float32
 
-from uoe_jax.ops._dispatch import vary_together
+from uoe_jax.varying import vary_together
 
 PIECES = 3  # of 8 bits each: all 24 of a float32 number
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops._dispatch import accumulator_dtype
+from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.packing import Packing, combine_rows, gather_rows
 from uoe_jax.ops.segment_attention.layout import segment_layout
 from uoe_jax.ops.segment_attention.xla import choose_tile

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from uoe_jax.config import LayoutConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.tree import leaf_name
+from uoe_jax.varying import vary_over, varying_axes
 
 # The name of gathered weights for rematerialisation.
 GATHERED = "gathered"
@@ -173,19 +174,6 @@ def stored_order(num_experts: int, tensor: int, layout: LayoutConfig) -> list[in
     if not layout.deals:
         return list(range(num_experts))
     return [e for rank in range(tensor) for e in range(rank, num_experts, tensor)]
-
-
-def varying_axes(x: Array) -> tuple[str, ...]:
-    """Return the axes over which a value's type says that devices differ."""
-    aval = jax.typeof(x)
-    kind = getattr(aval, "manual_axis_type", None)
-    return tuple(sorted(aval.vma if kind is None else kind.varying))
-
-
-def vary_over(x: Array, axes: tuple[str, ...]) -> Array:
-    """Return x typed as differing over the axes, if it isn't already."""
-    missing = tuple(a for a in axes if a not in varying_axes(x))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def total(x: Array, axes: tuple[str, ...]) -> Array:

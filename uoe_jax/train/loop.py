@@ -22,7 +22,7 @@ from uoe_jax.data.record import record_of
 from uoe_jax.errors import NonFiniteError, out_of_memory
 from uoe_jax.files import local_path
 from uoe_jax.hardware.devices import peak_flops
-from uoe_jax.ops._dispatch import served
+from uoe_jax.ops.dispatch import served
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.runs.checkpoint import Checkpoints, snapshot

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from uoe_jax.model import Decoder
-from uoe_jax.ops._dispatch import vary_together, zeros_varying
+from uoe_jax.varying import vary_together, zeros_varying
 
 Pytree = Any
 

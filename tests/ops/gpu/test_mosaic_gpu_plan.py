@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ops import ops_oracle
-from uoe_jax.ops.segment_attention import mosaic_gpu_plan as plans
-from uoe_jax.ops.segment_attention.mosaic_gpu_plan import (
+from uoe_jax.ops.segment_attention.nvidia import schedule as plans
+from uoe_jax.ops.segment_attention.nvidia.schedule import (
     ALIGN,
     END,
     FIRST,

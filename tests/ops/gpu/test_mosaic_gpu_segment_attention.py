@@ -17,12 +17,18 @@ from tests.ops import ops_oracle
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import segment_attention
 from uoe_jax.ops.segment_attention import (
-    mosaic_gpu,
-    mosaic_gpu_forward,
-    mosaic_gpu_key_gradients,
-    mosaic_gpu_query_gradient,
+    mosaic as mosaic_gpu,
 )
-from uoe_jax.ops.segment_attention import mosaic_gpu_parts as parts
+from uoe_jax.ops.segment_attention import (
+    mosaic_forward as mosaic_gpu_forward,
+)
+from uoe_jax.ops.segment_attention import (
+    mosaic_key_gradients as mosaic_gpu_key_gradients,
+)
+from uoe_jax.ops.segment_attention import (
+    mosaic_query_gradient as mosaic_gpu_query_gradient,
+)
+from uoe_jax.ops.segment_attention.nvidia import mosaic_parts as parts
 
 ROWS, SEGMENTS = 150, 3  # not a multiple of the 8 rows that copies are aligned to
 cuts = st.lists(st.integers(0, ROWS), min_size=SEGMENTS, max_size=SEGMENTS).map(sorted)

@@ -12,7 +12,8 @@ import pytest
 from tests.ops import ops_oracle
 from uoe_jax.ops import dense_attention
 from uoe_jax.ops.dense_attention import packed_gpu, reference
-from uoe_jax.ops.segment_attention import mosaic_gpu, xla
+from uoe_jax.ops.segment_attention import xla
+from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
 
 BATCH, LENGTH, WIDTH = 2, 40, 8
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from uoe_jax.ops import _triton
-from uoe_jax.ops.segment_attention import triton
+from uoe_jax.ops import nvidia
+from uoe_jax.ops.segment_attention.nvidia import triton
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 RECORD = BENCHMARKS / "results" / "triton_attention_compile.json"
@@ -22,7 +22,7 @@ CASES = json.loads(RECORD.read_text())["cases"]
 def limit(device):
     """Bytes of shared memory that a program may take, of "sm_89"."""
     capability = int(device.removeprefix("sm_")) / 10
-    return _triton.SHARED_MEMORY.get(capability, _triton.LEAST_SHARED_MEMORY)
+    return nvidia.SHARED_MEMORY.get(capability, nvidia.LEAST_SHARED_MEMORY)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -33,7 +33,7 @@ def test_default_tiles_are_the_compiled_ones_which_fit_and_spill_nothing(
     dtype = "float16" if "float16" in case else "bfloat16"
     assert set(CASES[case]) >= {"sm_80", "sm_86", "sm_89"}
     for device, kernels in CASES[case].items():
-        monkeypatch.setattr(_triton, "shared_memory", lambda d=device: limit(d))
+        monkeypatch.setattr(nvidia, "shared_memory", lambda d=device: limit(d))
         assert set(kernels) == set(triton.DEFAULTS)
         for kernel, found in kernels.items():
             tiles = triton.choose_tiles(kernel, {"width": width, "dtype": dtype})

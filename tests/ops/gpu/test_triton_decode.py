@@ -11,7 +11,7 @@ import pytest
 from tests.ops.decode_oracle import check_add, check_attend, check_project, check_route
 from tests.ops.test_decode_ops import ADD, ATTEND, PROJECT, ROUTE
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import _triton
+from uoe_jax.ops import nvidia
 from uoe_jax.ops.cache_attention import triton as attention
 from uoe_jax.ops.token_products import triton as products
 from uoe_jax.ops.token_products.api import Projection, project
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture(autouse=True)
 def on_cpu():
-    with _triton.interpreted(triton_on_cpu.run):
+    with nvidia.interpreted(triton_on_cpu.run):
         yield
 
 

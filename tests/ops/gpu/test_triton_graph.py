@@ -9,7 +9,7 @@ import pytest
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from uoe_jax.ops import _triton
+from uoe_jax.ops import nvidia
 
 KERNEL = b"x\x9c\x00kernel"
 
@@ -38,9 +38,9 @@ def bridge(monkeypatch):
         call, lambda ctx, *args, **params: lower(None, ctx, *args, **params), "cuda"
     )
     monkeypatch.setitem(sys.modules, "jax_triton.triton_lib", library)
-    _triton.typed_calls.cache_clear()
+    nvidia.typed_calls.cache_clear()
     yield library
-    _triton.typed_calls.cache_clear()
+    nvidia.typed_calls.cache_clear()
 
 
 def lowered(call, target):
@@ -52,20 +52,20 @@ def lowered(call, target):
 
 
 def test_a_small_kernels_call_is_typed_and_carries_the_same_kernel(bridge):
-    assert _triton.typed_calls()
-    text = lowered(bridge.triton_kernel_call_p, _triton.IN_GRAPH)
+    assert nvidia.typed_calls()
+    text = lowered(bridge.triton_kernel_call_p, nvidia.IN_GRAPH)
     assert text.count("stablehlo.custom_call") == 1  # that of the old kind is gone
-    assert f"custom_call @{_triton.IN_GRAPH}" in text
+    assert f"custom_call @{nvidia.IN_GRAPH}" in text
     assert 'mhlo.backend_config = {opaque = "x\\9C\\00kernel"}' in text
     assert "output_tuple_indices = [1], operand_index = 0" in text
 
 
 def test_other_calls_stay_as_they_are(bridge):
-    assert _triton.typed_calls()
+    assert nvidia.typed_calls()
     text = lowered(bridge.triton_kernel_call_p, "triton_kernel_call")
     assert "custom_call @triton_kernel_call(" in text and "opaque" not in text
 
 
 def test_later_releases_make_typed_calls_themselves(bridge):
-    bridge.CUSTOM_CALL_TARGET_NAME = _triton.IN_GRAPH
-    assert not _triton.typed_calls()
+    bridge.CUSTOM_CALL_TARGET_NAME = nvidia.IN_GRAPH
+    assert not nvidia.typed_calls()

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from tests.ops import ops_oracle
-from uoe_jax.ops import _triton, _tuning, pack_choices
-from uoe_jax.ops.grouped_matmul import triton, triton_launch
-from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles
+from uoe_jax.ops import measured, nvidia, pack_choices
+from uoe_jax.ops.grouped_matmul.nvidia import launch, triton
+from uoe_jax.ops.grouped_matmul.nvidia.tiles import Tiles
 from uoe_jax.ops.packing import Packing
 
 ROWS, GROUPS, INS, OUTS = 40, 3, 20, 24
@@ -25,16 +25,16 @@ ROWS, GROUPS, INS, OUTS = 40, 3, 20, 24
 TOLERANCE = 5e-6
 TILE = Tiles(16, 16, 16, 2, 4, 2)
 AHEAD = TILE._replace(in_turn=2, ahead=True)
-CHOOSE = triton_launch.choose_tiles
+CHOOSE = launch.choose_tiles
 
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     """The kernels on numpy arrays, in tiles that no side fills."""
-    monkeypatch.setattr(triton_launch, "choose_tiles", lambda op, shape: TILE)
-    for traced in (triton_launch.products, triton_launch.weight_grads):
+    monkeypatch.setattr(launch, "choose_tiles", lambda op, shape: TILE)
+    for traced in (launch.products, launch.weight_grads):
         traced.clear_cache()  # of another test's tiles
-    with _triton.interpreted(triton_on_cpu.run):
+    with nvidia.interpreted(triton_on_cpu.run):
         yield
 
 
@@ -51,7 +51,7 @@ def launches():
         seen.append((kernel.fn.__name__, constants))
         return triton_on_cpu.run(kernel, grid, constants, *rest)
 
-    with _triton.interpreted(run):
+    with nvidia.interpreted(run):
         yield seen
 
 
@@ -71,7 +71,7 @@ cuts = st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS).map(sort
 @example(cuts=[0, 17, 33], seed=0)
 def test_value_and_gradients_match_float64(in_turn, cuts, seed):
     tile = TILE._replace(in_turn=in_turn)
-    with mock.patch.object(triton_launch, "choose_tiles", lambda op, shape: tile):
+    with mock.patch.object(launch, "choose_tiles", lambda op, shape: tile):
         check_value_and_gradients(cuts, seed)
 
 
@@ -99,9 +99,9 @@ def test_sides_past_tiles_and_shared_rows_match_float64(
     monkeypatch, inner, outer, cores, splits
 ):
     """Groups of 17, 0 and 19 rows: more, as many and fewer steps than programs."""
-    monkeypatch.setattr(triton_launch, "choose_tiles", CHOOSE)
-    monkeypatch.setattr(_tuning, "tiles", lambda op, shape, **_: WIDE._asdict())
-    monkeypatch.setattr(_triton, "cores", lambda: cores)
+    monkeypatch.setattr(launch, "choose_tiles", CHOOSE)
+    monkeypatch.setattr(measured, "tiles", lambda op, shape, **_: WIDE._asdict())
+    monkeypatch.setattr(nvidia, "cores", lambda: cores)
     rng = np.random.default_rng(inner)
     x, w, grad = draw(rng, (ROWS, inner), (GROUPS, inner, outer), (ROWS, outer))
     offsets = [0, 17, 17, 36]
@@ -122,10 +122,10 @@ def test_sides_past_tiles_and_shared_rows_match_float64(
 
 def test_a_long_group_is_shared_in_whole_steps(monkeypatch):
     """Of 39 rows in steps of 16, the first of two programs has 32."""
-    monkeypatch.setattr(_triton, "cores", lambda: 8)
+    monkeypatch.setattr(nvidia, "cores", lambda: 8)
     x, grad = draw(np.random.default_rng(0), (ROWS, 16), (ROWS, 32))
     ids = jnp.arange(ROWS, dtype=jnp.int32)[::-1]
-    got = triton_launch.weight_grads(x, grad, jnp.asarray([0, 39, ROWS]), None, ids)
+    got = launch.weight_grads(x, grad, jnp.asarray([0, 39, ROWS]), None, ids)
     x, grad = np.asarray(x, np.float64), np.asarray(grad, np.float64)[::-1]
     want = np.stack([x[:39].T @ grad[:39], x[39:].T @ grad[39:]])
     ops_oracle.assert_near([got], [want], TOLERANCE)
@@ -168,7 +168,7 @@ def test_gather_and_scatter_match_float64(
     monkeypatch, dtype, dense, cut, tile, tolerance
 ):
     monkeypatch.setattr(triton, "dense_pays", lambda *sizes: dense)
-    monkeypatch.setattr(triton_launch, "choose_tiles", lambda op, shape: tile)
+    monkeypatch.setattr(launch, "choose_tiles", lambda op, shape: tile)
     packing, matrix, (x, w, grad, rows, token_grad) = routed(dtype)
     offsets = np.asarray(packing.group_offsets)
     if cut:  # picks past M are rows 32 to 35 of 32
@@ -204,7 +204,7 @@ def test_one_row_a_token_is_stored_at_its_token(tile, share):
     grad, rows = (a.at[offsets[-1] :].set(jnp.nan) for a in (grad, rows))
     place = np.argsort(token)  # of each token's row
 
-    choose = mock.patch.object(triton_launch, "choose_tiles", lambda op, shape: tile)
+    choose = mock.patch.object(launch, "choose_tiles", lambda op, shape: tile)
     with choose, launches() as seen:
         project = lambda x, w: triton.gather_project(x, w, packing)
         gathered = value_and_grads(project, x, w, grad)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import _triton, _tuning, grouped_matmul
-from uoe_jax.ops.grouped_matmul.triton_launch import products, weight_grads
-from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles, choose_tiles
+from uoe_jax.ops import grouped_matmul, measured, nvidia
+from uoe_jax.ops.grouped_matmul.nvidia.launch import products, weight_grads
+from uoe_jax.ops.grouped_matmul.nvidia.tiles import Tiles, choose_tiles
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles, choose_tiles
     ],
 )
 def test_pair_of_releases_is_checked(bridge, compiler, fault):
-    found = _triton.pair_fault(bridge, compiler)
+    found = nvidia.pair_fault(bridge, compiler)
     if fault is None:
         assert found is None
     else:
@@ -44,7 +44,7 @@ def test_forced_backend_names_the_device_it_needs():
 @pytest.mark.parametrize(("inner", "outer"), [(2048, 2048), (72, 24), (512, 130)])
 def test_tiles_outside_the_tables_fit(monkeypatch, kilobytes, dtype, op, inner, outer):
     """In shared memory, with at least two stages, and no wider than the result."""
-    monkeypatch.setattr(_triton, "shared_memory", lambda: kilobytes << 10)
+    monkeypatch.setattr(nvidia, "shared_memory", lambda: kilobytes << 10)
     shape = {"rows": 4096, "inner": inner, "outer": outer, "dtype": dtype}
     tile = choose_tiles(op, shape)
     if op == "weight_grads":
@@ -69,7 +69,7 @@ def test_tiles_outside_the_tables_fit(monkeypatch, kilobytes, dtype, op, inner, 
 def test_tiles_of_the_tables_are_cut_to_the_shape(monkeypatch, op, inner, outer, sides):
     """To the power of two that holds a side, from 16 on; the rest stays."""
     known = Tiles(64, 128, 256, 8, 4, 3)
-    monkeypatch.setattr(_tuning, "tiles", lambda op, shape, **_: known._asdict())
+    monkeypatch.setattr(measured, "tiles", lambda op, shape, **_: known._asdict())
     shape = {"rows": 4096, "inner": inner, "outer": outer, "dtype": "bfloat16"}
     want = known._replace(inner=sides[0], outer=sides[1])
     assert choose_tiles(op, shape) == want
@@ -79,7 +79,7 @@ def test_shipped_tiles_are_found_by_the_calls_they_were_measured_for(monkeypatch
     """Every key of an entry is one that a call asks with, its words are the same."""
     asked = {"products": [], "weight_grads": []}
     ask = lambda op, shape, **_: asked[op].append(shape)
-    monkeypatch.setattr(_tuning, "tiles", ask)
+    monkeypatch.setattr(measured, "tiles", ask)
     x, w = jnp.zeros((64, 32), jnp.bfloat16), jnp.zeros((2, 32, 32), jnp.bfloat16)
     ends, ids = jnp.asarray([0, 20, 64]), jnp.arange(64)
 
@@ -91,8 +91,8 @@ def test_shipped_tiles_are_found_by_the_calls_they_were_measured_for(monkeypatch
             weight_grads(x, x, ends, *given)
 
     launch = lambda kernel, *args, out_shape, **options: jnp.zeros(*out_shape)
-    monkeypatch.setattr(_triton, "launch", launch)
-    with _triton.interpreted(launch):
+    monkeypatch.setattr(nvidia, "launch", launch)
+    with nvidia.interpreted(launch):
         jax.eval_shape(call, x, w)
     words = lambda shape: {k: v for k, v in shape.items() if isinstance(v, (bool, str))}
     path = resources.files("uoe_jax.ops") / "tuning" / "sm_90.json"

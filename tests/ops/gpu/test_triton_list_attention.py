@@ -12,9 +12,10 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tests.ops import ops_oracle
-from uoe_jax.ops import _triton
+from uoe_jax.ops import nvidia
 from uoe_jax.ops.list_attention import list_attention
-from uoe_jax.ops.segment_attention import mosaic_gpu, triton
+from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
+from uoe_jax.ops.segment_attention.nvidia import triton
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
 
@@ -70,7 +71,7 @@ def test_on_triton_kernels(monkeypatch):
     tiles = lambda kernel, shape: on_triton.TILES[kernel]
     monkeypatch.setattr(triton, "choose_tiles", tiles)
     call, grad = draw_call(7, 14, 8, 1, 16, jnp.float16)
-    with _triton.interpreted(on_triton.run):
+    with nvidia.interpreted(on_triton.run):
         got = jax.jit(value_and_gradients, static_argnums=2)(call, grad, "triton")
         got = jax.block_until_ready(got)
     check(call, grad, got, 1.5)

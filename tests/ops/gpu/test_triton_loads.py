@@ -109,7 +109,7 @@ def compiled(call, *arrays):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from uoe_jax.ops import _triton
+    from uoe_jax.ops import nvidia
 
     kernels = []
 
@@ -131,7 +131,7 @@ def compiled(call, *arrays):
         kernels.append(compiler.compile(source, target=target, options=options))
         return outs if many else outs[0]
 
-    with mock.patch.object(_triton, "launch", launch), _triton.interpreted(launch):
+    with mock.patch.object(nvidia, "launch", launch), nvidia.interpreted(launch):
         jax.eval_shape(call, *arrays)
     (kernel,) = kernels
     return kernel
@@ -142,8 +142,8 @@ def product_loads(kernel, inner, outer):
     import jax
     import jax.numpy as jnp
 
-    from uoe_jax.ops.grouped_matmul.triton_launch import products, weight_grads
-    from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles
+    from uoe_jax.ops.grouped_matmul.nvidia.launch import products, weight_grads
+    from uoe_jax.ops.grouped_matmul.nvidia.tiles import Tiles
 
     shape = jax.ShapeDtypeStruct
     x, offsets = shape((512, inner), jnp.bfloat16), shape((5,), jnp.int32)

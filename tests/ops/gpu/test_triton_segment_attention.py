@@ -21,8 +21,8 @@ from triton.runtime import interpreter
 
 from tests.ops import ops_oracle
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import _triton, segment_attention
-from uoe_jax.ops.segment_attention import triton
+from uoe_jax.ops import nvidia, segment_attention
+from uoe_jax.ops.segment_attention.nvidia import triton
 
 ROWS, SEGMENTS, SCALE = 44, 3, 0.3
 FLOAT16 = pytest.mark.float16
@@ -71,7 +71,7 @@ def patch_once(patch=interpreter._patch_lang):
 def on_cpu(monkeypatch):
     """The kernels on numpy arrays, in tiles that no segment fills."""
     monkeypatch.setattr(triton, "choose_tiles", lambda kernel, shape: TILES[kernel])
-    with _triton.interpreted(run):
+    with nvidia.interpreted(run):
         yield
 
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from tests.ops import ops_oracle
 from tests.ops.test_split_heads import ATOL, THETA, check
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import _triton, split_heads
+from uoe_jax.ops import nvidia, split_heads
 
 FORCED = {"theta": THETA, "implementation": "triton"}
 
@@ -28,14 +28,14 @@ FORCED = {"theta": THETA, "implementation": "triton"}
 )
 def test_value_and_gradient_match_float64(rows, kv_heads, groups, width):
     call = ops_oracle.draw_heads(None, 11, rows, kv_heads, groups, width)
-    with _triton.interpreted(triton_on_cpu.run):
+    with nvidia.interpreted(triton_on_cpu.run):
         check(call, kv_heads=kv_heads, groups=groups, **FORCED)
 
 
 def test_bfloat16_is_rounded_once():
     """Half a step of 8 bits, whatever the value's size, beside float32's error."""
     call = ops_oracle.draw_heads(None, 11, 40, 2, 2, 16, jnp.bfloat16)
-    with _triton.interpreted(triton_on_cpu.run):
+    with nvidia.interpreted(triton_on_cpu.run):
         check(call, rtol=2.0**-8, kv_heads=2, groups=2, **FORCED)
 
 
@@ -61,7 +61,7 @@ def test_rows_of_all_devices_at_positions_of_each(implementation):
         grads = jax.tree.map(lambda a: jax.lax.pcast(a, "data", to="varying"), grads)
         return jax.tree.map(lambda a: a[None], out), *vjp(grads)
 
-    with _triton.interpreted(triton_on_cpu.run):
+    with nvidia.interpreted(triton_on_cpu.run):
         arrays = jax.tree.map(jnp.asarray, (rows, places, ids, grads))
         out, d_rows = jax.block_until_ready(jax.jit(step)(*arrays))
     want = [ops_oracle.split_heads(rows, p, ids, grads, **options) for p in places]
@@ -82,7 +82,7 @@ def test_what_it_cannot_serve_is_named(width, theta, reason):
     rows, ids = jnp.zeros((4, 3 * width)), jnp.zeros(4, jnp.int32)
     options = FORCED | {"theta": theta}
     with (
-        _triton.interpreted(triton_on_cpu.run),
+        nvidia.interpreted(triton_on_cpu.run),
         pytest.raises(ConfigError, match=reason),
     ):
         split_heads(rows, ids, ids, kv_heads=1, groups=1, **options)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from tests.ops import ops_oracle
 from tests.ops.test_swiglu import TOLERANCE, check
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import _triton, swiglu
+from uoe_jax.ops import nvidia, swiglu
 from uoe_jax.ops.swiglu import triton
 
 # Of a shut gate; numpy says so, GPUs don't.
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 )
 def test_value_and_gradients_match_float64(count, width, block):
     assert triton.columns(width) == block
-    with _triton.interpreted(triton_on_cpu.run):
+    with nvidia.interpreted(triton_on_cpu.run):
         call = ops_oracle.draw_swiglu(None, count, width)
         check(call, implementation="triton")
 
@@ -50,7 +50,7 @@ def test_value_and_gradients_match_float64(count, width, block):
 def test_bfloat16_is_rounded_once(count, width):
     """To half a step of 8 bits; what is summed over a row isn't rounded at all."""
     call = ops_oracle.draw_swiglu(None, count, width, jnp.bfloat16)
-    with _triton.interpreted(triton_on_cpu.run):
+    with nvidia.interpreted(triton_on_cpu.run):
         check(call, rtol=2.0**-8, implementation="triton")
 
 
@@ -81,7 +81,7 @@ def test_one_varies_over_the_mesh_and_the_other_does_not(implementation, own):
         return out[None], *vjp(jax.lax.pcast(grad, "data", to="varying"))
 
     arrays = [jnp.asarray(a) for a in (rows, factors, grad)]
-    with _triton.interpreted(triton_on_cpu.run):
+    with nvidia.interpreted(triton_on_cpu.run):
         got = jax.block_until_ready(jax.jit(step)(*arrays))
     each = [rows, [factors] * 2] if own == "rows" else [[rows] * 2, factors]
     out, *want = (
@@ -107,7 +107,7 @@ def test_one_varies_over_the_mesh_and_the_other_does_not(implementation, own):
 def test_what_it_cannot_serve_is_named(rows, reason):
     with (
         jax.enable_x64(True),
-        _triton.interpreted(triton_on_cpu.run),
+        nvidia.interpreted(triton_on_cpu.run),
         pytest.raises(ConfigError, match=reason),
     ):
         swiglu(jnp.asarray(rows), jnp.zeros(len(rows)), implementation="triton")

@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import Packing, _tpu, pack_choices
-from uoe_jax.ops.grouped_matmul import mosaic_tpu as grouped
-from uoe_jax.ops.segment_attention import mosaic_tpu as attention
+from uoe_jax.ops import Packing, pack_choices, tpu
+from uoe_jax.ops.grouped_matmul.tpu import mosaic as grouped
+from uoe_jax.ops.segment_attention.tpu import mosaic as attention
 from uoe_jax.plan import aot
 
 BF16 = jnp.bfloat16
@@ -87,7 +87,7 @@ if importlib.util.find_spec("libtpu") is not None:
             group_offsets=ints(EXPERTS + 1),
         )
         args = shape(TOKENS, D), *WEIGHTS, packing
-        with _tpu.compiling_for(kind, **SMALL):
+        with tpu.compiling_for(kind, **SMALL):
             executable = aot.lower_for(layer, *args, mesh=mesh).compile()
         figures = aot.describe(executable, aot.TOPOLOGIES[name], mesh)
         assert figures.device_kind == kind
@@ -119,7 +119,7 @@ if importlib.util.find_spec("libtpu") is not None:
             return jax.grad(loss)(weights)
 
         split = NamedSharding(mesh, PartitionSpec("data"))
-        with _tpu.compiling_for("TPU v5 lite", **SMALL):
+        with tpu.compiling_for("TPU v5 lite", **SMALL):
             lowered = aot.lower_for(
                 gradient, shape(4 * TOKENS, D, sharding=split), WEIGHTS, mesh=mesh
             )

@@ -11,13 +11,13 @@ import pytest
 
 from tests.ops.tpu import tpu_oracle
 from uoe_jax.ops import (
-    _tpu,
     dense_attention,
     gather_project,
     grouped_matmul,
     pack_choices,
     project_scatter,
     segment_attention,
+    tpu,
 )
 from uoe_jax.ops.dense_attention import reference, splash
 
@@ -65,7 +65,7 @@ def test_value_and_gradients_match_float64(case):
 
 
 def kernels_of(function, *args):
-    with _tpu.compiling_for("TPU v5p"):
+    with tpu.compiling_for("TPU v5p"):
         return tpu_oracle.kernels(function, *args)
 
 

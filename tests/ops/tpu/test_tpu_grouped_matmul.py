@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.ops.tpu import tpu_oracle
 from uoe_jax.ops import pack_choices
-from uoe_jax.ops.grouped_matmul import mosaic_tpu, reference
+from uoe_jax.ops.grouped_matmul import reference
+from uoe_jax.ops.grouped_matmul.tpu import mosaic as mosaic_tpu
 
 ROWS, GROUPS = 500, 4
 TOLERANCE = 1e-5  # sums of up to 500 products in float32, of values up to about 5

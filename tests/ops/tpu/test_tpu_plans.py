@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uoe_jax.ops import _tpu, _tuning
-from uoe_jax.ops.grouped_matmul import mosaic_tpu as grouped
-from uoe_jax.ops.grouped_matmul.mosaic_tpu_plan import computed_rows, work_items
-from uoe_jax.ops.segment_attention import mosaic_tpu as attention
-from uoe_jax.ops.segment_attention.mosaic_tpu_plan import (
+from uoe_jax.ops import measured, tpu
+from uoe_jax.ops.grouped_matmul.tpu import mosaic as grouped
+from uoe_jax.ops.grouped_matmul.tpu.schedule import computed_rows, work_items
+from uoe_jax.ops.segment_attention.tpu import mosaic as attention
+from uoe_jax.ops.segment_attention.tpu.schedule import (
     FEW_EDGES,
     computed_pairs,
     needed_pairs,
@@ -100,7 +100,7 @@ def test_half_of_the_experts_take_within_a_tenth_of_the_floor():
     sizes = rng.binomial(8192, 0.5, size=16)
     offsets = jnp.asarray(np.concatenate([[0], np.cumsum(sizes)]), jnp.int32)
     rows = int(offsets[-1])
-    target = _tpu.Target("TPU v5e")
+    target = tpu.Target("TPU v5e")
     options = attention.make_options(
         target, (rows, 1, 128), jnp.bfloat16, 16, causal=True, window=None, scale=1.0
     )
@@ -118,9 +118,9 @@ def test_half_of_the_experts_take_within_a_tenth_of_the_floor():
     assert rows <= computed_rows(offsets, rows, tiles.rows) <= 1.1 * rows
 
 
-@pytest.mark.parametrize("generation", _tpu.GENERATIONS.values(), ids=lambda g: g.name)
+@pytest.mark.parametrize("generation", tpu.GENERATIONS.values(), ids=lambda g: g.name)
 def test_tiles_fit_the_memory_of_every_generation(generation):
-    target = _tpu.Target(generation.kinds[0])
+    target = tpu.Target(generation.kinds[0])
     limit, dtype = generation.vmem_bytes * 3 // 4, jnp.bfloat16
     how = dict(causal=True, window=None, scale=1.0)
     for groups, width in ((1, 64), (4, 128), (8, 256)):
@@ -158,10 +158,10 @@ def test_a_tuning_table_overrides_the_model(tmp_path, monkeypatch):
     shape = {"inner": 2048, "outer": 384, "dtype": "bfloat16", "rows": "plain"}
     table = {"tiles": {"grouped_matmul": [{"shape": shape, "tile": {"rows": 128}}]}}
     (tmp_path / "tpu_v5_lite.json").write_text(json.dumps(table))
-    monkeypatch.setenv(_tuning.FOLDER, str(tmp_path))
+    monkeypatch.setenv(measured.FOLDER, str(tmp_path))
     sides = ("grouped_matmul", 65_536, 2048, 384, jnp.bfloat16)
     tiles = {
-        kind: grouped.choose_tiles(_tpu.Target(kind), *sides).rows
+        kind: grouped.choose_tiles(tpu.Target(kind), *sides).rows
         for kind in ("TPU v5 lite", "TPU v5e", "TPU v4")
     }
     assert tiles == {"TPU v5 lite": 128, "TPU v5e": 128, "TPU v4": 512}
@@ -169,8 +169,8 @@ def test_a_tuning_table_overrides_the_model(tmp_path, monkeypatch):
 
 def test_tiles_can_be_overridden():
     options = dict(causal=True, window=None, scale=1.0)
-    with _tpu.compiling_for("TPU v5e", rows=128, key_chunk=256):
-        target = _tpu.current_target()
+    with tpu.compiling_for("TPU v5e", rows=128, key_chunk=256):
+        target = tpu.current_target()
         chosen = attention.make_options(
             target, (65_536, 1, 128), jnp.bfloat16, 16, **options
         )
@@ -179,4 +179,4 @@ def test_tiles_can_be_overridden():
 
 def test_without_a_tpu_the_reason_is_said():
     with pytest.raises(NotImplementedError, match="needs a TPU"):
-        _tpu.current_target()
+        tpu.current_target()

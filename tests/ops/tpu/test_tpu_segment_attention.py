@@ -10,8 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.ops.tpu import tpu_oracle
-from uoe_jax.ops.segment_attention import mosaic_tpu, reference
-from uoe_jax.ops.segment_attention import mosaic_tpu_parts as parts
+from uoe_jax.ops.segment_attention import reference
+from uoe_jax.ops.segment_attention.tpu import mosaic as mosaic_tpu
+from uoe_jax.ops.segment_attention.tpu import parts
 
 ROWS = 500
 LARGE = {"rows": 256, "chunk": 256, "key_rows": 256, "key_chunk": 256}

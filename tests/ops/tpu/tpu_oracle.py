@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
-from uoe_jax.ops import _tpu
+from uoe_jax.ops import tpu
 
 
 def interpreted(function, *args, detect_races=True, **tiles):
     """Values of `function` on memory that starts as NaN, and whether it had races."""
     jax.block_until_ready(args)
-    with _tpu.interpreted(detect_races=detect_races, **tiles):
+    with tpu.interpreted(detect_races=detect_races, **tiles):
         result = jax.block_until_ready(function(*args))
     return result, interpreter.races is not None and interpreter.races.races_found
 

@@ -17,7 +17,7 @@ from uoe_jax.model.cache import KeyValue, Slot
 from uoe_jax.model.context import Context, document_span
 from uoe_jax.model.layers import picks_to_rows, row_experts, rows_to_picks
 from uoe_jax.model.routing.balance import Stats
-from uoe_jax.ops._dispatch import accumulator_dtype
+from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.packing import combine_rows, gather_rows, pack_choices
 from uoe_jax.ops.tiled_attention import MASKED, tiled_attention
 

@@ -14,8 +14,8 @@ import jax
 from jaxtyping import Array, Float, Float32, Int
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops._dispatch import dispatch
 from uoe_jax.ops.cache_attention import triton, xla
+from uoe_jax.ops.dispatch import dispatch
 from uoe_jax.ops.token_products.api import Parts, Picks, Scale, static
 
 BACKENDS = {"triton": triton.attend, "xla": xla.attend}

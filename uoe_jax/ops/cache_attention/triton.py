@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from uoe_jax.ops import _triton
+from uoe_jax.ops import nvidia
 
 WIDEST = 256  # of a head
 MOST_QUERIES = 64  # of a program: picks times groups
@@ -36,7 +36,7 @@ def attend(
       NotImplementedError: no fit device, package or dtype; heads or picks too large for
         a program; a layer that isn't a number when the program is compiled.
     """
-    _triton.require(token.dtype)
+    nvidia.require(token.dtype)
     if store.keys.dtype != token.dtype:
         raise NotImplementedError(
             f"the cache is {store.keys.dtype} and the token {token.dtype}; it takes one"
@@ -75,7 +75,7 @@ def _attend(token, store, place, heads, picks):
     slots, groups = token.shape[1], heads.groups
     chosen = 1 if picks is None else picks.experts.shape[1]
     block = BLOCK if picks is None else LOG_BLOCK
-    share, splits = shares(rows, block, batch * kv_heads, _triton.cores())
+    share, splits = shares(rows, block, batch * kv_heads, nvidia.cores())
     inner = kv_heads * groups * width
     log = place.stored if store.experts is None else store.experts
     norms = heads.norms
@@ -87,7 +87,7 @@ def _attend(token, store, place, heads, picks):
     # Where there is no log of experts nothing is written to what stands for it.
     aliases = {7: 2, 8: 3} | ({} if picks is None else {9: 4})
     written = ((1,), jnp.int32) if picks is None else (log.shape, log.dtype)
-    values, sums, keys, stored_values, new_log = _triton.launch(
+    values, sums, keys, stored_values, new_log = nvidia.launch(
         triton_kernels.attend,
         token,
         token if place.cosines is None else place.cosines,

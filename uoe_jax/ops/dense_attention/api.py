@@ -8,8 +8,7 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import _checks
-from uoe_jax.ops._dispatch import dispatch
+from uoe_jax.ops import checks
 from uoe_jax.ops.dense_attention import (
     cudnn,
     mosaic_tpu,
@@ -19,7 +18,9 @@ from uoe_jax.ops.dense_attention import (
     splash,
     xla,
 )
-from uoe_jax.ops.segment_attention import mosaic_gpu, triton
+from uoe_jax.ops.dispatch import dispatch
+from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
+from uoe_jax.ops.segment_attention.nvidia import triton
 
 # In order of preference where nothing was measured near a call's shape: the first that
 # can serve. Libraries of others come last, so that only a measurement chooses them.
@@ -50,16 +51,16 @@ def call_shape(q: Float[Array, "B T N H"], causal: bool) -> dict[str, Any]:
     }
 
 
-def _settle(given: _checks.Given) -> None:
-    _checks.floats(given, "q", "B T N H")
-    _checks.floats(given, "k", "B T K H")
-    _checks.floats(given, "v", "B T K H")
-    _checks.flag(given, "causal")
-    _checks.whole(given, "window", optional=True)
-    _checks.number(given, "scale")
-    _checks.backend(given)
+def _settle(given: checks.Given) -> None:
+    checks.floats(given, "q", "B T N H")
+    checks.floats(given, "k", "B T K H")
+    checks.floats(given, "v", "B T K H")
+    checks.flag(given, "causal")
+    checks.whole(given, "window", optional=True)
+    checks.number(given, "scale")
+    checks.backend(given)
     if given["segments"] is not None:
-        _checks.ints(given, "segments", "B T")
+        checks.ints(given, "segments", "B T")
         if given["segments"].shape != given["q"].shape[:2]:
             raise ConfigError(
                 f"segments is {list(given['segments'].shape)} beside q "
@@ -68,7 +69,7 @@ def _settle(given: _checks.Given) -> None:
             )
 
 
-@_checks.checked(_settle)
+@checks.checked(_settle)
 def dense_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "Bk Tk K Hk"],

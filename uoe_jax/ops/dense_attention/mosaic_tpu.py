@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops._dispatch import vary_together
-from uoe_jax.ops._tpu import pad_rows
 from uoe_jax.ops.dense_attention.heads import document_edges, pack_heads, unpack_heads
-from uoe_jax.ops.segment_attention.mosaic_tpu import attend
+from uoe_jax.ops.segment_attention.tpu.mosaic import attend
+from uoe_jax.ops.tpu import pad_rows
+from uoe_jax.varying import vary_together
 
 
 def dense_attention(

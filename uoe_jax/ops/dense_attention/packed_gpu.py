@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops._dispatch import vary_together
 from uoe_jax.ops.dense_attention.heads import document_edges, pack_heads, unpack_heads
+from uoe_jax.varying import vary_together
 
 
 def dense_attention(

@@ -15,9 +15,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops import _tpu
-from uoe_jax.ops._dispatch import vary_like, vary_together
-from uoe_jax.ops._tpu import LANES, Target
+from uoe_jax.ops import tpu
+from uoe_jax.ops.tpu import LANES, Target
+from uoe_jax.varying import vary_like, vary_together
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def dense_attention(
     Raises:
       NotImplementedError: no TPU, or a length, width or dtype splash doesn't take.
     """
-    target = _tpu.current_target()
+    target = tpu.current_target()
     _, length, heads, width = q.shape
     if length % LANES:
         raise NotImplementedError(f"length {length}; it takes multiples of {LANES}")
@@ -70,7 +70,7 @@ def block_side(target: Target, q: jax.Array | jax.ShapeDtypeStruct) -> int:
     """Return the side of a tile for queries `[B, T, N, H]`: it divides T."""
     _, length, _, width = q.shape
     shape = {"length": length, "width": width, "dtype": jnp.dtype(q.dtype).name}
-    sides = _tpu.choose("dense_attention", shape, target, {"block": 512})
+    sides = tpu.choose("dense_attention", shape, target, {"block": 512})
     block = min(sides["block"], length)
     while length % block:
         block //= 2

@@ -7,9 +7,11 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import _checks
-from uoe_jax.ops._dispatch import dispatch
-from uoe_jax.ops.grouped_matmul import mosaic_tpu, reference, triton, xla
+from uoe_jax.ops import checks
+from uoe_jax.ops.dispatch import dispatch
+from uoe_jax.ops.grouped_matmul import reference, xla
+from uoe_jax.ops.grouped_matmul.nvidia import triton
+from uoe_jax.ops.grouped_matmul.tpu import mosaic as mosaic_tpu
 from uoe_jax.ops.packing import Packing
 
 # In order of preference where nothing was measured near a call's shape: the first that
@@ -46,19 +48,19 @@ def call_shape(num_rows: int, w: Float[Array, "E I O"]) -> dict[str, Any]:
     }
 
 
-def _settle(given: _checks.Given) -> None:
-    _checks.floats(given, "x", "M I")
-    _checks.floats(given, "w", "E I O")
-    _checks.ints(given, "offsets", "E+1")
-    _checks.ascending(given, "offsets", given["x"].shape[0])
-    _checks.backend(given)
+def _settle(given: checks.Given) -> None:
+    checks.floats(given, "x", "M I")
+    checks.floats(given, "w", "E I O")
+    checks.ints(given, "offsets", "E+1")
+    checks.ascending(given, "offsets", given["x"].shape[0])
+    checks.backend(given)
 
 
-def _settle_packing(given: _checks.Given, name: str, form: str) -> int:
+def _settle_packing(given: checks.Given, name: str, form: str) -> int:
     """Check the call of a packed product; return how many rows `name` has."""
-    _checks.floats(given, name, form)
-    _checks.floats(given, "w", "E I O")
-    _checks.backend(given)
+    checks.floats(given, name, form)
+    checks.floats(given, "w", "E I O")
+    checks.backend(given)
     packing = given["packing"]
     if not isinstance(packing, Packing):
         raise ConfigError(
@@ -67,7 +69,7 @@ def _settle_packing(given: _checks.Given, name: str, form: str) -> int:
     return given[name].shape[0]
 
 
-def _settle_tokens(given: _checks.Given) -> None:
+def _settle_tokens(given: checks.Given) -> None:
     tokens = _settle_packing(given, "x", "N I")
     if tokens != given["packing"].row_ids.shape[0]:
         raise ConfigError(
@@ -76,7 +78,7 @@ def _settle_tokens(given: _checks.Given) -> None:
         )
 
 
-def _settle_rows(given: _checks.Given) -> None:
+def _settle_rows(given: checks.Given) -> None:
     rows = _settle_packing(given, "rows", "M I")
     if rows != given["packing"].token_ids.shape[0]:
         raise ConfigError(
@@ -85,7 +87,7 @@ def _settle_rows(given: _checks.Given) -> None:
         )
 
 
-@_checks.checked(_settle)
+@checks.checked(_settle)
 def grouped_matmul(
     x: Float[Array, "M I"],
     w: Float[Array, "E I2 O"],
@@ -108,7 +110,7 @@ def grouped_matmul(
     )
 
 
-@_checks.checked(_settle_tokens)
+@checks.checked(_settle_tokens)
 def gather_project(
     x: Float[Array, "N I"],
     w: Float[Array, "E I2 O"],
@@ -128,7 +130,7 @@ def gather_project(
     )
 
 
-@_checks.checked(_settle_rows)
+@checks.checked(_settle_rows)
 def project_scatter(
     rows: Float[Array, "M I"],
     w: Float[Array, "E I2 O"],

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops._dispatch import accumulator_dtype, zeros_varying
 from uoe_jax.ops.grouped_matmul.blocks import (
     Blocks,
     count_rows,
@@ -19,6 +18,8 @@ from uoe_jax.ops.grouped_matmul.blocks import (
     own_rows,
     read_rows,
 )
+from uoe_jax.ops.numerics import accumulator_dtype
+from uoe_jax.varying import zeros_varying
 
 _BLOCK = 512
 _BATCH = 16

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops._dispatch import accumulator_dtype, zeros_varying
 from uoe_jax.ops.grouped_matmul.blocks import (
     count_rows,
     cut_groups,
     own_rows,
     read_rows,
 )
+from uoe_jax.ops.numerics import accumulator_dtype
+from uoe_jax.varying import zeros_varying
 
 # Measured: 128 rows waste little; only a large product is worth two cores, so wide
 # weights take twice the rows.

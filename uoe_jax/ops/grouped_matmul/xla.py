@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops._dispatch import vary_together
 from uoe_jax.ops.grouped_matmul import batched, serial
 from uoe_jax.ops.packing import Packing, combine_rows
+from uoe_jax.varying import vary_together
 
 
 def grouped_matmul(

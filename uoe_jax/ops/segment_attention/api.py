@@ -7,15 +7,12 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import _checks
-from uoe_jax.ops._dispatch import dispatch
-from uoe_jax.ops.segment_attention import (
-    mosaic_gpu,
-    mosaic_tpu,
-    reference,
-    triton,
-    xla,
-)
+from uoe_jax.ops import checks
+from uoe_jax.ops.dispatch import dispatch
+from uoe_jax.ops.segment_attention import reference, xla
+from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
+from uoe_jax.ops.segment_attention.nvidia import triton
+from uoe_jax.ops.segment_attention.tpu import mosaic as mosaic_tpu
 
 # In order of preference; `implementation=None` takes the first that can serve.
 BACKENDS = {
@@ -27,16 +24,16 @@ BACKENDS = {
 }
 
 
-def _settle(given: _checks.Given) -> None:
-    _checks.floats(given, "q", "M G H")
-    _checks.floats(given, "k", "M H")
-    _checks.floats(given, "v", "M H")
-    _checks.ints(given, "offsets", "S+1")
-    _checks.ascending(given, "offsets", given["q"].shape[0])
-    _checks.flag(given, "causal")
-    _checks.whole(given, "window", optional=True)
-    _checks.number(given, "scale")
-    _checks.backend(given)
+def _settle(given: checks.Given) -> None:
+    checks.floats(given, "q", "M G H")
+    checks.floats(given, "k", "M H")
+    checks.floats(given, "v", "M H")
+    checks.ints(given, "offsets", "S+1")
+    checks.ascending(given, "offsets", given["q"].shape[0])
+    checks.flag(given, "causal")
+    checks.whole(given, "window", optional=True)
+    checks.number(given, "scale")
+    checks.backend(given)
     if given["bounds"] is not None:
         given["bounds"] = _settle_bounds(given["bounds"], given["q"].shape[0])
 
@@ -49,7 +46,7 @@ def _settle_bounds(bounds: Any, rows: int) -> tuple[Any, Any]:
         )
     ends = dict(zip(("first bounds", "last bounds"), bounds, strict=True))
     for name in ends:
-        _checks.ints(ends, name, "M")
+        checks.ints(ends, name, "M")
         if ends[name].shape[0] != rows:
             raise ConfigError(
                 f"{name} are {ends[name].shape[0]} for {rows} rows; each needs one"
@@ -57,7 +54,7 @@ def _settle_bounds(bounds: Any, rows: int) -> tuple[Any, Any]:
     return ends["first bounds"], ends["last bounds"]
 
 
-@_checks.checked(_settle)
+@checks.checked(_settle)
 def segment_attention(
     q: Float[Array, "M G H"],
     k: Float[Array, "Mk Hk"],

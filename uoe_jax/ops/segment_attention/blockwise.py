@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from uoe_jax.ops._dispatch import accumulator_dtype, vary_together, zeros_varying
+from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.segment_attention.layout import Layout, to_blocks, to_rows
 from uoe_jax.ops.segment_attention.plan import (
     MASKED,
@@ -24,6 +24,7 @@ from uoe_jax.ops.segment_attention.plan import (
     make_plan,
     take_chunk,
 )
+from uoe_jax.varying import vary_together, zeros_varying
 
 
 class Options(NamedTuple):

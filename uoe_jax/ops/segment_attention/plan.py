@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from uoe_jax.ops._dispatch import accumulator_dtype
+from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.segment_attention.layout import Layout
 
 MASKED = -1e30  # a score; finite: a slot that sees nothing must not make nan

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops._dispatch import accumulator_dtype
+from uoe_jax.ops.numerics import accumulator_dtype
 
 
 def segment_attention(

@@ -7,9 +7,10 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import _checks
-from uoe_jax.ops._dispatch import dispatch, vary_together
+from uoe_jax.ops import checks
+from uoe_jax.ops.dispatch import dispatch
 from uoe_jax.ops.split_heads import triton, xla
+from uoe_jax.varying import vary_together
 
 # In order of preference where nothing was measured near a call's shape: the first that
 # can serve.
@@ -27,21 +28,21 @@ def call_shape(rows: Float[Array, "M O"], kv_heads: int, groups: int) -> dict[st
     }
 
 
-def _settle(given: _checks.Given) -> None:
-    _checks.floats(given, "rows", "M O")
-    _checks.ints(given, "positions", "N")
-    _checks.ints(given, "token_ids", "M")
+def _settle(given: checks.Given) -> None:
+    checks.floats(given, "rows", "M O")
+    checks.ints(given, "positions", "N")
+    checks.ints(given, "token_ids", "M")
     ids, rows = given["token_ids"].shape[0], given["rows"].shape[0]
     if ids != rows:
         raise ConfigError(f"{ids} token ids for {rows} rows; each needs one")
-    _checks.within(given, "token_ids", given["positions"].shape[0], "positions")
-    _checks.whole(given, "kv_heads")
-    _checks.whole(given, "groups")
-    _checks.number(given, "theta", positive=True)
-    _checks.backend(given)
+    checks.within(given, "token_ids", given["positions"].shape[0], "positions")
+    checks.whole(given, "kv_heads")
+    checks.whole(given, "groups")
+    checks.number(given, "theta", positive=True)
+    checks.backend(given)
 
 
-@_checks.checked(_settle)
+@checks.checked(_settle)
 def split_heads(
     rows: Float[Array, "M O"],
     positions: Int[Array, " N"],

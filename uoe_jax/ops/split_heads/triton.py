@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from uoe_jax.ops import _triton
+from uoe_jax.ops import nvidia
 from uoe_jax.ops.rotary import cosines_and_sines
 
 ROWS = 32  # of a program
@@ -33,7 +33,7 @@ def split_heads(
       NotImplementedError: no fit device, package or dtype, no rotation, an empty axis,
         or a head width that isn't a power of two from 16 on.
     """
-    _triton.require(rows.dtype)
+    nvidia.require(rows.dtype)
     if theta is None:
         raise NotImplementedError("it only splits what it rotates")
     if 0 in (*rows.shape, *positions.shape):
@@ -87,7 +87,7 @@ def split(
     keys = (kv_heads, count, width)
     queries = (kv_heads, count, groups, width)
     return tuple(
-        _triton.launch(
+        nvidia.launch(
             triton_kernels.split_heads,
             rows,
             table,
@@ -110,7 +110,7 @@ def join(
     from uoe_jax.ops.split_heads import triton_kernels
 
     kv_heads, count, groups, width = q.shape
-    return _triton.launch(
+    return nvidia.launch(
         triton_kernels.join_heads,
         q,
         k,

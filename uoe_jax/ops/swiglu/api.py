@@ -7,9 +7,11 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import _checks
-from uoe_jax.ops._dispatch import accumulator_dtype, dispatch, vary_together
+from uoe_jax.ops import checks
+from uoe_jax.ops.dispatch import dispatch
+from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.swiglu import triton, xla
+from uoe_jax.varying import vary_together
 
 # In order of preference where nothing was measured near a call's shape: the first that
 # can serve.
@@ -25,13 +27,13 @@ def call_shape(rows: Float[Array, "M O"]) -> dict[str, Any]:
     }
 
 
-def _settle(given: _checks.Given) -> None:
-    _checks.floats(given, "rows", "M O")
-    _checks.floats(given, "factors", "M")
-    _checks.backend(given)
+def _settle(given: checks.Given) -> None:
+    checks.floats(given, "rows", "M O")
+    checks.floats(given, "factors", "M")
+    checks.backend(given)
 
 
-@_checks.checked(_settle)
+@checks.checked(_settle)
 def swiglu(
     rows: Float[Array, "M O"],
     factors: Float[Array, " R"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Float32
 
-from uoe_jax.ops import _triton
+from uoe_jax.ops import nvidia
 
 AREA = 2048  # entries of each side that a program takes at a time
 BLOCK = 1024  # columns of them, at most
@@ -25,7 +25,7 @@ def swiglu(
     Raises:
       NotImplementedError: no fit device, package or dtype, or an empty array.
     """
-    _triton.require(rows.dtype)
+    nvidia.require(rows.dtype)
     if 0 in rows.shape:
         raise NotImplementedError("it takes no empty arrays")
     return _swiglu(rows, factors)
@@ -55,7 +55,7 @@ def forward(
     from uoe_jax.ops.swiglu import triton_kernels
 
     count, width = rows.shape[0], rows.shape[1] // 2
-    return _triton.launch(
+    return nvidia.launch(
         triton_kernels.forward,
         rows,
         factors,
@@ -71,7 +71,7 @@ def backward(
     """Return the gradients of rows and of factors."""
     from uoe_jax.ops.swiglu import triton_kernels
 
-    return _triton.launch(
+    return nvidia.launch(
         triton_kernels.backward,
         rows,
         factors,

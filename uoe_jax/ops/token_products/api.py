@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from uoe_jax.errors import ConfigError, nearest
-from uoe_jax.ops._dispatch import dispatch
+from uoe_jax.ops.dispatch import dispatch
 from uoe_jax.ops.token_products import triton, xla
 
 BACKENDS = {"triton": triton.project, "xla": xla.project}

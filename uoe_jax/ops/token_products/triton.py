@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from uoe_jax.ops import _triton
+from uoe_jax.ops import nvidia
 
 WIDEST = 16384  # inputs that a program holds at once
 # Weights that a program reads, and its warps: where it computes the norm too, more of
@@ -31,7 +31,7 @@ def require(dtype: Any, batch: int, experts: int, picks: Any) -> None:
       NotImplementedError: no fit device, package or dtype; slots by expert, or a batch
         whose rows share their weights.
     """
-    _triton.require(dtype)
+    nvidia.require(dtype)
     if picks is not None and not picks.by_pick:
         raise NotImplementedError("it takes slots by pick, not by expert")
     if picks is None and batch > 1:
@@ -80,7 +80,7 @@ def _project(x, projection, norm, picks, dtype):
     area, warps = (AREA, WARPS) if norm is None else (NORM_AREA, NORM_WARPS)
     block = max(1, area // power(inputs))
     # An argument that isn't there is never read: anything stands for it.
-    return _triton.launch(
+    return nvidia.launch(
         triton_kernels.project,
         x,
         x if norm is None else norm.scale,
@@ -123,7 +123,7 @@ def _add(parts, addition, residual, picks):
         block = JOINED_OUTPUTS[chosen * inputs > ADD_INPUTS]
     block = min(power(outputs), block)
     bias = addition.bias
-    return _triton.launch(
+    return nvidia.launch(
         triton_kernels.add,
         values,
         values if parts.sums is None else parts.sums,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops._dispatch import accumulator_dtype
+from uoe_jax.ops.numerics import accumulator_dtype
 
 # All experts are multiplied where that is at most so many times what was picked: a
 # gather copies the weights, which costs about as much.

@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Float, Float32, Int
 
 from uoe_jax.errors import ConfigError, nearest
-from uoe_jax.ops._dispatch import dispatch
+from uoe_jax.ops.dispatch import dispatch
 from uoe_jax.ops.token_products.api import Scale, static
 from uoe_jax.ops.token_router import triton, xla
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from uoe_jax.ops import _triton
+from uoe_jax.ops import nvidia
 
 MOST_EXPERTS = 128  # whose pairs a program compares
 WIDEST = 16384
@@ -25,7 +25,7 @@ def route(x: Float[Array, "B D"], norm: Any, router: Any) -> tuple[Array, ...]:
     Raises:
       NotImplementedError: no fit device, package or dtype; too many experts or inputs.
     """
-    _triton.require(x.dtype)
+    nvidia.require(x.dtype)
     width, experts = router.weight.shape
     if experts > MOST_EXPERTS:
         raise NotImplementedError(f"{experts} experts; it takes {MOST_EXPERTS}")
@@ -42,7 +42,7 @@ def _route(x, norm, router):
     block = max(16, 1 << (experts - 1).bit_length())
     whole = max(16, 1 << (width - 1).bit_length())
     chosen = shared + router.top_k
-    return _triton.launch(
+    return nvidia.launch(
         triton_kernels.route,
         x,
         norm.scale,

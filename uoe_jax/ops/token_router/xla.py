@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from uoe_jax.ops._dispatch import accumulator_dtype
+from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.split_matmul import split_matmul
 from uoe_jax.ops.token_products.xla import rms_norm
 

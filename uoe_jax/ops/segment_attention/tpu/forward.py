@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from uoe_jax.ops import _tpu
-from uoe_jax.ops._tpu import LANES, matmul
-from uoe_jax.ops.segment_attention import mosaic_tpu_parts as parts
-from uoe_jax.ops.segment_attention.mosaic_tpu_plan import (
+from uoe_jax.ops import tpu
+from uoe_jax.ops.segment_attention.tpu import parts
+from uoe_jax.ops.segment_attention.tpu.schedule import (
     diagonal_steps,
     read_tile,
     visible_ranges,
 )
+from uoe_jax.ops.tpu import LANES, matmul
+from uoe_jax.varying import struct_varying
 
 
 def _kernel(
@@ -150,15 +151,15 @@ def forward(
         out_specs=[stacked, pl.BlockSpec((groups, rows), lambda i, tiles: (0, i))],
         scratch_shapes=scratch,
     )
-    kernel = _tpu.call(
+    kernel = tpu.call(
         lambda *refs: _kernel(*refs, options=options, groups=groups),
         options.target,
         vmem=options.vmem,
         parallel=(True,),
         grid_spec=grid,
         out_shape=[
-            _tpu.out_struct(q.shape, q.dtype, q),
-            _tpu.out_struct((groups, num_rows), f32, q),
+            struct_varying(q.shape, q.dtype, q),
+            struct_varying((groups, num_rows), f32, q),
         ],
         cost_estimate=options.cost(q, products=2, arrays=4),
         name="segment_attention_forward",

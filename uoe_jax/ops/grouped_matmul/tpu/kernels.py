@@ -15,14 +15,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from uoe_jax.ops import _tpu
-from uoe_jax.ops._tpu import LANES, Target, matmul
-from uoe_jax.ops.grouped_matmul.mosaic_tpu_plan import Items, read_item, work_items
-from uoe_jax.ops.grouped_matmul.mosaic_tpu_rows import (
+from uoe_jax.ops import tpu
+from uoe_jax.ops.grouped_matmul.tpu.rows import (
     Gather,
     by_row,
     gather_parts,
 )
+from uoe_jax.ops.grouped_matmul.tpu.schedule import Items, read_item, work_items
+from uoe_jax.ops.tpu import LANES, Target, matmul
+from uoe_jax.varying import struct_varying
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def products(
     out_index = lambda *i: (tile_of(*i), i[0], 0)[: len(out_block)]
     sides = (tiles.outer, tiles.inner) if transpose else (tiles.inner, tiles.outer)
     scratch = (tiles.rows, tiles.outer) if steps > 1 else (8, LANES)
-    call = _tpu.call(
+    call = tpu.call(
         lambda *refs: _product_kernel(
             *refs,
             tiles=tiles,
@@ -210,7 +211,7 @@ def products(
             out_specs=pl.BlockSpec(out_block, out_index),
             scratch_shapes=[pltpu.VMEM(scratch, jnp.float32), *buffers],
         ),
-        out_shape=_tpu.out_struct(out_sides, x.dtype, x),
+        out_shape=struct_varying(out_sides, x.dtype, x),
         cost_estimate=_cost(num_rows, w, grid[0] * num_rows * depth, num_rows * width),
         name="grouped_matmul_dx" if transpose else "grouped_matmul",
     )
@@ -250,7 +251,7 @@ def weight_gradients(
             [*sources, other],
             [*specs, x_spec if picks_grad else grad_spec],
         )
-    call = _tpu.call(
+    call = tpu.call(
         lambda *refs: _weight_kernel(
             *refs,
             tiles=tiles,
@@ -274,7 +275,7 @@ def weight_gradients(
                 *buffers,
             ],
         ),
-        out_shape=_tpu.out_struct(w.shape, w.dtype, x),
+        out_shape=struct_varying(w.shape, w.dtype, x),
         cost_estimate=_cost(
             num_rows, w, grid[1] * num_rows * depth, grid[0] * num_rows * width
         ),

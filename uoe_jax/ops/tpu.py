@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from uoe_jax.files import parse_json
-from uoe_jax.ops import _tuning
+from uoe_jax.ops import measured
 
 LANES = 128  # the last axis of a register, and the grain of every row count here
 MIB = 1 << 20
@@ -41,7 +41,7 @@ class Generation:
 
     @property
     def table(self) -> str:
-        """Name of its tuning table, as `_tuning.device_name` gives it on the chip."""
+        """Name of its tuning table, as `measured.device_name` gives it on the chip."""
         return self.kinds[0].lower().replace(" ", "_")
 
 
@@ -166,8 +166,8 @@ def choose(
     op: str, shape: dict[str, Any], target: Target, modelled: dict[str, int]
 ) -> dict[str, int]:
     """Return tile sides: the context's, else the tuning table's, else the model's."""
-    table = _tiles(target.generation.table, _tuning.user_folder())
-    found = _tuning.nearest(table.get(op, ()), shape)
+    table = _tiles(target.generation.table, measured.user_folder())
+    found = measured.nearest(table.get(op, ()), shape)
     sides = modelled if found is None else {**modelled, **found["tile"]}
     return {**sides, **{n: s for n, s in target.tiles if n in modelled}}
 
@@ -184,17 +184,6 @@ def pad_rows(x: jax.Array, rows: int, axis: int = 0) -> jax.Array:
         return x
     widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
     return jnp.pad(x, widths)
-
-
-def out_struct(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> Any:
-    """Return an output type that varies over the mesh axes `like` varies over."""
-    aval = jax.typeof(like)
-    if hasattr(aval, "manual_axis_type"):  # its name depends on the release
-        return jax.ShapeDtypeStruct(
-            shape, dtype, manual_axis_type=aval.manual_axis_type
-        )
-    older: dict[str, Any] = {"vma": aval.vma}
-    return jax.ShapeDtypeStruct(shape, dtype, **older)
 
 
 def matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:

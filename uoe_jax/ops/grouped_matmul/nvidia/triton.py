@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops import _triton
-from uoe_jax.ops._dispatch import vary_together
-from uoe_jax.ops.grouped_matmul.triton_launch import products, sum_rows, weight_grads
-from uoe_jax.ops.grouped_matmul.triton_tiles import dense_pays
+from uoe_jax.ops import nvidia
+from uoe_jax.ops.grouped_matmul.nvidia.launch import products, sum_rows, weight_grads
+from uoe_jax.ops.grouped_matmul.nvidia.tiles import dense_pays
 from uoe_jax.ops.packing import Packing, take_rows
+from uoe_jax.varying import vary_together
 
 
 def grouped_matmul(
@@ -63,7 +63,7 @@ def project_scatter(
 
 def require(x: jax.Array, w: jax.Array, *ids: jax.Array) -> None:
     """Return if the kernels can serve; raises NotImplementedError."""
-    _triton.require(x.dtype)
+    nvidia.require(x.dtype)
     if 0 in (*x.shape, *w.shape, *(side for array in ids for side in array.shape)):
         raise NotImplementedError("it takes no empty arrays")
 

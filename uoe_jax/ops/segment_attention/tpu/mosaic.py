@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops import _tpu
-from uoe_jax.ops._dispatch import vary_together
-from uoe_jax.ops._tpu import LANES, Target, round_up
-from uoe_jax.ops.segment_attention.mosaic_tpu_backward import (
+from uoe_jax.ops import tpu
+from uoe_jax.ops.segment_attention.tpu.backward import (
     key_gradients,
     query_gradient,
 )
-from uoe_jax.ops.segment_attention.mosaic_tpu_forward import forward
-from uoe_jax.ops.segment_attention.mosaic_tpu_plan import segment_edges
+from uoe_jax.ops.segment_attention.tpu.forward import forward
+from uoe_jax.ops.segment_attention.tpu.schedule import segment_edges
+from uoe_jax.ops.tpu import LANES, Target, round_up
+from uoe_jax.varying import vary_together
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _run_edges(offsets, bounds, num_rows):
     edges = segment_edges(offsets, num_rows)
     if bounds is None:
         return edges
-    first, last = (_tpu.pad_rows(x.astype(jnp.int32), num_rows) for x in bounds)
+    first, last = (tpu.pad_rows(x.astype(jnp.int32), num_rows) for x in bounds)
     start, end = jnp.maximum(edges[0], first), jnp.minimum(edges[1], last + 1)
     real = edges[1] > edges[0]
     return jnp.stack([jnp.where(real, start, 0), jnp.where(real, end, 0)])
@@ -120,7 +120,7 @@ def attend(
     Raises:
       NotImplementedError: as `segment_attention`.
     """
-    target = _tpu.current_target()
+    target = tpu.current_target()
     num_rows, groups, width = q.shape
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"TPUs multiply bfloat16 or float32, not {q.dtype}")
@@ -141,8 +141,8 @@ def attend(
     )
     padded = round_up(num_rows, max(options.rows, options.key_rows))
     q, k, v, ends = vary_together(q, k, v, edges(padded))
-    heads = _tpu.pad_rows(q.transpose(1, 0, 2), padded, axis=1)
-    k, v = _tpu.pad_rows(k, padded), _tpu.pad_rows(v, padded)
+    heads = tpu.pad_rows(q.transpose(1, 0, 2), padded, axis=1)
+    k, v = tpu.pad_rows(k, padded), tpu.pad_rows(v, padded)
     out = _attention(options, heads, k, v, ends)
     return out[:, :num_rows].transpose(1, 0, 2)
 
@@ -171,7 +171,7 @@ def make_options(
         "causal": causal,
         "dtype": jnp.dtype(dtype).name,
     }
-    sides = _tpu.choose("segment_attention", call, target, modelled)
+    sides = tpu.choose("segment_attention", call, target, modelled)
     # No tile larger than the rows there are.
     most = 1 << (round_up(num_rows, LANES) // LANES).bit_length() - 1
     sides = {name: min(side, most * LANES) for name, side in sides.items()}
@@ -206,7 +206,7 @@ def _model_tiles(target, shape, dtype, reach):
         if sides[largest] == LANES:
             raise NotImplementedError(
                 f"{groups} query heads of {width} need more than "
-                f"{budget // _tpu.MIB} MiB of {target.generation.name}'s VMEM"
+                f"{budget // tpu.MIB} MiB of {target.generation.name}'s VMEM"
             )
         sides[largest] //= 2
     return sides
@@ -214,7 +214,7 @@ def _model_tiles(target, shape, dtype, reach):
 
 def tile_bytes(sides: dict[str, int], groups: int, width: int, dtype) -> int:
     """Return the VMEM that the largest of the three kernels needs, in bytes."""
-    size = _tpu.vmem_bytes
+    size = tpu.vmem_bytes
     rows, chunk = groups * sides["rows"], sides["chunk"]
     f32 = jnp.float32
     # Blocks are double-buffered by the pipeline, chunks by the ring.

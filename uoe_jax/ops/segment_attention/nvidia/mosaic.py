@@ -19,15 +19,15 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops._dispatch import vary_together
-from uoe_jax.ops.segment_attention import mosaic_gpu_plan as plans
-from uoe_jax.ops.segment_attention.mosaic_gpu_forward import forward
-from uoe_jax.ops.segment_attention.mosaic_gpu_key_gradients import (
+from uoe_jax.ops.segment_attention.nvidia import schedule as plans
+from uoe_jax.ops.segment_attention.nvidia.mosaic_forward import forward
+from uoe_jax.ops.segment_attention.nvidia.mosaic_key_gradients import (
     QUERIES,
     key_gradients,
 )
-from uoe_jax.ops.segment_attention.mosaic_gpu_parts import WG_ROWS, Options
-from uoe_jax.ops.segment_attention.mosaic_gpu_query_gradient import query_gradient
+from uoe_jax.ops.segment_attention.nvidia.mosaic_parts import WG_ROWS, Options
+from uoe_jax.ops.segment_attention.nvidia.mosaic_query_gradient import query_gradient
+from uoe_jax.varying import vary_together
 
 WGS = 2  # warpgroups that compute
 TILE = WGS * WG_ROWS

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops import _triton
-from uoe_jax.ops.grouped_matmul.triton_tiles import Tiles, choose_tiles, power_above
+from uoe_jax.ops import nvidia
+from uoe_jax.ops.grouped_matmul.nvidia.tiles import Tiles, choose_tiles, power_above
 
 # Partial weight gradients of a group; past a few, adding them costs what they save.
 MOST_SPLITS = 8
@@ -60,16 +60,16 @@ def products(
     shape |= {"gather": gather, "transpose": transpose, "groups": num_groups}
     tiles = tiles or choose_tiles("products", shape)
     tile_map = map_tiles(offsets, num_rows, tiles.rows)
-    from uoe_jax.ops.grouped_matmul import triton_kernels
+    from uoe_jax.ops.grouped_matmul.nvidia import kernels
 
-    kernel: Any = triton_kernels.products
+    kernel: Any = kernels.products
     turns: dict[str, Any] = {}
     grid = tile_map.shape[1] * -(-outer // tiles.outer)
     if tiles.in_turn:
-        kernel = triton_kernels.products_in_turn
-        grid = min(grid, _triton.cores() * tiles.in_turn)
+        kernel = kernels.products_in_turn
+        grid = min(grid, nvidia.cores() * tiles.in_turn)
         turns = {"PROGRAMS": grid}
-    return _triton.launch(
+    return nvidia.launch(
         kernel,
         x,
         w,
@@ -118,11 +118,11 @@ def weight_grads(
     shape |= {"gather": " and ".join(sides) or "none", "groups": num_groups}
     tiles = tiles or choose_tiles("weight_grads", shape)
     programs = num_groups * -(-inner // tiles.inner) * -(-outer // tiles.outer)
-    splits = max(1, min(MOST_SPLITS, _triton.cores() // programs))
-    from uoe_jax.ops.grouped_matmul import triton_kernels
+    splits = max(1, min(MOST_SPLITS, nvidia.cores() // programs))
+    from uoe_jax.ops.grouped_matmul.nvidia import kernels
 
-    out = _triton.launch(
-        triton_kernels.weight_grads,
+    out = nvidia.launch(
+        kernels.weight_grads,
         x,
         grad,
         offsets,
@@ -158,11 +158,11 @@ def sum_rows(
     num_warps: int = 4,
 ) -> Float[Array, "N D"]:
     """Return each token's sum over its rows, added in float32."""
-    from uoe_jax.ops.grouped_matmul import triton_kernels
+    from uoe_jax.ops.grouped_matmul.nvidia import kernels
 
     num_tokens, picks = row_ids.shape
-    return _triton.launch(
-        triton_kernels.sum_rows,
+    return nvidia.launch(
+        kernels.sum_rows,
         rows,
         row_ids,
         out_shape=((num_tokens, rows.shape[1]), rows.dtype),

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops import _triton, _tuning
-from uoe_jax.ops._dispatch import vary_together
-from uoe_jax.ops.segment_attention import mosaic_gpu_plan as plans
+from uoe_jax.ops import measured, nvidia
+from uoe_jax.ops.segment_attention.nvidia import schedule as plans
+from uoe_jax.varying import vary_together
 
 WIDTHS = (16, 32, 64, 128, 256)  # of a head
 LOG2E = 1.4426950408889634
@@ -81,7 +81,7 @@ def segment_attention(
       NotImplementedError: no fit device or package, or a dtype, head width or scale
         that the kernels don't take.
     """
-    _triton.require(q.dtype)
+    nvidia.require(q.dtype)
     num_rows, _, width = q.shape
     if q.dtype == jnp.float32:
         raise NotImplementedError("it takes bfloat16 or float16, not float32")
@@ -123,11 +123,11 @@ def choose_tiles(kernel: str, shape: dict[str, Any]) -> Tiles:
     Outside the tables it is the first of `DEFAULTS` that shared memory holds; all of
     them compile without spilled registers (docs/kernels/attention.md).
     """
-    found = _tuning.tiles(f"segment_attention_{kernel}", shape)
+    found = measured.tiles(f"segment_attention_{kernel}", shape)
     if found is not None:
         return Tiles(**found)
     width, itemsize = shape["width"], jnp.dtype(shape["dtype"]).itemsize
-    memory = _triton.shared_memory()
+    memory = nvidia.shared_memory()
     return next(
         tiles
         for tiles in DEFAULTS[kernel][max(64, width)]
@@ -213,17 +213,17 @@ def _launch(
     out_shape: list[tuple[tuple[int, ...], Any]],
 ) -> list[jax.Array]:
     """Return what a kernel writes, started once for each tile (of each query head)."""
-    from uoe_jax.ops.segment_attention import triton_gradient_kernels, triton_kernels
+    from uoe_jax.ops.segment_attention.nvidia import triton_backward, triton_forward
 
     table = plan.tiles.reshape(-1, plans.COLUMNS)
-    kernels = triton_kernels if name == "forward" else triton_gradient_kernels
+    kernels = triton_forward if name == "forward" else triton_backward
     num_rows, groups, width = arrays[0].shape
     tiles: Tiles = getattr(settings, name)
     scales = {"FACTOR": settings.scale * LOG2E}
     if name != "forward":
         scales["SCALE"] = settings.scale
     run = functools.partial(
-        _triton.launch,
+        nvidia.launch,
         getattr(kernels, name),
         out_shape=out_shape,
         grid=table.shape[0] * (1 if name == "key_gradients" else groups),

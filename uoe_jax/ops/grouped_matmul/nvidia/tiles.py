@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from uoe_jax.hardware import gemm, step_products
 from uoe_jax.hardware.product import Product
-from uoe_jax.ops import _triton, _tuning
+from uoe_jax.ops import measured, nvidia
 
 
 class Tiles(NamedTuple):
@@ -62,9 +62,9 @@ def choose_tiles(op: str, shape: Mapping[str, Any]) -> Tiles:
     shared memory holds.
     """
     depth, columns = (max(16, power_above(shape[side])) for side in ("inner", "outer"))
-    found = _tuning.tiles(op, shape, within=_tuning.CLOSE)
+    found = measured.tiles(op, shape, within=measured.CLOSE)
     tile = Tiles(**found) if found else predict_tiles(op, shape)
-    if tile is None and (found := _tuning.tiles(op, shape)) is not None:
+    if tile is None and (found := measured.tiles(op, shape)) is not None:
         tile = Tiles(**found)
     if tile is not None:
         return cut_tiles(tile, shape)
@@ -77,7 +77,7 @@ def choose_tiles(op: str, shape: Mapping[str, Any]) -> Tiles:
     else:
         rows, inner, most = 128, min(32 if wide else 64, depth), 4
         stage = inner * (rows + columns)
-    held = _triton.shared_memory() // (stage * (4 if wide else 2))
+    held = nvidia.shared_memory() // (stage * (4 if wide else 2))
     stages = max(1, min(most, held))
     return Tiles(rows, inner, columns, band=16, num_warps=8, num_stages=stages)
 
@@ -92,7 +92,7 @@ def predict_tiles(op: str, shape: Mapping[str, Any]) -> Tiles | None:
     """Return the tile that the device's model predicts fastest; None without one."""
     if shape["dtype"] != "bfloat16" or "groups" not in shape:
         return None  # few others were timed
-    return _predict(_tuning.device_kind(), op, tuple(sorted(shape.items())))
+    return _predict(measured.device_kind(), op, tuple(sorted(shape.items())))
 
 
 @functools.cache

@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from uoe_jax.ops import _tpu
-from uoe_jax.ops._tpu import LANES, Target, round_up
+from uoe_jax.ops import tpu
+from uoe_jax.ops.tpu import LANES, Target, round_up
+from uoe_jax.varying import struct_varying
 
 UNROLL = 8  # copies issued in one turn of the loop
 
@@ -74,7 +75,7 @@ def gather_parts(
     """
     num_tiles = pl.cdiv(ids.shape[0], rows)
     # Every number of a tile is copied, so every number must exist.
-    ids = _tpu.pad_rows(ids, num_tiles * rows)[None]
+    ids = tpu.pad_rows(ids, num_tiles * rows)[None]
 
     def following(*index: Any) -> tuple[Any, Any]:
         return 0, jnp.minimum(tile_of(*index) + 1, num_tiles - 1)
@@ -127,11 +128,11 @@ def sum_rows(rows: jax.Array, row_ids: jax.Array, target: Target) -> jax.Array:
     num_tiles = padded // tokens
     share = num_tiles // cores
     tile_of = lambda core, step: core * share + step
-    ids = _tpu.pad_rows(row_ids.astype(jnp.int32), padded)
+    ids = tpu.pad_rows(row_ids.astype(jnp.int32), padded)
     # Pick after pick inside a tile, so that a pick's rows are one block.
     ids = ids.reshape(num_tiles, tokens, picks).transpose(0, 2, 1).reshape(-1)
     sources, specs, scratch = gather_parts(rows, ids, tokens * picks, tile_of)
-    call = _tpu.call(
+    call = tpu.call(
         lambda *refs: _sum_kernel(*refs, picks=picks),
         target,
         vmem=2 * tokens * (picks + 2) * row_bytes,
@@ -140,7 +141,7 @@ def sum_rows(rows: jax.Array, row_ids: jax.Array, target: Target) -> jax.Array:
         in_specs=specs,
         out_specs=pl.BlockSpec((tokens, width), lambda *i: (tile_of(*i), 0)),
         scratch_shapes=scratch,
-        out_shape=_tpu.out_struct((padded, width), rows.dtype, rows),
+        out_shape=struct_varying((padded, width), rows.dtype, rows),
         cost_estimate=pl.CostEstimate(
             flops=padded * picks * width,
             transcendentals=0,

@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from uoe_jax.ops._dispatch import zeros_varying
-from uoe_jax.ops._tpu import LANES, round_up
+from uoe_jax.ops.tpu import LANES, round_up
+from uoe_jax.varying import zeros_varying
 
 FIELDS = 6  # scalars of a tile, in the order of Tile
 EDGE = 512  # most rows of a masked block

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from uoe_jax.ops._dispatch import vary_like
+from uoe_jax.varying import vary_like
 
 # jax-triton series -> the triton releases it works beside, [from, to).
 PAIRS = {(0, 3): ((3, 6), (3, 7)), (0, 4): ((3, 7), (4, 0))}

@@ -1,7 +1,7 @@
 """Triton kernels of segment attention's backward pass, from saved logsumexps.
 
 Two kernels that each compute the weights, so that every sum has one program and one
-order: the same bits on every run. Letters as in `triton_kernels`.
+order: the same bits on every run. Letters as in `triton_forward`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import no_type_check
 
 from uoe_jax.ops._triton_language import jit, tl
-from uoe_jax.ops.segment_attention.triton_kernels import (
+from uoe_jax.ops.segment_attention.nvidia.triton_forward import (
     block_of,
     limits,
     load_rows,

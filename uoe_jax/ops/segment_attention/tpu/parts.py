@@ -12,8 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from uoe_jax.ops._tpu import LANES
-from uoe_jax.ops.segment_attention.mosaic_tpu_plan import EDGE, Tile
+from uoe_jax.ops.segment_attention.tpu.schedule import EDGE, Tile
+from uoe_jax.ops.tpu import LANES
 
 HIDDEN = -1e30  # score of a pair that must not be seen; finite, so no inf - inf
 UNSEEN = 1e30  # log-sum of a row that sees nothing: every weight becomes exp2(-1e30)

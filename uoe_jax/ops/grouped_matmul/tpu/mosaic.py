@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops import _tpu
-from uoe_jax.ops._dispatch import vary_together
-from uoe_jax.ops._tpu import LANES, Target, round_up
-from uoe_jax.ops.grouped_matmul.mosaic_tpu_kernels import (
+from uoe_jax.ops import tpu
+from uoe_jax.ops.grouped_matmul.tpu.kernels import (
     Tiles,
     products,
     weight_gradients,
 )
-from uoe_jax.ops.grouped_matmul.mosaic_tpu_rows import sum_rows
+from uoe_jax.ops.grouped_matmul.tpu.rows import sum_rows
 from uoe_jax.ops.packing import Packing, combine_rows, gather_rows
+from uoe_jax.ops.tpu import LANES, Target, round_up
+from uoe_jax.varying import vary_together
 
 
 def grouped_matmul(
@@ -38,7 +38,7 @@ def grouped_matmul(
     if x.shape[0] == 0:
         return jnp.zeros((0, w.shape[2]), x.dtype)
     x, w, offsets = vary_together(x, w, offsets)
-    padded = _tpu.pad_rows(x, round_up(x.shape[0], LANES))
+    padded = tpu.pad_rows(x, round_up(x.shape[0], LANES))
     check_tiles(target, padded.shape[0], w, PLAIN)
     return _grouped(target, padded, w, offsets)[: x.shape[0]]
 
@@ -76,7 +76,7 @@ def project_scatter(
 
 
 def _target(x: jax.Array) -> Target:
-    target = _tpu.current_target()
+    target = tpu.current_target()
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"TPUs multiply bfloat16 or float32, not {x.dtype}")
     return target
@@ -103,7 +103,7 @@ def choose_tiles(
     """
     shape = {"inner": depth, "outer": width, "dtype": jnp.dtype(dtype).name}
     modelled = _model_tiles(target, op, num_rows, depth, width, dtype, rows)
-    sides = _tpu.choose(op, shape | {"rows": rows}, target, modelled)
+    sides = tpu.choose(op, shape | {"rows": rows}, target, modelled)
     sides |= _fixed(rows, depth, width)
     sides["rows"] = min(sides["rows"], num_rows)
     if op == "grouped_matmul" and depth % sides["inner"]:
@@ -185,7 +185,7 @@ def _model_tiles(target, op, num_rows, depth, width, dtype, rows):
         else:
             raise NotImplementedError(
                 f"blocks {sides} of {depth} x {width} weights need more than "
-                f"{budget // _tpu.MIB} MiB of {target.generation.name}'s VMEM"
+                f"{budget // tpu.MIB} MiB of {target.generation.name}'s VMEM"
             )
     return sides
 
@@ -193,7 +193,7 @@ def _model_tiles(target, op, num_rows, depth, width, dtype, rows):
 def _bytes(op: str, sides: dict[str, int], dtype, rows: Rows) -> int:
     """Return the VMEM of one block each of rows, weights and outputs, in bytes."""
     count, inner, outer = sides["rows"], sides["inner"], sides["outer"]
-    size, f32 = _tpu.vmem_bytes, jnp.float32
+    size, f32 = tpu.vmem_bytes, jnp.float32
     x, w, out = (count, inner), (inner, outer), (count, outer)
     kept = out if op == "grouped_matmul" else w
     total = sum(size(side, dtype, 2) for side in (x, w, out)) + size(kept, f32, 2)
@@ -245,7 +245,7 @@ def _padded_rows(packing: Packing) -> int:
 
 
 def _token_ids(packing: Packing) -> Int[Array, " M2"]:
-    return _tpu.pad_rows(packing.token_ids.astype(jnp.int32), _padded_rows(packing))
+    return tpu.pad_rows(packing.token_ids.astype(jnp.int32), _padded_rows(packing))
 
 
 def _sum(target, rows, packing):
@@ -268,7 +268,7 @@ def _gather_project_fwd(target, x, w, packing):
 def _gather_project_bwd(target, saved, grad):
     x, w, packing = saved
     offsets, ids = packing.group_offsets, _token_ids(packing)
-    grad = _tpu.pad_rows(grad, _padded_rows(packing))
+    grad = tpu.pad_rows(grad, _padded_rows(packing))
     dw = _weights(target, x, grad, offsets, w, ids=ids)
     drows = _products(target, grad, w, offsets, transpose=True, apart=True)
     return _sum(target, drows, packing), dw, None
@@ -276,7 +276,7 @@ def _gather_project_bwd(target, saved, grad):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _project_scatter(target, rows, w, packing):
-    rows = _tpu.pad_rows(rows, _padded_rows(packing))
+    rows = tpu.pad_rows(rows, _padded_rows(packing))
     out = _products(target, rows, w, packing.group_offsets, apart=True)
     return _sum(target, out, packing)
 
@@ -289,7 +289,7 @@ def _project_scatter_bwd(target, saved, grad):
     rows, w, packing = saved
     offsets, ids = packing.group_offsets, _token_ids(packing)
     num_rows = rows.shape[0]
-    rows = _tpu.pad_rows(rows, _padded_rows(packing))
+    rows = tpu.pad_rows(rows, _padded_rows(packing))
     dw = _weights(target, rows, grad, offsets, w, ids=ids, picks_grad=True)
     drows = _products(target, grad, w, offsets, transpose=True, ids=ids)
     return drows[:num_rows], dw, None

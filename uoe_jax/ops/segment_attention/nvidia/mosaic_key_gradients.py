@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from uoe_jax.ops.segment_attention import mosaic_gpu_parts as parts
-from uoe_jax.ops.segment_attention.mosaic_gpu_plan import (
+from uoe_jax.ops.segment_attention.nvidia import mosaic_parts as parts
+from uoe_jax.ops.segment_attention.nvidia.schedule import (
     ALIGN,
     END,
     ROW,

@@ -17,7 +17,7 @@ from uoe_jax.ops._triton_language import jit, tl
 @no_type_check
 def tile_edges(tiles, place, ALIGN: tl.constexpr):
     """A segment's start, end and origin, and the edges of the blocks a tile meets:
-    first, full, masked, last. Columns of `mosaic_gpu_plan.Plan`.
+    first, full, masked, last. Columns of `schedule.Plan`.
     """
     at = tiles + place * 8
     start = tl.load(at + 1)

@@ -14,14 +14,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from uoe_jax.ops import _tpu
-from uoe_jax.ops._tpu import LANES, matmul
-from uoe_jax.ops.segment_attention import mosaic_tpu_parts as parts
-from uoe_jax.ops.segment_attention.mosaic_tpu_plan import (
+from uoe_jax.ops import tpu
+from uoe_jax.ops.segment_attention.tpu import parts
+from uoe_jax.ops.segment_attention.tpu.schedule import (
     diagonal_steps,
     read_tile,
     visible_ranges,
 )
+from uoe_jax.ops.tpu import LANES, matmul
+from uoe_jax.varying import struct_varying
 
 
 def _query_kernel(
@@ -228,13 +229,13 @@ def query_gradient(q, k, v, edges, dout, stats, options: Any) -> jax.Array:
             pltpu.VMEM((groups * rows, width), jnp.float32),
         ],
     )
-    kernel = _tpu.call(
+    kernel = tpu.call(
         lambda *refs: _query_kernel(*refs, options=options),
         options.target,
         vmem=options.vmem,
         parallel=(True,),
         grid_spec=grid,
-        out_shape=_tpu.out_struct(q.shape, q.dtype, q),
+        out_shape=struct_varying(q.shape, q.dtype, q),
         cost_estimate=options.cost(q, products=3, arrays=5),
         name="segment_attention_dq",
     )
@@ -280,13 +281,13 @@ def key_gradients(q, k, v, edges, dout, stats, options: Any) -> tuple:
             pltpu.VMEM((rows, width), jnp.float32),
         ],
     )
-    kernel = _tpu.call(
+    kernel = tpu.call(
         lambda *refs: _key_kernel(*refs, options=options),
         options.target,
         vmem=options.vmem,
         parallel=(True,),
         grid_spec=grid,
-        out_shape=[_tpu.out_struct(x.shape, x.dtype, q) for x in (k, v)],
+        out_shape=[struct_varying(x.shape, x.dtype, q) for x in (k, v)],
         cost_estimate=options.cost(q, products=4, arrays=6),
         name="segment_attention_dkv",
     )

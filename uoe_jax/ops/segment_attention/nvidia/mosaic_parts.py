@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from uoe_jax.ops.segment_attention.mosaic_gpu_plan import (
+from uoe_jax.ops.segment_attention.nvidia.schedule import (
     ALIGN,
     COLUMNS,
     END,

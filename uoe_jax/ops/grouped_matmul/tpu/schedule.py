@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from uoe_jax.ops._dispatch import vary_together
-from uoe_jax.ops._tpu import LANES
+from uoe_jax.ops.tpu import LANES
+from uoe_jax.varying import vary_together
 
 
 class Items(NamedTuple):

@@ -1,0 +1,1 @@
+"""Grouped matmul on NVIDIA GPUs, in Triton."""

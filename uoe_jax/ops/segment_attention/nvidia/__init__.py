@@ -1,0 +1,1 @@
+"""Segment attention on NVIDIA GPUs: one schedule, kernels for Hopper and in Triton."""

@@ -1,0 +1,1 @@
+"""Segment attention on TPUs."""
