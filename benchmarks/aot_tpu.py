@@ -35,8 +35,10 @@ import tpu_schedule
 from uoe_jax.files import format_json
 from uoe_jax.ops import Packing, tpu
 from uoe_jax.ops.dense_attention import splash
+from uoe_jax.ops.dense_attention.call import Call as DenseCall
 from uoe_jax.ops.grouped_matmul.tpu import mosaic as grouped
 from uoe_jax.ops.grouped_matmul.tpu.schedule import computed_rows
+from uoe_jax.ops.segment_attention.call import Call, Mask
 from uoe_jax.ops.segment_attention.tpu import mosaic as attention
 from uoe_jax.ops.segment_attention.tpu.schedule import (
     computed_pairs,
@@ -119,12 +121,12 @@ def compile_attention(case: Attention, name: str, dumps: Path) -> dict[str, Any]
     """Compile value and gradients; return figures of the program and its kernels."""
     mesh = aot.topology_mesh(aot.TOPOLOGIES[name])
     offsets = case.offsets()
-    num_rows, how = int(offsets[-1]), dict(causal=case.causal, window=case.window)
+    num_rows, mask = int(offsets[-1]), Mask(case.causal, case.window)
+    how = mask._asdict()
 
     def objective(q, k, v, offsets):
-        out = attention.segment_attention(
-            q, k, v, offsets, bounds=None, scale=case.width**-0.5, **how
-        )
+        call = Call(q, k, v, offsets, mask, case.width**-0.5)
+        out = attention.segment_attention(call)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     rows = shape(num_rows, case.width)
@@ -138,7 +140,7 @@ def compile_attention(case: Attention, name: str, dumps: Path) -> dict[str, Any]
     result = compiled(jax.grad(objective, (0, 1, 2)), args, name, mesh)
     target = tpu.Target(mesh.devices.flat[0].device_kind)
     options = attention.make_options(
-        target, args[0].shape, BF16, len(offsets) - 1, scale=1.0, **how
+        target, args[0].shape, BF16, len(offsets) - 1, mask=mask, scale=1.0
     )
     result |= {"vmem_bytes": options.vmem, "kernels": {}}
     for kernel in ("forward", "dq", "dkv"):
@@ -256,9 +258,8 @@ def compile_splash(name: str, dumps: Path) -> dict[str, Any]:
     mesh = aot.topology_mesh(aot.TOPOLOGIES[name])
 
     def objective(q, k, v):
-        out = splash.dense_attention(
-            q, k, v, causal=True, segments=None, window=None, scale=case.width**-0.5
-        )
+        call = DenseCall(q, k, v, Mask(causal=True), None, case.width**-0.5)
+        out = splash.dense_attention(call)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     sides = shape(case.batch, case.length, case.heads, case.width)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.files import format_json
+from uoe_jax.ops.segment_attention.call import Call, Mask
 from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
 from uoe_jax.ops.segment_attention.nvidia import triton
 
@@ -47,17 +48,8 @@ BACKWARD = {  # the ways to gradients
 
 def attend(q, k, v, offsets, causal, backend=mosaic_gpu, **options):
     """Segment attention by the kernels of Hopper, or by those in Triton."""
-    return backend.segment_attention(
-        q,
-        k,
-        v,
-        offsets,
-        causal=causal,
-        window=None,
-        bounds=None,
-        scale=q.shape[2] ** -0.5,
-        **options,
-    )
+    call = Call(q, k, v, offsets, Mask(causal), q.shape[2] ** -0.5)
+    return backend.segment_attention(call, **options)
 
 
 def cudnn(q, k, v, causal):

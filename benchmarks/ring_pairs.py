@@ -22,7 +22,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uoe_jax.files import format_json
-from uoe_jax.model.sharded import Sees, ring_attention
+from uoe_jax.model.sharded import ring_attention
+from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.partition.rings import in_best_rings, in_rings
 from uoe_jax.plan.aot import topology_devices
 from uoe_jax.topology import from_devices
@@ -36,7 +37,7 @@ def pairs_of(mesh):
     split = PartitionSpec("data", "sequence")
     run = jax.shard_map(
         functools.partial(
-            ring_attention, sees=Sees(True, None), axis="sequence", size=size
+            ring_attention, sees=Mask(True, None), axis="sequence", size=size
         ),
         mesh=mesh,
         in_specs=split,

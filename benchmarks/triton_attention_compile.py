@@ -12,7 +12,6 @@ registers and spilled bytes. Nothing here was run on a GPU.
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.metadata
 import os
 import re
@@ -33,7 +32,8 @@ from triton.compiler import ASTSource
 
 from uoe_jax.files import format_json
 from uoe_jax.ops import nvidia
-from uoe_jax.ops.segment_attention import triton as attention
+from uoe_jax.ops.segment_attention.call import Call, Mask
+from uoe_jax.ops.segment_attention.nvidia import triton as attention
 
 CAPABILITIES = (80, 86, 89, 90)
 ROWS, SEGMENTS = 16384, 8
@@ -79,15 +79,9 @@ def launches(case: Case, capability: int) -> list[dict[str, Any]]:
         return [jnp.zeros(*each) for each in out_shape]
 
     def value_and_grads(q, k, v, offsets, *bounds):
-        call = functools.partial(
-            attention.segment_attention,
-            offsets=offsets,
-            causal=case.causal,
-            window=case.window,
-            bounds=bounds or None,
-            scale=case.width**-0.5,
-        )
-        out, vjp = jax.vjp(call, q, k, v)
+        more = Mask(case.causal, case.window), case.width**-0.5, bounds or None
+        attend = lambda *qkv: attention.segment_attention(Call(*qkv, offsets, *more))
+        out, vjp = jax.vjp(attend, q, k, v)
         return vjp(out)
 
     shape = jax.ShapeDtypeStruct

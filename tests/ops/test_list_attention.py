@@ -1,5 +1,7 @@
 """Keys put before the queries of their segment: the same attention as to lists."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import list_attention as op
-from uoe_jax.ops.list_attention import list_attention, merge
+from uoe_jax.ops.as_segments import (
+    LIST_BACKENDS,
+    Lists,
+    list_attention,
+    merge,
+    merged_attention,
+)
 
 pytestmark = pytest.mark.both_jax
 
@@ -19,11 +26,12 @@ ROWS, GROUPS, WIDTH, LISTS, KEYS = 24, 2, 4, 4, 6
 NUMBERS = {"max_rows": ROWS, "scale": 0.7}
 
 
-def any_bounds(q, k, v, offsets, *, causal, window, bounds, scale):
+def any_bounds(call):
     """Segment attention written out, where a row may see nothing, not even itself."""
-    assert not causal and window is None
+    assert call.mask == (False, None)
+    q, k, v, offsets, scale = call.q, call.k, call.v, call.offsets, call.scale
     row = jnp.arange(q.shape[0])
-    low, high = bounds
+    low, high = call.bounds
     seen = (row[None] >= low[:, None]) & (row[None] <= high[:, None])
     segment = jnp.searchsorted(offsets, row, side="right")
     seen &= (segment[None] == segment[:, None]) & (row < offsets[-1])[:, None]
@@ -50,7 +58,7 @@ def draw_call(seed, dtype=jnp.float32, width=WIDTH):
 
 def value_and_gradients(run, call):
     q, k, v, *rest = call
-    out, vjp = jax.vjp(lambda *qkv: run(*qkv, *rest, **NUMBERS), q, k, v)
+    out, vjp = jax.vjp(lambda *qkv: run(Lists(*qkv, *rest, **NUMBERS)), q, k, v)
     return out, *vjp(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
 
 
@@ -58,8 +66,8 @@ both = jax.jit(
     lambda call: [
         value_and_gradients(run, call)
         for run in (
-            lambda *a, **n: op._attend_merged(any_bounds, *a, **n),
-            op.BACKENDS["xla"],
+            partial(merged_attention, any_bounds),
+            LIST_BACKENDS["xla"],
         )
     ]
 )
@@ -91,13 +99,10 @@ def test_every_key_and_query_has_its_row(seed):
 def test_a_wrong_call_is_told():
     q, k, v, offsets, first, last = draw_call(0)
     with pytest.raises(ConfigError, match="3 segments; give each segment one list"):
-        list_attention(q, k, v, offsets[1:], first, last, max_rows=ROWS)
+        Lists(q, k, v, offsets[1:], first, last, max_rows=ROWS)
     with pytest.raises(ConfigError, match="it needs a Hopper GPU, not cpu.*use triton"):
-        list_attention(
-            *(q, k, v, offsets, first, last),
-            max_rows=ROWS,
-            implementation="mosaic_gpu",
-        )
+        lists = Lists(q, k, v, offsets, first, last, max_rows=ROWS)
+        list_attention(lists, implementation="mosaic_gpu")
 
 
 def test_merged_rows_in_shard_map_are_one_devices():
@@ -107,7 +112,7 @@ def test_merged_rows_in_shard_map_are_one_devices():
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *calls)
 
     def run(call):
-        got = op._attend_merged(any_bounds, *call, **NUMBERS)
+        got = merged_attention(any_bounds, Lists(*call, **NUMBERS))
         return jnp.sum(got**2)
 
     def local(call):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops.tiled_attention import MASKED, tiled_attention
+from uoe_jax.ops.as_segments import MASKED, Lists, tiled_attention
 
 pytestmark = pytest.mark.both_jax
 
@@ -41,7 +41,7 @@ def both(q, k, v, offsets, first, last, probe):
         value = jnp.sum(out * probe) + jnp.sum(jnp.where(lse > MASKED, lse, 0))
         return value, (out, lse)
 
-    tiled = lambda *args: tiled_attention(*args, max_rows=ROWS)
+    tiled = lambda *args: tiled_attention(Lists(*args, max_rows=ROWS))
     results = []
     for run in (tiled, written_out):
         grads, outs = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v, run)
@@ -85,13 +85,15 @@ def test_only_the_segments_that_hold_queries_are_worked_on():
         return max([0, *sizes, *inner])
 
     run = lambda q, k: tiled_attention(
-        q,
-        k,
-        k,
-        jnp.linspace(0, rows, 9).astype(jnp.int32),
-        jnp.zeros(rows, jnp.int32),
-        jnp.full(rows, length - 1, jnp.int32),
-        max_rows=rows,
+        Lists(
+            q,
+            k,
+            k,
+            jnp.linspace(0, rows, 9).astype(jnp.int32),
+            jnp.zeros(rows, jnp.int32),
+            jnp.full(rows, length - 1, jnp.int32),
+            max_rows=rows,
+        )
     )[0]
     program = jax.make_jaxpr(run)(
         jnp.zeros((rows, 1, 8)), jnp.zeros((8, length, 8))
@@ -100,14 +102,42 @@ def test_only_the_segments_that_hold_queries_are_worked_on():
     assert rows * length <= scores(program) <= 1.25 * rows * length
 
 
-def test_lists_that_are_not_the_segments_are_refused():
-    with pytest.raises(ConfigError, match="3 segments; give each segment one list"):
-        tiled_attention(
-            jnp.zeros((4, 1, 2)),
-            jnp.zeros((2, 3, 2)),
-            jnp.zeros((2, 3, 2)),
-            jnp.array([0, 1, 2, 4]),
-            jnp.zeros(4, int),
-            jnp.zeros(4, int),
-            max_rows=4,
-        )
+ones = jnp.ones
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"q": ones((4, 2))}, ["q is [4, 2]", "[M, G, H]"]),
+        ({"q": ones((4, 1, 2), int)}, ["int32", "astype"]),
+        ({"k": ones((2, 3, 2))}, ["3 segments", "one list"]),
+        ({"v": ones((3, 4, 2))}, ["[3, 4, 2]", "one list"]),
+        ({"k": ones((3, 2))}, ["k is [3, 2]", "[S, L, H]"]),
+        ({"k": ones((3, 3, 4)), "v": ones((3, 3, 4))}, ["one dtype and head width"]),
+        ({"q": ones((4, 1, 2), jnp.bfloat16)}, ["bfloat16", "one dtype"]),
+        ({"offsets": [0, 2, 1, 4]}, ["offsets[2] is 1 after 2"]),
+        ({"offsets": [0, 1, 2, 5]}, ["0 to 5", "4 queries"]),
+        ({"offsets": [0]}, ["0 segments"]),
+        ({"first": jnp.zeros(3, int)}, ["[3]", "4 queries"]),
+        ({"last": ones(4)}, ["float32", "whole numbers"]),
+        ({"max_rows": None}, ["None", "whole number"]),
+        ({"scale": "1"}, ["'1'", "finite"]),
+    ],
+)
+def test_a_wrong_call_is_one_line(change, parts):
+    given = dict(
+        q=ones((4, 1, 2)),
+        k=ones((3, 3, 2)),
+        v=ones((3, 3, 2)),
+        offsets=jnp.array([0, 1, 2, 4]),
+        first=jnp.zeros(4, int),
+        last=jnp.zeros(4, int),
+        max_rows=4,
+    )
+    tiled_attention(Lists(**given))
+    with pytest.raises(ConfigError) as caught:
+        Lists(**{**given, **change})
+    said = str(caught.value)
+    assert len(said.splitlines()) == 1
+    for part in parts:
+        assert part in said

@@ -9,8 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tests.partition.tiny_layouts import compute, first_state, make_config, one_device
-from uoe_jax.model.sharded import Sees, gathered_attention, ring_attention
+from uoe_jax.model.sharded import gathered_attention, ring_attention
+from uoe_jax.ops.dense_attention.call import Call
 from uoe_jax.ops.dense_attention.reference import dense_attention
+from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.runs.state import init_state, layout_of
@@ -70,14 +72,12 @@ def test_rings_and_gathers_attend_as_one_device_does(causal, window):
     draw = lambda heads: jnp.asarray(rng.normal(size=(2, 16, heads, 4)), jnp.float32)
     q, k, v = draw(4), draw(2), draw(2)
     segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, 16)), axis=1), jnp.int32)
-    expected = dense_attention(
-        q, k, v, causal=causal, segments=segments, window=window, scale=0.5
-    )
+    expected = dense_attention(Call(q, k, v, Mask(causal, window), segments, 0.5))
     mesh = jax.make_mesh((4,), ("sequence",))
     split = PartitionSpec(None, "sequence")
     for attend in (ring_attention, gathered_attention):
         run = jax.shard_map(
-            partial(attend, sees=Sees(causal, window), axis="sequence", size=4),
+            partial(attend, sees=Mask(causal, window), axis="sequence", size=4),
             mesh=mesh,
             in_specs=split,
             out_specs=split,

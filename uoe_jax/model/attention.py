@@ -44,8 +44,8 @@ from uoe_jax.model.routing import make_router
 from uoe_jax.model.routing.balance import Stats
 from uoe_jax.model.routing.token import Routing
 from uoe_jax.model.sharded import attend, pack_local, share_experts, splits_tokens
+from uoe_jax.ops.as_segments import Lists, list_attention
 from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
-from uoe_jax.ops.list_attention import list_attention
 from uoe_jax.ops.packing import Packing
 from uoe_jax.ops.rotary import frequencies, rotate, rotate_pairs
 from uoe_jax.ops.segment_attention.api import segment_attention
@@ -435,7 +435,7 @@ class SharedKvAttention(AttentionWeights):
         # A bridge to kernels has no rule for vmap.
         outs = [
             list_attention(
-                q[:, n], keys[n], values[n], segments, first, last, max_rows=length
+                Lists(q[:, n], keys[n], values[n], segments, first, last, length)
             )
             for n in range(j)
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from uoe_jax.model.layers import rows_to_picks
 from uoe_jax.model.routing.token import Routing
 from uoe_jax.ops.dense_attention.api import dense_attention
 from uoe_jax.ops.packing import Packing, gather_rows, pack_choices
+from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.partition.collectives import Parallel
 from uoe_jax.tree import leaf_name
 from uoe_jax.varying import vary_over
@@ -58,15 +59,8 @@ def attend(
     how = parallel.layout.sequence_attention
     run = choose("layout.sequence_attention", how, runs)
     size = parallel.size("sequence")
-    sees = Sees(causal, window)
+    sees = Mask(causal, window)
     return run(q, k, v, segments, sees=sees, axis="sequence", size=size)
-
-
-class Sees(NamedTuple):
-    """Which tokens of its document a token sees; windows are of causal models."""
-
-    causal: bool
-    window: int | None
 
 
 def splits_tokens(context: Context) -> Parallel | None:
@@ -223,7 +217,7 @@ def ring_attention(
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"] | None,
     *,
-    sees: Sees,
+    sees: Mask,
     axis: str,
     size: int,
 ) -> Float[Array, "B T N H"]:
@@ -273,7 +267,7 @@ def gathered_attention(
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"] | None,
     *,
-    sees: Sees,
+    sees: Mask,
     axis: str,
     size: int,
 ) -> Float[Array, "B T N H"]:
@@ -302,7 +296,7 @@ def _visible(
     theirs: Int[Array, "B S"],
     rank: Int[Array, ""],
     source: Int[Array, ""] | int,
-    sees: Sees,
+    sees: Mask,
 ) -> Bool[Array, "B T S"]:
     """Return which keys, from device `source` on, each of device `rank`'s tokens sees:
     those of its document, where causal none after it, and none before its window."""

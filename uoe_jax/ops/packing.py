@@ -35,6 +35,11 @@ class Packing(NamedTuple):
     segment_offsets: Int[Array, " S1"]  # E * B + 1 first rows
     group_offsets: Int[Array, " E1"]  # E + 1 first rows of the experts
 
+    def together(self, x: Array, w: Array) -> tuple[Array, Array, Packing]:
+        """Return rows, weights and packing, varying over the same mesh axes."""
+        x, w, *ids = vary_together(x, w, *self)
+        return x, w, Packing(*ids)
+
 
 def _settle(given: checks.Given) -> None:
     checks.ints(given, "choices", "B T X")

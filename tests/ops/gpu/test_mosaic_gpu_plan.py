@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ops import ops_oracle
+from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.ops.segment_attention.nvidia import schedule as plans
 from uoe_jax.ops.segment_attention.nvidia.schedule import (
     ALIGN,
@@ -33,12 +34,12 @@ cuts = st.lists(st.integers(0, ROWS), min_size=SEGMENTS, max_size=SEGMENTS).map(
     jax.jit, static_argnames=("by_key", "causal", "window", "with_bounds")
 )
 def make(offsets, bounds, by_key, causal, window, with_bounds):
-    options = {"causal": causal, "window": window}
-    rows = None
+    mask, rows = Mask(causal, window), None
     if with_bounds:
-        rows = plans.make_rows(offsets, bounds, **options, pad=TILE)
+        rows = plans.make_rows(offsets, bounds, mask, pad=TILE)
     function = plans.key_plan if by_key else plans.query_plan
-    return function(offsets, ROWS, TILE, BLOCK, **options, rows=rows, cores=CORES)
+    segments = plans.Segments(offsets, ROWS, mask, rows, CORES)
+    return function(segments, TILE, BLOCK)
 
 
 @pytest.mark.parametrize("by_key", [False, True])
@@ -94,10 +95,8 @@ def check_tile(item, visible, owned):
 
 def causal_plan(num_rows, block, cores):
     def make(offsets):
-        sides = num_rows, block, block
-        return plans.query_plan(
-            offsets, *sides, causal=True, window=None, rows=None, cores=cores
-        )
+        segments = plans.Segments(offsets, num_rows, Mask(causal=True), None, cores)
+        return plans.query_plan(segments, block, block)
 
     return jax.jit(make)
 

@@ -16,19 +16,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from tests.ops import ops_oracle
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import segment_attention
-from uoe_jax.ops.segment_attention import (
-    mosaic as mosaic_gpu,
-)
-from uoe_jax.ops.segment_attention import (
-    mosaic_forward as mosaic_gpu_forward,
-)
-from uoe_jax.ops.segment_attention import (
+from uoe_jax.ops.segment_attention.call import Call, Mask
+from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
+from uoe_jax.ops.segment_attention.nvidia import mosaic_forward as mosaic_gpu_forward
+from uoe_jax.ops.segment_attention.nvidia import (
     mosaic_key_gradients as mosaic_gpu_key_gradients,
 )
-from uoe_jax.ops.segment_attention import (
+from uoe_jax.ops.segment_attention.nvidia import mosaic_parts as parts
+from uoe_jax.ops.segment_attention.nvidia import (
     mosaic_query_gradient as mosaic_gpu_query_gradient,
 )
-from uoe_jax.ops.segment_attention.nvidia import mosaic_parts as parts
 
 ROWS, SEGMENTS = 150, 3  # not a multiple of the 8 rows that copies are aligned to
 cuts = st.lists(st.integers(0, ROWS), min_size=SEGMENTS, max_size=SEGMENTS).map(sorted)
@@ -42,17 +39,9 @@ def value_and_grads(
     q, k, v, grad, offsets, bounds, causal, window, with_bounds, deterministic
 ):
     def attend(q, k, v):
-        return mosaic_gpu.segment_attention(
-            q,
-            k,
-            v,
-            offsets,
-            causal=causal,
-            window=window,
-            bounds=bounds if with_bounds else None,
-            scale=0.2,
-            deterministic=deterministic,
-        )
+        seen = bounds if with_bounds else None
+        call = Call(q, k, v, offsets, Mask(causal, window), 0.2, seen)
+        return mosaic_gpu.segment_attention(call, deterministic=deterministic)
 
     out, vjp = jax.vjp(attend, q, k, v)
     return out, *vjp(grad)
@@ -168,9 +157,8 @@ def test_layers_of_one_shape_share_their_kernels():
 
     def layers(q):
         for _ in range(3):
-            q = mosaic_gpu.segment_attention(
-                q, k, k, offsets, causal=True, window=None, bounds=None, scale=1.0
-            )
+            call = Call(q, k, k, offsets, Mask(causal=True), 1.0)
+            q = mosaic_gpu.segment_attention(call)
         return jnp.sum(q.astype(jnp.float32))
 
     with mosaic_gpu.interpreted(SIMULATED):
@@ -189,7 +177,7 @@ def test_layers_of_one_shape_share_their_kernels():
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_multiprocessor_holds_what_a_program_takes(width, deterministic):
     """64K registers and 227 KiB of shared memory, 1 KiB of it for barriers."""
-    options = {"causal": True, "window": None, "scale": 1.0}
+    options = {"mask": Mask(causal=True), "scale": 1.0}
     made = mosaic_gpu.make_settings(width, 132, deterministic=deterministic, **options)
     memory = {
         "forward": mosaic_gpu_forward._scratch(made.forward, width, jnp.bfloat16),

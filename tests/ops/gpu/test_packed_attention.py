@@ -11,8 +11,11 @@ import pytest
 
 from tests.ops import ops_oracle
 from uoe_jax.ops import dense_attention
-from uoe_jax.ops.dense_attention import packed_gpu, reference
+from uoe_jax.ops.as_segments import packed_attention
+from uoe_jax.ops.dense_attention import reference
+from uoe_jax.ops.dense_attention.call import Call
 from uoe_jax.ops.segment_attention import xla
+from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
 
 BATCH, LENGTH, WIDTH = 2, 40, 8
@@ -29,16 +32,14 @@ def test_packed_heads_are_dense_attention(causal, window, documents):
     # An id that comes back is another document.
     ids = np.repeat([3, 1, 3, 0], [5, 20, 10, 5])
     segments = jnp.asarray(np.stack([ids, np.roll(ids, 7)])) if documents else None
-    options = dict(causal=causal, segments=segments, window=window, scale=0.3)
+    options = Mask(causal, window), segments, 0.3
 
     @functools.partial(jax.jit, static_argnums=0)
     def both(attend, q, k, v, grad):
-        out, vjp = jax.vjp(lambda *x: attend(*x, **options), q, k, v)
+        out, vjp = jax.vjp(lambda *x: attend(Call(*x, *options)), q, k, v)
         return out, *vjp(grad)
 
-    packed = functools.partial(
-        packed_gpu.dense_attention, kernels=xla.segment_attention
-    )
+    packed = functools.partial(packed_attention, xla.segment_attention)
     got = both(packed, q, k, v, grad)
     want = both(reference.dense_attention, q, k, v, grad)
     # Sums of up to 40 numbers near 1, in float32.

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tests.ops import ops_oracle
 from uoe_jax.ops import nvidia
-from uoe_jax.ops.list_attention import list_attention
+from uoe_jax.ops.as_segments import Lists, list_attention
 from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
 from uoe_jax.ops.segment_attention.nvidia import triton
 
@@ -24,9 +24,8 @@ def value_and_gradients(call, grad, implementation):
     q, k, v, *rest = call
 
     def attend(q, k, v):
-        return list_attention(
-            q, k, v, *rest, max_rows=q.shape[0], implementation=implementation
-        )
+        lists = Lists(q, k, v, *rest, max_rows=q.shape[0])
+        return list_attention(lists, implementation=implementation)
 
     out, vjp = jax.vjp(attend, q, k, v)
     return out, *vjp(grad)

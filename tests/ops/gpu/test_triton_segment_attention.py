@@ -22,6 +22,7 @@ from triton.runtime import interpreter
 from tests.ops import ops_oracle
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import nvidia, segment_attention
+from uoe_jax.ops.segment_attention.call import Call, Mask
 from uoe_jax.ops.segment_attention.nvidia import triton
 
 ROWS, SEGMENTS, SCALE = 44, 3, 0.3
@@ -83,16 +84,8 @@ def draw(rng, groups, width, dtype):
 @functools.partial(jax.jit, static_argnames=("causal", "window"))
 def value_and_grads(q, k, v, grad, offsets, bounds, causal, window):
     def attend(q, k, v):
-        return triton.segment_attention(
-            q,
-            k,
-            v,
-            offsets,
-            causal=causal,
-            window=window,
-            bounds=bounds,
-            scale=SCALE,
-        )
+        mask = Mask(causal, window)
+        return triton.segment_attention(Call(q, k, v, offsets, mask, SCALE, bounds))
 
     out, vjp = jax.vjp(attend, q, k, v)
     return out, *vjp(grad)
@@ -193,7 +186,7 @@ def test_gpus_take_it_unasked_for_the_widths_it_has(
     ("dtype", "width", "scale", "reason"),
     [
         ("float32", 64, 1.0, "bfloat16 or float16, not float32"),
-        ("bfloat16", 96, 1.0, "heads of 96; it takes 16, 32, 64, 128, 256"),
+        ("bfloat16", 96, 1.0, "heads of 96; it takes 16, 32, 64, 128 or 256"),
         ("float16", 64, -1.0, "scale is -1.0; it takes a number above 0"),
     ],
 )

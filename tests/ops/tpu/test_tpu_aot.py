@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import Packing, pack_choices, tpu
 from uoe_jax.ops.grouped_matmul.tpu import mosaic as grouped
+from uoe_jax.ops.segment_attention.call import Call, Mask
 from uoe_jax.ops.segment_attention.tpu import mosaic as attention
 from uoe_jax.plan import aot
 
@@ -33,16 +34,8 @@ def layer(x, w_in, w_out, packing):
     """Selective attention: gathered rows of x in, summed rows out."""
     rows = grouped.gather_project(x, w_in, packing)
     q, k, v = jnp.split(rows, 3, axis=1)
-    out = attention.segment_attention(
-        q[:, None],
-        k,
-        v,
-        packing.segment_offsets,
-        causal=True,
-        window=None,
-        bounds=None,
-        scale=0.1,
-    )
+    offsets, mask = packing.segment_offsets, Mask(causal=True)
+    out = attention.segment_attention(Call(q[:, None], k, v, offsets, mask, 0.1))
     return grouped.project_scatter(out[:, 0], w_out, packing)
 
 

@@ -20,6 +20,8 @@ from uoe_jax.ops import (
     tpu,
 )
 from uoe_jax.ops.dense_attention import reference, splash
+from uoe_jax.ops.dense_attention.call import Call
+from uoe_jax.ops.segment_attention.call import Mask
 
 LENGTH, WIDTH = 256, 64
 CASES = {
@@ -50,8 +52,8 @@ def test_value_and_gradients_match_float64(case):
     )
 
     def differentiated(attend, q, k, v, grad, segments):
-        call = functools.partial(attend, segments=segments, scale=0.125, **options)
-        out, vjp = jax.vjp(call, q, k, v)
+        more = Mask(**options), segments, 0.125
+        out, vjp = jax.vjp(lambda *qkv: attend(Call(*qkv, *more)), q, k, v)
         return [out, *vjp(grad)]
 
     kernels = jax.jit(functools.partial(differentiated, splash.dense_attention))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from uoe_jax.ops import measured, tpu
 from uoe_jax.ops.grouped_matmul.tpu import mosaic as grouped
 from uoe_jax.ops.grouped_matmul.tpu.schedule import computed_rows, work_items
+from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.ops.segment_attention.tpu import mosaic as attention
 from uoe_jax.ops.segment_attention.tpu.schedule import (
     FEW_EDGES,
@@ -102,7 +103,7 @@ def test_half_of_the_experts_take_within_a_tenth_of_the_floor():
     rows = int(offsets[-1])
     target = tpu.Target("TPU v5e")
     options = attention.make_options(
-        target, (rows, 1, 128), jnp.bfloat16, 16, causal=True, window=None, scale=1.0
+        target, (rows, 1, 128), jnp.bfloat16, 16, mask=Mask(causal=True), scale=1.0
     )
     how = dict(causal=True, window=None)
     need = needed_pairs(offsets, rows, **how)
@@ -122,7 +123,7 @@ def test_half_of_the_experts_take_within_a_tenth_of_the_floor():
 def test_tiles_fit_the_memory_of_every_generation(generation):
     target = tpu.Target(generation.kinds[0])
     limit, dtype = generation.vmem_bytes * 3 // 4, jnp.bfloat16
-    how = dict(causal=True, window=None, scale=1.0)
+    how = dict(mask=Mask(causal=True), scale=1.0)
     for groups, width in ((1, 64), (4, 128), (8, 256)):
         shape = (65_536, groups, width)
         options = attention.make_options(target, shape, dtype, 16, **how)
@@ -168,7 +169,7 @@ def test_a_tuning_table_overrides_the_model(tmp_path, monkeypatch):
 
 
 def test_tiles_can_be_overridden():
-    options = dict(causal=True, window=None, scale=1.0)
+    options = dict(mask=Mask(causal=True), scale=1.0)
     with tpu.compiling_for("TPU v5e", rows=128, key_chunk=256):
         target = tpu.current_target()
         chosen = attention.make_options(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.ops.tpu import tpu_oracle
 from uoe_jax.ops.segment_attention import reference
+from uoe_jax.ops.segment_attention.call import Call, Mask
 from uoe_jax.ops.segment_attention.tpu import mosaic as mosaic_tpu
 from uoe_jax.ops.segment_attention.tpu import parts
 
@@ -32,7 +33,7 @@ def differentiated(attend, options, q, k, v, offsets, bounds, grad):
     scale = q.shape[2] ** -0.5
     out, vjp = jax.vjp(
         lambda q, k, v: attend(
-            q, k, v, offsets, bounds=bounds, scale=scale, **dict(options)
+            Call(q, k, v, offsets, Mask(**dict(options)), scale, bounds)
         ),
         q,
         k,
@@ -139,7 +140,7 @@ def test_a_missing_wait_is_caught(monkeypatch):
     q, k, v, _ = draw(3, 1, 64)
     offsets = jnp.asarray([0, ROWS], jnp.int32)
     attend = lambda q, k, v: mosaic_tpu.segment_attention(
-        q, k, v, offsets, causal=True, window=None, bounds=None, scale=0.125
+        Call(q, k, v, offsets, Mask(causal=True), 0.125)
     )
     out, races = tpu_oracle.interpreted(attend, q, k, v, **LARGE)
     assert races or not np.isfinite(np.asarray(out)).all()

@@ -17,9 +17,9 @@ from uoe_jax.model.cache import KeyValue, Slot
 from uoe_jax.model.context import Context, document_span
 from uoe_jax.model.layers import picks_to_rows, row_experts, rows_to_picks
 from uoe_jax.model.routing.balance import Stats
+from uoe_jax.ops.as_segments import MASKED, Lists, tiled_attention
 from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.packing import combine_rows, gather_rows, pack_choices
-from uoe_jax.ops.tiled_attention import MASKED, tiled_attention
 
 HIDDEN = -1e30  # score of a block that a query can't see
 
@@ -145,13 +145,15 @@ def attend_blocks(
     begin = row_experts(packing) * size
     low, high = (a.reshape(-1)[token] - begin for a in (first, last))
     out, lse = tiled_attention(
-        queries[:, None],
-        lists(k),
-        lists(v),
-        packing.segment_offsets,
-        low.astype(jnp.int32),
-        high.astype(jnp.int32),
-        max_rows=length,
+        Lists(
+            queries[:, None],
+            lists(k),
+            lists(v),
+            packing.segment_offsets,
+            low.astype(jnp.int32),
+            high.astype(jnp.int32),
+            max_rows=length,
+        )
     )
     share = rows_to_picks(lse[:, 0], packing)
     share = jnp.where(by_head(kept).reshape(share.shape), share, MASKED)

@@ -9,16 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import checks
-from uoe_jax.ops.dense_attention import (
-    cudnn,
-    mosaic_tpu,
-    packed_gpu,
-    peers,
-    reference,
-    splash,
-    xla,
-)
+from uoe_jax.ops.as_segments import packed_attention, packed_attention_on_tpu
+from uoe_jax.ops.dense_attention import cudnn, peers, reference, splash, xla
+from uoe_jax.ops.dense_attention.call import Call
 from uoe_jax.ops.dispatch import dispatch
+from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
 from uoe_jax.ops.segment_attention.nvidia import triton
 
@@ -27,11 +22,9 @@ from uoe_jax.ops.segment_attention.nvidia import triton
 BACKENDS = {
     "cudnn": cudnn.dense_attention,
     "splash": splash.dense_attention,
-    "mosaic_tpu": mosaic_tpu.dense_attention,
-    "mosaic_gpu": partial(
-        packed_gpu.dense_attention, kernels=mosaic_gpu.segment_attention
-    ),
-    "triton": partial(packed_gpu.dense_attention, kernels=triton.segment_attention),
+    "mosaic_tpu": packed_attention_on_tpu,
+    "mosaic_gpu": partial(packed_attention, mosaic_gpu.segment_attention),
+    "triton": partial(packed_attention, triton.segment_attention),
     "xla": xla.dense_attention,
     "reference": reference.dense_attention,
     "tokamax": peers.tokamax,
@@ -117,12 +110,13 @@ def dense_attention(
         "dense_attention",
         BACKENDS,
         implementation,
-        q,
-        k,
-        v,
+        Call(
+            q,
+            k,
+            v,
+            Mask(causal, window),
+            segments,
+            scale=width**-0.5 if scale is None else scale,
+        ),
         shape=shape,
-        causal=causal,
-        segments=segments,
-        window=window,
-        scale=width**-0.5 if scale is None else scale,
     )

@@ -8,47 +8,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+from uoe_jax.ops.dense_attention.call import Call
 
 
-def tokamax(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    *,
-    causal: bool,
-    segments: Int[Array, "B T"] | None,
-    window: int | None,
-    scale: float,
-) -> Float[Array, "B T N H"]:
+def tokamax(call: Call) -> Float[Array, "B T N H"]:
     """Return tokamax's attention (its fastest kernel), or say why it can't serve."""
-    library = _load("tokamax", q, segments, window)
+    library = _load("tokamax", call)
     return library.dot_product_attention(
-        q, k, v, scale=scale, is_causal=causal, implementation="mosaic"
+        call.q,
+        call.k,
+        call.v,
+        scale=call.scale,
+        is_causal=call.mask.causal,
+        implementation="mosaic",
     )
 
 
-def linear_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    *,
-    causal: bool,
-    segments: Int[Array, "B T"] | None,
-    window: int | None,
-    scale: float,
-) -> Float[Array, "B T N H"]:
+def linear_attention(call: Call) -> Float[Array, "B T N H"]:
     """Return jax-linear-attention's softmax attention, or say why it can't serve.
 
     Its backward pass adds dq in no fixed order.
     """
-    library = _load("jla.ops.mosaic_gpu.attention", q, segments, window)
-    if not causal:
+    library = _load("jla.ops.mosaic_gpu.attention", call)
+    if not call.mask.causal:
         raise NotImplementedError("it is causal only")
-    reason = library.supported(q, k, v)
+    reason = library.supported(call.q, call.k, call.v)
     if reason:
         raise NotImplementedError(reason)
-    return _under_jit(library)(q, k, v, scale)
+    return _under_jit(library)(call.q, call.k, call.v, call.scale)
 
 
 @functools.cache
@@ -58,16 +47,14 @@ def _under_jit(library: Any) -> Any:
     return jax.jit(lambda q, k, v, scale: run(q, k, v, scale=scale), static_argnums=3)
 
 
-def _load(
-    module: str, q: jax.Array, segments: jax.Array | None, window: int | None
-) -> Any:
+def _load(module: str, call: Call) -> Any:
     if jax.default_backend() not in ("gpu", "cuda"):
         raise NotImplementedError(
             f"it needs an NVIDIA GPU, not {jax.default_backend()}"
         )
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"it takes bfloat16 or float16, not {q.dtype}")
-    if segments is not None or window is not None:
+    if call.q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"it takes bfloat16 or float16, not {call.q.dtype}")
+    if call.segments is not None or call.mask.window is not None:
         raise NotImplementedError("it takes no segments or windows")
     try:
         return importlib.import_module(module)

@@ -6,49 +6,40 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from uoe_jax.ops.dense_attention.call import Call
 from uoe_jax.ops.numerics import accumulator_dtype
+from uoe_jax.ops.segment_attention.call import Mask
 
 
-def dense_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    *,
-    causal: bool,
-    segments: Int[Array, "B T"] | None,
-    window: int | None,
-    scale: float,
-) -> Float[Array, "B T N H"]:
+def dense_attention(call: Call) -> Float[Array, "B T N H"]:
     """Return softmax attention with masks, in float32 or wider."""
-    batch, length, num_heads, width = q.shape
-    dtype = accumulator_dtype(q.dtype)
-    qs, k, v = (x.astype(dtype) for x in (q, k, v))
+    batch, length, _, width = call.q.shape
+    dtype = accumulator_dtype(call.q.dtype)
+    qs, k, v = (x.astype(dtype) for x in (call.q, call.k, call.v))
     qs = qs.reshape(batch, length, k.shape[2], -1, width)
-    visible = visibility(batch, length, causal=causal, segments=segments, window=window)
+    visible = visibility(batch, length, call.mask, call.segments)
     high = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("btkgh,bskh->bkgts", qs, k, precision=high) * scale
+    scores = jnp.einsum("btkgh,bskh->bkgts", qs, k, precision=high) * call.scale
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=high)
-    return out.reshape(q.shape).astype(q.dtype)
+    return out.reshape(call.q.shape).astype(call.q.dtype)
 
 
 def visibility(
     batch: int,
     length: int,
-    *,
-    causal: bool,
+    mask: Mask,
     segments: Int[Array, "B T"] | None,
-    window: int | None,
 ) -> Array:
     """Return which tokens each token sees, bool [B, T, T]."""
     position = jnp.arange(length)
     distance = position[:, None] - position[None, :]
     visible = jnp.ones((length, length), bool)
-    if causal:
+    if mask.causal:
         visible &= distance >= 0
-    if window is not None:
-        visible &= jnp.abs(distance) < window
+    if mask.window is not None:
+        visible &= jnp.abs(distance) < mask.window
     visible = jnp.broadcast_to(visible[None], (batch, length, length))
     if segments is not None:
         start = run_starts(segments)

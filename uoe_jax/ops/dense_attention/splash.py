@@ -16,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.ops import tpu
+from uoe_jax.ops.dense_attention.call import Call
 from uoe_jax.ops.tpu import LANES, Target
 from uoe_jax.varying import vary_like, vary_together
 
@@ -32,22 +33,14 @@ class Options:
     block: int  # queries and keys of a tile, in all three kernels
 
 
-def dense_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    *,
-    causal: bool,
-    segments: Int[Array, "B T"] | None,
-    window: int | None,
-    scale: float,
-) -> Float[Array, "B T N H"]:
+def dense_attention(call: Call) -> Float[Array, "B T N H"]:
     """Return attention of each token to its sequence, or to its document there.
 
     Raises:
       NotImplementedError: no TPU, or a length, width or dtype splash doesn't take.
     """
     target = tpu.current_target()
+    q, (causal, window) = call.q, call.mask
     _, length, heads, width = q.shape
     if length % LANES:
         raise NotImplementedError(f"length {length}; it takes multiples of {LANES}")
@@ -57,10 +50,10 @@ def dense_attention(
         raise NotImplementedError(f"TPUs multiply bfloat16 or float32, not {q.dtype}")
     block = block_side(target, q)
     options = Options(target, length, heads, causal, window, block)
-    runs = None if segments is None else _runs(segments)
+    runs = None if call.segments is None else _runs(call.segments)
     # The kernel has no scale of its own.
-    q = (q * scale).astype(q.dtype)
-    given = (q, k, v) if runs is None else (q, k, v, runs)
+    q = (q * call.scale).astype(q.dtype)
+    given = (q, call.k, call.v) if runs is None else (q, call.k, call.v, runs)
     q, k, v, *runs = vary_together(*given)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     return _attention(options, q, k, v, *runs or [None]).transpose(0, 2, 1, 3)

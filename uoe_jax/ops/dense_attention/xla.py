@@ -6,36 +6,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from uoe_jax.ops.dense_attention.call import Call
 from uoe_jax.ops.dense_attention.reference import run_starts, visibility
 from uoe_jax.ops.segment_attention.blockwise import Options, blockwise_attention
+from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.ops.segment_attention.layout import Layout, visible_range
 from uoe_jax.ops.segment_attention.xla import choose_tile
 
 
-def dense_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    *,
-    causal: bool,
-    segments: Int[Array, "B T"] | None,
-    window: int | None,
-    scale: float,
-) -> Float[Array, "B T N H"]:
+def dense_attention(call: Call) -> Float[Array, "B T N H"]:
     """Return attention, blockwise unless the sequences are short.
 
     Blockwise, each (sample, key head) is a run of packed rows.
     """
+    q, k, v, segments = call.q, call.k, call.v, call.segments
     batch, length, num_heads, width = q.shape
     num_kv = k.shape[2]
     if batch * length * width == 0:
         return q
     if length <= _longest_plain():
-        visible = visibility(
-            batch, length, causal=causal, segments=segments, window=window
-        )
+        visible = visibility(batch, length, call.mask, segments)
         return jax.nn.dot_product_attention(
-            q, k, v, mask=visible[:, None], scale=scale, implementation="xla"
+            q, k, v, mask=visible[:, None], scale=call.scale, implementation="xla"
         )
     groups = num_heads // num_kv
     block, chunk = choose_tile(batch * num_kv * length, length, groups)
@@ -47,12 +39,12 @@ def dense_attention(
         x = x.reshape(batch, padded, num_kv, -1, width)
         return x.transpose(0, 2, 1, 3, 4).reshape(-1, x.shape[3], width)
 
-    bounds = _bounds(batch, length, pad, segments, causal, window)
+    bounds = _bounds(batch, length, pad, segments, call.mask)
     low, high = (_slots(x, num_kv, block) for x in bounds)
     layout = Layout(rows=None, slots=None, low=low, high=high)
-    whole = not causal and window is None and segments is None
+    whole = call.mask == Mask(causal=False) and segments is None
     out = blockwise_attention(
-        pack(q), pack(k)[:, 0], pack(v)[:, 0], layout, Options(scale, chunk, whole)
+        pack(q), pack(k)[:, 0], pack(v)[:, 0], layout, Options(call.scale, chunk, whole)
     )
     out = out.reshape(batch, num_kv, padded, groups, width).transpose(0, 2, 1, 3, 4)
     return out.reshape(batch, padded, num_heads, width)[:, :length]
@@ -71,8 +63,7 @@ def _bounds(
     length: int,
     pad: int,
     segments: Int[Array, "B T"] | None,
-    causal: bool,
-    window: int | None,
+    mask: Mask,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the first and last position each token sees, int [B, T + pad] each."""
     position = jnp.arange(length, dtype=jnp.int32)[None]
@@ -82,7 +73,7 @@ def _bounds(
     else:
         start = run_starts(segments)
         end = length - 1 - run_starts(segments[:, ::-1])[:, ::-1]
-    low, high = visible_range(position, start, end, causal, window)
+    low, high = visible_range(position, start, end, mask)
     fill = ((0, 0), (0, pad))
     return jnp.pad(low, fill), jnp.pad(high, fill, constant_values=-1)
 

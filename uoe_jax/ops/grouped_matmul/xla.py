@@ -38,8 +38,7 @@ def gather_project(
     blocks: ModuleType | None = None,
 ) -> Float[Array, "M O"]:
     """Return each row's token times the row's expert weight; keeps only x and w."""
-    x, w, *ids = vary_together(x, w, *packing)
-    return _gather_project(_choose(blocks), x, w, Packing(*ids))
+    return _gather_project(_choose(blocks), *packing.together(x, w))
 
 
 def project_scatter(
@@ -50,8 +49,7 @@ def project_scatter(
     blocks: ModuleType | None = None,
 ) -> Float[Array, "N O"]:
     """Return each token's sum of its rows times their expert weights."""
-    rows, w, *ids = vary_together(rows, w, *packing)
-    return _project_scatter(_choose(blocks), rows, w, Packing(*ids))
+    return _project_scatter(_choose(blocks), *packing.together(rows, w))
 
 
 def _choose(blocks: ModuleType | None) -> ModuleType:

@@ -10,6 +10,7 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.ops import checks
 from uoe_jax.ops.dispatch import dispatch
 from uoe_jax.ops.segment_attention import reference, xla
+from uoe_jax.ops.segment_attention.call import Call, Mask
 from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
 from uoe_jax.ops.segment_attention.nvidia import triton
 from uoe_jax.ops.segment_attention.tpu import mosaic as mosaic_tpu
@@ -109,12 +110,13 @@ def segment_attention(
         "segment_attention",
         BACKENDS,
         implementation,
-        q,
-        k,
-        v,
-        offsets,
-        causal=causal,
-        window=window,
-        bounds=bounds,
-        scale=q.shape[2] ** -0.5 if scale is None else scale,
+        Call(
+            q,
+            k,
+            v,
+            offsets,
+            Mask(causal, window),
+            scale=q.shape[2] ** -0.5 if scale is None else scale,
+            bounds=bounds,
+        ),
     )

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from uoe_jax.ops.segment_attention.call import Mask
+
 
 class Layout(NamedTuple):
     """Rows in C blocks of P slots, and what each slot may see. M' = C * P.
@@ -33,9 +35,7 @@ def segment_layout(
     offsets: Int[Array, " S1"],
     num_rows: int,
     block: int,
-    *,
-    causal: bool,
-    window: int | None,
+    mask: Mask,
     bounds: tuple[Int[Array, " M"], Int[Array, " M"]] | None = None,
 ) -> Layout:
     """Return the layout of packed segments; each one starts a new block."""
@@ -55,9 +55,8 @@ def segment_layout(
     place = slot - start  # of the slot inside its segment
     real = place < lengths[segment][:, None]
     rows = jnp.where(real, offsets[segment][:, None] + place, num_rows)
-    low, high = visible_range(
-        slot, start, start + lengths[segment][:, None] - 1, causal, window
-    )
+    end = start + lengths[segment][:, None] - 1
+    low, high = visible_range(slot, start, end, mask)
     if bounds is not None:
         first, last = (x.at[rows].get(mode="clip") for x in bounds)
         low = jnp.maximum(low, slot - (rows - first))
@@ -79,14 +78,14 @@ def visible_range(
     slot: jax.Array,
     start: jax.Array,
     end: jax.Array,
-    causal: bool,
-    window: int | None,
+    mask: Mask,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the first and last slot that each slot of a segment start..end sees."""
     low, high = start, end
-    if causal:
+    if mask.causal:
         high = slot
-    if window is not None:
+    if mask.window is not None:
+        window = mask.window
         # Compared without slot + window, which could overflow.
         low = jnp.where(slot - low >= window, slot - (window - 1), low)
         high = jnp.where(high - slot >= window, slot + (window - 1), high)

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from uoe_jax.ops.numerics import accumulator_dtype
+from uoe_jax.ops.segment_attention.call import Call
 
 
-def segment_attention(
-    q: Float[Array, "M G H"],
-    k: Float[Array, "M H"],
-    v: Float[Array, "M H"],
-    offsets: Int[Array, " S1"],
-    *,
-    causal: bool,
-    window: int | None,
-    bounds: tuple[Int[Array, " M"], Int[Array, " M"]] | None,
-    scale: float,
-) -> Float[Array, "M G H"]:
+def segment_attention(call: Call) -> Float[Array, "M G H"]:
     """Return softmax attention inside each segment, in float32 or wider."""
+    q, offsets, (causal, window) = call.q, call.offsets, call.mask
     dtype = accumulator_dtype(q.dtype)
     row = jnp.arange(q.shape[0])
     # A row past the last segment must not reach the others, even as 0 * nan.
@@ -33,12 +25,12 @@ def segment_attention(
         visible &= distance >= 0
     if window is not None:
         visible &= jnp.abs(distance) < window
-    if bounds is not None:
-        first, last = bounds
+    if call.bounds is not None:
+        first, last = call.bounds
         visible &= (row[None, :] >= first[:, None]) & (row[None, :] <= last[:, None])
     high = jax.lax.Precision.HIGHEST
-    k, v = (jnp.where(real, x, 0).astype(dtype) for x in (k, v))
-    scores = jnp.einsum("mgh,nh->mgn", q.astype(dtype), k, precision=high) * scale
+    k, v = (jnp.where(real, x, 0).astype(dtype) for x in (call.k, call.v))
+    scores = jnp.einsum("mgh,nh->mgn", q.astype(dtype), k, precision=high) * call.scale
     # Rows with nothing to see (past the last segment) stay zero, without a 0 / 0.
     scores = jnp.where(visible[:, None, :], scores, -jnp.inf)
     top = scores.max(axis=-1, keepdims=True, initial=jnp.finfo(dtype).min)

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from uoe_jax.ops.segment_attention.blockwise import Options, blockwise_attention
+from uoe_jax.ops.segment_attention.call import Call, Mask
 from uoe_jax.ops.segment_attention.layout import segment_layout
 
 
-def segment_attention(
-    q: Float[Array, "M G H"],
-    k: Float[Array, "M H"],
-    v: Float[Array, "M H"],
-    offsets: Int[Array, " S1"],
-    *,
-    causal: bool,
-    window: int | None,
-    bounds: tuple[Int[Array, " M"], Int[Array, " M"]] | None,
-    scale: float,
-) -> Float[Array, "M G H"]:
+def segment_attention(call: Call) -> Float[Array, "M G H"]:
     """Return blockwise attention inside each segment."""
-    num_rows, groups, _ = q.shape
+    num_rows, groups, _ = call.q.shape
     if num_rows == 0:
-        return q
-    mean = num_rows // (offsets.shape[0] - 1)
+        return call.q
+    mean = num_rows // (call.offsets.shape[0] - 1)
     block, chunk = choose_tile(num_rows, mean, groups)
-    layout = segment_layout(
-        offsets, num_rows, block, causal=causal, window=window, bounds=bounds
-    )
+    layout = segment_layout(call.offsets, num_rows, block, call.mask, call.bounds)
     # Without a window, all blocks of a full segment need the same key blocks.
-    options = Options(
-        scale, chunk, cyclic=not causal and window is None and bounds is None
-    )
-    return blockwise_attention(q, k, v, layout, options)
+    whole = call.mask == Mask(causal=False) and call.bounds is None
+    options = Options(call.scale, chunk, cyclic=whole)
+    return blockwise_attention(call.q, call.k, call.v, layout, options)
 
 
 def choose_tile(num_rows: int, mean_rows: int, groups: int) -> tuple[int, int]:

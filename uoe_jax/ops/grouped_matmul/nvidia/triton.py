@@ -44,8 +44,7 @@ def gather_project(
       NotImplementedError: as `grouped_matmul`.
     """
     require(x, w, packing.token_ids)
-    x, w, *ids = vary_together(x, w, *packing)
-    return _gather_project(x, w, Packing(*ids))
+    return _gather_project(*packing.together(x, w))
 
 
 def project_scatter(
@@ -57,8 +56,7 @@ def project_scatter(
       NotImplementedError: as `grouped_matmul`.
     """
     require(rows, w, packing.row_ids)
-    rows, w, *ids = vary_together(rows, w, *packing)
-    return _project_scatter(rows, w, Packing(*ids))
+    return _project_scatter(*packing.together(rows, w))
 
 
 def require(x: jax.Array, w: jax.Array, *ids: jax.Array) -> None:

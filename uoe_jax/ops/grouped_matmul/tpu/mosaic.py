@@ -52,8 +52,7 @@ def gather_project(
       NotImplementedError: as `grouped_matmul`.
     """
     target = _target(x)
-    x, w, *ids = vary_together(x, w, *packing)
-    packing = Packing(*ids)
+    x, w, packing = packing.together(x, w)
     if fits(target, _padded_rows(packing), w, PICKED) and x.shape[1] % LANES == 0:
         return _gather_project(target, x, w, packing)
     return grouped_matmul(gather_rows(x, packing), w, packing.group_offsets)
@@ -68,8 +67,7 @@ def project_scatter(
       NotImplementedError: as `grouped_matmul`.
     """
     target = _target(rows)
-    rows, w, *ids = vary_together(rows, w, *packing)
-    packing = Packing(*ids)
+    rows, w, packing = packing.together(rows, w)
     if fits(target, _padded_rows(packing), w, SUMMED) and w.shape[2] % LANES == 0:
         return _project_scatter(target, rows, w, packing)
     return combine_rows(grouped_matmul(rows, w, packing.group_offsets), packing)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import numbers
 from collections.abc import Iterator
 from functools import partial
 
@@ -19,7 +18,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.ops.segment_attention.nvidia import schedule as plans
+from uoe_jax.ops.segment_attention.call import Call, Mask
+from uoe_jax.ops.segment_attention.nvidia import schedule
+from uoe_jax.ops.segment_attention.nvidia.limits import check_call
 from uoe_jax.ops.segment_attention.nvidia.mosaic_forward import forward
 from uoe_jax.ops.segment_attention.nvidia.mosaic_key_gradients import (
     QUERIES,
@@ -32,6 +33,7 @@ from uoe_jax.varying import vary_together
 WGS = 2  # warpgroups that compute
 TILE = WGS * WG_ROWS
 HOPPER = "9.0"
+WIDTHS = (64, 128)  # of a head
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
@@ -57,16 +59,7 @@ def interpreted(params: plgpu.InterpretGPUParams | None = None) -> Iterator[None
 
 
 def segment_attention(
-    q: Float[Array, "M G H"],
-    k: Float[Array, "M H"],
-    v: Float[Array, "M H"],
-    offsets: Int[Array, " S1"],
-    *,
-    causal: bool,
-    window: int | None,
-    bounds: tuple[Int[Array, " M"], Int[Array, " M"]] | None,
-    scale: float,
-    deterministic: bool = True,
+    call: Call, *, deterministic: bool = True
 ) -> Float[Array, "M G H"]:
     """Return attention inside each segment.
 
@@ -79,52 +72,33 @@ def segment_attention(
         kernels don't take.
     """
     cores = _cores()
-    num_rows, _, width = q.shape
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"it takes bfloat16 or float16, not {q.dtype}")
-    if width not in (64, 128):
-        raise NotImplementedError(f"heads of {width}; it takes 64 or 128")
-    if not isinstance(scale, numbers.Real) or scale <= 0:
-        raise NotImplementedError(f"scale is {scale}; it takes a number above 0")
+    check_call(call, WIDTHS)
+    num_rows, _, width = call.q.shape
     if num_rows == 0:
-        return q
-    if window is not None and window >= num_rows:
-        window = None  # it hides nothing, and sums with it could overflow
+        return call.q
+    mask = call.mask.among(num_rows)
     settings = make_settings(
-        width,
-        cores,
-        causal=causal,
-        window=window,
-        scale=scale,
-        deterministic=deterministic,
+        width, cores, mask=mask, scale=float(call.scale), deterministic=deterministic
     )
-    more = -num_rows % plans.ALIGN  # copies of tiles want whole groups of rows
-    q, k, v, offsets = vary_together(q, k, v, offsets)
+    call = call.together()
+    # Copies of tiles want whole groups of rows.
+    more = -num_rows % schedule.ALIGN
+    q, k, v = call.q, call.k, call.v
     if more:
         q, k, v = (_pad_rows(x, more) for x in (q, k, v))
     rows = None
-    if bounds is not None:
-        first, last, _ = vary_together(*bounds, q)
-        rows = plans.make_rows(
-            offsets, (first, last), causal=causal, window=window, pad=TILE + more
-        )
-    return _attention(settings, q, k, v, offsets, rows)[:num_rows]
+    if call.bounds is not None:
+        rows = schedule.make_rows(call.offsets, call.bounds, mask, pad=TILE + more)
+    return _attention(settings, q, k, v, call.offsets, rows)[:num_rows]
 
 
 def make_settings(
-    width: int,
-    cores: int,
-    *,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    deterministic: bool,
+    width: int, cores: int, *, mask: Mask, scale: float, deterministic: bool
 ) -> Settings:
     """Return the tiles of the three kernels for heads of `width`."""
     common = {
-        "causal": causal,
-        "window": window,
-        "scale": float(scale),
+        "mask": mask,
+        "scale": scale,
         "consumers": WGS,
         "cores": cores,
         "registers": 240,  # with the producer's, all that a multiprocessor has
@@ -157,6 +131,10 @@ def _cores() -> int:
     return device.core_count
 
 
+def _segments(options, q, offsets, rows):
+    return schedule.Segments(offsets, q.shape[0], options.mask, rows, options.cores)
+
+
 def _pad_rows(x: jax.Array, more: int) -> jax.Array:
     return jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1)))
 
@@ -170,17 +148,9 @@ def _attention(settings, q, k, v, offsets, rows):
 @partial(jax.jit, static_argnums=0)
 def _attention_fwd(settings, q, k, v, offsets, rows):
     options = settings.forward
-    plan = plans.query_plan(
-        offsets,
-        q.shape[0],
-        TILE,
-        options.key_block,
-        causal=options.causal,
-        window=options.window,
-        rows=rows,
-        cores=options.cores,
-    )
-    slots = plans.num_tiles(q.shape[0], offsets.shape[0] - 1, TILE)
+    segments = _segments(options, q, offsets, rows)
+    plan = schedule.query_plan(segments, TILE, options.key_block)
+    slots = schedule.num_tiles(q.shape[0], offsets.shape[0] - 1, TILE)
     # Kernels don't say over which mesh axes their outputs vary: as their inputs do.
     _, out, lse = vary_together(q, *forward(q, k, v, plan, rows, slots, options))
     return out, (q, k, v, offsets, rows, plan, out, lse)
@@ -191,21 +161,13 @@ def _attention_bwd(settings, saved, dout):
     q, k, v, offsets, rows, query_plan, out, lse = saved
     stats = lse, _delta(offsets, dout, out)
     options = settings.key
-    plan = plans.key_plan(
-        offsets,
-        q.shape[0],
-        TILE,
-        QUERIES,
-        causal=options.causal,
-        window=options.window,
-        rows=rows,
-        cores=options.cores,
-    )
+    segments = _segments(options, q, offsets, rows)
+    plan = schedule.key_plan(segments, TILE, QUERIES)
     args = q, k, v, dout, stats
     if settings.deterministic:
         dk, dv = key_gradients(*args, plan, rows, options)
         ratio = settings.forward.key_block // settings.query.key_block
-        query_plan = plans.smaller_blocks(query_plan, ratio)
+        query_plan = schedule.smaller_blocks(query_plan, ratio)
         dq = query_gradient(*args, query_plan, rows, settings.query)
     else:
         shape = q.shape[0] + QUERIES, *q.shape[1:]  # whole blocks may pass the end
@@ -223,7 +185,7 @@ def _delta(
     offsets: Int[Array, " S1"], dout: Float[Array, "M G H"], out: Float[Array, "M G H"]
 ) -> Float[Array, "G N2"]:
     """Return rowsum(dout * out) by slots of query tiles."""
-    rows = plans.slot_rows(offsets, out.shape[0], TILE)
+    rows = schedule.slot_rows(offsets, out.shape[0], TILE)
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=2)
     rows = jnp.pad(rows, (0, TILE))  # and a slot for no tile
     return delta.T.at[:, rows].get(mode="clip")

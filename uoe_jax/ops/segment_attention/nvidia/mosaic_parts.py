@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.ops.segment_attention.nvidia.schedule import (
     ALIGN,
     COLUMNS,
@@ -34,8 +35,7 @@ LOG2E = 1.4426950408889634
 class Options:
     """Everything static about one call; part of jit's cache key."""
 
-    causal: bool
-    window: int | None
+    mask: Mask
     scale: float
     key_block: int  # keys of a block (forward)
     stages: int  # blocks in flight
@@ -205,11 +205,11 @@ def visible(
     else:
         low = jnp.broadcast_to(item[START], row.shape)
         high = jnp.broadcast_to(item[END] - 1, row.shape)
-        if options.causal:
+        if options.mask.causal:
             high = row
-        if options.window is not None:
-            low = jnp.maximum(low, row - (options.window - 1))
-            high = jnp.minimum(high, row + (options.window - 1))
+        if options.mask.window is not None:
+            low = jnp.maximum(low, row - (options.mask.window - 1))
+            high = jnp.minimum(high, row + (options.mask.window - 1))
     mine = (row >= item[START]) & (row < item[END])
     return low, jnp.where(mine, high, -1)
 

@@ -7,12 +7,15 @@ longest come first, among segments that fit in the L2 cache together.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
+
+from uoe_jax.ops.segment_attention.call import Mask
 
 ALIGN = 8  # rows of a copy into swizzled memory start at multiples of it
 L2_ROWS = 1 << 17  # rows of keys and values dealt together: 64 MiB at H 128
@@ -50,9 +53,7 @@ def num_tiles(num_rows: int, num_segments: int, block: int) -> int:
 def make_rows(
     offsets: Int[Array, " S1"],
     bounds: tuple[Int[Array, " M"], Int[Array, " M"]],
-    *,
-    causal: bool,
-    window: int | None,
+    mask: Mask,
     pad: int,
 ) -> Rows:
     """Return the first and last row that each row sees; padded rows see themselves."""
@@ -62,9 +63,10 @@ def make_rows(
     index = jnp.clip(index, 0, offsets.shape[0] - 2)
     low = jnp.maximum(first, offsets[index])
     high = jnp.minimum(last, offsets[index + 1] - 1)
-    if causal:
+    if mask.causal:
         high = jnp.minimum(high, row)
-    if window is not None:
+    if mask.window is not None:
+        window = mask.window
         low = jnp.where(row - low >= window, row - (window - 1), low)
         high = jnp.where(high - row >= window, row + (window - 1), high)
     real = row < offsets[-1]
@@ -73,19 +75,21 @@ def make_rows(
     return Rows(jnp.concatenate([low, more]), jnp.concatenate([high, more]))
 
 
-def query_plan(
-    offsets: Int[Array, " S1"],
-    num_rows: int,
-    block: int,
-    key_block: int,
-    *,
-    causal: bool,
-    window: int | None,
-    rows: Rows | None,
-    cores: int,
-) -> Plan:
+@dataclass(frozen=True)
+class Segments:
+    """The segments of M rows, what their rows see, and the cores that share them."""
+
+    offsets: Int[Array, " S1"]
+    num_rows: int
+    mask: Mask
+    rows: Rows | None
+    cores: int
+
+
+def query_plan(segments: Segments, block: int, key_block: int) -> Plan:
     """Return tiles of `block` queries and the blocks of keys they meet."""
-    row, start, end, real = _cut(offsets, num_rows, block)
+    (causal, window), rows = segments.mask, segments.rows
+    row, start, end, real = _cut(segments.offsets, segments.num_rows, block)
     top, bottom = jnp.maximum(row, start), jnp.minimum(row + block, end) - 1
     low, high = start, end - 1
     if rows is not None:
@@ -107,22 +111,13 @@ def query_plan(
         full = (start != origin).astype(jnp.int32)
         masked = ((row if causal else end - 1) + 1 - origin) // key_block
     columns = row, start, end, first, full, masked, last
-    return _deal(columns, real, num_rows, cores)
+    return _deal(columns, real, segments)
 
 
-def key_plan(
-    offsets: Int[Array, " S1"],
-    num_rows: int,
-    block: int,
-    query_block: int,
-    *,
-    causal: bool,
-    window: int | None,
-    rows: Rows | None,
-    cores: int,
-) -> Plan:
+def key_plan(segments: Segments, block: int, query_block: int) -> Plan:
     """Return tiles of `block` keys and the blocks of queries they meet."""
-    row, start, end, real = _cut(offsets, num_rows, block)
+    (causal, window), rows = segments.mask, segments.rows
+    row, start, end, real = _cut(segments.offsets, segments.num_rows, block)
     top, bottom = jnp.maximum(row, start), jnp.minimum(row + block, end) - 1
     low, high = start, end - 1
     if rows is not None:
@@ -153,7 +148,7 @@ def key_plan(
         full = jnp.where(mixed, last, full)
         masked = (end - origin) // query_block
     columns = row, start, end, first, full, masked, last
-    return _deal(columns, real, num_rows, cores)
+    return _deal(columns, real, segments)
 
 
 def _cut(offsets: jax.Array, num_rows: int, block: int):
@@ -187,11 +182,12 @@ def _cut(offsets: jax.Array, num_rows: int, block: int):
     return row, start, end, (end > 0) & (start < starts[-1])
 
 
-def _deal(columns: tuple, real: jax.Array, num_rows: int, cores: int) -> Plan:
+def _deal(columns: tuple, real: jax.Array, segments: Segments) -> Plan:
     """Return the tiles dealt to cores back and forth, so that long meets short.
 
     Segments whose keys fit the cache together are dealt before the next ones.
     """
+    cores = segments.cores
     row, start, end, first, full, masked, last = columns
     index = jnp.arange(row.shape[0], dtype=jnp.int32)
     last = jnp.where(real, jnp.maximum(last, first), first)
@@ -202,7 +198,7 @@ def _deal(columns: tuple, real: jax.Array, num_rows: int, cores: int) -> Plan:
 
     exists = end > row
     work = jnp.minimum(last - first, (1 << 16) - 1)
-    num_groups = -(-num_rows // L2_ROWS)
+    num_groups = -(-segments.num_rows // L2_ROWS)
     if num_groups == 1:
         place = _rank(jnp.where(exists, -work, 1))
         turn, core = place // cores, place % cores

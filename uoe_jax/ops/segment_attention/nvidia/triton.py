@@ -8,17 +8,16 @@ tile, and every sum has one program, so values and gradients repeat bit by bit.
 from __future__ import annotations
 
 import functools
-import numbers
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from uoe_jax.ops import measured, nvidia
-from uoe_jax.ops.segment_attention.nvidia import schedule as plans
-from uoe_jax.varying import vary_together
+from uoe_jax.ops.segment_attention.call import Call, Mask
+from uoe_jax.ops.segment_attention.nvidia import schedule
+from uoe_jax.ops.segment_attention.nvidia.limits import check_call
 
 WIDTHS = (16, 32, 64, 128, 256)  # of a head
 LOG2E = 1.4426950408889634
@@ -36,8 +35,7 @@ class Tiles(NamedTuple):
 class Settings(NamedTuple):
     """Everything static about one call; part of jit's cache key."""
 
-    causal: bool
-    window: int | None
+    mask: Mask
     scale: float
     forward: Tiles
     query_gradient: Tiles
@@ -64,57 +62,33 @@ DEFAULTS = {
 }
 
 
-def segment_attention(
-    q: Float[Array, "M G H"],
-    k: Float[Array, "M H"],
-    v: Float[Array, "M H"],
-    offsets: Int[Array, " S1"],
-    *,
-    causal: bool,
-    window: int | None,
-    bounds: tuple[Int[Array, " M"], Int[Array, " M"]] | None,
-    scale: float,
-) -> Float[Array, "M G H"]:
-    """Return attention inside each segment, summed in float32.
+def segment_attention(call: Call) -> Float[Array, "M G H"]:
+    """Return attention inside each segment.
 
     Raises:
       NotImplementedError: no fit device or package, or a dtype, head width or scale
         that the kernels don't take.
     """
-    nvidia.require(q.dtype)
-    num_rows, _, width = q.shape
-    if q.dtype == jnp.float32:
-        raise NotImplementedError("it takes bfloat16 or float16, not float32")
-    if width not in WIDTHS:
-        raise NotImplementedError(
-            f"heads of {width}; it takes {', '.join(map(str, WIDTHS))}"
-        )
-    if not isinstance(scale, numbers.Real) or scale <= 0:
-        raise NotImplementedError(f"scale is {scale}; it takes a number above 0")
-    if q.size == 0:
-        return q
-    if window is not None and window >= num_rows:
-        window = None  # it hides nothing, and sums with it could overflow
-    settings = make_settings(q, causal=causal, window=window, scale=float(scale))
-    q, k, v, offsets = vary_together(q, k, v, offsets)
+    nvidia.require(call.q.dtype)
+    check_call(call, WIDTHS)
+    if call.q.size == 0:
+        return call.q
+    mask = call.mask.among(call.q.shape[0])
+    settings = make_settings(call.q, mask, float(call.scale))
+    call = call.together()
     rows = None
-    if bounds is not None:
-        first, last, _ = vary_together(*bounds, q)
-        rows = plans.make_rows(
-            offsets, (first, last), causal=causal, window=window, pad=0
-        )
-    return _attention(settings, q, k, v, offsets, rows)
+    if call.bounds is not None:
+        rows = schedule.make_rows(call.offsets, call.bounds, mask, pad=0)
+    return _attention(settings, call.q, call.k, call.v, call.offsets, rows)
 
 
-def make_settings(
-    q: Float[Array, "M G H"], *, causal: bool, window: int | None, scale: float
-) -> Settings:
+def make_settings(q: Float[Array, "M G H"], mask: Mask, scale: float) -> Settings:
     """Return the tiles of the three kernels: measured near this shape, or that fit."""
     num_rows, groups, width = q.shape
     shape = {"rows": num_rows, "groups": groups, "width": width}
-    shape |= {"causal": causal, "dtype": q.dtype.name}
+    shape |= {"causal": mask.causal, "dtype": q.dtype.name}
     names = ("forward", "query_gradient", "key_gradients")
-    return Settings(causal, window, scale, *(choose_tiles(x, shape) for x in names))
+    return Settings(mask, scale, *(choose_tiles(x, shape) for x in names))
 
 
 def choose_tiles(kernel: str, shape: dict[str, Any]) -> Tiles:
@@ -157,7 +131,8 @@ def _attention(settings, q, k, v, offsets, rows):
 
 
 def _attention_fwd(settings, q, k, v, offsets, rows):
-    plan = _plan(plans.query_plan, settings, settings.forward, q, offsets, rows)
+    segments, tiles = _segments(settings, q, offsets, rows), settings.forward
+    plan = schedule.query_plan(segments, tiles.rows, tiles.block)
     shapes = [(q.shape, q.dtype), (q.shape[1::-1], jnp.float32)]
     out, lse = _launch("forward", settings, (q, k, v), plan, rows, shapes)
     return out, (q, k, v, offsets, rows, plan, out, lse)
@@ -167,15 +142,16 @@ def _attention_bwd(settings, saved, grad):
     q, k, v, offsets, rows, plan, out, lse = saved
     delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=2).T
     args = q, k, v, grad, lse, delta
+    segments = _segments(settings, q, offsets, rows)
     tiles, known = settings.query_gradient, settings.forward
     if tiles.rows == known.rows and known.block % tiles.block == 0:
-        plan = plans.smaller_blocks(plan, known.block // tiles.block)
+        plan = schedule.smaller_blocks(plan, known.block // tiles.block)
     else:
-        plan = _plan(plans.query_plan, settings, tiles, q, offsets, rows)
+        plan = schedule.query_plan(segments, tiles.rows, tiles.block)
     of_query, of_key = (q.shape, q.dtype), (k.shape, k.dtype)
     (dq,) = _launch("query_gradient", settings, args, plan, rows, [of_query])
     tiles = settings.key_gradients
-    plan = _plan(plans.key_plan, settings, tiles, q, offsets, rows)
+    plan = schedule.key_plan(segments, tiles.rows, tiles.block)
     dk, dv = _launch("key_gradients", settings, args, plan, rows, [of_key] * 2)
     return dq, dk, dv, None, None
 
@@ -183,39 +159,23 @@ def _attention_bwd(settings, saved, grad):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _plan(
-    make: Callable[..., plans.Plan],
-    settings: Settings,
-    tiles: Tiles,
-    q: Float[Array, "M G H"],
-    offsets: Int[Array, " S1"],
-    rows: plans.Rows | None,
-) -> plans.Plan:
-    """Return the tiles of one kernel, longest first: a round for each program."""
-    return make(
-        offsets,
-        q.shape[0],
-        tiles.rows,
-        tiles.block,
-        causal=settings.causal,
-        window=settings.window,
-        rows=rows,
-        cores=1,
-    )
+def _segments(settings, q, offsets, rows):
+    # One core: every round of the plan is a program of its own, longest first.
+    return schedule.Segments(offsets, q.shape[0], settings.mask, rows, cores=1)
 
 
 def _launch(
     name: str,
     settings: Settings,
     arrays: tuple[jax.Array, ...],
-    plan: plans.Plan,
-    rows: plans.Rows | None,
+    plan: schedule.Plan,
+    rows: schedule.Rows | None,
     out_shape: list[tuple[tuple[int, ...], Any]],
 ) -> list[jax.Array]:
     """Return what a kernel writes, started once for each tile (of each query head)."""
     from uoe_jax.ops.segment_attention.nvidia import triton_backward, triton_forward
 
-    table = plan.tiles.reshape(-1, plans.COLUMNS)
+    table = plan.tiles.reshape(-1, schedule.COLUMNS)
     kernels = triton_forward if name == "forward" else triton_backward
     num_rows, groups, width = arrays[0].shape
     tiles: Tiles = getattr(settings, name)
@@ -233,10 +193,10 @@ def _launch(
         G=groups,
         H=width,
         **scales,
-        CAUSAL=settings.causal,
-        WINDOW=settings.window or 0,
+        CAUSAL=settings.mask.causal,
+        WINDOW=settings.mask.window or 0,
         BOUNDS=rows is not None,
-        ALIGN=plans.ALIGN,
+        ALIGN=schedule.ALIGN,
         ROWS=tiles.rows,
         BLOCK=tiles.block,
     )

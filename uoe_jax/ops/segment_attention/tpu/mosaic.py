@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.ops import tpu
+from uoe_jax.ops.segment_attention.call import Call, Mask
 from uoe_jax.ops.segment_attention.tpu.backward import (
     key_gradients,
     query_gradient,
@@ -53,34 +54,17 @@ class Options:
         )
 
 
-def segment_attention(
-    q: Float[Array, "M G H"],
-    k: Float[Array, "M H"],
-    v: Float[Array, "M H"],
-    offsets: Int[Array, " S1"],
-    *,
-    causal: bool,
-    window: int | None,
-    bounds: tuple[Int[Array, " M"], Int[Array, " M"]] | None,
-    scale: float,
-) -> Float[Array, "M G H"]:
+def segment_attention(call: Call) -> Float[Array, "M G H"]:
     """Return attention inside each segment.
 
-    `bounds` cut segments in shorter runs: rows that see each other have equal bounds.
+    Bounds cut segments in shorter runs: rows that see each other have equal bounds.
 
     Raises:
       NotImplementedError: no TPU, or a dtype or head width the kernels don't take.
     """
-    return attend(
-        q,
-        k,
-        v,
-        partial(_run_edges, offsets, bounds),
-        offsets.shape[0] - 1,
-        causal=causal,
-        window=window,
-        scale=scale,
-    )
+    edges = partial(_run_edges, call.offsets, call.bounds)
+    runs = Runs(edges, call.offsets.shape[0] - 1)
+    return attend(call.q, call.k, call.v, runs, call.mask, call.scale)
 
 
 def _run_edges(offsets, bounds, num_rows):
@@ -94,28 +78,26 @@ def _run_edges(offsets, bounds, num_rows):
     return jnp.stack([jnp.where(real, start, 0), jnp.where(real, end, 0)])
 
 
+class Runs(NamedTuple):
+    """Runs of rows that see each other, as known at every row.
+
+    `edges` takes a number of rows, at least M, and returns the first and end row of
+    each row's run; `count` is about how many there are, for the choice of tiles.
+    """
+
+    edges: Callable[[int], Int[Array, "2 M2"]]
+    count: int
+
+
 def attend(
     q: Float[Array, "M G H"],
     k: Float[Array, "M H"],
     v: Float[Array, "M H"],
-    edges: Callable[[int], Int[Array, "2 M2"]],
-    num_segments: int,
-    *,
-    causal: bool,
-    window: int | None,
+    runs: Runs,
+    mask: Mask,
     scale: float,
 ) -> Float[Array, "M G H"]:
-    """Return attention inside segments given by their edges at every row.
-
-    Args:
-      q: queries.
-      k: keys.
-      v: values.
-      edges: number of rows, at least M -> first and end row of each row's segment.
-      num_segments: how many there are, for the choice of tiles.
-      causal: row i sees only rows j <= i.
-      window: row i sees only rows with |i - j| < window.
-      scale: factor of the scores.
+    """Return attention inside runs of rows.
 
     Raises:
       NotImplementedError: as `segment_attention`.
@@ -130,17 +112,10 @@ def attend(
         )
     if num_rows == 0:
         return q
-    options = make_options(
-        target,
-        (num_rows, groups, width),
-        q.dtype,
-        num_segments,
-        causal=causal,
-        window=window,
-        scale=scale,
-    )
+    shape = num_rows, groups, width
+    options = make_options(target, shape, q.dtype, runs.count, mask=mask, scale=scale)
     padded = round_up(num_rows, max(options.rows, options.key_rows))
-    q, k, v, ends = vary_together(q, k, v, edges(padded))
+    q, k, v, ends = vary_together(q, k, v, runs.edges(padded))
     heads = tpu.pad_rows(q.transpose(1, 0, 2), padded, axis=1)
     k, v = tpu.pad_rows(k, padded), tpu.pad_rows(v, padded)
     out = _attention(options, heads, k, v, ends)
@@ -153,12 +128,12 @@ def make_options(
     dtype: Any,
     num_segments: int,
     *,
-    causal: bool,
-    window: int | None,
+    mask: Mask,
     scale: float,
 ) -> Options:
     """Return tile sides for queries of `[M, G, H]`: tuned or modelled."""
     num_rows, groups, width = shape
+    causal, window = mask
     # Offsets of about one entry a row only bound the number of documents.
     count = num_segments if num_segments * LANES <= num_rows else 1
     mean = max(1, num_rows // count)
