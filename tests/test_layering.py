@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "uoe_jax"
 LAYERS = (
     ("escape", "terminal", "tree", "varying"),
     ("errors",),
-    ("appearing", "files", "kinds"),
+    ("appearing", "checks", "files", "kinds"),
     ("rules", "options", "given"),
     ("fields",),
     ("config",),

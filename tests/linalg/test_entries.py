@@ -100,11 +100,39 @@ def test_duplicates_are_averaged_or_refused():
         ({"holdout": [[0], [0]]}, ["holdout has 2 parts"]),
         ({"holdout": 1.5}, ["holdout is 1.5"]),
         ({"duplicates": "sum"}, ["duplicates is 'sum'"]),
+        ({"solver": 3}, ["solver is 3", "`Solver`"]),
+        ({"tol": "small"}, ["tol is 'small'", "a number"]),
+        ({"ridge": "0.1"}, ["ridge is '0.1'", "a number"]),
+        ({"ridge_power": None}, ["ridge_power is None", "a number"]),
+        ({"dtype": "float33"}, ["dtype is 'float33'", "float32 or float64"]),
+        ({"mesh": 3}, ["mesh is 3", "axis 'data'"]),
+        ({"key": 3}, ["key is 3", "jax.random.key"]),
+        ({"key": jnp.arange(2)}, ["key is int32 .2.", "jax.random.key"]),
+        ({"callback": "print"}, ["callback is 'print'", "a function"]),
+        ({"biases": "yes"}, ["biases is 'yes'", "True or False"]),
+        ({"split": 2}, ["split is 2", "True or False"]),
+        ({"ranks": 2}, ["no argument 'ranks'", "rank"]),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(options, words):
     with refuses(ConfigError, *words):
         complete(*GOOD, (3, 2), **{"rank": 1, **options})
+
+
+@pytest.mark.parametrize("shape", ["32", (3.0, 2.0), (3,), 6, ("a", "b")])
+def test_shapes_that_are_no_two_sizes_are_refused(shape):
+    with refuses(DataError, "shape is", "two sizes"):
+        complete(*GOOD, shape, 1)
+
+
+def test_a_missing_argument_is_named():
+    with refuses(ConfigError, "'values'", "it takes rows, cols, values"):
+        complete(*GOOD[:2])
+
+
+def test_keys_of_both_kinds_are_taken():
+    for key in (jax.random.key(1), jax.random.PRNGKey(1), None):
+        complete(*GOOD, (3, 2), 1, iters=1, key=key)
 
 
 def test_fractions_of_sweeps_and_ranks_are_refused():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
+from uoe_jax import checks
 from uoe_jax.adapt import network
 from uoe_jax.adapt.adapters import Adapters
 from uoe_jax.adapt.config import Path
@@ -19,12 +20,53 @@ from uoe_jax.adapt.interpret import call_adapted
 from uoe_jax.adapt.network import Lazy, Term, vary_alike
 from uoe_jax.adapt.plan import LeafPlan
 from uoe_jax.adapt.products import Mode
-from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.errors import ConfigError, nearest, shown
 from uoe_jax.tree import named_leaves
 
 BANK = "K"  # letter of several adapters summed; no axis has it
 
 
+def _settle(given: checks.Given) -> None:
+    if not callable(given["fn"]):
+        raise ConfigError(
+            f"fn is {shown(given['fn'])}; it must be a function of the parameters"
+        )
+    found = given["adapters"]
+    several = [found] if isinstance(found, Adapters) else found
+    if not isinstance(several, Sequence) or isinstance(several, str):
+        raise ConfigError(
+            f"adapters is a {type(found).__name__}; pass what init_adapters or "
+            "load_adapters returns, or a list of them"
+        )
+    for i, adapter in enumerate(several):
+        if not isinstance(adapter, Adapters):
+            raise ConfigError(
+                f"adapters[{i}] is a {type(adapter).__name__}; pass what init_adapters "
+                "or load_adapters returns"
+            )
+    if given["path"] not in get_args(Path):
+        raise ConfigError(
+            f"path is {shown(given['path'])}; "
+            + nearest(str(given["path"]), get_args(Path))
+        )
+    checks.flag(given, "training")
+    checks.key(given, "key")
+    specs = given["specs"]
+    if specs is None:
+        return
+    if not isinstance(specs, Mapping):
+        raise ConfigError(
+            f"specs is a {type(specs).__name__}; it must map names of weights to "
+            "PartitionSpecs"
+        )
+    for plan in (plan for adapter in several for plan in adapter.plans):
+        if plan.name not in specs:
+            raise ConfigError(
+                f"specs has no {plan.name}; say how each adapted weight is split"
+            )
+
+
+@checks.checked(_settle)
 def apply_adapted(
     fn: Callable[..., Any],
     params: PyTree,
@@ -44,7 +86,9 @@ def apply_adapted(
     `jax.shard_map` all arrays are a device's own shards, factors split as their weights
     are; `specs` says how by weight.
 
-    Raises ConfigError for an adapter of a weight that isn't there or has another shape.
+    Raises:
+      ConfigError: an adapter of a weight that isn't there or has another shape; what
+        is no adapter, path, key or flag; adapted weights without specs beside others.
     """
     if isinstance(adapters, Adapters):
         adapters = (adapters,)
@@ -53,8 +97,7 @@ def apply_adapted(
     lazies: dict[int, Lazy] = {}
     for adapter in adapters:
         for plan in adapter.plans:
-            if specs is None:  # shards are smaller than what was planned
-                check_leaf(plan, leaves)
+            check_leaf(plan, leaves, sharded=specs is not None)
             number = numbers[plan.name]
             weight = lazies.get(number, Lazy(leaves[plan.name], ()))
             split = () if specs is None else split_axes(plan, specs[plan.name])
@@ -72,15 +115,20 @@ def adapted_params(params: PyTree, adapters: Adapters | Sequence[Adapters]) -> P
     return apply_adapted(identity, params, adapters, path="fused")
 
 
-def check_leaf(plan: LeafPlan, leaves: dict[str, Any]) -> None:
-    """Raise ConfigError unless the planned weight is there with the planned shape."""
+def check_leaf(
+    plan: LeafPlan, leaves: dict[str, Any], *, sharded: bool = False
+) -> None:
+    """Raise ConfigError unless the planned weight is there with the planned shape.
+
+    Shards are smaller than what was planned: of those the shape isn't asked.
+    """
     if plan.name not in leaves:
         raise ConfigError(
             f"adapter of {plan.name!r}, which the model hasn't; "
             + nearest(plan.name, leaves)
         )
     shape = tuple(leaves[plan.name].shape)
-    if shape != plan.shape:
+    if not sharded and shape != plan.shape:
         raise ConfigError(
             f"adapter of {plan.name} is for shape {list(plan.shape)}, the model has "
             f"{list(shape)}; use the model it was trained on"

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from uoe_jax import checks
 from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError, nearest
-from uoe_jax.ops import checks
 from uoe_jax.partition.collectives import Parallel
 
 

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from uoe_jax import checks
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import checks
 from uoe_jax.ops.dense_attention.call import Call as DenseCall
 from uoe_jax.ops.dispatch import dispatch
 from uoe_jax.ops.numerics import accumulator_dtype

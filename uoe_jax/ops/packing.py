@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from uoe_jax import checks
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import checks
 from uoe_jax.ops.counting import count_choices
 from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.varying import vary_together

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import ConfigError, shown
 from uoe_jax.linalg.completion.entries import Entries, clean_entries, split_entries
 from uoe_jax.linalg.completion.method import AXIS, Method, Solver
 from uoe_jax.linalg.completion.problem import Problem
@@ -53,14 +53,23 @@ def mean_value(entries: Entries) -> Array:
     return jnp.sum(weights * values) / jnp.maximum(weights.sum(), 1e-30)
 
 
-def make_solver(solver: str | Solver) -> Solver:
+def make_solver(solver: Any) -> Solver:
     """Return a `Solver` from its kind, or as it is."""
-    return solver if isinstance(solver, Solver) else Solver(solver)
+    if isinstance(solver, Solver):
+        return solver
+    if not isinstance(solver, str):
+        raise ConfigError(
+            f"solver is {shown(solver)}; give the name of one, or a `Solver`"
+        )
+    return Solver(solver)
 
 
 def check_dtype(dtype: Any) -> np.dtype:
     """Return float32 or float64; raise ConfigError for what jax would not use."""
-    dtype = np.dtype(dtype)
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError:
+        raise ConfigError(f"dtype is {shown(dtype)}; use float32 or float64") from None
     if dtype not in (np.float32, np.float64):
         raise ConfigError(f"dtype is {dtype}; use float32 or float64")
     if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
@@ -83,14 +92,26 @@ def check_kernel(kernel: str, solver: Solver) -> str:
     return "bucket" if kernel == "auto" else kernel
 
 
-def check_numbers(**numbers: float | int) -> None:
+def check_numbers(**given: Any) -> None:
     """Raise ConfigError for numbers that can't be: negative, infinite, no sweeps."""
-    for name, value in numbers.items():
+    for name, value in given.items():
+        if not _is_number(value):
+            raise ConfigError(f"{name} is {shown(value)}; it must be a number")
         if not np.isfinite(value) or value < 0 or (name in POSITIVE and not value):
             bound = "above 0" if name in POSITIVE else "at least 0"
             raise ConfigError(f"{name} is {value}; it must be {bound}")
         if name in COUNTS and not _is_whole(value):
             raise ConfigError(f"{name} is {value}; it must be a whole number")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, (str, bytes, bool)):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _is_whole(value: Any) -> bool:
@@ -111,16 +132,28 @@ def check_rank(rank: Any, shape: tuple[int, int]) -> int:
     return int(rank)
 
 
-def count_shards(mesh: Mesh | None) -> int:
+def count_shards(mesh: Any) -> int:
     """Return how many devices share the entries; ConfigError without a data axis."""
     if mesh is None:
         return 1
+    if not isinstance(mesh, Mesh):
+        raise ConfigError(
+            f"mesh is {shown(mesh)}; give a jax mesh with an axis {AXIS!r}, or None"
+        )
     if AXIS not in mesh.shape:
         raise ConfigError(
             f"the mesh has axes {list(mesh.shape)}; entries are split over {AXIS!r}: "
             f"jax.make_mesh((8,), ({AXIS!r},))"
         )
     return mesh.shape[AXIS]
+
+
+def check_callback(callback: Any) -> None:
+    """Raise ConfigError for what can't be called after a sweep."""
+    if callback is not None and not callable(callback):
+        raise ConfigError(
+            f"callback is {shown(callback)}; give a function of a sweep's numbers"
+        )
 
 
 def warn_constant(entries: Entries) -> None:

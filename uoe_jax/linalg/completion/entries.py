@@ -6,6 +6,7 @@ A bad array is refused in one line that names the first offender.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.errors import ConfigError, DataError, shown
 
 MAX_INDEX = 2**31 - 2
 FREE_SIZE = 10_000_000  # of a matrix whose shape isn't given and which is mostly empty
@@ -94,12 +95,23 @@ def check_weights(library: Any, array: Any, dtype: Any) -> Any:
     return array
 
 
+def two_sizes(shape: Any) -> tuple[int, int]:
+    """Return a matrix's sizes as numbers."""
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        sizes = ()
+    if len(sizes) != 2:
+        raise DataError(f"shape is {shown(shape)}; a matrix has two sizes")
+    return sizes
+
+
 def check_range(
     rows: Any, cols: Any, shape: Sequence[SupportsIndex] | None
 ) -> tuple[int, int]:
     """Return the matrix's shape, the given one or the least that holds the indices."""
-    if shape is not None and len(shape) != 2:
-        raise DataError(f"shape is {tuple(shape)}; a matrix has two sizes")
+    if shape is not None:
+        shape = two_sizes(shape)
     found = (int(rows.max()) + 1, int(cols.max()) + 1)
     for name, size in zip(("rows", "cols"), found, strict=True):
         if shape is None and size > max(FREE_SIZE, 1000 * len(rows)):
@@ -108,7 +120,7 @@ def check_range(
                 f"np.unique({name}, return_inverse=True)[1] makes them of ids, or give "
                 "the shape"
             )
-    shape = found if shape is None else (int(shape[0]), int(shape[1]))
+    shape = found if shape is None else shape
     for name, index, size in (("rows", rows, shape[0]), ("cols", cols, shape[1])):
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= size:

@@ -12,9 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
+from uoe_jax import checks
 from uoe_jax.errors import NonFiniteError
 from uoe_jax.linalg.completion.als import place, run_sweep, start_state
 from uoe_jax.linalg.completion.checks import (
+    check_callback,
     check_dtype,
     check_kernel,
     check_numbers,
@@ -26,7 +28,7 @@ from uoe_jax.linalg.completion.checks import (
     warn_constant,
     warn_degrees,
 )
-from uoe_jax.linalg.completion.entries import Entries, clean_entries
+from uoe_jax.linalg.completion.entries import Entries, clean_entries, two_sizes
 from uoe_jax.linalg.completion.factors import Factors, rmse
 from uoe_jax.linalg.completion.flops import count_sweep
 from uoe_jax.linalg.completion.method import Method, Penalties, Solver, make_penalties
@@ -36,6 +38,25 @@ from uoe_jax.linalg.completion.spectral import Start, spectral_gap_rank
 MAX_AUTO_RANK = 32
 
 
+def _settle(given: checks.Given) -> None:
+    checks.flag(given, "biases")
+    checks.flag(given, "split")
+    checks.key(given, "key")
+    check_callback(given["callback"])
+    given["dtype"] = check_dtype(given["dtype"])
+    given["solver"] = make_solver(given["solver"])
+    count_shards(given["mesh"])
+    if given["shape"] is not None:
+        given["shape"] = two_sizes(given["shape"])
+    names = ("tol", "ridge", "ridge_power", "clip_mu", "iters", "passes", "patience")
+    bias_ridge = given["bias_ridge"]
+    check_numbers(
+        bias_ridge=0.0 if bias_ridge is None else bias_ridge,
+        **{name: given[name] for name in names},
+    )
+
+
+@checks.checked(_settle)
 def complete(
     rows: Any,
     cols: Any,
@@ -87,7 +108,8 @@ def complete(
       ridge_power: 0 for a constant ridge, 1 for one that grows with the summed weight.
       biases: add an offset (the mean), row biases and column biases.
       weights: of each entry in the squared error.
-      clip_mu: incoherence bound of the spectral start's rows.
+      clip_mu: above 0; rows of the spectral start's orthonormal factors are cut to the
+        norm 2 clip_mu sqrt(rank / rows), so that no row stands out (incoherence).
       split: the theory's form: each half-step sees its own random part of the entries.
       holdout: fraction of entries, or (rows, cols, values), to stop early by.
       patience: sweeps without a better held-out error before stopping.
@@ -109,18 +131,7 @@ def complete(
       ConfigError, DataError: one line with the value, the rule and the fix.
       NonFiniteError: the iteration diverged.
     """
-    dtype = check_dtype(dtype)
     shards = count_shards(mesh)
-    check_numbers(
-        tol=tol,
-        ridge=ridge,
-        bias_ridge=bias_ridge or 0.0,
-        ridge_power=ridge_power,
-        clip_mu=clip_mu,
-        iters=iters,
-        passes=passes,
-        patience=patience,
-    )
     key = jax.random.key(0) if key is None else key
     entries = clean_entries(
         rows, cols, values, shape, weights=weights, duplicates=duplicates, dtype=dtype

@@ -7,8 +7,8 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from uoe_jax import checks
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import checks
 from uoe_jax.ops.as_segments import packed_attention, packed_attention_on_tpu
 from uoe_jax.ops.dense_attention import cudnn, peers, reference, splash, xla
 from uoe_jax.ops.dense_attention.call import Call

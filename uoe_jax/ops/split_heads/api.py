@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from uoe_jax import checks
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops import checks
 from uoe_jax.ops.dispatch import dispatch
 from uoe_jax.ops.split_heads import triton, xla
 from uoe_jax.varying import vary_together

@@ -1,4 +1,4 @@
-"""Checks of what an operation is called with: one line of value, rule and fix.
+"""Checks of what a function is called with: one line of value, rule and fix.
 
 They cost nothing in a compiled program: shapes and dtypes are read while it is traced,
 and numbers only where they are at hand.
@@ -128,6 +128,8 @@ def _brackets(form: str) -> str:
 def _about(value: Any) -> str:
     if value is None or isinstance(value, (str, bool, numbers.Number)):
         return shown(value)
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return f"{value.dtype} {list(value.shape)}"
     return f"a {type(value).__name__}"
 
 
@@ -188,6 +190,23 @@ def number(given: Given, name: str, *, positive: bool = False) -> None:
     if not real or not math.isfinite(value) or (positive and value <= 0):
         rule = "a positive number" if positive else "a finite number"
         raise ConfigError(f"{name} is {_about(value)}; it must be {rule}, or None")
+
+
+def key(given: Given, name: str) -> None:
+    """Check that an argument is one random key, or None; raw numbers become one."""
+    value = given[name]
+    if value is None:
+        return
+    typed = isinstance(value, jax.Array) and jnp.issubdtype(
+        value.dtype, jax.dtypes.prng_key
+    )
+    plain = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == jnp.uint32
+    if not (typed and value.ndim == 0) and not (plain and value.ndim == 1):
+        raise ConfigError(
+            f"{name} is {_about(value)}; it must be one random key, as "
+            "jax.random.key(0), or None"
+        )
+    given[name] = value if typed else jax.random.wrap_key_data(jnp.asarray(value))
 
 
 def backend(given: Given) -> None:
