@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from uoe_jax.adapt.files import read_config, read_tensors
-from uoe_jax.adapt.foreign import read_lycoris, read_peft
 from uoe_jax.data.tokenize import SubwordTokenizer
 from uoe_jax.errors import DataError, UoeError
+from uoe_jax.interop.peft import read_lycoris, read_peft
 from uoe_jax.linalg.completion import load_factors
 from uoe_jax.validation import read_config as read_run_config
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.compare import assert_close
-from uoe_jax.adapt.equation import (
+from uoe_jax.adapt.evaluate.equation import (
     factorize_equation,
     lora_network,
     plan_contraction,

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file, save_file
 from tests.compare import assert_close
 from uoe_jax.adapt import AdapterConfig, WeightAxes, adapted_params, leaf_delta
 from uoe_jax.adapt.files import CONFIG, WEIGHTS, load_adapters, save_adapters
-from uoe_jax.adapt.foreign import Module, module_delta, read_lycoris, read_peft
 from uoe_jax.adapt.place import Place, llama_names, place_modules
 from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.interop.peft import Module, module_delta, read_lycoris, read_peft
 
 RNG = np.random.default_rng(0)
 

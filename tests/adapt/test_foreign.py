@@ -12,15 +12,15 @@ from safetensors.numpy import load_file, save_file
 
 from tests.compare import assert_close
 from uoe_jax.adapt import AdapterConfig, adapted_params, init_adapters, leaf_delta
-from uoe_jax.adapt import patterns as patterns_module
 from uoe_jax.adapt.config import check_adapter
 from uoe_jax.adapt.files import digest_params, load_adapters, save_adapters
-from uoe_jax.adapt.folder import CONFIG, WEIGHTS
-from uoe_jax.adapt.foreign import read_lycoris, read_peft
 from uoe_jax.adapt.merge import kept_share
-from uoe_jax.adapt.patterns import first_matches
 from uoe_jax.adapt.place import llama_names, place_modules
 from uoe_jax.errors import DataError
+from uoe_jax.interop import patterns as patterns_module
+from uoe_jax.interop.adapter_folder import CONFIG, WEIGHTS
+from uoe_jax.interop.patterns import first_matches
+from uoe_jax.interop.peft import read_lycoris, read_peft
 
 RNG = np.random.default_rng(0)
 QUERY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"

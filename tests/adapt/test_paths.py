@@ -20,8 +20,8 @@ from uoe_jax.adapt import (
     init_adapters,
     leaf_delta,
 )
-from uoe_jax.adapt.cost import Site, path_costs
-from uoe_jax.adapt.network import Lazy, Term, delta, fuse
+from uoe_jax.adapt.evaluate.cost import Site, path_costs
+from uoe_jax.adapt.evaluate.network import Lazy, Term, delta, fuse
 from uoe_jax.adapt.plan import make_plans, warn_of
 from uoe_jax.errors import ConfigError
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.adapt.moved_adapters import draw_model
 from uoe_jax.adapt import AdapterConfig, adapted_params, apply_adapted
-from uoe_jax.adapt.cost import cut_network
+from uoe_jax.adapt.evaluate.cost import cut_network
 from uoe_jax.config import ModelConfig, UnionConfig
 
 CONFIG = ModelConfig(

@@ -12,14 +12,14 @@ from uoe_jax.adapt.adapters import init_adapters
 from uoe_jax.adapt.config import AdapterConfig
 from uoe_jax.adapt.export import export_adapter
 from uoe_jax.adapt.files import save_adapters
-from uoe_jax.adapt.folder import read_config
-from uoe_jax.adapt.foreign import module_delta, read_peft
 from uoe_jax.adapt.merge import merge
 from uoe_jax.adapt.place import place_modules
 from uoe_jax.cli import main
 from uoe_jax.errors import ConfigError
+from uoe_jax.interop.adapter_folder import read_config
 from uoe_jax.interop.importing import import_run
 from uoe_jax.interop.modules import module_places
+from uoe_jax.interop.peft import module_delta, read_peft
 from uoe_jax.runs.load import load_run
 from uoe_jax.tree import named_leaves
 

@@ -12,14 +12,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
 from uoe_jax import checks
-from uoe_jax.adapt import network
 from uoe_jax.adapt.adapters import Adapters
 from uoe_jax.adapt.config import Path
+from uoe_jax.adapt.evaluate import network
+from uoe_jax.adapt.evaluate.interpret import call_adapted
+from uoe_jax.adapt.evaluate.network import Lazy, Term, vary_alike
+from uoe_jax.adapt.evaluate.products import Mode
 from uoe_jax.adapt.init import column_norms
-from uoe_jax.adapt.interpret import call_adapted
-from uoe_jax.adapt.network import Lazy, Term, vary_alike
 from uoe_jax.adapt.plan import LeafPlan
-from uoe_jax.adapt.products import Mode
 from uoe_jax.errors import ConfigError, nearest, shown
 from uoe_jax.tree import named_leaves
 

@@ -13,12 +13,12 @@ from safetensors.numpy import save_file
 
 from uoe_jax.adapt.adapters import Adapters
 from uoe_jax.adapt.config import AdapterConfig
-from uoe_jax.adapt.files import PREFIX, load_adapters, part_suffix, to_file
-from uoe_jax.adapt.folder import CONFIG, WEIGHTS, read_config
+from uoe_jax.adapt.files import load_adapters, part_suffix, to_file
 from uoe_jax.adapt.plan import LeafPlan
 from uoe_jax.config import LayerWidths
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.files import format_json, local_path, write_atomically
+from uoe_jax.interop.adapter_folder import CONFIG, PREFIX, WEIGHTS, read_config
 from uoe_jax.interop.families import FAMILIES
 from uoe_jax.interop.modules import Place, module_places
 from uoe_jax.runs.load import load_run

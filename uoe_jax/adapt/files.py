@@ -26,7 +26,6 @@ from safetensors.numpy import save
 from uoe_jax.adapt.adapters import Adapters, Weights
 from uoe_jax.adapt.apply import check_leaf
 from uoe_jax.adapt.config import AdapterConfig, adapter_from_dict, rank_for
-from uoe_jax.adapt.folder import CONFIG, WEIGHTS, read_config, read_tensors
 from uoe_jax.adapt.plan import (
     PACKAGE,
     LeafPlan,
@@ -34,10 +33,16 @@ from uoe_jax.adapt.plan import (
 )
 from uoe_jax.errors import DataError
 from uoe_jax.files import format_json, write_atomically
+from uoe_jax.interop.adapter_folder import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    read_config,
+    read_tensors,
+)
 from uoe_jax.tree import named_leaves
 from uoe_jax.weights import EXPERT, LAYER, WeightAxes
 
-PREFIX = "base_model.model."
 ANCHOR = "anchor_"
 _SUFFIX = {
     "a": "lora_A.weight",

@@ -16,11 +16,11 @@ from jaxtyping import Array, PyTree
 
 from uoe_jax.adapt.adapters import Adapters
 from uoe_jax.adapt.config import AdapterConfig
-from uoe_jax.adapt.foreign import Module
 from uoe_jax.adapt.init import init_leaf
 from uoe_jax.adapt.plan import LeafPlan, make_plans, warn_of_tied
 from uoe_jax.errors import DataError, nearest
 from uoe_jax.interop.modules import Place
+from uoe_jax.interop.peft import Module
 from uoe_jax.tree import named_leaves
 from uoe_jax.weights import WeightAxes
 

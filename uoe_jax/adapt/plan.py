@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uoe_jax.adapt.config import AdapterConfig, check_adapter, rank_for, scale_for
-from uoe_jax.adapt.equation import Roles, lora_network, tucker_network
+from uoe_jax.adapt.evaluate.equation import Roles, lora_network, tucker_network
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.linalg.tucker import clamp_ranks
 from uoe_jax.weights import EXPERT, LAYER, WeightAxes, find_weight

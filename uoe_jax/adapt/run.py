@@ -18,8 +18,6 @@ from uoe_jax.adapt.adapters import Adapters, count_adapter_params, init_adapters
 from uoe_jax.adapt.config import AdapterConfig, check_adapter
 from uoe_jax.adapt.experiment import adapted_experiment
 from uoe_jax.adapt.files import digest_params, load_adapters, save_adapters
-from uoe_jax.adapt.folder import WEIGHTS, read_config
-from uoe_jax.adapt.foreign import read_peft
 from uoe_jax.adapt.place import Names, llama_names, place_modules
 from uoe_jax.adapt.plan import EMBEDDING, PACKAGE
 from uoe_jax.adapt.request import AdaptRequest, check_request
@@ -36,8 +34,10 @@ from uoe_jax.data import Dataset
 from uoe_jax.data.record import record_of
 from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.files import format_json, local_path, write_atomically
+from uoe_jax.interop.adapter_folder import WEIGHTS, read_config
 from uoe_jax.interop.families import FAMILIES
 from uoe_jax.interop.modules import module_places
+from uoe_jax.interop.peft import read_peft
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS, METRICS
 from uoe_jax.runs.load import LoadedRun, load_run, run_dataset

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.adapt.adapters import Adapters
-from uoe_jax.adapt.folder import WEIGHTS
 from uoe_jax.adapt.merge import kept_share, merge
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data.record import DataRecord
 from uoe_jax.errors import ConfigError, DataError, NonFiniteError
 from uoe_jax.files import format_json, parse_json, read_json, write_atomically
+from uoe_jax.interop.adapter_folder import WEIGHTS
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS, has_begun
 from uoe_jax.runs.load import ADAPTATION

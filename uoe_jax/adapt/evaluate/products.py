@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from uoe_jax.adapt.cost import Site, cut_network, path_costs
-from uoe_jax.adapt.equation import unused_letters
-from uoe_jax.adapt.network import (
+from uoe_jax.adapt.evaluate.cost import Site, cut_network, path_costs
+from uoe_jax.adapt.evaluate.equation import unused_letters
+from uoe_jax.adapt.evaluate.network import (
     Lazy,
     Term,
     Unsupported,

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax.extend import core
 from jaxtyping import Array, PyTree
 
-from uoe_jax.adapt import network
-from uoe_jax.adapt.convolution import convolve
-from uoe_jax.adapt.network import Lazy, Unsupported
-from uoe_jax.adapt.products import (
+from uoe_jax.adapt.evaluate import network
+from uoe_jax.adapt.evaluate.convolution import convolve
+from uoe_jax.adapt.evaluate.network import Lazy, Unsupported
+from uoe_jax.adapt.evaluate.products import (
     Mode,
     dot_general,
     fuse_for,

@@ -15,10 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from uoe_jax.adapt.files import PREFIX
-from uoe_jax.adapt.folder import CONFIG, WEIGHTS, read_config, read_tensors
-from uoe_jax.adapt.patterns import first_matches
 from uoe_jax.errors import DataError, shown
+from uoe_jax.interop.adapter_folder import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    read_config,
+    read_tensors,
+)
+from uoe_jax.interop.patterns import first_matches
 
 # Settings of PEFT's LoRA that change what the arrays mean, and their plain values.
 _PLAIN = {

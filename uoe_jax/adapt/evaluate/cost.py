@@ -6,7 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from uoe_jax.adapt.equation import Contraction, plan_contraction, split_equation
+from uoe_jax.adapt.evaluate.equation import (
+    Contraction,
+    plan_contraction,
+    split_equation,
+)
 
 # FLOPs that take as long as one byte of memory traffic on a current accelerator: an
 # H100's 989e12 / 3.35e12 by its data sheet, and matrix units reach a smaller share of

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from uoe_jax.adapt.cost import FLOPS_PER_BYTE, weigh_paths
-from uoe_jax.adapt.equation import plan_contraction
-from uoe_jax.adapt.network import (
+from uoe_jax.adapt.evaluate.cost import FLOPS_PER_BYTE, weigh_paths
+from uoe_jax.adapt.evaluate.equation import plan_contraction
+from uoe_jax.adapt.evaluate.network import (
     Lazy,
     Term,
     Unsupported,
@@ -21,7 +21,7 @@ from uoe_jax.adapt.network import (
     fuse,
     sum_parts,
 )
-from uoe_jax.adapt.products import Bind, Mode, drop, drops
+from uoe_jax.adapt.evaluate.products import Bind, Mode, drop, drops
 
 
 def convolve(

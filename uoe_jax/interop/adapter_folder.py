@@ -13,6 +13,7 @@ from uoe_jax.errors import DataError
 from uoe_jax.files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of every key that PEFT writes
 
 
 def read_config(folder: Path) -> dict[str, Any]:

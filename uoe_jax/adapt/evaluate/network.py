@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from uoe_jax.adapt.equation import plan_contraction
+from uoe_jax.adapt.evaluate.equation import plan_contraction
 from uoe_jax.varying import vary_together
 
 HIGHEST = jax.lax.Precision.HIGHEST

@@ -1,0 +1,1 @@
+"""Functions of parameters, traced and evaluated with adapters they know nothing of."""
