@@ -41,7 +41,7 @@ GPT = {
 PUBLISHED = (41, 137)  # times a measured T4, over the study's models
 LATENCIES = (0.010, 0.040)  # seconds a token that T4s take in such loops
 CONTEXT = 512
-RESULTS = Path("experiments/001_language/results")
+RESULTS = Path("experiments/e001_language/results")
 PHASES = {
     "attention": ("q, k, v", "write k, v", "scores", "values", "attention out"),
     "MLP": ("MLP in", "MLP out"),

@@ -34,8 +34,8 @@ def test_the_browser_shows_the_numbers_of_the_files():
     found = {
         (run["study"], run["case"], run["seed"]): run["test"] for run in held["runs"]
     }
-    assert found["001_language", "dense", 0] == pytest.approx(1.4368, abs=0.02)
-    assert found["003_images", "dense", 0] == pytest.approx(52.4, abs=1e-6)
+    assert found["e001_language", "dense", 0] == pytest.approx(1.4368, abs=0.02)
+    assert found["e003_images", "dense", 0] == pytest.approx(52.4, abs=1e-6)
     (file,) = (x for x in held["files"] if x["file"].endswith("/layers_h200.json"))
     assert file["about"]["device"] == "NVIDIA H200" and file["about"]["commit"]
     table = next(t for t in file["tables"] if t["name"] == "layers")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +80,12 @@ def with_rates(study: Study, rates: dict[str, float]) -> Study:
 
 def find_experiment(name: str) -> Path:
     """Return the folder of an experiment named by its number or in full."""
-    folders = sorted(p.parent for p in HERE.glob("[0-9]*/config.py"))
-    found = [f for f in folders if f.name == name or f.name.split("_")[0] == name]
+    folders = sorted(p.parent for p in HERE.glob("e[0-9]*/__init__.py"))
+    found = [
+        f
+        for f in folders
+        if name.removeprefix("e") in (f.name[1:], f.name[1:].split("_")[0])
+    ]
     if len(found) != 1:
         known = [f.name for f in folders]
         raise ConfigError(f"no experiment {name!r}; {nearest(name, known)}")
@@ -89,13 +93,10 @@ def find_experiment(name: str) -> Path:
 
 
 def load_config(folder: Path) -> ModuleType:
-    """Return an experiment's config.py as a module."""
-    spec = importlib.util.spec_from_file_location(folder.name, folder / "config.py")
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{folder / 'config.py'} can't be imported")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Return an experiment's config.py as a module; without one, its package."""
+    has_config = (folder / "config.py").is_file()
+    name = f"experiments.{folder.name}" + (".config" if has_config else "")
+    return importlib.import_module(name)
 
 
 def data_file(name: str) -> str:

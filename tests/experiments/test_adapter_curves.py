@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "experiments" / "006_adapters"
 
 
 def run(script, out, data, *options):
     """What a script prints; its results are in `out`."""
-    words = [sys.executable, FOLDER / script, "--out", out, "--tiny", *options]
+    module = f"experiments.e006_adapters.{script}"
+    words = [sys.executable, "-m", module, "--out", out, "--tiny", *options]
     env = os.environ | {"UOE_DATA_DIR": str(data), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         list(map(str, words)), env=env, capture_output=True, text=True, check=False
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 def test_a_language_model_is_adapted_and_goes_on_with_what_is_missing(folder, tmp_path):
     options = ["--wiki-bytes", 300_000, "--base-steps", 20, "--base-batch", 8,
                "--steps", 6, "--batch", 4, "--curves", "lora"]  # fmt: skip
-    said = run("lm.py", tmp_path, folder, *options)
+    said = run("lm", tmp_path, folder, *options)
     found = json.loads((tmp_path / "adapters_lm.json").read_text())
     about = found["about"]
     # Random bytes take 8 bits; nine words, drawn evenly, about 0.6.
@@ -74,7 +74,7 @@ def test_a_language_model_is_adapted_and_goes_on_with_what_is_missing(folder, tm
 def test_a_convnet_is_adapted(folder, tmp_path):
     """Every kind of curve runs to its end; a few steps teach little."""
     options = ["--steps", 3, "--batch", 8, "--curves", "head", "lora"]
-    said = run("conv.py", tmp_path, folder, *options)
+    said = run("conv", tmp_path, folder, *options)
     assert "failed" not in said
     found = json.loads((tmp_path / "adapters_conv.json").read_text())
     assert [row["params"] for row in found["head"]] == [0]

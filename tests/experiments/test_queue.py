@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
+from experiments.e003_images.data import undo_deltas
 from experiments.run import main
 from experiments.shared import work
 from experiments.shared.case import (
-    HERE,
     Case,
     Study,
     change,
@@ -151,7 +151,7 @@ def test_results_of_another_configuration_are_refused(task):
 
 def test_every_model_of_every_experiment_is_valid(monkeypatch, tmp_path):
     monkeypatch.setenv("UOE_DATA_DIR", str(tmp_path))
-    for name in ("001", "002", "003", "004", "008"):
+    for name in ("001", "002", "003", "004", "e008_long_context"):
         study = load(find_experiment(name)).study(True)
         for one in study.cases:
             validate(one.config)
@@ -168,8 +168,9 @@ def test_bad_requests_are_one_line(capsys, tmp_path):
     out = ["--tiny", "--out", str(tmp_path)]
     assert main(["003", "--only", "dens", *out]) == 2
     assert "did you mean dense?" in capsys.readouterr().err
-    assert main(["006", *out]) == 2
-    assert "commands of its own" in capsys.readouterr().err
+    for own in ("006", "e009"):
+        assert main([own, *out]) == 2
+        assert "commands of its own" in capsys.readouterr().err
 
 
 def test_seeds_and_fields_can_be_changed():
@@ -184,7 +185,6 @@ def test_seeds_and_fields_can_be_changed():
 def test_images_come_out_of_their_deltas():
     import numpy as np
 
-    spec = load(HERE / "003_images").data_module()
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     red, green, blue = np.moveaxis(images, -1, 0)
@@ -192,7 +192,7 @@ def test_images_come_out_of_their_deltas():
     down = np.diff(planes, axis=2, prepend=np.uint8(0))
     coded = np.diff(down, axis=3, prepend=np.uint8(0))
     assert coded.dtype == np.uint8
-    assert np.array_equal(spec.undo_deltas(coded), images)
+    assert np.array_equal(undo_deltas(coded), images)
 
 
 class Stub:

@@ -1,6 +1,6 @@
 """Which adapter says the most per parameter? Settings of both halves.
 
-Command  python experiments/006_adapters/lm.py --out OUT, then conv.py --out OUT
+Command  python -m experiments.e006_adapters.lm --out OUT, then ...conv --out OUT
 Hardware one H100 or H200; about 5 and 1 minutes
 Data     $UOE_DATA_DIR/enwiki_plain_66MB.txt.xz, mnist_20k3k.npz, cifar10_jpg_8k2k.npz,
          and the built-in Python source text

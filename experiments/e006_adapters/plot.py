@@ -1,6 +1,6 @@
 """Pictures of both halves: quality against adapter parameters.
 
-    python experiments/006_adapters/plot.py RESULTS IMAGES
+    python -m experiments.e006_adapters.plot RESULTS IMAGES
 
 RESULTS holds adapters_lm.json and adapters_conv.json, IMAGES takes the PNGs.
 """

@@ -1,6 +1,6 @@
 """Wikipedia bytes, then Python source: bits per byte against adapter parameters.
 
-    python experiments/006_adapters/lm.py --out OUT [--tiny]
+    python -m experiments.e006_adapters.lm --out OUT [--tiny]
 
 One compiled program a curve: ranks are padded to the highest, where they train as if
 they were alone, and every (rank, rate, seed) is one entry of a stack. Results are saved
@@ -23,9 +23,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from config import ADAPTERS, RANKS, RATES, SEEDS, adapter, as_dict, base_experiment
 from flax import nnx
 
+from experiments.e006_adapters.config import (
+    ADAPTERS,
+    RANKS,
+    RATES,
+    SEEDS,
+    adapter,
+    as_dict,
+    base_experiment,
+)
 from experiments.shared.stack import first_state, train_at_once, with_rate
 from uoe_jax.adapt import (
     Adapters,

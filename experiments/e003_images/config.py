@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from experiments.e003_images import data
 from experiments.shared.case import Case, Study, change, data_file, search_rates
 from uoe_jax.config import (
     DataConfig,
@@ -45,7 +43,7 @@ def base(tiny: bool) -> ExperimentConfig:
         ),
         data=DataConfig(
             source="digits" if tiny else "npz",
-            path=None if tiny else data_module().plain_copy(data_file(CIFAR)),
+            path=None if tiny else data.plain_copy(data_file(CIFAR)),
             valid_fraction=0.1,
             test_fraction=0.1,
             batch_size=256,
@@ -63,16 +61,6 @@ def base(tiny: bool) -> ExperimentConfig:
         optim={"warmup_steps": 10},
         train={"steps": 100},
     )
-
-
-def data_module() -> ModuleType:
-    """Return the reader beside this file."""
-    file = Path(__file__).with_name("data.py")
-    spec = importlib.util.spec_from_file_location("images_data", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def study(tiny: bool) -> Study:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.shared.case import HERE, Case, Study, change, load_config
+from experiments.e004_ablation import config as ablation
+from experiments.shared.case import Case, Study, change
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.presets import as_moe
 
 
 def base(tiny: bool) -> ExperimentConfig:
     """Return 004's dense model at eight times its T, as many bytes a batch."""
-    config = load_config(HERE / "004_ablation").base(tiny)
+    config = ablation.base(tiny)
     longer = 128 if tiny else 4096
     batch = config.data.batch_size * config.model.max_seq_len // longer
     return change(config, model={"max_seq_len": longer}, data={"batch_size": batch})

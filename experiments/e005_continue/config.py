@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from experiments.shared.case import HERE, change, load_config
+from experiments.e001_language import config as language
+from experiments.shared.case import change
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import make_dataset
 from uoe_jax.decompose.runs import Cut, decompose_run
@@ -28,7 +29,6 @@ FURTHER = 200  # steps
 
 def dense_config(tiny: bool) -> ExperimentConfig:
     """Return `small` on bytes of Wikipedia: 85M parameters, 52M bytes."""
-    language = load_config(HERE / "001_language")
     small = get_preset("tiny" if tiny else "small")
     config = change(
         small,

@@ -1,6 +1,6 @@
 """A small ConvNet from MNIST to CIFAR-10: 4-D Tucker against reshaped LoRA.
 
-    python experiments/006_adapters/conv.py --out OUT [--tiny]
+    python -m experiments.e006_adapters.conv --out OUT [--tiny]
 
 The head is trained anew in every case; adapters are of the convolutions. LoRA takes a
 kernel as a matrix [k k in, out], Tucker as the four-way tensor it is.
@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
-from lm import Results, over_stack, solve, start_ranks
 
+from experiments.e006_adapters.lm import Results, over_stack, solve, start_ranks
 from experiments.shared.stack import first_state, train_at_once, with_rate
 from uoe_jax.adapt import (
     AdapterConfig,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.shared.case import HERE, Case, Study, change, load_config
+from experiments.e001_language import config as language
+from experiments.shared.case import Case, Study, change
 from uoe_jax.config import ExperimentConfig
 
 
 def base(tiny: bool) -> ExperimentConfig:
     """Return a dense model of width 256 on 20M bytes, as 001 in other respects."""
-    config = load_config(HERE / "001_language").base(tiny)
+    config = language.base(tiny)
     if tiny:
         return config
     return change(

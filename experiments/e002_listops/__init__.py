@@ -1,0 +1,1 @@
+"""002: ListOps of the Long Range Arena, sequences of up to 2,000 tokens."""

@@ -1,0 +1,1 @@
+"""004: gates, routers, balance and sizes of a union, one change at a time."""

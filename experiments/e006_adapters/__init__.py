@@ -1,0 +1,1 @@
+"""Which adapter says the most per parameter? Settings of both halves."""
