@@ -27,7 +27,8 @@ LAYERS = (
     ("evaluate", "generate"),
     ("surgery", "harness"),
     ("interop",),
-    ("decompose", "compress", "adapt"),
+    ("decompose", "compress"),
+    ("adapt",),  # which opens runs of any cut
     ("report",),
     ("bench", "demo"),
     ("api", "show"),

@@ -80,7 +80,11 @@ def train(
 
 
 def load_run(
-    run: str | Path | LoadedRun, *, which: Which = "last", step: int | None = None
+    run: str | Path | LoadedRun,
+    *,
+    which: Which = "last",
+    step: int | None = None,
+    cut: float | None = None,
 ) -> LoadedRun:
     """Return a run's `config`, `model`, `step` and `folder`.
 
@@ -88,13 +92,14 @@ def load_run(
       run: its folder, or its name under runs/.
       which: its newest checkpoint or the best one.
       step: of the checkpoint; the newest or best if not given.
+      cut: the share of its blocks that a run of `uoe compress --anytime` opens without.
     """
+    from uoe_jax.compress.anytime import open_run
     from uoe_jax.runs.load import LoadedRun
-    from uoe_jax.runs.load import load_run as load
 
     if isinstance(run, LoadedRun):
         return run
-    return load(find_run(_path(run)), which=which, step=step)
+    return open_run(find_run(_path(run)), which=which, step=step, cut=cut)
 
 
 def evaluate(

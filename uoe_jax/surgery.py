@@ -19,7 +19,7 @@ from uoe_jax.data.record import DataRecord, carried_record
 from uoe_jax.files import local_path
 from uoe_jax.model import flat_buffers, flat_params, with_params
 from uoe_jax.runs.batches import Batch, calibration_batch, count_scored, probe_batch
-from uoe_jax.runs.load import load_run, run_dataset
+from uoe_jax.runs.load import LoadedRun, load_run, run_dataset
 from uoe_jax.runs.probe import TOLERANCE, in_float32, probe_each
 from uoe_jax.runs.write import Origin, check_free, write_run
 from uoe_jax.tree import Arrays
@@ -67,6 +67,8 @@ class Changed:
     forms: Mapping[str, Form] = field(default_factory=dict)
     same: bool = True
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)  # kept, by file name
+    # Other files, by name, and what writes each.
+    files: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
     data: DataRecord | None = None  # None: the source's
 
 
@@ -74,17 +76,24 @@ Surgery = Callable[[ExperimentConfig, Arrays, Source], Changed]
 
 
 def operate(
-    folder: Path, out: Path, change: Surgery, *, verb: str, which: Which = "last"
+    folder: Path,
+    out: Path,
+    change: Surgery,
+    *,
+    verb: str,
+    which: Which = "last",
+    load: Callable[..., LoadedRun] = load_run,
 ) -> dict[str, Any]:
     """Write what `change` makes of a run's checkpoint into `out`; return the report.
 
-    The new run stands at the source's step and has spent what the source spent.
+    The new run stands at the source's step and has spent what the source spent. `load`
+    reads the source.
 
     Raises ConfigError if `out` holds something or the run can't be changed so,
     CheckpointError or DataError if the run or its data can't be read.
     """
     folder, out = local_path(folder, "the run"), local_path(out, "out")
-    run = load_run(folder, which=which)
+    run = load(folder, which=which)
     check_free(out)
     params, buffers = flat_params(run.model), flat_buffers(run.model)
     source = Source(folder=folder, config=run.config, buffers=buffers)
@@ -109,6 +118,7 @@ def operate(
         data=changed.data or carried_record(folder, changed.config),
         report=report,
         arrays=changed.arrays,
+        files=changed.files,
     )
     write_run(out, changed.config, changed.params, origin, buffers=changed.buffers)
     return report

@@ -8,13 +8,13 @@ import pytest
 
 from tests.compress.test_statistics import batch_of
 from tests.decompose.test_exact import DENSE, draw
-from uoe_jax.compress.methods import SORTERS, sort_layers
+from uoe_jax.compress.methods import SORTERS, sort_model
+from uoe_jax.compress.observed import take_apart
 from uoe_jax.compress.options import Compress
 from uoe_jax.compress.query_key import kept_pairs, pair_dims
 from uoe_jax.compress.statistics import observe
 from uoe_jax.compress.widths import (
     choose_widths,
-    error_curves,
     layer_parts,
     with_widths,
 )
@@ -29,10 +29,8 @@ WIDE = dataclasses.replace(DENSE, head_dim=8, num_heads=4, num_kv_heads=2)
 def seen_and_sorted(config, params, method="modegpt"):
     batch = batch_of(config)
     seen = observe(with_params(config, params), batch)
-    rest, layers = to_layers(params, config)
-    found = sort_layers(method, layers, seen, config.rotates)
-    curves = [error_curves(a, b) for a, b in zip(found, seen, strict=True)]
-    return batch, (rest, layers), found, curves
+    made = sort_model(take_apart(config, params, {}, seen), method)
+    return batch, (made.rest, made.layers), made.found, made.curves
 
 
 def cut(config, params, widths, method="modegpt", options=None):

@@ -26,6 +26,8 @@ def batch_of(model, rows=5, length=12, seed=0):
 def near(found, wanted, tolerance=2e-5):
     wanted = np.asarray(wanted, np.float64)
     assert found.shape == wanted.shape
+    if not wanted.size:
+        return
     assert np.abs(found - wanted).max() <= tolerance * max(np.abs(wanted).max(), 1e-3)
 
 

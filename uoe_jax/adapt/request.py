@@ -10,7 +10,7 @@ from tyro.conf import arg
 
 from uoe_jax.adapt.config import AdapterConfig, check_adapter
 from uoe_jax.adapt.config import Path as Forward
-from uoe_jax.config import LayoutConfig, MeshConfig
+from uoe_jax.config import LayoutConfig, MeshConfig, Share
 from uoe_jax.errors import ConfigError
 from uoe_jax.fields import Checked, Count, NotNegative, Seed, Whole, check_ranges
 
@@ -38,6 +38,8 @@ class Adaptation(Checked):
 
     # Checkpoint of the run.
     which: Annotated[Literal["last", "best"], arg(name="checkpoint")] = "last"
+
+    cut: Share | None = None  # open a run of compress --anytime without this share
 
     layout: LayoutConfig = field(default_factory=LayoutConfig)
 

@@ -29,6 +29,7 @@ from uoe_jax.adapt.store import (
     write_request,
 )
 from uoe_jax.adapt.subject import adapter_subject
+from uoe_jax.compress.anytime import open_run
 from uoe_jax.config import ExperimentConfig, LayerWidths, MeshConfig
 from uoe_jax.data import Dataset
 from uoe_jax.data.record import record_of
@@ -40,7 +41,7 @@ from uoe_jax.interop.modules import module_places
 from uoe_jax.interop.peft import read_peft
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS, METRICS
-from uoe_jax.runs.load import LoadedRun, load_run, run_dataset
+from uoe_jax.runs.load import LoadedRun, run_dataset
 from uoe_jax.runs.result import read_result
 from uoe_jax.surgery import operate
 from uoe_jax.train.loop import train
@@ -65,7 +66,7 @@ def adapt_run(
     """
     check_request(request)
     folder, out = local_path(folder, "the run"), local_path(out, "out")
-    run = load_run(folder, which=request.which)
+    run = open_run(folder, which=request.which, cut=request.cut)
     config = adapted_experiment(run, request)
     graphdef, params, buffers = nnx.split(run.model, nnx.Param, ...)
     adapters, adapter = _start(request, params, _foreign_names(run))
@@ -244,7 +245,10 @@ def _merge(
     if Checkpoints(merged / CHECKPOINTS).steps():  # by the same command, before
         found = read_result(merged)
     else:
-        found = operate(run.folder, merged, change, verb="adapt", which=request.which)
+        load = functools.partial(open_run, cut=request.cut)
+        found = operate(
+            run.folder, merged, change, verb="adapt", which=request.which, load=load
+        )
     kept = found.get("merged_kept", {})
     for dtype, share in kept.items():
         if share < KEPT_WARNING:

@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from uoe_jax.cli.fields import part_of
 from uoe_jax.cli.parse import parse
+from uoe_jax.config import Share
 from uoe_jax.errors import ConfigError, DataError, shown
 from uoe_jax.escape import escape
 from uoe_jax.fields import NotNegative, Seed
@@ -34,6 +35,7 @@ class GenerateOptions(Sampling):
     max_new_tokens: int = 128  # made after the prompt
     temperature: NotNegative = TEMPERATURE  # 0: the likeliest; 1: as the model has it
     seed: Seed = 0  # the same one samples the same text
+    cut: Share | None = None  # open a run of compress --anytime without this share
     raw: bool = False  # control characters and broken UTF-8 as they are, not escaped
 
 
@@ -120,6 +122,7 @@ def complete(
     folder: Path, records: list[dict[str, Any]], options: GenerateOptions
 ) -> list[bytes]:
     """Return what a run makes of each prompt, without the prompt."""
+    from uoe_jax.compress.anytime import open_run
     from uoe_jax.data.record import run_tokenizer
     from uoe_jax.generate import (
         continuation,
@@ -127,9 +130,8 @@ def complete(
         generate_all,
         need_decoder,
     )
-    from uoe_jax.runs.load import load_run
 
-    run = load_run(folder)
+    run = open_run(folder, cut=options.cut)
     model = need_decoder(run)
     tokenizer = run_tokenizer(folder, run.config)
     eos, prompts = None, []
@@ -184,11 +186,11 @@ def continue_text(folder: Path, options: GenerateOptions) -> str:
 
 def continue_bytes(folder: Path, options: GenerateOptions) -> bytes:
     """Return the prompt followed by what a run makes of it, as the bytes it made."""
+    from uoe_jax.compress.anytime import open_run
     from uoe_jax.generate import generate_text
-    from uoe_jax.runs.load import load_run
 
     return generate_text(
-        load_run(folder),
+        open_run(folder, cut=options.cut),
         options.prompt or "",
         options.max_new_tokens,
         part_of(options, Sampling),

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from uoe_jax.cli.parse import check_typed, parse
-from uoe_jax.config import DataConfig
+from uoe_jax.config import DataConfig, Share
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.escape import escape, escape_line
 from uoe_jax.files import format_json
@@ -29,6 +29,7 @@ class EvalOptions:
     split: Literal["train", "valid", "test"] = "valid"  # of the data
     checkpoint: Literal["last", "best"] = "last"  # of the run
     max_batches: int | None = None  # only the first batches of the split
+    cut: Share | None = None  # open a run of compress --anytime without this share
     json: bool = False  # one JSON object instead of tables
 
 
@@ -50,12 +51,13 @@ def evaluate(args: list[str]) -> int:
     from uoe_jax.cli.device import prepare
 
     prepare()
+    from uoe_jax.compress.anytime import open_run
     from uoe_jax.evaluate import evaluate as run_evaluation
     from uoe_jax.report.read import routed_layers
     from uoe_jax.report.table import format_table
-    from uoe_jax.runs.load import load_run, run_dataset
+    from uoe_jax.runs.load import run_dataset
 
-    run = load_run(folder, which=options.checkpoint)
+    run = open_run(folder, which=options.checkpoint, cut=options.cut)
     dataset = run_dataset(folder, run.config, options.split, options.data)
     found: dict[str, Any] = {
         "step": run.step,

@@ -1,4 +1,4 @@
-"""A run made smaller: seen on a text, sorted, cut, and written as another run."""
+"""A run made smaller: seen on a text, cut, and written as another run."""
 
 from __future__ import annotations
 
@@ -8,27 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from uoe_jax.compress.methods import sort_layers
-from uoe_jax.compress.options import LEAST_TOKENS, Compress
-from uoe_jax.compress.statistics import check_kinds, observe
-from uoe_jax.compress.widths import (
-    choose_widths,
-    error_curves,
-    layer_parts,
-    with_widths,
-)
+from uoe_jax.compress.anytime import read_anytime, sort_run, write_anytime
+from uoe_jax.compress.methods import prepare, sort_model
+from uoe_jax.compress.observed import Observed, block_params, take_apart
+from uoe_jax.compress.options import ANYTIME, LEAST_TOKENS, Compress
+from uoe_jax.compress.sorting import ENOUGH, few_tokens
+from uoe_jax.compress.statistics import check_kinds
+from uoe_jax.compress.stored import STATISTICS, stored_statistics
 from uoe_jax.config import ExperimentConfig, LayerWidths
 from uoe_jax.data.progress import note_once
+from uoe_jax.data.record import read_record
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.fields import check_ranges
+from uoe_jax.files import local_path
 from uoe_jax.hardware.count import count_params, flops_per_token
-from uoe_jax.model import with_params
-from uoe_jax.model.stacks import to_layers
-from uoe_jax.runs.probe import in_float32
 from uoe_jax.surgery import Changed, Form, Source, Surgery, Which, operate
 from uoe_jax.tree import Arrays
-
-ENOUGH = 10  # calibration tokens for each neuron of an expert
 
 
 def compress_run(
@@ -36,93 +31,168 @@ def compress_run(
 ) -> dict[str, Any]:
     """Write a run's checkpoint, made smaller, as a run into `out`; return the report.
 
+    With `anytime` the new run is the same function, and opens at any cut.
+
     Raises what `operate` does, and ConfigError for options that contradict each other
     or the model.
     """
     check_ranges(options, "compress.")
     options.check()
-    return operate(folder, out, cutting(options), verb="compress", which=which)
+    change = ordering(options) if options.anytime else cutting(options)
+    return operate(folder, out, change, verb="compress", which=which)
 
 
 def cutting(options: Compress) -> Surgery:
-    """Return the change that cuts a share of a model's channels."""
+    """Return the change that cuts a share of a model's channels, ranks or layers.
+
+    Of a run that opens at any cut, nothing is observed.
+    """
 
     def change(config: ExperimentConfig, params: Arrays, source: Source) -> Changed:
-        model = config.model
-        check_kinds(model)
-        if model.widths != LayerWidths():
-            raise ConfigError(
-                f"the layers of {source.folder} are of unequal width already; "
-                "compress the run that it was made of"
-            )
-        batch = source.calibration(options.calibrate)
-        tokens = _count(batch)
-        if tokens < LEAST_TOKENS:
-            raise DataError(
-                f"the calibration text has {tokens} tokens; at least {LEAST_TOKENS} "
-                f"are needed, and {ENOUGH} for each neuron for good fits"
-            )
-        note_once(f"compress: what {model.num_layers} layers do on {tokens:,} tokens")
-        dense = with_params(in_float32(model), params, source.buffers)
-        seen = observe(dense, batch)
-        _warn(seen)
-        rest, layers = to_layers(params, model)
-        found = sort_layers(options.method, layers, seen, model.rotates)
-        curves = [error_curves(a, b) for a, b in zip(found, seen, strict=True)]
-        parts = layer_parts(model, curves, options)
-        influences = np.array([layer.influence for layer in seen])
-        widths = choose_widths(parts, influences, options.cut or 0.0, options)
-        buffers = to_layers(source.buffers, model)[1]
-        made = with_widths(model, (rest, layers), found, parts, widths, buffers)
-        name = f"{config.name}-{options.method}{round(100 * (options.cut or 0))}"
+        model, wanted, about = config.model, options, {}
+        if (source.folder / ANYTIME).is_file():
+            arrays = (params, source.buffers)
+            ready, wanted = read_anytime(source.folder, model, *arrays, options)
+            made = ready.cut(wanted)
+        else:
+            observed, about = look(config, params, source, options)
+            made = prepare(observed, options.chosen)(options)
+        size = f"{round(100 * wanted.cut)}" if wanted.cut else f"-rank{wanted.rank}"
+        name = f"{config.name}-{wanted.chosen}{size}"
         new = dataclasses.replace(config, name=name, model=made.config)
-        before, after = (_size(c) for c in (config, new))
-        report = {
-            "method": options.method,
-            "allocate": options.allocate,
-            "cut": options.cut,
-            "calibration": str(options.calibrate),
-            "calibration_tokens": tokens,
-            "parameters": [before[0], after[0]],
-            "block_parameters": [before[1], after[1]],
-            "flops_per_token": [before[2], after[2]],
-            "influence": influences.tolist(),
-        }
         return Changed(
             did="compress",
             config=new,
             params=made.params,
             buffers=made.buffers,
-            report=report,
+            report=_report(config, new, wanted) | about,
             source_name="before",
-            forms={"after": Form(made.config, made.params, made.buffers)},
+            forms={"after": Form(*made)},
             same=False,
         )
 
     return change
 
 
-def _count(batch: Any) -> int:
+def ordering(options: Compress) -> Surgery:
+    """Return the change that puts a model's channels in order, for cuts to come."""
+
+    def change(config: ExperimentConfig, params: Arrays, source: Source) -> Changed:
+        observed, about = look(config, params, source, options)
+        made, beside = sort_run(sort_model(observed, options.chosen))
+        new = dataclasses.replace(config, name=f"{config.name}-anytime")
+        size = sum(array.nbytes for array in beside.values())
+        blocks = _block_bytes(observed)
+        about |= {"block_bytes": blocks, "bytes_beside": size,
+                  "file_share": (blocks + size) / blocks}  # fmt: skip
+        return Changed(
+            did="anytime",
+            config=new,
+            params=made.params,
+            buffers=made.buffers,
+            report=_report(config, new, options) | about,
+            source_name="before",
+            forms={"after": Form(*made)},
+            files={ANYTIME: lambda path: write_anytime(path, made, beside, options)},
+        )
+
+    return change
+
+
+def look(
+    config: ExperimentConfig, params: Arrays, source: Source, options: Compress
+) -> tuple[Observed, dict[str, Any]]:
+    """Return a model by layer with what its text shows, and what to report of that.
+
+    Raises ConfigError for a model that can't be compressed, or statistics of another,
+    DataError for too little text.
+    """
+    model = config.model
+    check_kinds(model)
+    if model.widths != LayerWidths():
+        raise ConfigError(
+            f"the layers of {source.folder} are of unequal width already; compress the "
+            "run that it was made of"
+        )
+    batch = source.calibration(options.calibrate)
+    tokens = count_tokens(batch)
+    if tokens < LEAST_TOKENS:
+        raise DataError(
+            f"the calibration text has {tokens} tokens; at least {LEAST_TOKENS} are "
+            f"needed, and {ENOUGH} for each neuron for good fits"
+        )
+    file = source.folder / STATISTICS
+    if options.statistics is not None:
+        file = local_path(options.statistics, "--statistics")
+    record = read_record(source.folder)
+    seen = stored_statistics(
+        file,
+        model,
+        (params, source.buffers),
+        batch,
+        record.tokenizer_identity if record else None,
+        given=options.statistics is not None,
+    )
+    observed = take_apart(model, params, source.buffers, seen)
+    _warn(observed)
+    return observed, {
+        "calibration": str(options.calibrate),
+        "calibration_tokens": tokens,
+        "influence": observed.influences.tolist(),
+    }
+
+
+def _report(
+    before: ExperimentConfig, after: ExperimentConfig, options: Compress
+) -> dict[str, Any]:
+    """Return what a report says of the sizes, and of how they came about."""
+    sizes = [
+        (
+            sum(count_params(c.model).values()),
+            block_params(c.model),
+            flops_per_token(c.model, c.seq_len).forward,
+        )
+        for c in (before, after)
+    ]
+    names = ("parameters", "block_parameters", "flops_per_token")
+    pairs = zip(names, zip(*sizes, strict=True), strict=True)
+    return {
+        "method": options.chosen,
+        "allocate": options.spread,
+        "cut": options.cut,
+        "rank": options.rank,
+        **{name: list(pair) for name, pair in pairs},
+    }
+
+
+def _block_bytes(observed: Observed) -> int:
+    parts = ("attention.", "mlp.")
+    return sum(
+        array.nbytes
+        for layer in observed.layers
+        for name, array in layer.items()
+        if name.startswith(parts)
+    )
+
+
+def count_tokens(batch: Any) -> int:
     """Return how many of a batch's tokens aren't padding."""
     if "segments" in batch:
         return int((np.asarray(batch["segments"]) != 0).sum())
     return int(len(batch["images"]))
 
 
-def _warn(seen: Any) -> None:
+def _warn(observed: Observed) -> None:
     """Say once if there is less text than good fits need."""
-    neurons = seen[0].neurons.shape[1]
-    least = min(float(layer.expert_tokens.min()) for layer in seen)
-    if least < ENOUGH * neurons:
-        note_once(
-            f"compress: {least:,.0f} tokens for {neurons:,} neurons of an expert; "
-            f"from {ENOUGH * neurons:,} on fits are good: give a longer --calibrate"
-        )
-
-
-def _size(config: ExperimentConfig) -> tuple[int, int, float]:
-    """Return parameters, those of the blocks' weights, and FLOPs a token."""
-    parts = count_params(config.model)
-    blocks = sum(parts.get(name, 0) for name in ("attention", "mlp"))
-    flops = flops_per_token(config.model, config.seq_len).forward
-    return sum(parts.values()), blocks, flops
+    few = np.concatenate([few_tokens(layer) for layer in observed.seen])
+    if not few.any():
+        return
+    neurons = max(layer.neurons.shape[1] for layer in observed.seen)
+    least = min(float(layer.expert_tokens.min()) for layer in observed.seen)
+    shared = ""
+    if any(layer.all_neurons.size for layer in observed.seen):
+        shared = f"; {few.sum()} of {few.size} experts are fitted on all tokens instead"
+    note_once(
+        f"compress: {least:,.0f} tokens for {neurons:,} neurons of an expert{shared}; "
+        f"from {ENOUGH * neurons:,} on fits are good: give a longer --calibrate"
+    )

@@ -78,11 +78,28 @@ def cut_mlp(layer: Layer, found: SortedLayer, count: int) -> dict[str, np.ndarra
 
     All of them: the parameters as they are, bit for bit.
     """
-    names = [name for name in layer if name.startswith("mlp.")]
-    kept = {name: layer[name] for name in names}
+    if count >= layer["mlp.w_down"].shape[1]:
+        return {name: layer[name] for name in layer if name.startswith("mlp.")}
+    return _first_neurons(layer, found, count)
+
+
+def sorted_layer(layer: Layer, found: SortedLayer) -> dict[str, np.ndarray]:
+    """Return a layer's parameters with neurons and values in order, all of them kept.
+
+    Pairs stay in their places, which are their frequencies.
+    """
+    new = {**layer, **_first_neurons(layer, found, layer["mlp.w_down"].shape[1])}
+    if found.values:
+        new |= cut_values(layer, found.values, len(found.values[0].into))
+    return new
+
+
+def _first_neurons(
+    layer: Layer, found: SortedLayer, count: int
+) -> dict[str, np.ndarray]:
+    """Return an MLP's parameters with the first `count` neurons in order."""
+    kept = {name: layer[name] for name in layer if name.startswith("mlp.")}
     w_down = layer["mlp.w_down"]
-    if count >= w_down.shape[1]:
-        return kept
     orders = [neurons.order[:count] for neurons in found.neurons]
     for name in ("mlp.w_up", "mlp.w_gate", "mlp.b_up", "mlp.b_gate"):
         if name in kept:

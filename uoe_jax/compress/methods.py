@@ -1,13 +1,33 @@
-"""The methods that sort a layer's channels, by name: a new one is a line and a file."""
+"""The methods by name; each looks at a model once and then cuts it at any share.
+
+A new one that sorts channels is a line and a file.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
 
 from uoe_jax.compress.channels import Layer, SortedLayer
+from uoe_jax.compress.depth import prepare_depth
 from uoe_jax.compress.modegpt import modegpt, sort
+from uoe_jax.compress.observed import Observed, Smaller
+from uoe_jax.compress.options import LOW_RANK, Compress
 from uoe_jax.compress.pruning import drop, flap, magnitude
+from uoe_jax.compress.ranks import prepare_ranks
 from uoe_jax.compress.statistics import LayerStatistics
+from uoe_jax.compress.widths import (
+    Curves,
+    choose_widths,
+    error_curves,
+    layer_parts,
+    with_widths,
+)
+from uoe_jax.config import ModelConfig
+from uoe_jax.tree import Arrays
 
 # (a layer's parameters, what was seen of it, whether pairs turn) -> sorted channels
 Sorter = Callable[[Layer, LayerStatistics, bool], SortedLayer]
@@ -20,12 +40,46 @@ SORTERS: Mapping[str, Sorter] = {
 }
 
 
-def sort_layers(
-    method: str,
-    layers: Sequence[Layer],
-    seen: Sequence[LayerStatistics],
-    rotates: bool,
-) -> list[SortedLayer]:
-    """Return every layer's channels as a method sorts them."""
-    sorter = SORTERS[method]
-    return [sorter(a, b, rotates) for a, b in zip(layers, seen, strict=True)]
+class SortedModel(NamedTuple):
+    """A model whose layers' channels are in order, and what each cut costs of them."""
+
+    model: ModelConfig
+    rest: Arrays
+    layers: list[Arrays]
+    buffers: list[Arrays]
+    found: Sequence[SortedLayer]
+    curves: Sequence[Curves]
+    influences: Float[np.ndarray, " L"]
+
+    def cut(self, options: Compress) -> Smaller:
+        """Return the model of a cut."""
+        parts = layer_parts(self.model, self.curves, options)
+        widths = choose_widths(parts, self.influences, options.cut or 0.0, options)
+        given = (self.rest, self.layers)
+        return with_widths(self.model, given, self.found, parts, widths, self.buffers)
+
+
+def sort_model(observed: Observed, method: str) -> SortedModel:
+    """Return a model as a method sorts its channels."""
+    sorter, rotates = SORTERS[method], observed.model.rotates
+    pairs = list(zip(observed.layers, observed.seen, strict=True))
+    found = [sorter(layer, seen, rotates) for layer, seen in pairs]
+    seen = observed.seen
+    curves = [error_curves(a, b) for a, b in zip(found, seen, strict=True)]
+    rest, layers, buffers = observed.rest, observed.layers, observed.buffers
+    return SortedModel(
+        observed.model, rest, layers, buffers, found, curves, observed.influences
+    )
+
+
+def prepare(observed: Observed, method: str) -> Callable[[Compress], Smaller]:
+    """Return what cuts a model by a method; all that doesn't depend on the cut is done.
+
+    Raises ConfigError for a model that the method doesn't take; so does each cut that
+    can't be.
+    """
+    if method in LOW_RANK:
+        return prepare_ranks(observed, method)
+    if method == "depth":
+        return prepare_depth(observed)
+    return sort_model(observed, method).cut

@@ -10,9 +10,13 @@ from uoe_jax.config import Share
 from uoe_jax.errors import ConfigError
 from uoe_jax.fields import Checked, Count, Positive
 
-Method = Literal["modegpt", "sort", "drop", "flap", "magnitude"]
+Method = Literal["modegpt", "sort", "drop", "flap", "magnitude", "lord", "svd", "depth"]
 Allocation = Literal["uniform", "bi", "curve", "seconds"]
+LOW_RANK = ("lord", "svd")
+# flap keeps the means of what a cut drops in biases, other than at another cut.
+ANYTIME_METHODS = ("modegpt", "sort", "drop", "magnitude")
 LEAST_TOKENS = 64  # of a calibration text
+ANYTIME = "anytime.safetensors"  # in a run that opens at any cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +27,23 @@ class Compress(Checked):
     cut: Share | None = None
 
     # modegpt: fitted; sort: its MLPs without fits; drop, flap, magnitude: by what
-    # channels write, fluctuate, weigh
-    method: Method = "modegpt"
+    # channels write, fluctuate, weigh; lord, svd: MLPs of low rank, by what comes out
+    # of them, by weights; depth: whole layers. modegpt if not given.
+    method: Method | None = None
 
     # Which layers and parts lose how much: all alike, by Block Influence, by error
-    # curves, by these over predicted seconds.
-    allocate: Allocation = "curve"
+    # curves, by these over predicted seconds. curve if not given; of low rank uniform.
+    allocate: Allocation | None = None
+
+    anytime: bool = False  # one run that opens at any cut, instead of a cut
+
+    rank: Count | None = None  # lord, svd: of every matrix, instead of a cut
 
     # A text file, or tokens of the run's training data.
     calibrate: Count | Path = 16_384
+
+    # What was seen of the text, read or put there; RUN/statistics.safetensors
+    statistics: Path | None = None
 
     # bi: how evenly layers share the cut, in deviations of their influence
     temperature: Positive = 1.0
@@ -40,7 +52,81 @@ class Compress(Checked):
 
     device: str = "H200"  # seconds: whose model of products
 
+    @property
+    def chosen(self) -> Method:
+        """The method: modegpt if none is given."""
+        return self.method or "modegpt"
+
+    @property
+    def spread(self) -> Allocation:
+        """How the cut is spread: by curves, or of methods without any alike."""
+        sorts = self.chosen not in (*LOW_RANK, "depth")
+        return self.allocate or ("curve" if sorts else "uniform")
+
     def check(self) -> None:
-        """Raise ConfigError for a cut that is missing."""
-        if self.cut is None:
+        """Raise ConfigError for a cut that is missing, or for what contradicts it."""
+        method = self.chosen
+        if self.anytime:
+            self._check_anytime()
+        if self.rank is not None and method not in LOW_RANK:
+            raise ConfigError(
+                f"rank is {self.rank} with method {method}; only "
+                f"{' and '.join(LOW_RANK)} have ranks, leave it out"
+            )
+        if self.rank is not None and self.cut is not None:
+            raise ConfigError(
+                f"cut is {self.cut:g} and rank {self.rank}; one settles the other, "
+                "give one of them"
+            )
+        if self.cut is None and self.rank is None and not self.anytime:
             raise ConfigError("no cut given; give a share of the blocks, such as 0.3")
+        if self.spread != "uniform" and method in (*LOW_RANK, "depth"):
+            way = "layers alike" if method in LOW_RANK else "whole layers"
+            raise ConfigError(
+                f"allocate is {self.allocate!r} with method {method}, which takes from "
+                f"{way}; leave it out"
+            )
+
+    def _check_anytime(self) -> None:
+        given = {"cut": self.cut, "rank": self.rank}
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{name} is {value:g} with anytime, a run that opens at any cut; "
+                    "leave one of them out"
+                )
+        if self.chosen not in ANYTIME_METHODS:
+            raise ConfigError(
+                f"method is {self.chosen} with anytime; "
+                f"{', '.join(ANYTIME_METHODS)} put channels in order, use one of them"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve(Compress):
+    """How a run is made smaller, or by how much each method and cut harms it."""
+
+    # Instead of one run: the loss at each of these cuts, by each of the methods.
+    curve: tuple[Share, ...] | None = None
+
+    methods: tuple[Method, ...] = ("modegpt", "sort", "drop")  # of the curve
+
+    def check(self) -> None:
+        """Raise ConfigError for what contradicts a curve, or each other."""
+        if not self.curve:
+            super().check()
+            return
+        given = {"cut": self.cut, "rank": self.rank, "method": self.method}
+        given["anytime"] = self.anytime or None
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{name} is {value} with curve, which has cuts and methods of its "
+                    "own; leave one of them out"
+                )
+        for name, values in (("curve", self.curve), ("methods", self.methods)):
+            if len(set(values)) < max(len(values), 1):
+                raise ConfigError(
+                    f"{name} is {' '.join(map(str, values))!r}; give each once, at "
+                    "least one"
+                )

@@ -22,22 +22,25 @@ _TRIES = 8  # of a ridge ten times larger each
 class Lift(NamedTuple):
     """Channels in order, and what gives the best weights of the first k for any k.
 
-    With C of the sorted channels = L L^T, `lifted` is M = L^T W. Then
-    `C_SS^-1 C_S: W = L[:k, :k]^-T M[:k]`, and the error of the output is the sum of
-    squares of M[k:].
+    With C of the sorted channels = L L^T and M = L^T W, `C_SS^-1 C_S: W` is
+    `L[:k, :k]^-T M[:k]`: the first rows of W, and what makes up for the others. The
+    error of the output is the sum of squares of M[k:].
     """
 
     order: Int[np.ndarray, " F"]
-    factor: Float[np.ndarray, "F F"]
-    lifted: Float[np.ndarray, "F D"]
+    factor: Float[np.ndarray, "F F"]  # L
+    rows: Float[np.ndarray, "F D"]  # W in order
 
     def weights(self, count: int) -> Float[np.ndarray, "K D"]:
         """Return the best weights of the first `count` channels."""
-        return solve_transposed(self.factor[:count, :count], self.lifted[:count])
+        kept, lost = self.rows[:count], self.rows[count:]
+        return kept + solve_transposed(
+            self.factor[:count, :count], self.factor[count:, :count].T @ lost
+        )
 
     def errors(self) -> Float[np.ndarray, " F1"]:
         """Return the output's squared error with the first k channels, k = 0 to F."""
-        return tail_sums(np.square(self.lifted.astype(np.float64)).sum(axis=1))
+        return tail_sums(np.square(self.factor.T @ self.rows).sum(axis=1))
 
 
 def make_lift(
@@ -49,7 +52,7 @@ def make_lift(
     """Return the lift of sorted channels, in float64."""
     sorted_moment = moment[np.ix_(order, order)].astype(np.float64)
     factor = cholesky(sorted_moment, ridge)
-    return Lift(order, factor, factor.T @ weights[order].astype(np.float64))
+    return Lift(order, factor, weights[order].astype(np.float64))
 
 
 def cholesky(

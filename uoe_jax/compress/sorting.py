@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from uoe_jax.compress.channels import Layer
 from uoe_jax.compress.query_key import pair_scores
 from uoe_jax.compress.statistics import LayerStatistics
 from uoe_jax.compress.value_output import value_moment
+
+ENOUGH = 10  # calibration tokens for each neuron of an expert
 
 
 class ExpertNeurons(NamedTuple):
@@ -47,17 +49,34 @@ def expert_neurons(layer: Layer, seen: LayerStatistics) -> list[ExpertNeurons]:
     names = [name for name in ("mlp.w_up", "mlp.w_gate") if name in layer]
     into = np.concatenate([layer[name] for name in names], axis=1).astype(np.float64)
     w_down = layer["mlp.w_down"].astype(np.float64)
-    tokens = np.maximum(seen.expert_tokens, 1).astype(np.float64)
     return [
-        ExpertNeurons(
-            seen.neurons[e].astype(np.float64),
-            seen.neurons_mean[e] / tokens[e],
-            float(tokens[e]),
-            into[e],
-            w_down[e],
-        )
-        for e in range(len(into))
+        ExpertNeurons(*_seen_of(seen, e), into[e], w_down[e]) for e in range(len(into))
     ]
+
+
+def few_tokens(seen: LayerStatistics) -> Bool[np.ndarray, " E"]:
+    """Return which experts saw fewer tokens than good fits of their neurons take."""
+    return seen.expert_tokens < ENOUGH * seen.neurons.shape[1]
+
+
+def _seen_of(
+    seen: LayerStatistics, expert: int
+) -> tuple[Float[np.ndarray, "F F"], Float[np.ndarray, " F"], float]:
+    """Return second moment, mean and tokens of an expert's neurons.
+
+    Of an expert of a union that few tokens chose: as all tokens have them, with the
+    energy that its own have.
+    """
+    tokens = max(float(seen.expert_tokens[expert]), 1.0)
+    moment = seen.neurons[expert].astype(np.float64)
+    mean = seen.neurons_mean[expert] / tokens
+    if not (seen.all_neurons.size and few_tokens(seen)[expert]):
+        return moment, mean, tokens
+    every, total = seen.all_neurons[expert].astype(np.float64), float(seen.tokens)
+    whole = max(float(np.trace(every)), 1e-300)
+    share = max(float(np.trace(moment)) / whole, 1 / max(total, 1.0))
+    mean = seen.all_neurons_mean[expert] / max(total, 1.0)
+    return every * share, mean * (share * total / tokens) ** 0.5, tokens
 
 
 def head_values(layer: Layer, seen: LayerStatistics) -> list[HeadValues]:

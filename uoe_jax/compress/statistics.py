@@ -46,6 +46,9 @@ class LayerStatistics(NamedTuple):
     expert_tokens: Float[np.ndarray, " E"]  # that chose it
     neurons: Float[np.ndarray, "E F F"]
     neurons_mean: Float[np.ndarray, "E F"]
+    # Of a union: the same of all tokens without gates, for experts that few chose.
+    all_neurons: Float[np.ndarray, "E F F"]
+    all_neurons_mean: Float[np.ndarray, "E F"]
     likeness: Float[np.ndarray, ""]  # sum of cos(residual before, after the layer)
     inverse_square: Float[np.ndarray, ""]  # sum of 1 / |residual before the MLP|^2
 
@@ -132,13 +135,16 @@ def _observe(
         sums = _attention_sums(attention, counted(first), counted(heads), mask)
     second = block.before(block.mlp_norm, residual)
     gates = mask[None].astype(x.dtype)
+    every = jnp.zeros((0, 0, 0), x.dtype), jnp.zeros((0, 0), x.dtype)
     if hasattr(block.mlp, "router"):
-        gates *= _gates(block.mlp, second, context)
         neurons, output = _run_experts(block.mlp, second, context)
+        every = _gated_moments(flat(neurons), jnp.tile(gates, (len(block.mlp.w_up), 1)))
+        gates *= _gates(block.mlp, second, context)
     else:
         neurons, output = run_mlp(block.mlp, second)
     after = block.add(block.mlp_norm, residual, output)
     sums |= _mlp_sums(counted(second), flat(neurons), gates)
+    sums |= dict(zip(("all_neurons", "all_neurons_mean"), every, strict=True))
     sums |= _residual_sums(flat(x), flat(residual), flat(after), mask)
     return residual, output, sums
 
@@ -205,14 +211,7 @@ def _mlp_sums(
     x: Float[Array, "N D"], neurons: Float[Array, "N EF"], gates: Float[Array, "E N"]
 ) -> dict[str, Array]:
     """Return sums of what the MLP reads and of its neurons times their gates."""
-    parts = jnp.moveaxis(neurons.reshape(x.shape[0], gates.shape[0], -1), 1, 0)
-
-    def one(item: tuple[Array, Array]) -> tuple[Array, Array]:
-        part, gate = item
-        scaled = part * gate[:, None]
-        return _moment(scaled), scaled.sum(0)
-
-    moments, means = jax.lax.map(one, (parts, gates))
+    moments, means = _gated_moments(neurons, gates)
     return {
         "mlp_input": _moment(x),
         "mlp_mean": x.sum(0),
@@ -220,6 +219,21 @@ def _mlp_sums(
         "neurons": moments,
         "neurons_mean": means,
     }
+
+
+def _gated_moments(
+    neurons: Float[Array, "N EF"], gates: Float[Array, "E N"]
+) -> tuple[Float[Array, "E F F"], Float[Array, "E F"]]:
+    """Return second moments and sums of each expert's neurons times their gates."""
+    experts, tokens = gates.shape
+    parts = jnp.moveaxis(neurons.reshape(tokens, experts, -1), 1, 0)
+
+    def one(item: tuple[Array, Array]) -> tuple[Array, Array]:
+        part, gate = item
+        scaled = part * gate[:, None]
+        return _moment(scaled), scaled.sum(0)
+
+    return jax.lax.map(one, (parts, gates))
 
 
 def _residual_sums(

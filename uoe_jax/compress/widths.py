@@ -23,6 +23,7 @@ from uoe_jax.compress.channels import (
     cut_query_key,
     cut_values,
 )
+from uoe_jax.compress.observed import Smaller
 from uoe_jax.compress.options import Compress
 from uoe_jax.compress.query_key import kept_pairs
 from uoe_jax.compress.statistics import LayerStatistics
@@ -63,7 +64,7 @@ def layer_parts(
     Pairs are left whole where queries and keys are normalised: dropping some would
     change what the others are divided by.
     """
-    seconds = _Seconds(model, options.device) if options.allocate == "seconds" else None
+    seconds = _Seconds(model, options.device) if options.spread == "seconds" else None
     cost = _parameters if seconds is None else seconds.cost
     parts = []
     for number, curve in enumerate(curves):
@@ -130,20 +131,12 @@ def choose_widths(
 ) -> Int[np.ndarray, " N"]:
     """Return every part's width at a cut."""
     whole = sum(float(part.costs[-1]) for part in parts)
-    if options.allocate in ("curve", "seconds"):
+    if options.spread in ("curve", "seconds"):
         return by_curve(parts, (1 - cut) * whole)
     shares = np.full(len(influences), cut)
-    if options.allocate == "bi":
+    if options.spread == "bi":
         shares = by_influence(influences, cut, options.temperature)
     return nearest_widths(parts, [1 - shares[part.layer] for part in parts])
-
-
-class Smaller(NamedTuple):
-    """A model of a cut: its config, parameters and buffers by name."""
-
-    config: ModelConfig
-    params: Arrays
-    buffers: Arrays
 
 
 def with_widths(

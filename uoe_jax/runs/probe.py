@@ -66,6 +66,18 @@ def _result(total: Float[np.ndarray, " 5"]) -> ProbeResult:
     return ProbeResult(difference, largest, first / weight, second / weight)
 
 
+def mean_loss(model: Any, batch: Mapping[str, np.ndarray]) -> float:
+    """Return a model's loss on a batch, nats a token or example, computed as `probe`.
+
+    Models of the same shapes are scored by one program.
+    """
+    total = np.zeros(2)
+    with jax.default_matmul_precision("highest"):
+        for part in _chunks(batch):
+            total += np.asarray(_score(model, part))
+    return float(total[0] / max(total[1], 1.0))
+
+
 def _chunks(batch: Mapping[str, np.ndarray]) -> list[dict[str, Array]]:
     first = next(iter(batch.values()))
     length = batch["tokens"].shape[1] if "tokens" in batch else 64
@@ -89,23 +101,35 @@ def _compare(
 
     `first` are the reference's logits.
     """
-    if "targets" in batch:
-        targets, weights = batch["targets"], batch["mask"]
-    else:
-        targets = jnp.maximum(batch["labels"], 0)
-        weights = (batch["labels"] >= 0).astype(jnp.float32)
+    targets, weights = _targets(batch)
     second = logits(model, batch)
     counts = (weights > 0)[..., None]
     difference = jnp.max(jnp.where(counts, jnp.abs(first - second), 0.0))
     largest = jnp.max(jnp.where(counts, jnp.abs(first), 0.0))
+    losses = [_nll(found, targets, weights) for found in (first, second)]
+    return jnp.stack([difference, largest, *losses, jnp.sum(weights)])
 
-    def nll(logits: Array) -> Array:
-        log_probs = jax.nn.log_softmax(logits, axis=-1)
-        picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-        return -jnp.sum(picked * weights)
 
-    sums = (nll(first), nll(second), jnp.sum(weights))
-    return jnp.stack([difference, largest, *sums])
+@jax.jit
+def _score(model: Any, batch: dict[str, Array]) -> Array:
+    """Return [summed loss, weight]."""
+    targets, weights = _targets(batch)
+    return jnp.stack([_nll(logits(model, batch), targets, weights), jnp.sum(weights)])
+
+
+def _targets(batch: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Return what is to be predicted, and whether it counts."""
+    if "targets" in batch:
+        return batch["targets"], batch["mask"]
+    labels = batch["labels"]
+    return jnp.maximum(labels, 0), (labels >= 0).astype(jnp.float32)
+
+
+def _nll(logits: Array, targets: Array, weights: Array) -> Array:
+    """Return the summed loss of logits, nats."""
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    return -jnp.sum(picked * weights)
 
 
 def logits(model: Any, batch: Mapping[str, Array]) -> Float[Array, "*N V"]:

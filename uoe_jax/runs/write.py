@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,8 @@ class Origin:
     report: Mapping[str, Any] = field(default_factory=dict)  # of `runs/result.py`
     texts: Mapping[str, str] = field(default_factory=dict)  # kept beside it, by name
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)  # by file name, .npy
+    # Other files, by name, and what writes each.
+    files: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
 
 
 def check_free(out: Path) -> None:
@@ -76,6 +78,8 @@ def write_run(
         write_environment(unfinished, {"made_from": about})
         for name, array in origin.arrays.items():
             np.save(unfinished / name, array, allow_pickle=False)
+        for name, write in origin.files.items():
+            write(unfinished / name)
         if origin.report:
             write_result(unfinished, origin.report)
         for name, text in origin.texts.items():

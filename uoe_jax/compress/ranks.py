@@ -1,0 +1,119 @@
+"""A model whose MLP matrices are products of low rank, all of one rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from uoe_jax.compress.channels import Layer, as_before
+from uoe_jax.compress.low_rank import (
+    LowRank,
+    break_even,
+    by_outputs,
+    by_weights,
+    check_rank,
+)
+from uoe_jax.compress.observed import Observed, Smaller, block_params
+from uoe_jax.compress.options import Compress
+from uoe_jax.compress.statistics import LayerStatistics
+from uoe_jax.config import RANKS, LayerWidths, ModelConfig
+from uoe_jax.errors import ConfigError
+from uoe_jax.model.stacks import from_layers
+from uoe_jax.tree import Arrays
+
+_BIASES = {"w_up": "b_up", "w_gate": "b_gate", "w_down": "b_down"}
+
+
+def prepare_ranks(observed: Observed, method: str) -> Callable[[Compress], Smaller]:
+    """Return what makes a model of any rank: every matrix is factored once.
+
+    Raises ConfigError for a model with MLPs that aren't dense.
+    """
+    for number, (_, mlp) in enumerate(observed.model.layer_kinds):
+        if mlp != "dense":
+            raise ConfigError(
+                f"layer {number} has mlp {mlp}; method {method} takes dense MLPs, use "
+                "another --method"
+            )
+    pairs = zip(observed.layers, observed.seen, strict=True)
+    factors = [_factors(layer, seen, method) for layer, seen in pairs]
+
+    def cut(options: Compress) -> Smaller:
+        rank = options.rank
+        if rank is None:
+            rank = uniform_rank(observed.model, options.cut or 0.0)
+        for name in factors[0]:
+            rows, columns = observed.layers[0][f"mlp.{name}"].shape[1:]
+            check_rank(rank, rows, columns, f"mlp.{name}")
+        return _with_rank(observed, factors, rank)
+
+    return cut
+
+
+def uniform_rank(model: ModelConfig, cut: float) -> int:
+    """Return the largest rank of all MLP matrices that cuts a share of the blocks.
+
+    Raises ConfigError for a cut that the MLPs haven't got.
+    """
+    d, f = model.d_model, model.d_ff
+    matrices = model.num_layers * (3 if model.gated else 2)
+    mlps, blocks = matrices * d * f, block_params(model)
+    rank = math.floor((1 - cut * blocks / mlps) * break_even(d, f))
+    if rank < 1:
+        raise ConfigError(
+            f"cut is {cut:g}; with only its MLPs of low rank a model loses less than "
+            f"{mlps / blocks:.3g} of its blocks, cut less"
+        )
+    return rank
+
+
+def _factors(layer: Layer, seen: LayerStatistics, method: str) -> dict[str, LowRank]:
+    """Return the factors of a dense MLP's matrices, the best ranks first."""
+    tokens = max(float(seen.tokens), 1.0)
+    inputs = (seen.mlp_input / tokens, seen.mlp_mean / tokens)
+    hidden = (seen.neurons[0] / tokens, seen.neurons_mean[0] / tokens)
+    found = {}
+    for name in RANKS:
+        weight = layer.get(f"mlp.{name}")
+        if weight is None:
+            continue
+        if method == "svd":
+            found[name] = by_weights(weight[0])
+            continue
+        moment, mean = hidden if name == "w_down" else inputs
+        bias = _bias(layer, name)
+        found[name] = by_outputs(moment, weight[0], mean, bias)
+    return found
+
+
+def _bias(layer: Layer, name: str) -> Any:
+    bias = layer.get(f"mlp.{_BIASES[name]}")
+    return None if bias is None else bias.reshape(-1).astype(np.float64)
+
+
+def _with_rank(
+    observed: Observed, factors: list[dict[str, LowRank]], rank: int
+) -> Smaller:
+    new = []
+    for layer, own in zip(observed.layers, factors, strict=True):
+        kept: Arrays = dict(layer)
+        for name, factor in own.items():
+            weight = kept.pop(f"mlp.{name}")
+            first, second = factor.into[:, :rank], factor.out[:rank]
+            kept[f"mlp.{name}_a"] = first[None].astype(weight.dtype)
+            kept[f"mlp.{name}_b"] = second[None].astype(weight.dtype)
+            bias = _bias(layer, name)
+            if bias is not None:
+                key = f"mlp.{_BIASES[name]}"
+                shifted = factor.bias(rank, bias).reshape(layer[key].shape)
+                kept |= as_before({key: shifted}, layer)
+        new.append(kept)
+    model = observed.model
+    ranks = {RANKS[name]: (rank,) * model.num_layers for name in factors[0]}
+    config = dataclasses.replace(model, widths=LayerWidths(**ranks))
+    params = from_layers(observed.rest, new, config)
+    return Smaller(config, params, from_layers({}, observed.buffers, config))
