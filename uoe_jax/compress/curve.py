@@ -56,7 +56,7 @@ def compare_run(
         "allocate": options.allocate,
         "probe_tokens": count_scored(batch),
         **about,
-        "rows": [{"method": "dense", "cut": 0.0, **_score(dense, {"held_out": batch})}],
+        "rows": [{"method": "dense", "cut": 0.0, **score(dense, {"held_out": batch})}],
     }
     rows = compare(observed, options, {"held_out": batch}, run.config.seq_len)
     for row in rows:
@@ -93,7 +93,7 @@ def compare(
                 continue
             row["allocate"] = wanted.spread
             row["seconds"] = time.perf_counter() - start
-            yield row | _sizes(observed, made, length) | _score(made, held)
+            yield row | sizes(observed, made, length) | score(made, held)
 
 
 def _one(options: Curve, method: str, cut: float) -> Compress:
@@ -106,7 +106,8 @@ def _one(options: Curve, method: str, cut: float) -> Compress:
     return Compress(**given)
 
 
-def _sizes(observed: Observed, made: Smaller, length: int) -> dict[str, float]:
+def sizes(observed: Observed, made: Smaller, length: int) -> dict[str, float]:
+    """Return a smaller model's parameters of blocks and FLOPs as shares of a whole."""
     flops = lambda model: flops_per_token(model, length).forward
     before, after = observed.model, made.config
     return {
@@ -115,7 +116,7 @@ def _sizes(observed: Observed, made: Smaller, length: int) -> dict[str, float]:
     }
 
 
-def _score(
+def score(
     made: Smaller, held: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, float]:
     """Return the perplexity of each text.
