@@ -20,6 +20,8 @@ from uoe_jax.model import (
     whole_buffers,
     with_params,
 )
+from uoe_jax.model.decoding.attention import NarrowTokenAttention
+from uoe_jax.model.decoding.step import prepare
 from uoe_jax.validation import validate_model
 from uoe_jax.weights import BLOCKS, layer_period, model_params
 
@@ -159,13 +161,15 @@ def test_a_narrow_model_is_the_whole_one_with_zeros(case):
     assert float(jnp.abs(want - whole).max()) > 1e-2
 
 
-@pytest.mark.parametrize("case", ["bias", "union", "windows"])
+@pytest.mark.parametrize("case", ["bias", "union", "windows", "learned", "swiglu"])
 def test_decoding_is_the_forward_pass(case):
     config = tiny(**CASES[case])
     experts = config.union.num_experts if "union" in config.mlp else 1
     rng = np.random.default_rng(7)
     model, _ = narrow_model(config, widths_of(rng, config.num_layers, experts), 5)
     config = model.config
+    forms = [type(layer.attention) for layer in prepare(model, 2, False).layers]
+    assert forms == [NarrowTokenAttention] * config.num_layers
     tokens = batch(2, (2, 16))
     want = model(tokens)[0]
     lengths = jnp.array([5, 3])

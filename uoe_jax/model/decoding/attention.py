@@ -21,7 +21,7 @@ from uoe_jax.ops.cache_attention.xla import (
     turn,
     written_rows,
 )
-from uoe_jax.ops.rotary import cosines_and_sines
+from uoe_jax.ops.rotary import cosines_and_sines, frequencies, rotate_pairs
 from uoe_jax.ops.token_products.api import (
     Addition,
     Parts,
@@ -90,6 +90,69 @@ class TokenAttention:
             new["experts"] = store.experts
         slot = slot._replace(entry={**entry, **new})
         return add(parts, self.outputs, x, picks), slot
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NarrowTokenAttention:
+    """Dense attention whose keys or values are narrower than the model's heads.
+
+    Its products are those of other attention; between them is plain JAX, as the kernels
+    have heads of one width, whose pairs are the same in all of them.
+    """
+
+    inputs: Projection
+    outputs: Addition
+    frequencies: Any  # [K, pairs], radians a position; None: not rotated
+    norms: Any  # of queries and keys; None: not normalised
+    widths: tuple[int, int, int] = static()  # of keys, of values, of the model's heads
+    window: int | None = static(None)
+
+    @classmethod
+    def of(cls, layer: Any, dtype: Any) -> NarrowTokenAttention:
+        """Return a narrow dense attention's weights as decoding reads them."""
+        spectrum, heads = None, layer.wk.shape[2]
+        if layer.theta is not None:
+            spectrum = frequencies(layer.head_dim, layer.theta, layer.scaling)
+            spectrum = jnp.broadcast_to(spectrum[None], (heads, spectrum.size))
+            if layer.rotary_pairs is not None:
+                pairs = layer.rotary_pairs[...]
+                spectrum = jnp.take_along_axis(spectrum, pairs, axis=1)
+        norms = None
+        if layer.q_norm is not None:
+            norms = (layer.q_norm, layer.k_norm)
+        return cls(
+            inputs=_inputs(layer, ("q", "k", "v"), dtype),
+            outputs=_outputs(layer, dtype),
+            frequencies=spectrum,
+            norms=norms,
+            widths=(layer.wk.shape[-1], layer.wv.shape[-1], layer.head_dim),
+            window=layer.window,
+        )
+
+    def add_to(
+        self, x: Float[Array, "B D"], norm: Norm | None, slot: Slot
+    ) -> tuple[Float[Array, "B D"], Slot]:
+        """Return x plus the attention of norm(x), and its slot."""
+        inner, scale, _, slot = enter(None, x, norm, slot)
+        token = project(inner, self.inputs, scale)[:, 0]
+        keys_wide, values_wide, head_dim = self.widths
+        heads = slot.entry["k"].shape[-2]
+        ends = [token.shape[1] - heads * n
+                for n in (keys_wide + values_wide, values_wide)]  # fmt: skip
+        q, k, v = jnp.split(token, ends, axis=1)
+        q, k = (a.reshape(len(x), -1, keys_wide) for a in (q, k))
+        if self.norms is not None:
+            q, k = (own(a) for own, a in zip(self.norms, (q, k), strict=True))
+        if self.frequencies is not None:
+            q, k = (rotate_pairs(a, slot.lengths, self.frequencies) for a in (q, k))
+        # Scores are divided by the root of the model's width, not of the keys'.
+        q = q * (keys_wide / head_dim) ** 0.5
+        slot, (keys, values) = slot.append_token(k, v.reshape(len(x), heads, -1))
+        visible = written_rows(keys, slot.row, self.window)
+        q = q.reshape(len(x), heads, -1, keys_wide)
+        out = attend_cache(q, keys, values, visible)
+        return add(Parts(out.reshape(len(x), 1, 1, -1)), self.outputs, x), slot
 
 
 @jax.tree_util.register_dataclass

@@ -16,7 +16,11 @@ from uoe_jax.model.baselines.mod import decode_around
 from uoe_jax.model.baselines.moe import MoeMlp
 from uoe_jax.model.baselines.moh import MohAttention
 from uoe_jax.model.cache import Cache, Entry, Slot
-from uoe_jax.model.decoding.attention import SharedKvTokenAttention, TokenAttention
+from uoe_jax.model.decoding.attention import (
+    NarrowTokenAttention,
+    SharedKvTokenAttention,
+    TokenAttention,
+)
 from uoe_jax.model.decoding.mlp import TokenMlp
 from uoe_jax.model.decoding.routing import scale_of, serves
 from uoe_jax.model.layers import Norm
@@ -219,8 +223,9 @@ def _prepare_part(part: Any, dtype: Any, batch: int) -> Any:
     """Return a part in its form for decoding, or as it is."""
     form = FORMS.get(type(part))
     router = getattr(part, "router", None)
-    # Forms are of heads of one width and of whole matrices.
-    if getattr(part, "narrow", False) or getattr(part, "low_rank", ()):
+    if getattr(part, "narrow", False):
+        form = NarrowTokenAttention.of
+    if getattr(part, "low_rank", ()):  # forms are of whole matrices
         form = None
     if form is None:
         return OwnPart(part)
