@@ -106,18 +106,21 @@ def test_fits_bring_the_model_nearer_than_dropping():
     assert errors["modegpt"] < errors["sort"]
 
 
-def test_a_union_all_on_with_experts_cut_is_the_dense_model_cut_so():
+@pytest.mark.parametrize("method", ["drop", "modegpt"])
+def test_a_union_all_on_with_experts_cut_is_the_dense_model_cut_so(method):
     params = draw(WIDE, 5)
     union = union_config(WIDE, 4, 4, ("mlp",))
     routed = split_params(params, WIDE, union)
     widths = {"mlp": 4, "query_key": 3, "value_output": 6}
-    batch, found, made = cut(union, routed, widths, "drop")
+    batch, found, made = cut(union, routed, widths, method)
     rest, layers = to_layers(made.params, made.config)
     assert layers[0]["mlp.w_up"].shape == (4, 16, 4)
     whole_rest, dense = to_layers(params, WIDE)
-    for layer, channels in zip(dense, found, strict=True):
+    for layer, other, channels in zip(dense, layers, found, strict=True):
+        whole = layer["mlp.w_down"] = np.zeros_like(layer["mlp.w_down"])
         for expert, neurons in enumerate(channels.neurons):
-            layer["mlp.w_down"][:, 6 * expert + neurons.order[4:]] = 0
+            kept = 6 * expert + neurons.order[:4]
+            whole[0, kept] = other["mlp.w_down"][expert]
     # The same attention, and the dense model's neurons at zero.
     for layer, other in zip(dense, layers, strict=True):
         layer |= {n: a for n, a in other.items() if n.startswith("attention.")}
@@ -126,6 +129,23 @@ def test_a_union_all_on_with_experts_cut_is_the_dense_model_cut_so():
     )
     wanted = logits(config, from_layers(whole_rest, dense, config), batch, made.buffers)
     near(logits(made.config, made.params, batch, made.buffers), wanted, 2e-5)
+
+
+def test_a_cut_model_sees_how_far_tokens_are_apart_not_where_they_are():
+    config = dataclasses.replace(WIDE, max_seq_len=64)
+    params = draw(config, 9)
+    widths = {"mlp": 12, "query_key": 2, "value_output": 4}
+    batch, _, made = cut(config, params, widths)
+    model = with_params(made.config, made.params, made.buffers)
+    tokens, segments = (jnp.asarray(batch[k]) for k in ("tokens", "segments"))
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    here, there = (
+        np.asarray(model(tokens, segments=segments, positions=places + shift)[0])
+        for shift in (0, 41)
+    )
+    near(here, there, 1e-4)
+    turned = np.asarray(model(tokens, segments=segments, positions=2 * places)[0])
+    assert np.abs(turned - here).max() > 1e-2
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "bi", "curve", "seconds"])

@@ -20,8 +20,10 @@ from uoe_jax.compress.order import (
     make_lift,
     solve_transposed,
 )
+from uoe_jax.compress.query_key import kept_pairs, pair_dims, pair_scores
 from uoe_jax.compress.value_output import chosen_values, value_basis, value_moment
 from uoe_jax.errors import ConfigError
+from uoe_jax.ops.rotary import rotate
 
 seeds = st.integers(0, 2**31)
 
@@ -216,3 +218,35 @@ def test_a_rank_that_saves_nothing_is_refused():
         check_rank(419, 576, 1536, "mlp.w_up")
     with pytest.raises(ConfigError, match="use 1 to 3"):  # half of a square is even
         check_rank(4, 8, 8, "wo")
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.integers(0, 3))
+def test_scores_bound_what_dropped_pairs_change(seed, shift):
+    """|sum of dropped q_i k_i|^2 <= (sum of their scores)^2, rotated or not."""
+    rng = np.random.default_rng(seed)
+    queries, keys = rng.normal(size=(2, 30, 8)), rng.normal(size=(30, 8))
+    scale = rng.uniform(0.1, 3, 8)
+    queries, keys = queries * scale, keys * scale[::-1]
+    turn = lambda x: np.asarray(
+        rotate(jnp.asarray(x)[:, None], shift + jnp.arange(30), 100.0, None)[:, 0]
+    )
+    rotated = [turn(q) for q in queries], turn(keys)
+    squares = np.square(queries).sum(1)[None], np.square(keys).sum(0)[None]
+    scores = pair_scores(*squares, rotates=True)
+    # Rotation, and where a text begins, change no score.
+    after = [np.square(np.stack(rotated[0])).sum(1)[None]]
+    after.append(np.square(rotated[1]).sum(0)[None])
+    assert (
+        np.abs(pair_scores(*after, rotates=True) - scores).max() < 1e-4 * scores.max()
+    )
+    for count in range(1, 4):
+        kept = kept_pairs(scores, count)
+        dropped = np.setdiff1d(np.arange(4), kept[0])
+        dims = pair_dims(dropped[None], 8, True)[0]
+        lost = sum(
+            np.square(q[:, dims] @ rotated[1][:, dims].T).sum() for q in rotated[0]
+        )
+        assert lost <= scores[0, dropped].sum() ** 2 * (1 + 1e-5)
+        whole = sum(np.square(q[:, dims] @ keys[:, dims].T).sum() for q in queries)
+        assert whole <= scores[0, dropped].sum() ** 2 * (1 + 1e-9)

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from tests.decompose.test_exact import DENSE, draw
+from uoe_jax.compress.sorting import expert_neurons, few_tokens
 from uoe_jax.compress.statistics import _observe, observe
 from uoe_jax.config import UnionConfig
 from uoe_jax.decompose.split import split_params, union_config
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import with_params
 from uoe_jax.model.observe import Stream, layer_values
+from uoe_jax.model.stacks import to_layers
 
 
 def batch_of(model, rows=5, length=12, seed=0):
@@ -94,9 +96,21 @@ def test_experts_see_the_tokens_that_chose_them():
     config = dataclasses.replace(DENSE, mlp=("union",), union=union)
     model, batch = with_params(config, draw(config, 3)), batch_of(config)
     seen = observe(model, batch)
+    params = to_layers(draw(config, 3), config)[1]
     for layer in seen:
         assert layer.expert_tokens.sum() == 2 * 57
         assert layer.neurons.shape == (4, 6, 6)
+        # 57 tokens are few: an expert's channels are those of all, with its energy.
+        assert few_tokens(layer).all()
+        for e, shared in enumerate(expert_neurons(params[0], layer)):
+            own, every = layer.neurons[e], layer.all_neurons[e].astype(np.float64)
+            near(shared.moment / np.trace(shared.moment), every / np.trace(every))
+            # Of one that nobody chose: the energy of one token of all.
+            energy = max(np.trace(own), np.trace(every) / 57)
+            near(np.trace(shared.moment), energy)
+        plenty = layer._replace(expert_tokens=np.full(4, 60.0))
+        for e, alone in enumerate(expert_neurons(params[0], plenty)):
+            near(alone.moment, layer.neurons[e])
     # The residual goes on as the model's own: its last hidden state is found again.
     stream = Stream(model, batch)
     for _ in range(2):
@@ -122,6 +136,8 @@ def test_experts_all_on_and_alike_are_the_dense_layer():
             place = slice(6 * e, 6 * e + 6)
             near(second.neurons[e], first.neurons[0, place, place], 1e-4)
         near(second.heads, first.heads, 1e-4)
+        near(second.all_neurons, second.neurons, 1e-4)
+        near(second.all_neurons_mean, second.neurons_mean, 1e-4)
 
 
 def test_kinds_that_are_not_known_are_refused():

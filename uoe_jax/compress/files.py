@@ -46,6 +46,7 @@ def write_arrays(
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(content, temporary, metadata=described)
+        temporary.chmod(0o644)  # it is made for its owner alone
         temporary.replace(path)
     except SafetensorError as error:
         raise OSError(" ".join(str(error).split())) from None
