@@ -48,6 +48,10 @@ class Source:
         """Return a batch to calibrate on: a text's, or so many tokens of the run's."""
         return calibration_batch(self.config, source)
 
+    def held_out(self) -> Batch:
+        """Return a batch of the run's validation data."""
+        return probe_batch(run_dataset(self.folder, self.config, "valid"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Changed:

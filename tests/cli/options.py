@@ -125,6 +125,7 @@ TESTED: dict[str, dict[str, str]] = {
         "--experts": "cli/test_decompose.py",
         "--grouping": "cli/test_decompose.py",
         "--json": "cli/test_decompose.py",
+        "--max-experts": "cli/test_decompose.py",
         "--merge": "cli/test_decompose.py",
         "--out": "cli/test_decompose.py",
         "--top-k": "cli/test_decompose.py",

@@ -89,6 +89,35 @@ def test_an_always_on_core_and_fitted_projections(dense_run, tmp_path, capsys):
     assert (union.num_shared, union.top_k) == (2, 4)
 
 
+def test_groupings_stand_side_by_side_and_the_best_is_written(
+    dense_run, tmp_path, capsys
+):
+    args = ["decompose", str(dense_run), "--experts", "8", "--top-k", "4", "--parts"]
+    words = ["mlp", "--grouping", "all", "--router", "clusters", "--calibrate", "512"]
+    assert main([*args, *words, "--out", str(tmp_path / "best")]) == 0
+    said = capsys.readouterr()
+    assert "groupings are tried on held-out data" in said.err
+    lines = said.out.splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("grouping"))
+    assert lines[first].split() == "grouping error worst layer oracle loss".split()
+    table = [line.split() for line in lines[first + 2 : first + 8]]
+    found = read(tmp_path / "best")
+    assert [row[0] for row in table] == [row["grouping"] for row in found["groupings"]]
+    losses = {row["grouping"]: row["loss"] for row in found["groupings"]}
+    assert found["grouping"] == min(losses, key=losses.get)
+    assert found["router"] == "clusters" and found["exact"]
+    assert found["loss_as_written"] == pytest.approx(min(losses.values()), abs=1e-5)
+
+
+def test_as_many_experts_as_ppp_finds_or_one_line(dense_run, tmp_path, capsys):
+    args = ["decompose", str(dense_run), "--experts", "auto", "--parts", "mlp"]
+    out = tmp_path / "auto"
+    assert main([*args, "--max-experts", "8", "--out", str(out)]) == 1
+    said = capsys.readouterr()
+    assert "experts auto: one." in said.err and "give --experts" in said.err
+    assert not said.out and not out.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
@@ -101,6 +130,12 @@ def test_an_always_on_core_and_fitted_projections(dense_run, tmp_path, capsys):
         (["--experts", "4", "--top-k", "2", "--shared", "2"], "use 0 to 1"),
         (["--experts", "4", "--refit"], "a token uses all 4"),
         (["--experts", "4", "--shared", "1", "--parts", "attention"], "the MLP's"),
+        (["--experts", "4", "--max-experts", "8"], "it is for experts auto"),
+        (["--experts", "4", "--grouping", "all"], "a token uses all 4"),
+        (["--experts", "auto", "--parts", "attention"], "the MLP's"),
+        (["--experts", "auto", "--max-experts", "1"], "no number from 2 to 1"),
+        (["--experts", "auto", "--top-k", "0"], "--top-k is 0"),
+        (["--experts", "many"], "many"),
         (["--merge"], "dense already"),
         (["--experts", "4", "--top-k", "2", "--calibrate", "0"], "calibrate is 0"),
         (["--experts", "4", "--top-k", "2", "--calibrate", "no.txt"], "no.txt"),

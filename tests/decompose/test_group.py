@@ -10,12 +10,14 @@ import pytest
 from tests.compare import assert_close
 from tests.decompose.test_exact import DENSE, draw
 from uoe_jax.decompose.cut import Cut
-from uoe_jax.decompose.group import (
-    coactivation_order,
-    order_neurons,
-)
+from uoe_jax.decompose.group import GROUPINGS, GROUPS, Neurons, order_neurons
 from uoe_jax.decompose.plan import as_written, make_plan
-from uoe_jax.decompose.route import SCORE_DEVIATION, expert_lengths, fit_router
+from uoe_jax.decompose.route import (
+    SCORE_DEVIATION,
+    cluster_router,
+    expert_lengths,
+    fit_router,
+)
 from uoe_jax.decompose.split import union_config
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import with_params
@@ -23,25 +25,38 @@ from uoe_jax.model.observe import layer_values
 from uoe_jax.runs.probe import logits
 
 
-def test_neurons_that_are_active_together_are_grouped():
+@pytest.mark.parametrize("grouping", ["weights", "coactivation", "spectral", "mlc"])
+def test_neurons_that_belong_together_are_grouped(grouping):
     rng = np.random.default_rng(0)
     topic = rng.integers(0, 4, 300)
-    label = rng.permutation(np.repeat(np.arange(4), 8))
-    active = (topic[:, None] == label[None]) * rng.uniform(0.8, 1.2, (300, 32))
-    order = coactivation_order(active + rng.normal(0, 0.05, active.shape), 4)
-    assert sorted(order) == list(range(32))
+    label = rng.permutation(np.repeat(np.arange(4), 32))
+    active = (topic[:, None] == label[None]) * rng.uniform(0.8, 1.2, (300, 128))
+    # Neurons of a topic read alike too.
+    w_in = rng.normal(size=(8, 4))[:, label] + rng.normal(0, 0.05, (8, 128))
+    neurons = Neurons(128, active + rng.normal(0, 0.05, active.shape), w_in)
+    order = order_neurons(grouping, 4, neurons)
+    assert sorted(order) == list(range(128))
     assert all(len(set(label[part])) == 1 for part in np.split(order, 4))
-    again = coactivation_order(active, 4, seed=1)
-    assert all(len(set(label[part])) == 1 for part in np.split(again, 4))
+    if grouping != "mlc":  # which would train another network
+        again = order_neurons(grouping, 4, Neurons(128, active, w_in), seed=1)
+        assert all(len(set(label[part])) == 1 for part in np.split(again, 4))
 
 
 def test_orders_depend_on_the_seed_only():
-    assert order_neurons("contiguous", 4, 8).tolist() == list(range(8))
-    first, same, other = (order_neurons("random", 4, 64, seed=s) for s in (1, 1, 2))
+    order = lambda grouping, seed=0: order_neurons(grouping, 4, Neurons(64), seed=seed)
+    assert order("contiguous").tolist() == list(range(64))
+    first, same, other = (order("random", seed) for seed in (1, 1, 2))
     assert (first == same).all() and (first != other).any()
     assert sorted(first) == list(range(64))
-    with pytest.raises(ConfigError, match="calibration data"):
-        order_neurons("coactivation", 4, 8)
+
+
+def test_a_grouping_without_what_it_looks_at_is_refused():
+    assert tuple(GROUPS) == GROUPINGS
+    for grouping in ("coactivation", "spectral", "mlc"):
+        with pytest.raises(ConfigError, match="calibration data"):
+            order_neurons(grouping, 4, Neurons(8))
+    with pytest.raises(ConfigError, match="input weights"):
+        order_neurons("weights", 4, Neurons(8))
 
 
 def test_a_fitted_router_ranks_experts_as_their_outputs_do():
@@ -112,3 +127,18 @@ def test_least_squares_routers_leave_out_less_than_the_last_experts(dense):
         fit.explained > 0 for fit in plan.routers.values()
     )
     assert 0 < error["least_squares"] < error["zero"]
+
+
+def test_clusters_of_inputs_point_experts_to_where_they_write_most():
+    rng = np.random.default_rng(3)
+    kind = rng.integers(0, 4, 600)
+    x = 3 * np.eye(6)[kind] + rng.normal(0, 0.2, (600, 6)) + 5
+    expert = np.array([2, 0, 3, 1])  # of each kind
+    shares = 1.0 + 2 * (np.arange(4)[None] == expert[kind][:, None])
+    fit = cluster_router(x, shares)
+    decided = x @ fit.weight + fit.bias
+    assert (decided.argmax(axis=1) == expert[kind]).all() and fit.explained > 0.8
+    assert_close(decided.std(), SCORE_DEVIATION, 1e-6)
+    # As few different inputs as that have no clusters: finite, nothing claimed.
+    flat = cluster_router(np.ones((5, 6)), shares[:5])
+    assert np.isfinite(flat.weight).all() and flat.explained == 0

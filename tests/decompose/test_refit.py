@@ -108,8 +108,11 @@ def test_refitted_layers_write_what_the_union_computes(dense, shared):
     for number, fit in plan.refits.items():
         last = stream.run_layer()
         bias = params["trunk.blocks.0.mlp.b_down"][number]
-        stream.replace_output(fit.outputs + bias)
-    x = last.residual + fit.outputs + bias
+        router, mlp = plan.routers[number, "mlp"], union.union_for("mlp")
+        gates = np.repeat(chosen_gates(last.mlp_input, router, mlp), 6, axis=1)
+        outputs = (last.neurons[:, plan.order[number]] * gates) @ fit.w_down
+        stream.replace_output(outputs + bias)
+    x = last.residual + outputs + bias
     found = with_params(union, params, biases)
     tokens, segments = jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"])
     hidden = np.asarray(found.hidden(tokens, segments=segments)[0])

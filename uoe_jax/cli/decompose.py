@@ -16,6 +16,7 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
 from uoe_jax.fields import Count
 from uoe_jax.files import format_json
+from uoe_jax.report.table import format_table
 from uoe_jax.runs.find import RUNS, find_run
 from uoe_jax.validation import read_config
 
@@ -26,8 +27,9 @@ class DecomposeOptions(Cut):
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]  # or runs/RUN
 
-    # Experts of every attention and MLP block; left out with --merge.
-    num_experts: Annotated[Count | None, arg(name="experts")] = None  # pyrefly: ignore[bad-override]
+    # Experts of every attention and MLP block; auto: as many as PPP finds among the
+    # neurons. Left out with --merge.
+    num_experts: Annotated[Count | Literal["auto"] | None, arg(name="experts")] = None  # pyrefly: ignore[bad-override]
 
     merge: bool = False  # a union run back into a dense one
 
@@ -99,6 +101,10 @@ def _lines(found: dict[str, Any], out: Path) -> list[str]:
     if split:
         bits = "the same bits" if found["weights_bitwise"] else "OTHER WEIGHTS"
         lines.append(f"merged back: {bits}")
+        if "experts_found" in found:
+            lines += _number_lines(found["experts_found"])
+        if "groupings" in found:
+            lines += [_groupings_table(found["groupings"]), ""]
         if found["refits"]:
             before, after = map(fmean, zip(*found["refits"].values(), strict=True))
             lines.append(
@@ -117,3 +123,33 @@ def _lines(found: dict[str, Any], out: Path) -> list[str]:
         )
         lines.append(f"run: {out}")
     return lines
+
+
+def _number_lines(number: dict[str, Any]) -> list[str]:
+    """Return the number of experts that was found, and what its neighbours cost."""
+    layers = ", ".join(map(str, number["layers"]))
+    price = number["prices"].get(str(number["chosen"]))
+    cost = "not tried" if price is None else f"ICL {price:.3g} a neuron above the least"
+    return [
+        f"experts auto: PPP takes {number['wanted']} for all layers (alone: {layers}); "
+        f"{number['chosen']} fit the model: {cost}"
+    ]
+
+
+def _groupings_table(rows: list[dict[str, Any]]) -> str:
+    """Return groupings side by side, each with its errors and its loss."""
+    header = ["grouping", "error", "worst", "layer", "oracle", "loss"]
+    return format_table(
+        header,
+        [
+            [
+                row["grouping"],
+                f"{row['error']:.3f}",
+                f"{row['worst_error']:.3f}",
+                row["worst_layer"],
+                f"{row['oracle_error']:.3f}",
+                f"{row['loss']:.4f}",
+            ]
+            for row in rows
+        ],
+    )

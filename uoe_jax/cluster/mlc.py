@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Float, Int, Shaped
 
+from uoe_jax.cluster.descent import Step, main_step, start_step
 from uoe_jax.cluster.metrics import numerical_rank
 from uoe_jax.cluster.network import TwoHeads, unit_rows
-from uoe_jax.cluster.objective import membership, start_value, value
+from uoe_jax.cluster.objective import membership
 from uoe_jax.cluster.ppp import PPP
 from uoe_jax.cluster.prepare import check_points
 from uoe_jax.cluster.spectral import spectral_labels
@@ -150,49 +150,28 @@ class MLC(Checked):
         x = self._prepared(points)
         net = TwoHeads(x.shape[1], self.hidden, self.width, nnx.Rngs(self.seed))
         self._graph, state = nnx.split(net)
-        self.history = []
-
-        def start(state: Any, views: Any) -> Any:
-            net = nnx.merge(self._graph, state)
-            pair = (net(views[0])[0], net(views[1])[0])
-            return -start_value(pair, self.eps2, self.invariance)
-
-        def main(state: Any, views: Any) -> Any:
-            net = nnx.merge(self._graph, state)
-            (z, c), (z2, c2) = net(views[0]), net(views[1])
-            knobs = {"eps2": self.eps2, "eta": self.eta, "gamma": self.gamma}
-            return -value((z, z2), (c, c2), absolute=self.absolute, **knobs)
-
-        state = self._descend(start, state, x, self.start_steps, self.start_rate)
+        knobs = self.eps2, self.invariance, self.noise
+        step = start_step(self._graph, knobs, self.start_rate)
+        state = self._descend(step, state, x, self.start_steps)
         net = nnx.merge(self._graph, state)
         nnx.update(net.clusters, nnx.state(net.features))  # the one-shot start
         self._graph, state = nnx.split(net)
-        self.history = []
-        self._state = self._descend(main, state, x, self.steps, self.learning_rate)
+        knobs = self.eps2, self.eta, self.gamma, self.absolute, self.noise
+        step = main_step(self._graph, knobs, self.learning_rate)
+        self._state = self._descend(step, state, x, self.steps)
 
-    def _descend(
-        self, loss: Any, state: Any, x: np.ndarray, steps: int, rate: float
-    ) -> Any:
-        """Return weights after some steps of Adam on two noisy views of batches."""
-        optimizer = optax.adam(rate)
-        memory = optimizer.init(state)
-        size = min(self.batch, len(x))
-
-        @jax.jit
-        def step(state: Any, memory: Any, points: Any, key: Any) -> Any:
-            noise = self.noise * jax.random.normal(key, (2, *points.shape))
-            found, slope = jax.value_and_grad(loss)(state, points[None] + noise)
-            change, memory = optimizer.update(slope, memory)
-            return optax.apply_updates(state, change), memory, found
-
+    def _descend(self, step: Step, state: Any, x: np.ndarray, count: int) -> Any:
+        """Return weights after some steps on two noisy views of batches."""
+        memory, size = step.memory(state), min(self.batch, len(x))
         draw, key = np.random.default_rng(self.seed), jax.random.key(self.seed)
         queue = np.zeros(0, np.int64)
-        for number in range(steps):
+        self.history = []
+        for number in range(count):
             while len(queue) < size:  # the rest of a round opens the next batch
                 queue = np.concatenate([queue, draw.permutation(len(x))])
             batch, queue = queue[:size], queue[size:]
             fold = jax.random.fold_in(key, number)
-            state, memory, found = step(state, memory, x[batch], fold)
+            state, memory, found = step.run(state, memory, x[batch], fold)
             self.history.append(-float(found))
         return state
 
@@ -211,7 +190,9 @@ class MLC(Checked):
                 f"num_clusters is {k} and only {distinct} directions of points "
                 "differ: there are too few different values; ask for fewer"
             )
-        found = _by_size(spectral_labels(self._affinity(rows[anchors]), k), k)
+        found = np.zeros(len(anchors), np.int64)
+        if k > 1:
+            found = _by_size(spectral_labels(self._affinity(rows[anchors]), k), k)
         z = self.features[anchors]
         self._bases = [_basis(z[found == j]) for j in range(k)]
         labels = self._nearest(self.features)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.linalg import eigh
 
 from uoe_jax.cluster.kmeans import lloyd
 from uoe_jax.errors import ConfigError
@@ -28,7 +29,8 @@ def spectral_embedding(
     degree = np.maximum(graph.sum(axis=1), 0)
     scale = np.where(degree > 0, 1 / np.sqrt(np.where(degree > 0, degree, 1)), 0)
     graph = graph * scale[:, None] * scale[None]
-    vectors = np.linalg.eigh(graph)[1][:, -num_clusters:]
+    last = [count - num_clusters, count - 1]
+    vectors = eigh(graph, subset_by_index=last, check_finite=False)[1]
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(length, 1e-12)
 

@@ -1,41 +1,84 @@
-"""Which neurons become an expert together: as they are, random, or by co-activation."""
+"""Which neurons become an expert together: every way of grouping, in one table."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import get_args
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from uoe_jax.cluster.balance import balanced_kmeans
+from uoe_jax.cluster.mlc import MLC
+from uoe_jax.cluster.objective import membership
+from uoe_jax.cluster.spectral import spectral_embedding
 from uoe_jax.decompose.cut import Grouping
 from uoe_jax.errors import ConfigError, choose
 
 GROUPINGS: tuple[Grouping, ...] = get_args(Grouping)
+ETA = 0.1  # temperature of the spectral grouping's memberships
+SKETCH = 256  # numbers that stand for a neuron's profile where a network reads it
+
+
+class Neurons:
+    """One layer's F neurons, as far as a grouping looks at them.
+
+    What several groupings and numbers of experts share is computed once.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        contributions: Float[np.ndarray, "N F"] | None = None,
+        w_in: Float[np.ndarray, "P F"] | None = None,
+    ):
+        self.count, self._written, self._w_in = count, contributions, w_in
+        self._learnt: dict[int, np.ndarray] = {}
+
+    @property
+    def directions(self) -> Float[np.ndarray, "F P"]:
+        """What each neuron reads, scaled to length 1."""
+        if self._w_in is None:
+            raise ConfigError("grouping by weights needs the neurons' input weights")
+        return _unit(self._w_in.T)
+
+    @functools.cached_property
+    def profiles(self) -> Float[np.ndarray, "F N"]:
+        """What `profiles` returns."""
+        if self._written is None:
+            raise ConfigError("grouping by co-activation needs calibration data")
+        return profiles(self._written)
+
+    @functools.cached_property
+    def correlated(self) -> Float[np.ndarray, "F F"]:
+        """The affinity of MLC alone: |correlation|, made doubly stochastic."""
+        return np.asarray(membership(jnp.asarray(self.profiles), ETA, True))
+
+    def learnt(self, seed: int) -> Float[np.ndarray, "F F"]:
+        """The membership that MLC's network has learnt of the profiles."""
+        if seed not in self._learnt:
+            points = sketch(self.profiles, seed)
+            mlc = MLC(num_clusters=1, seed=seed).fit(points)
+            self._learnt[seed] = mlc.membership(points)
+        return self._learnt[seed]
+
+
+# (neurons, number of experts, seed) -> the neurons in the order in which to cut them.
+Group = Callable[[Neurons, int, int], Int[np.ndarray, " F"]]
 
 
 def order_neurons(
-    grouping: Grouping,
-    num_experts: int,
-    num_neurons: int,
-    *,
-    seed: int = 0,
-    contributions: Float[np.ndarray, "N F"] | None = None,
+    grouping: Grouping, num_experts: int, neurons: Neurons, *, seed: int = 0
 ) -> Int[np.ndarray, " F"]:
     """Return one layer's neurons in the order in which to cut them into experts.
 
-    Args:
-      contributions: what `contributions` returns; for "coactivation" only.
+    Ties and starts depend on the seed only. Raises ConfigError for a grouping that
+    isn't known or that lacks what it looks at: input weights for "weights",
+    contributions for "coactivation", "spectral" and "mlc".
     """
-    if grouping == "contiguous":
-        return np.arange(num_neurons)
-    draw = np.random.default_rng(seed)
-    if grouping == "random":
-        return draw.permutation(num_neurons)
-    choose("grouping", grouping, {"coactivation": None})
-    if contributions is None:
-        raise ConfigError("grouping by co-activation needs calibration data")
-    return coactivation_order(contributions, num_experts, seed)
+    return choose("grouping", grouping, GROUPS)(neurons, num_experts, seed)
 
 
 def contributions(
@@ -45,18 +88,86 @@ def contributions(
     return np.abs(neurons) * np.linalg.norm(w_down, axis=1)[None]
 
 
-def coactivation_order(
-    contributions: Float[np.ndarray, "N F"], num_experts: int, seed: int = 0
-) -> Int[np.ndarray, " F"]:
-    """Return the neurons grouped into equal experts of those that are active together.
+def profiles(contributions: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "F N"]:
+    """Return each neuron's contributions, its mean taken off, scaled to length 1.
 
-    Balanced k-means on the neurons' profiles over N tokens, each with its mean taken
-    off and scaled to length 1: a distance then measures the correlation of two
-    neurons' contributions. MoEfication (Zhang et al. 2022, section 3.1) groups by
-    co-activation too, by cutting its graph. Ties and starts depend on the seed only.
+    Products of two profiles are the correlations of the neurons' contributions.
     """
-    profiles = (contributions - contributions.mean(axis=0)[None]).T
-    length = np.linalg.norm(profiles, axis=1, keepdims=True)
-    profiles = profiles / np.maximum(length, 1e-12)
-    labels = balanced_kmeans(profiles, num_experts, seed)
+    rows = (contributions - contributions.mean(axis=0)[None]).T
+    return _unit(rows)
+
+
+def sketch(
+    profiles: Float[np.ndarray, "F N"], seed: int = 0
+) -> Float[np.ndarray, "F S"]:
+    """Return profiles in at most `SKETCH` numbers that keep products nearly the same.
+
+    A random projection (Johnson and Lindenstrauss 1984).
+    """
+    width = profiles.shape[1]
+    if width <= SKETCH:
+        return profiles
+    draw = np.random.default_rng(seed).normal(size=(width, SKETCH))
+    return profiles @ (draw / np.sqrt(SKETCH)).astype(profiles.dtype)
+
+
+def _contiguous(neurons: Neurons, num_experts: int, seed: int) -> np.ndarray:
+    del num_experts, seed
+    return np.arange(neurons.count)
+
+
+def _random(neurons: Neurons, num_experts: int, seed: int) -> np.ndarray:
+    del num_experts
+    return np.random.default_rng(seed).permutation(neurons.count)
+
+
+def _weights(neurons: Neurons, num_experts: int, seed: int) -> np.ndarray:
+    """Group neurons that read alike, by balanced k-means of their input weights.
+
+    MoEfication's parameter clustering (Zhang et al. 2022, section 3.1).
+    """
+    return _in_groups(balanced_kmeans(neurons.directions, num_experts, seed))
+
+
+def _coactivation(neurons: Neurons, num_experts: int, seed: int) -> np.ndarray:
+    """Group neurons that are active together, by balanced k-means of their profiles.
+
+    A distance then measures the correlation of two neurons' contributions. MoEfication
+    (section 3.1) groups by co-activation too, by cutting its graph.
+    """
+    return _in_groups(balanced_kmeans(neurons.profiles, num_experts, seed))
+
+
+def _spectral(neurons: Neurons, num_experts: int, seed: int) -> np.ndarray:
+    return _of_graph(neurons.correlated, num_experts, seed)
+
+
+def _mlc(neurons: Neurons, num_experts: int, seed: int) -> np.ndarray:
+    return _of_graph(neurons.learnt(seed), num_experts, seed)
+
+
+GROUPS: Mapping[str, Group] = {
+    "contiguous": _contiguous,
+    "random": _random,
+    "weights": _weights,
+    "coactivation": _coactivation,
+    "spectral": _spectral,
+    "mlc": _mlc,
+}
+
+
+def _of_graph(
+    affinity: Float[np.ndarray, "F F"], num_experts: int, seed: int
+) -> Int[np.ndarray, " F"]:
+    """Return an order by equal groups of a graph's spectral embedding."""
+    rows = spectral_embedding(affinity, num_experts)
+    return _in_groups(balanced_kmeans(rows, num_experts, seed))
+
+
+def _in_groups(labels: Int[np.ndarray, " F"]) -> Int[np.ndarray, " F"]:
     return np.argsort(labels, kind="stable")
+
+
+def _unit(rows: Float[np.ndarray, "F P"]) -> Float[np.ndarray, "F P"]:
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.maximum(length, 1e-12)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.decompose.cut import PARTS, Cut
-from uoe_jax.decompose.group import contributions, order_neurons
+from uoe_jax.decompose.group import Neurons, contributions, order_neurons
+from uoe_jax.decompose.measure import LayerError, layer_error
 from uoe_jax.decompose.refit import Refit, chosen_gates, core_first, fit_down
 from uoe_jax.decompose.route import (
     RouterFit,
+    cluster_router,
     expert_lengths,
     fit_router,
 )
 from uoe_jax.decompose.split import split_params
+from uoe_jax.errors import ConfigError
 from uoe_jax.model import flat_params
 from uoe_jax.model.observe import LayerValues, Stream
 from uoe_jax.model.stacks import from_layers, to_layers
 from uoe_jax.tree import Arrays
+
+Batch = Mapping[str, np.ndarray]
 
 
 class Plan(NamedTuple):
@@ -33,69 +39,149 @@ class Plan(NamedTuple):
     refits: dict[int, Refit]  # by layer
 
 
-def make_plan(
-    model: Any, union: ModelConfig, cut: Cut, batch: Mapping[str, np.ndarray] | None
-) -> Plan:
+def make_plan(model: Any, union: ModelConfig, cut: Cut, batch: Batch | None) -> Plan:
     """Return a dense model cut into `union`; `batch` is for what calibrates.
 
     The neurons of layers whose MLP stays dense keep their order. Refitted layers see
     what the layers before them write once they are cut, and make up for it, unless
     heads are routed too: then each layer is fitted on the dense model's values.
     """
-    config, params = model.config, flat_params(model)
-    layers = to_layers(params, config)[1]
-    if not cut.calibrates:
-        batch = None
-    dense = None if batch is None else Stream(model, batch)
-    follows = cut.refit and "union" not in union.attention
-    after_cuts = Stream(model, batch) if batch is not None and follows else None
-    orders, routers, refits = [], {}, {}
-    for number, (_, kind) in enumerate(union.layer_kinds):
+    decided = Decided(union, cut)
+    decide(model, [decided], batch)
+    return decided.plan(model)
+
+
+def decide(
+    model: Any,
+    wanted: Sequence[Decided],
+    batch: Batch | None,
+    held: Batch | None = None,
+) -> None:
+    """Decide on each cut of a dense model, in one pass through it.
+
+    With `held`, other data, each layer's error there is measured.
+    """
+    layers = to_layers(flat_params(model), model.config)[1]
+    dense = None
+    if batch is not None and any(each.cut.calibrates for each in wanted):
+        dense = Stream(model, batch)
+        for each in wanted:
+            each.begin(model, batch)
+    told = None if held is None else Stream(model, held)
+    for number, layer in enumerate(layers):
         seen = None if dense is None else dense.run_layer()
-        now = seen if after_cuts is None else after_cuts.run_layer()
-        order = np.arange(config.d_ff)
-        if kind == "union":
-            order = _order(layers[number], union, cut, number, seen)
-        orders.append(order)
-        if now is None or seen is None:
-            continue
-        if cut.start != "zero":
-            routers |= _fit_layer(layers[number], union, number, order, now)
-        if cut.refit and kind == "union":
-            router = routers.get((number, "mlp"))
-            found = _refit_layer(layers[number], union, order, router, (seen, now))
-            refits[number] = found
-            if after_cuts is not None:
-                after_cuts.replace_output(found.outputs + _bias(layers[number]))
-    order = np.stack(orders).astype(np.int32)
-    return Plan(split_params(params, config, union, order), order, routers, refits)
+        held_out = None if told is None else told.run_layer()
+        shared = _Layer(number, layer, seen, held_out)
+        for each in wanted:
+            each.decide_layer(shared)
 
 
-def _order(
-    layer: Mapping[str, np.ndarray],
-    union: ModelConfig,
-    cut: Cut,
-    number: int,
-    seen: LayerValues | None,
-) -> Int[np.ndarray, " F"]:
-    """Return one layer's neurons in the order in which they are cut: the core first."""
-    width, rest = union.d_ff // cut.num_experts, np.arange(union.d_ff)
-    written, core = None, rest[:0]
-    if seen is not None:
-        w_down = layer["mlp.w_down"][0].astype(np.float32)
-        written = contributions(seen.neurons, w_down)
-        if cut.shared:
-            mask = core_first(written, cut.shared * width)
-            core, rest = np.flatnonzero(mask), np.flatnonzero(~mask)
-            written = written[:, rest]
-    order = order_neurons(
-        cut.grouping,
-        cut.num_experts - cut.shared,
-        len(rest),
-        seed=cut.seed + number,
-        contributions=written,
-    )
-    return np.concatenate([core, rest[order]])
+class Decided:
+    """What one cut decides on, layer after layer.
+
+    With `follows` refitted layers see what those before them write once they are cut.
+    `errors` are the layers' relative output errors on held-out data, by layer.
+    """
+
+    def __init__(self, union: ModelConfig, cut: Cut, *, follows: bool = True):
+        self.union, self.cut = union, cut
+        self.orders: list[Int[np.ndarray, " F"]] = []
+        self.routers: dict[tuple[int, str], RouterFit] = {}
+        self.refits: dict[int, Refit] = {}
+        self.errors: dict[int, LayerError] = {}
+        self._follows = follows and cut.refit and "union" not in union.attention
+        self._after: Stream | None = None  # what the cut layers so far write
+
+    def begin(self, model: Any, batch: Batch) -> None:
+        """Start at the model's first layer."""
+        if self._follows:
+            self._after = Stream(model, batch)
+
+    def plan(self, model: Any) -> Plan:
+        """Return the union's parameters with what was decided on."""
+        order = np.stack(self.orders).astype(np.int32)
+        params = split_params(flat_params(model), model.config, self.union, order)
+        return Plan(params, order, self.routers, self.refits)
+
+    def decide_layer(self, layer: _Layer) -> None:
+        """Decide on the next layer."""
+        cut, number = self.cut, layer.number
+        seen = layer.seen if cut.calibrates else None
+        now = seen if self._after is None else self._after.run_layer()
+        routed = self.union.layer_kinds[number][1] == "union"
+        order = layer.order(cut) if routed else np.arange(self.union.d_ff)
+        self.orders.append(order)
+        weights = layer.weights
+        if now is not None and cut.start != "zero":
+            self.routers |= _fit_layer(weights, self.union, cut, number, order, now)
+        if not routed:
+            return
+        router, w_down = self.routers.get((number, "mlp")), layer.w_down[order]
+        if now is not None and seen is not None and cut.refit:
+            found = _refit_layer(weights, self.union, order, router, (seen, now))
+            w_down = found.w_down
+            if self._after is not None:
+                self._after.replace_output(found.outputs + _bias(weights))
+            self.refits[number] = found.without_outputs()
+        if (held := layer.held) is not None:
+            neurons, wanted = _taken(held.neurons, order), held.output - _bias(weights)
+            gates = chosen_gates(held.mlp_input, router, self.union.union_for("mlp"))
+            self.errors[number] = layer_error(neurons, wanted, w_down, gates)
+
+
+class _Layer:
+    """One layer of the dense model, and what cuts of it share.
+
+    `seen` are its values on data to calibrate on, `held` on other data.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        weights: Mapping[str, np.ndarray],
+        seen: LayerValues | None,
+        held: LayerValues | None,
+    ):
+        self.number, self.weights, self.seen, self.held = number, weights, seen, held
+        self.w_down = weights["mlp.w_down"][0].astype(np.float32)
+        self._neurons: dict[int, tuple[np.ndarray, np.ndarray, Neurons]] = {}
+        self._orders: dict[Any, np.ndarray] = {}
+
+    def order(self, cut: Cut) -> Int[np.ndarray, " F"]:
+        """Return the neurons in the order in which they are cut: the core first."""
+        grouping, experts, shared = cut.grouping, cut.experts, cut.shared
+        if grouping == "all":
+            raise ConfigError("a cut has one grouping; compare_groupings tries all")
+        key = (grouping, experts, shared, cut.seed)
+        if key not in self._orders:
+            core, rest, neurons = self._split(shared * (len(self.w_down) // experts))
+            seed = cut.seed + self.number
+            order = order_neurons(grouping, experts - shared, neurons, seed=seed)
+            self._orders[key] = np.concatenate([core, rest[order]])
+        return self._orders[key]
+
+    def _split(self, size: int) -> tuple[np.ndarray, np.ndarray, Neurons]:
+        """Return the core of `size` neurons, the rest, and the rest to be grouped."""
+        if size not in self._neurons:
+            rest, written = np.arange(len(self.w_down)), None
+            core = rest[:0]
+            if self.seen is not None:
+                written = contributions(self.seen.neurons, self.w_down)
+                mask = core_first(written, size)
+                core, rest = np.flatnonzero(mask), np.flatnonzero(~mask)
+                written = written[:, rest]
+            names = [n for n in ("mlp.w_up", "mlp.w_gate") if n in self.weights]
+            read = [self.weights[n][0].astype(np.float32)[:, rest] for n in names]
+            neurons = Neurons(len(rest), written, np.concatenate(read))
+            self._neurons[size] = core, rest, neurons
+        return self._neurons[size]
+
+
+def _taken(
+    neurons: Float[np.ndarray, "N F"], order: Int[np.ndarray, " F"]
+) -> Float[Array, "N F"]:
+    """Return neurons in another order; on the device, where that is quick."""
+    return jnp.take(jnp.asarray(neurons), order, axis=1)
 
 
 def _bias(layer: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -119,12 +205,13 @@ def _refit_layer(
     gates = chosen_gates(now.mlp_input, router, union.union_for("mlp"))
     wanted = seen.residual + seen.output - now.residual - _bias(layer)
     w_down = layer["mlp.w_down"][0].astype(np.float32)
-    return fit_down(now.neurons[:, order], gates, w_down[order], wanted)
+    return fit_down(_taken(now.neurons, order), gates, w_down[order], wanted)
 
 
 def _fit_layer(
     layer: Mapping[str, np.ndarray],
     union: ModelConfig,
+    cut: Cut,
     number: int,
     order: Int[np.ndarray, " F"],
     seen: LayerValues,
@@ -137,13 +224,16 @@ def _fit_layer(
         name = "mlp.w_down" if part == "mlp" else "attention.wo"
         weight = layer[name][0].astype(np.float32)
         if part == "mlp":
-            x, weight, inner = seen.mlp_input, weight[order], seen.neurons[:, order]
+            x, weight, inner = seen.mlp_input, weight[order], seen.neurons
+            inner = _taken(inner, order)
         else:
             x, inner = seen.attention_input, seen.heads
         shape = (routed.num_experts, -1, union.d_model)
         shares = expert_lengths(inner.reshape(len(x), -1), weight.reshape(shape))
         # Experts that are always on have no score.
-        fits[number, part] = fit_router(x, shares[:, routed.num_shared :])
+        shares = shares[:, routed.num_shared :]
+        fit = cluster_router if cut.start == "clusters" else fit_router
+        fits[number, part] = fit(x, shares)
     return fits
 
 

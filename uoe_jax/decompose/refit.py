@@ -33,6 +33,10 @@ class Refit(NamedTuple):
     before: float
     after: float
 
+    def without_outputs(self) -> Refit:
+        """Return the fit without what was written: N tokens of every layer are much."""
+        return self._replace(outputs=self.outputs[:0])
+
 
 def chosen_gates(
     x: Float[np.ndarray, "N D"], router: RouterFit | None, union: UnionConfig
@@ -61,7 +65,7 @@ def chosen_gates(
 
 
 def fit_down(
-    neurons: Float[np.ndarray, "N F"],
+    neurons: Float[np.ndarray, "N F"] | Float[Array, "N F"],
     gates: Float[np.ndarray, "N E"],
     w_down: Float[np.ndarray, "F D"],
     wanted: Float[np.ndarray, "N D"],

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy.optimize import linear_sum_assignment
+
+from uoe_jax.cluster.kmeans import Split, lloyd
 
 # Scores this small order the experts and leave every gate within 1% of 1.
 SCORE_DEVIATION = 0.02
@@ -23,7 +26,8 @@ class RouterFit(NamedTuple):
 
 
 def expert_lengths(
-    inner: Float[np.ndarray, "N F"], weight: Float[np.ndarray, "E W D"]
+    inner: Float[np.ndarray, "N F"] | Float[Array, "N F"],
+    weight: Float[np.ndarray, "E W D"],
 ) -> Float[np.ndarray, "N E"]:
     """Return the length of each expert's output, `|inner[:, e] @ weight[e]|`.
 
@@ -68,3 +72,47 @@ def fit_router(
     scale = deviation / max(float(scores.std()), 1e-12)
     explained = 1 - left / total if total else 0.0
     return RouterFit(weight * scale, bias * scale, float(explained))
+
+
+def cluster_router(
+    x: Float[np.ndarray, "N D"],
+    shares: Float[np.ndarray, "N E"],
+    deviation: float = SCORE_DEVIATION,
+) -> RouterFit:
+    """Return a router that points each expert at a cluster of the inputs.
+
+    The inputs, their mean taken off, are cut into as many clusters as there are
+    experts (k-means, of which no part is drawn). A cluster goes to the expert whose
+    share is above its usual one there, by the best assignment. The expert's row is the
+    cluster's first principal direction, towards its mean. Shares and scale are those of
+    `fit_router`.
+    """
+    experts = shares.shape[1]
+    targets = shares - shares.mean(axis=1, keepdims=True)
+    targets = targets - targets.mean(axis=0)[None]
+    x_mean = x.mean(axis=0)
+    centred = (x - x_mean[None]).astype(np.float64)
+    start = Split(centred).centres(experts)
+    if start is None:  # fewer different inputs than experts
+        none = np.zeros((x.shape[1], experts))
+        return RouterFit(none, np.zeros(experts), 0.0)
+    labels = lloyd(centred, start).labels
+    members = np.arange(experts)[:, None] == labels[None]
+    share = members @ targets / np.maximum(members.sum(axis=1), 1)[:, None]
+    cluster, expert = linear_sum_assignment(-share)
+    weight = np.zeros((x.shape[1], experts))
+    for j, e in zip(cluster, expert, strict=True):
+        weight[:, e] = _direction(centred[labels == j])
+    scores = centred @ weight
+    scale = deviation / max(float(scores.std()), 1e-12)
+    both = np.square(scores).sum() * np.square(targets).sum()
+    explained = np.sum(scores * targets) ** 2 / both if both > 0 else 0.0
+    return RouterFit(weight * scale, -x_mean @ weight * scale, float(explained))
+
+
+def _direction(points: Float[np.ndarray, "N D"]) -> Float[np.ndarray, " D"]:
+    """Return the first principal direction from the origin, towards the points."""
+    if not len(points):
+        return np.zeros(points.shape[1])
+    axis = np.linalg.eigh(points.T @ points)[1][:, -1]
+    return axis if points.sum(axis=0) @ axis >= 0 else -axis

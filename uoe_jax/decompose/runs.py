@@ -10,9 +10,18 @@ from typing import Any
 import numpy as np
 
 from uoe_jax.config import ExperimentConfig, ModelConfig
+from uoe_jax.data.progress import note_once
+from uoe_jax.decompose.compare import compare_groupings
 from uoe_jax.decompose.cut import Cut
-from uoe_jax.decompose.plan import as_written, make_plan
-from uoe_jax.decompose.split import merge_params, merged_config, union_config
+from uoe_jax.decompose.group import GROUPINGS
+from uoe_jax.decompose.number import choose_num_experts
+from uoe_jax.decompose.plan import Plan, as_written, make_plan
+from uoe_jax.decompose.split import (
+    check_dense,
+    merge_params,
+    merged_config,
+    union_config,
+)
 from uoe_jax.errors import DataError
 from uoe_jax.fields import check_ranges
 from uoe_jax.model import with_params
@@ -55,26 +64,26 @@ def splitting(cut: Cut) -> Surgery:
     """
 
     def change(config: ExperimentConfig, params: Arrays, source: Source) -> Changed:
-        model = union_config(
-            config.model,
-            cut.num_experts,
-            cut.chosen,
-            cut.parts,
-            cut.attention_experts,
-            cut.shared,
-        )
-        new = renamed(config, model, f"union{cut.num_experts}")
-        validate(new)
         batch = source.calibration(cut.calibrate) if cut.calibrates else None
         dense = with_params(in_float32(config.model), params, source.buffers)
-        plan = make_plan(dense, model, cut, batch)
+        settled, number = _with_number(dense, config, cut, batch)
+        model = union_config(
+            config.model,
+            settled.experts,
+            settled.chosen,
+            settled.parts,
+            settled.attention_experts,
+            settled.shared,
+        )
+        new = renamed(config, model, f"union{settled.experts}")
+        validate(new)
+        settled, plan, groupings = _with_grouping(dense, model, settled, batch, source)
         routed, biases = as_written(plan, model)
         merged = merge_params(plan.params, model, config.model, plan.order)
         report = {
-            **{k: v for k, v in dataclasses.asdict(cut).items() if k != "calibrate"},
-            "top_k": cut.chosen,
-            "router": cut.start,
-            "calibration": str(cut.calibrate) if cut.calibrates else None,
+            **_cut_facts(settled),
+            **number,
+            **groupings,
             "weights_bitwise": same_bits(params, merged),
             "router_explains": {
                 f"{part} {number}": fit.explained
@@ -101,6 +110,48 @@ def splitting(cut: Cut) -> Surgery:
         )
 
     return change
+
+
+def _with_number(
+    dense: Any, config: ExperimentConfig, cut: Cut, batch: Any
+) -> tuple[Cut, dict[str, Any]]:
+    """Return a cut whose number of experts is known, and how it was found."""
+    if cut.num_experts != "auto":
+        return cut, {}
+    check_dense(config.model)
+    layers = config.model.num_layers
+    note_once(f"decompose: PPP looks for the number of experts in {layers} layers")
+    number = choose_num_experts(dense, config, cut, batch)
+    settled = dataclasses.replace(cut, num_experts=number.chosen, max_experts=None)
+    settled.check()
+    return settled, {"experts_found": number.as_report()}
+
+
+def _with_grouping(
+    dense: Any, model: ModelConfig, cut: Cut, batch: Any, source: Source
+) -> tuple[Cut, Plan, dict[str, Any]]:
+    """Return a cut whose grouping is known, its plan, and what was compared for it."""
+    if cut.grouping != "all":
+        return cut, make_plan(dense, model, cut, batch), {}
+    note_once(
+        f"decompose: {len(GROUPINGS)} groupings are tried on held-out data, mlc with a "
+        "network for each layer"
+    )
+    plan, rows = compare_groupings(dense, model, cut, batch, source.held_out())
+    best = min(rows, key=lambda row: row.loss)
+    return best.cut, plan, {"groupings": [row.as_row() for row in rows]}
+
+
+def _cut_facts(cut: Cut) -> dict[str, Any]:
+    """Return what a report says of a cut whose number and grouping are known."""
+    names = {f.name for f in dataclasses.fields(cut)} - {"calibrate", "max_experts"}
+    facts = {k: v for k, v in dataclasses.asdict(cut).items() if k in names}
+    return {
+        **facts,
+        "top_k": cut.chosen,
+        "router": cut.start,
+        "calibration": str(cut.calibrate) if cut.calibrates else None,
+    }
 
 
 def merging(config: ExperimentConfig, params: Arrays, source: Source) -> Changed:
