@@ -242,6 +242,7 @@ TESTED: dict[str, dict[str, str]] = {
         "--method": "cli/test_cluster.py",
         "--k": "cli/test_cluster.py",
         "--compare": "cli/test_cluster.py",
+        "--seed": "cli/test_cluster.py",
         "--json": "cli/test_cluster.py",
         "--out": "cli/test_cluster.py",
     },

@@ -32,7 +32,7 @@ def test_clusters_are_found_printed_and_written(blobs, tmp_path, capsys):
     said = capsys.readouterr()
     lines = said.out.splitlines()
     assert "100 points of 3 numbers; ppp: 4 clusters, found by PPP" in lines[0]
-    assert lines[1] == "against labels: ACC 1.000, NMI 1.000"
+    assert lines[1] == "against labels: ACC 1.000, NMI 1.000, ARI 1.000"
     assert lines[2].split() == ["cluster", "size", "share", "rank"]
     assert [line.split()[:3] for line in lines[4:8]] == [
         [str(n), str(size), f"{size}.0%"] for n, size in enumerate((40, 30, 20, 10))
@@ -73,14 +73,38 @@ def test_all_methods_stand_side_by_side(tmp_path, capsys, monkeypatch):
     words = ["--compare", "--k", "2", "--out", str(out), "--method", "kmeans"]
     assert main(["cluster", str(path), *words]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[-2:] == ["ACC", "NMI"]
+    assert lines[0].split()[-3:] == ["ACC", "NMI", "ARI"]
     rows = {line.split()[0]: line.split() for line in lines[2:6]}
     assert list(rows) == ["ppp", "mlc", "spectral", "kmeans"]
     for method in ("ppp", "spectral", "kmeans"):
         assert rows[method][1:4] == ["2", "30", "20"]
-        assert rows[method][-2:] == ["1.000", "1.000"]
+        assert rows[method][-3:] == ["1.000"] * 3
     report = json.loads((out / "report.json").read_text())
     assert report["method"] == "kmeans" and len(report["compared"]) == 4
+
+
+def test_the_seed_decides_on_starts_and_none_of_ppp(tmp_path, capsys):
+    path, out = tmp_path / "cube.npy", tmp_path / "o"
+    np.save(path, np.random.default_rng(5).uniform(size=(300, 8)))
+    for method, same in (("kmeans", False), ("ppp", True)):
+        labels = []
+        for seed in ("1", "1", "2"):
+            words = ["--method", method, "--k", "9", "--seed", seed, "--out", str(out)]
+            assert main(["cluster", str(path), *words, "--json"]) == 0
+            assert json.loads(capsys.readouterr().out)["seed"] == int(seed)
+            labels.append(np.load(out / "labels.npy"))
+        assert (labels[0] == labels[1]).all()
+        assert (labels[0] == labels[2]).all() == same
+
+
+def test_options_are_read_without_jax():
+    code = """
+import sys
+from uoe_jax.cli.cluster import ClusterOptions
+assert not {"jax", "flax", "scipy"} & set(sys.modules), "heavy modules"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("points", [np.ones((5, 3)), np.ones((1, 2)), np.zeros((4, 1))])

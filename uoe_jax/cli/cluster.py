@@ -6,16 +6,17 @@ import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from tyro.conf import Positional, arg
 
 from uoe_jax.appearing import appearing_together
 from uoe_jax.cli.parse import parse
+from uoe_jax.cluster.method import METHODS, Method
 from uoe_jax.errors import ConfigError, MissingExtra, extra_packages, shown
 from uoe_jax.escape import escape_line
-from uoe_jax.fields import INT32_MAX, Checked
+from uoe_jax.fields import INT32_MAX, Checked, Seed
 from uoe_jax.files import format_json, write_atomically
 from uoe_jax.report.table import format_table
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from uoe_jax.cluster.methods import Clustered
     from uoe_jax.cluster.read import Data
 
-_ALL = ("ppp", "mlc", "spectral", "kmeans")
+_SCORES = ["ACC", "NMI", "ARI"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +38,10 @@ class ClusterOptions(Checked):
 
     file: Positional[Annotated[Path, arg(metavar="FILE")]]
     # PPP; MLC with its network; spectral: MLC's affinity alone; scikit-learn's k-means.
-    method: Literal["ppp", "mlc", "spectral", "kmeans"] = "ppp"
+    method: Method = "ppp"
     k: str = "auto"  # number of clusters; auto: PPP finds it
     compare: bool = False  # all methods, a row each; files are of --method
+    seed: Seed = 0  # of networks, anchors and k-means' starts; PPP draws nothing
     json: bool = False  # one JSON object instead of tables
     out: Path | None = None  # folder, written over; None: FILE's name + _clusters
 
@@ -74,39 +76,45 @@ def cluster(args: list[str]) -> int:
         if options.compare or options.method == "kmeans":
             import sklearn.cluster  # noqa: F401
     found: dict[str, Clustered] = {}
-    for method in _ALL if options.compare else (options.method,):
+    for method in METHODS if options.compare else (options.method,):
         if method == "mlc":
             print("mlc trains a network first", file=sys.stderr)
-        found[method] = cluster_points(data.points, method, options.num_clusters)
+        found[method] = cluster_points(
+            data.points,
+            method,
+            options.num_clusters,
+            classes=data.classes,
+            seed=options.seed,
+        )
     chosen = found[options.method]
     report = {
         "file": str(options.file),
         "points": list(data.points.shape),
-        **_facts(chosen, data),
+        **_facts(chosen),
+        "seed": options.seed,
         "details": chosen.details,
     }
     if options.compare:
-        report["compared"] = [_facts(each, data) for each in found.values()]
+        report["compared"] = [_facts(each) for each in found.values()]
     written = _write(out, data, chosen, report)
     if options.json:
         print(format_json(report, indent=1))
         return 0
     if options.compare:
-        print(_comparison(found, data) + "\n")
+        print(_comparison(found) + "\n")
     _describe(options.file, chosen, data)
     print(escape_line(f"{out}: {', '.join(written)}"))
     return 0
 
 
-def _facts(found: Clustered, data: Data) -> dict[str, Any]:
-    scores = {} if data.classes is None else found.scores(data.classes)
+def _facts(found: Clustered) -> dict[str, Any]:
     return {
         "method": found.method,
         "k": len(found.sizes),
         "how": found.how,
         "sizes": found.sizes,
         "ranks": found.ranks,
-        **scores,
+        **found.scores,
         "seconds": round(found.seconds, 3),
     }
 
@@ -121,9 +129,8 @@ def _describe(file: Path, found: Clustered, data: Data) -> None:
             f"cluster{'s' * (k != 1)}, {found.how}"
         )
     )
-    if data.classes is not None:
-        scores = found.scores(data.classes)
-        print(f"against labels: ACC {scores['accuracy']:.3f}, NMI {scores['nmi']:.3f}")
+    if scores := found.scores:
+        print(f"against labels: {', '.join(_shown(scores))}")
     rows = [
         [number, f"{size:,}", f"{size / count:.1%}", rank]
         for number, (size, rank) in enumerate(
@@ -133,7 +140,12 @@ def _describe(file: Path, found: Clustered, data: Data) -> None:
     print(format_table(["cluster", "size", "share", "rank"], rows))
 
 
-def _comparison(found: dict[str, Clustered], data: Data) -> str:
+def _shown(scores: dict[str, float]) -> list[str]:
+    pairs = zip(_SCORES, scores.values(), strict=True)
+    return [f"{name} {score:.3f}" for name, score in pairs]
+
+
+def _comparison(found: dict[str, Clustered]) -> str:
     """Return a table with a row a method."""
     header = ["method", "k", "largest", "smallest", "mean rank", "seconds"]
     rows: list[list[object]] = []
@@ -141,11 +153,9 @@ def _comparison(found: dict[str, Clustered], data: Data) -> str:
         sizes = f"{max(each.sizes):,}", f"{min(each.sizes):,}"
         rank = f"{sum(each.ranks) / len(each.ranks):.1f}"
         rows.append([method, len(each.sizes), *sizes, rank, f"{each.seconds:.2f}"])
-        if data.classes is not None:
-            scores = each.scores(data.classes)
-            rows[-1] += [f"{scores['accuracy']:.3f}", f"{scores['nmi']:.3f}"]
-    if data.classes is not None:
-        header += ["ACC", "NMI"]
+        rows[-1] += [f"{score:.3f}" for score in each.scores.values()]
+    if next(iter(found.values())).scores:
+        header += _SCORES
     return format_table(header, rows)
 
 

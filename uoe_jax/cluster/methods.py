@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from uoe_jax.cluster.metrics import accuracy, mutual_information, numerical_rank
+from uoe_jax.cluster.method import Method
+from uoe_jax.cluster.metrics import (
+    accuracy,
+    adjusted_rand,
+    mutual_information,
+    numerical_rank,
+)
 from uoe_jax.cluster.mlc import MLC
 from uoe_jax.cluster.ppp import PPP
 from uoe_jax.cluster.prepare import make_frame
 from uoe_jax.errors import ConfigError, extra_packages
-
-Method = Literal["ppp", "mlc", "spectral", "kmeans"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +34,22 @@ class Clustered:
     how: str  # where the number of clusters is from
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)
-
-    def scores(self, classes: Shaped[np.ndarray, " N"]) -> dict[str, float]:
-        """Return accuracy and normalised mutual information against classes."""
-        return {
-            "accuracy": accuracy(self.labels, classes),
-            "nmi": mutual_information(self.labels, classes),
-        }
+    # Accuracy, normalised mutual information and adjusted Rand index against classes.
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 def cluster_points(
-    points: Float[np.ndarray, "N P"], method: Method, num_clusters: int | None
+    points: Float[np.ndarray, "N P"],
+    method: Method,
+    num_clusters: int | None,
+    *,
+    classes: Shaped[np.ndarray, " N"] | None = None,
+    seed: int = 0,
 ) -> Clustered:
     """Return clusters of points; None: as many as PPP finds.
+
+    With known `classes` they are scored. `seed` is of what is drawn: MLC's network and
+    anchors, and the starts of k-means; PPP draws nothing.
 
     ppp: PPP. mlc: MLC with its network. spectral: MLC's affinity of the points'
     directions alone. kmeans: scikit-learn's, on standardised principal axes.
@@ -60,7 +67,7 @@ def cluster_points(
     features, centred = points, True
     if method in ("mlc", "spectral"):
         network = method == "mlc"
-        mlc = MLC(num_clusters=num_clusters, network=network).fit(points)
+        mlc = MLC(num_clusters=num_clusters, network=network, seed=seed).fit(points)
         labels, features, centred = mlc.labels, mlc.features, False
         details = mlc.report()
         if num_clusters is None:
@@ -69,7 +76,7 @@ def cluster_points(
         ppp = PPP(num_clusters=num_clusters).fit(points)
         labels, details = ppp.labels, ppp.report()
     else:
-        labels = _kmeans(points, num_clusters or PPP().fit(points).found)
+        labels = _kmeans(points, num_clusters or PPP().fit(points).found, seed)
     sizes = np.bincount(labels)
     parts = [features[labels == j] for j in range(len(sizes))]
     ranks = [numerical_rank(p - p.mean(axis=0)[None] if centred else p) for p in parts]
@@ -81,10 +88,21 @@ def cluster_points(
         how=how,
         seconds=perf_counter() - begun,
         details=details,
+        scores={} if classes is None else _scores(labels, classes),
     )
 
 
-def _kmeans(points: np.ndarray, count: int) -> Int[np.ndarray, " N"]:
+def _scores(
+    labels: Int[np.ndarray, " N"], classes: Shaped[np.ndarray, " N"]
+) -> dict[str, float]:
+    return {
+        "accuracy": accuracy(labels, classes),
+        "nmi": mutual_information(labels, classes),
+        "ari": adjusted_rand(labels, classes),
+    }
+
+
+def _kmeans(points: np.ndarray, count: int, seed: int) -> Int[np.ndarray, " N"]:
     """Return scikit-learn's labels, the best of ten starts; the largest part first."""
     with extra_packages():
         from sklearn.cluster import KMeans
@@ -96,7 +114,7 @@ def _kmeans(points: np.ndarray, count: int) -> Int[np.ndarray, " N"]:
         )
     if count == 1:
         return np.zeros(len(points), np.int64)
-    labels = KMeans(count, n_init=10, random_state=0).fit(turned).labels_
+    labels = KMeans(count, n_init=10, random_state=seed).fit(turned).labels_
     sizes = np.bincount(labels, minlength=count)
     place = np.empty(count, np.int64)
     place[np.argsort(-sizes, kind="stable")] = np.arange(count)
