@@ -170,9 +170,7 @@ def main() -> None:
             break
         cuts = [
             (variant, cut)
-            for variant, cut in make_cuts(
-                options.experts, keep, seed, options.groupings
-            )
+            for variant, cut in make_cuts(options, keep, seed)
             if (seed, keep, cut.experts, cut.grouping, variant) not in done
         ]
         for row in measure(model, batches, cuts):
