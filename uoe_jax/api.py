@@ -181,11 +181,12 @@ def decompose(
 
     Args:
       run: the dense run's folder or name.
-      out: the new run's folder; runs/NAME-unionE if not given.
+      out: the new run's folder; runs/NAME-unionE or -unionauto if not given.
       cut: into how many experts, and how.
       which: the newest checkpoint or the best one.
-      **options: fields of `uoe_jax.decompose.Cut` instead of `cut`: num_experts, top_k,
-        attention_experts, shared, parts, grouping, router, refit, calibrate, seed.
+      **options: fields of `uoe_jax.decompose.Cut` instead of `cut`: num_experts,
+        max_experts, top_k, attention_experts, shared, parts, grouping, router, refit,
+        calibrate, seed.
 
     Returns:
       run (the new folder), exact, max_logit_difference, losses before and after, ...

@@ -104,8 +104,13 @@ def test_membership_is_doubly_stochastic(seed, half_steps):
     assert_close(pi.sum(axis=0), 1.0, 1e-4)
 
 
-def test_memory_doesnt_hold_a_matrix_for_each_point():
-    z, pi = jnp.zeros((512, 64)), jnp.zeros((512, 512))
+def bytes_of_a_gradient(count):
+    z, pi = jnp.zeros((count, 64)), jnp.zeros((count, count))
     compiled = jax.jit(jax.grad(rate_reduction), static_argnums=2).lower(z, pi, EPS2)
-    used = compiled.compile().memory_analysis().temp_size_in_bytes
-    assert used < 512 * 64 * 64 * 4 / 2  # half of N matrices D x D
+    return compiled.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_doesnt_hold_a_matrix_for_each_point_and_is_linear_in_the_batch():
+    small, large = bytes_of_a_gradient(128), bytes_of_a_gradient(512)
+    assert large < 512 * 64 * 64 * 4 / 2  # half of N matrices D x D
+    assert large < 4 * small  # a square would be 16 times as much

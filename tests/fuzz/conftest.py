@@ -81,6 +81,9 @@ def make_tables(folder):
     np.savez_compressed(folder / "table.npz", rows=rows, cols=cols, values=values)
     tokens = rng.integers(0, 200, 5000).astype(np.uint8)
     np.savez(folder / "tokens.npz", tokens=tokens)
+    kind = rng.integers(0, 3, 60)
+    points = 5 * np.eye(3)[kind] + rng.normal(size=(60, 3))
+    np.savez(folder / "points.npz", points=points, labels=kind)
 
 
 def make_adapter(run, folder):

@@ -20,9 +20,9 @@ from uoe_jax.cli import VERBS, main
 from uoe_jax.presets import PRESETS
 
 LARGEST = 300  # lines of a program that is let through: a few operations
-FILES = """text.txt lines.jsonl table.csv table.npz tokens.npz adapter completed
-completed/factors.safetensors layout.json runs/union runs/no-checkpoints union empty
-runs runs/union/config.json runs/union/metrics.jsonl hf hf/config.json
+FILES = """text.txt lines.jsonl table.csv table.npz tokens.npz points.npz adapter
+completed completed/factors.safetensors layout.json runs/union runs/no-checkpoints
+union empty runs runs/union/config.json runs/union/metrics.jsonl hf hf/config.json
 hf/model.safetensors missing missing.txt .""".split()
 TOPOLOGIES = ["cpu:8", "h100:8", "v5p:4x4x4", "v5e:4x4", "v4:2x2x1", "cpu:0", "v9:1"]
 
@@ -94,6 +94,7 @@ def random_command(rng):
             "cost": [*PRESETS],
             "leakcheck": ["tiny", "union", "digits-vit-union"],
             "complete": ["table.csv", "table.npz"],
+            "cluster": ["points.npz", "table.npz", "tokens.npz", "text.txt"],
             "bench": ["attention", "union", "train", "sweep"],
             "demo": [],
             "import": ["hf", "hf/model.safetensors", "runs/union", "hf:no/such"],

@@ -1,0 +1,174 @@
+"""How many clusters PPP finds, beside BIC, the gap statistic and HDBSCAN.
+
+    python benchmarks/cluster_peers.py --out benchmarks/results/cluster_peers.json
+
+Ten sets, those that are drawn with several seeds. All methods get the same points:
+constant columns away, standardised, principal axes with 99% of the variance. BIC is
+scikit-learn's mixture with full covariances; the gap statistic is Tibshirani, Walther
+and Hastie 2001 with ten uniform references; HDBSCAN is scikit-learn's with its usual
+settings. Each set is written as soon as it is done, and what is there isn't done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sklearn
+from sklearn import datasets
+from sklearn.cluster import HDBSCAN, KMeans
+from sklearn.mixture import GaussianMixture
+
+from uoe_jax.cluster import PPP
+from uoe_jax.cluster.metrics import adjusted_rand
+from uoe_jax.cluster.prepare import make_frame
+from uoe_jax.files import format_json, parse_json, write_atomically
+
+MOST = 12  # clusters that BIC and the gap statistic try; digits have ten
+Points = tuple[np.ndarray, np.ndarray]
+
+
+def blobs(clusters: int, width: int, apart: float) -> Callable[[int], Points]:
+    """Return what draws round clusters, centres uniform in a cube of side `apart`."""
+
+    def make(seed: int) -> Points:
+        draw = np.random.default_rng(seed)
+        centres = draw.uniform(0, apart, size=(clusters, width))
+        label = draw.integers(clusters, size=120 * clusters)
+        return centres[label] + draw.normal(size=(len(label), width)), label
+
+    return make
+
+
+def gaussian(seed: int) -> Points:
+    points = np.random.default_rng(seed).normal(size=(600, 4))
+    return points, np.zeros(600, int)
+
+
+def cube(seed: int) -> Points:
+    points = np.random.default_rng(seed).uniform(size=(600, 3))
+    return points, np.zeros(600, int)
+
+
+def parallel(seed: int) -> Points:
+    """Three long Gaussians side by side."""
+    draw = np.random.default_rng(seed)
+    label = draw.integers(3, size=600)
+    points = draw.normal(size=(600, 2)) * [8, 0.5]
+    points[:, 1] += 4 * label
+    return points, label
+
+
+def unequal(seed: int) -> Points:
+    """Four round clusters of 400, 150, 60 and 30 points and different widths."""
+    draw = np.random.default_rng(seed)
+    label = np.repeat(np.arange(4), [400, 150, 60, 30])
+    centres = np.array([[0, 0, 0], [12, 0, 0], [0, 12, 0], [0, 0, 12.0]])
+    spread = np.array([1.5, 1.0, 0.7, 0.5])[label, None]
+    return centres[label] + spread * draw.normal(size=(len(label), 3)), label
+
+
+def stored(load: Callable[[], Any]) -> Callable[[int], Points]:
+    def make(seed: int) -> Points:
+        del seed
+        found = load()
+        return found.data, found.target
+
+    return make
+
+
+# name -> how it is made, the true number, whether it is drawn
+SETS: dict[str, tuple[Callable[[int], Points], int, bool]] = {
+    "5 round clusters, 2 dimensions": (blobs(5, 2, 40), 5, True),
+    "5 round clusters, 16 dimensions": (blobs(5, 16, 8), 5, True),
+    "8 round clusters, 16 dimensions": (blobs(8, 16, 8), 8, True),
+    "4 clusters of unequal size": (unequal, 4, True),
+    "one Gaussian": (gaussian, 1, True),
+    "uniform cube": (cube, 1, True),
+    "3 long parallel Gaussians": (parallel, 3, True),
+    "iris": (stored(datasets.load_iris), 3, False),
+    "wine": (stored(datasets.load_wine), 3, False),
+    "digits": (stored(datasets.load_digits), 10, False),
+}
+
+
+def by_ppp(points: np.ndarray, seed: int) -> np.ndarray:
+    del seed
+    return PPP().fit(points).labels
+
+
+def by_bic(points: np.ndarray, seed: int) -> np.ndarray:
+    best = np.inf, np.zeros(len(points), int)
+    for k in range(1, MOST + 1):
+        mixture = GaussianMixture(k, n_init=2, reg_covar=1e-4, random_state=seed)
+        labels = mixture.fit_predict(points)
+        best = min(best, (mixture.bic(points), labels), key=lambda pair: pair[0])
+    return best[1]
+
+
+def by_gap(points: np.ndarray, seed: int, references: int = 10) -> np.ndarray:
+    """Return k-means' labels for the least k with gap(k) >= gap(k + 1) - s(k + 1)."""
+    draw = np.random.default_rng(seed)
+    low, high = points.min(axis=0), points.max(axis=0)
+    uniform = [draw.uniform(low, high, size=points.shape) for _ in range(references)]
+
+    def within(x: np.ndarray, k: int) -> tuple[float, np.ndarray]:
+        fit = KMeans(k, n_init=3, random_state=seed).fit(x)
+        return float(np.log(fit.inertia_)), fit.labels_
+
+    gaps, spreads, labels = [], [], []
+    for k in range(1, MOST + 1):
+        mine, found = within(points, k)
+        logs = np.array([within(x, k)[0] for x in uniform])
+        gaps.append(logs.mean() - mine)
+        spreads.append(logs.std() * np.sqrt(1 + 1 / references))
+        labels.append(found)
+        if k > 1 and gaps[-2] >= gaps[-1] - spreads[-1]:
+            return labels[-2]
+    return labels[-1]
+
+
+def by_hdbscan(points: np.ndarray, seed: int) -> np.ndarray:
+    """Return labels; -1 is no cluster."""
+    del seed
+    return HDBSCAN(copy=True).fit_predict(points)
+
+
+METHODS = {"PPP": by_ppp, "BIC": by_bic, "gap": by_gap, "HDBSCAN": by_hdbscan}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=4)
+    options = parser.parse_args()
+    results: dict[str, Any] = {"scikit-learn": sklearn.__version__, "sets": {}}
+    if options.out.exists():
+        results = dict(parse_json(options.out.read_text("utf-8"), str(options.out)))
+    for name, (make, true, drawn) in SETS.items():
+        if name in results["sets"]:
+            continue
+        found: dict[str, Any] = {"true": true}
+        for method, cluster in METHODS.items():
+            begun = time.perf_counter()
+            numbers, scores = [], []
+            for seed in range(options.seeds if drawn else 1):
+                points, classes = make(seed)
+                turned = make_frame(points).apply(points)
+                labels = cluster(points if method == "PPP" else turned, seed)
+                numbers.append(len(set(labels.tolist()) - {-1}))
+                scores.append(round(adjusted_rand(labels, classes), 4))
+            seconds = (time.perf_counter() - begun) / len(numbers)
+            found[method] = {"found": numbers, "ari": scores, "seconds": seconds}
+        results["sets"][name] = found
+        write_atomically(options.out, format_json(results, indent=1) + "\n")
+        row = {method: found[method]["found"] for method in METHODS}
+        print(f"{name}: {true}, {row}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
