@@ -415,6 +415,10 @@ class DataConfig(Checked):
     bpe_vocab_size: Count = 4096  # entries of a trained tokenizer
     text_key: str = "text"  # field that holds the text; a.b is field b of field a
     bad_records: Literal["error", "skip"] = "error"  # jsonl, parquet: without a text
+    # How messages are written: a run or a model's folder, or a Jinja file; not given:
+    # the template of the run that is adapted, or ChatML.
+    chat_template: str | None = None
+
     seq_len: Length | None = None  # None: the model's max_seq_len
     batch_size: Count = 16  # global, in sequences (or images)
     # Rows cut from one stream, or of whole documents that don't see each other.

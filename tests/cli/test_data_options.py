@@ -39,6 +39,16 @@ def files(tmp_path_factory):
     (folder / "a.jsonl").write_text("\n".join(lines))
     (folder / "holes.jsonl").write_text("\n".join([*lines, '{"text": null}']))
     (folder / "half.jsonl").write_text("\n".join([*lines, r'{"text": "\ud800 x"}']))
+    said = [
+        {"messages": [{"role": r, "content": f"{r} {i}"} for r in roles]}
+        for i in range(60)
+        for roles in [("user", "assistant")]
+    ]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, said)))
+    (folder / "chat.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     (folder / "a.txt").write_text("größer\n\n" * 200, encoding="utf-8")
     (folder / "latin.txt").write_text("größer\n\n" * 200, encoding="latin-1")
     vocab = {"<|endoftext|>": 0, "[UNK]": 1} | {c: i for i, c in enumerate("taleb", 2)}
@@ -57,6 +67,7 @@ DATA = {
     "bpe_vocab_size": (260, "a.txt", lambda f: f["tokenizer"] == "bpe"),
     "text_key": ("meta.body", "a.jsonl", lambda f: "body" in f["sample"]),
     "bad_records": ("skip", "holes.jsonl", lambda f: f["bad_records"] == 1),
+    "chat_template": ("chat.jinja", "chats.jsonl", lambda f: "[user]" in f["sample"]),
     "seq_len": (16, "a.txt", lambda f: f["splits"]["train"]["examples"] > 50),
     "batch_size": (2, "a.txt", lambda f: f["splits"]["train"]["batches"] > 3),
     "pack": ("documents", "a.jsonl", lambda f: f["splits"]["train"]["examples"] == 4),
@@ -218,7 +229,8 @@ def test_each_option_of_eval(union_run, text_file, tmp_path, capsys):
         "allow_changed": [],
     }
     named = [f.name for f in dataclasses.fields(DataConfig)]
-    assert set(tried) | ELSEWHERE | {"bpe_vocab_size"} == set(named)
+    elsewhere = ELSEWHERE | {"bpe_vocab_size", "chat_template"}  # of messages, above
+    assert set(tried) | elsewhere == set(named)
     options = [
         word for name, values in tried.items()
         for word in (f"--data.{name.replace('_', '-')}", *values)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from uoe_jax.data import make_dataset, prepare
-from uoe_jax.data.records import find_text
+from uoe_jax.data.record_fields import find_text
 from uoe_jax.errors import DataError
 
 GOOD = [{"text": f"tale number {i} of the sea"} for i in range(50)]

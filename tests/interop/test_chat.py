@@ -9,17 +9,17 @@ import pytest
 
 from tests.interop.tiny_folders import LLAMA, TEXT, write_folder
 from uoe_jax.cli import main
-from uoe_jax.data.record import run_tokenizer
-from uoe_jax.data.tokenize import train_bpe
-from uoe_jax.errors import ConfigError, DataError
-from uoe_jax.generate import generate, generate_all
-from uoe_jax.interop.chat import (
+from uoe_jax.data.chat import (
     ChatTemplate,
     check_messages,
     encode_chat,
     end_of_turn,
     find_template,
 )
+from uoe_jax.data.record import run_tokenizer
+from uoe_jax.data.tokenize import train_bpe
+from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.generate import generate, generate_all
 from uoe_jax.runs.load import load_run
 
 TEMPLATE = (

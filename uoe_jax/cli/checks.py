@@ -97,14 +97,17 @@ def data(args: list[str]) -> int:
     words = {
         key: ", ".join(map(str, value)) if isinstance(value, list) else value
         for key, value in found.items()
-        if key not in ("splits", "sample", "bad_utf8") and value
+        if key not in ("splits", "sample", "sample_scored", "bad_utf8") and value
     }
     width = max(map(len, words))
     for key, value in words.items():
         print(f"{key:<{width}}  {escape_line(str(value))}")
     columns = ("documents", "bytes", "tokens", "examples", "batches")
+    if any("scored" in split for split in found["splits"].values()):
+        columns = (*columns[:3], "scored", *columns[3:])
+    cell = lambda split, c: "-" if split.get(c) is None else si(split[c])
     rows = [
-        (name, *("-" if split[c] is None else si(split[c]) for c in columns))
+        (name, *(cell(split, c) for c in columns))
         for name, split in found["splits"].items()
     ]
     print("\n" + format_table(("split", *columns), rows))
@@ -116,10 +119,17 @@ def data(args: list[str]) -> int:
         if "problem" in split:
             print(f"note: {escape_line(split['problem'])}")
     print("\nfirst training example:")
-    if options.raw:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(found["sample"].encode("utf-8", "replace") + b"\n")
-        sys.stdout.buffer.flush()
-    else:
-        print(escape(found["sample"]))
+    _print_sample(found["sample"], options.raw)
+    if found["sample_scored"] is not None:
+        print("\nof which is trained on:")
+        _print_sample(found["sample_scored"], options.raw)
     return 0
+
+
+def _print_sample(text: str, raw: bool) -> None:
+    if not raw:
+        print(escape(text))
+        return
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode("utf-8", "replace") + b"\n")
+    sys.stdout.buffer.flush()

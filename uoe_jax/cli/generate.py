@@ -136,7 +136,12 @@ def complete(
     tokenizer = run_tokenizer(folder, run.config)
     eos, prompts = None, []
     if options.chat:
-        from uoe_jax.interop.chat import encode_chat, end_of_turn, find_template
+        from uoe_jax.data.chat import (
+            cut_turn,
+            encode_chat,
+            end_of_turn,
+            find_template,
+        )
 
         template = find_template(folder)
         eos = end_of_turn(tokenizer, template)
@@ -158,7 +163,7 @@ def complete(
         eos=eos,
     )
     if options.chat:
-        return [tokenizer.decode_bytes(ids) for ids in made]
+        return [cut_turn(tokenizer, template, tokenizer.decode_bytes(i)) for i in made]
     texts = []
     for record, before, ids in zip(records, prompts, made, strict=True):
         whole = continuation(tokenizer, record["prompt"], before, ids)
@@ -169,7 +174,7 @@ def complete(
 
 def _messages(record: Mapping[str, Any], number: int) -> Any:
     """Return a record's conversation; a prompt is what the user says."""
-    from uoe_jax.interop.chat import check_messages
+    from uoe_jax.data.chat import check_messages
 
     if "messages" not in record:
         return [{"role": "user", "content": record["prompt"]}]

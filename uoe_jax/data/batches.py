@@ -158,19 +158,22 @@ class TokenDataset(Dataset):
     def __init__(self, config: ExperimentConfig, split: str, prepared: Prepared):
         super().__init__(config, split, prepared)
         self._tokens = prepared.array(split, "tokens")
-        seq_len = config.seq_len
+        self._scored = prepared.optional_array(split, "scored")
+        seq_len, scored = config.seq_len, self._scored
         if config.data.pack == "documents":
-            self._rows = pack_documents(prepared.array(split, "starts"), seq_len)
+            starts = prepared.array(split, "starts")
+            self._rows = pack_documents(starts, seq_len, scored)
         else:
-            partial = split != "train"
-            self._rows = window_rows(len(self._tokens), seq_len, partial=partial)
+            count, partial = len(self._tokens), split != "train"
+            self._rows = window_rows(count, seq_len, partial=partial, scored=scored)
         self.num_examples = len(self._rows)
         if self.num_examples == 0:
             raise DataError(_too_short(self, len(self._tokens)))
 
     def examples(self, chosen: Int[np.ndarray, " B"]) -> Batch:
         """Return tokens, targets, positions, segments and mask, [B, T] each."""
-        return fill_rows(self._tokens, self._rows, chosen, self.config.seq_len)
+        seq_len = self.config.seq_len
+        return fill_rows(self._tokens, self._rows, chosen, seq_len, self._scored)
 
     def _lengths_of(
         self, chosen: Int[np.ndarray, " B"]

@@ -19,12 +19,14 @@ def describe(config: ExperimentConfig) -> dict[str, Any]:
 
     Keys: source, kind, folder, manifest (hash), files, tokenizer, vocab_size, classes,
     bad_utf8, bad_records, splits {name: documents, bytes, tokens, examples, batches,
-    bytes_per_token, lost_share}, sample (the first training example as text).
+    bytes_per_token, lost_share, scored where not all is trained on}, sample (the first
+    training example as text), sample_scored (what of it is trained on; None: all).
     """
     prepared = prepare(config, thorough=True)
     manifest = prepared.manifest
     tokenizer = manifest["tokenizer"] or {}
     train = open_dataset(config, "train", prepared)
+    batch = train.batch(0)
     return {
         "source": manifest["source"],
         "kind": prepared.kind,
@@ -37,13 +39,16 @@ def describe(config: ExperimentConfig) -> dict[str, Any]:
         "bad_utf8": manifest.get("bad_utf8"),
         "bad_records": manifest.get("bad_records", 0),
         "splits": {split: _describe_split(config, split, prepared) for split in SPLITS},
-        "sample": _draw_sample(train.batch(0), train),
+        "sample": _draw_sample(batch, train),
+        "sample_scored": _draw_scored(batch, train),
     }
 
 
 def _describe_split(config: ExperimentConfig, split: str, prepared: Any) -> dict:
     counts = prepared.manifest["splits"][split]
     result = {key: counts.get(key) for key in ("documents", "bytes", "tokens")}
+    if "scored" in counts:
+        result["scored"] = counts["scored"]
     try:
         dataset = open_dataset(config, split, prepared)
     except DataError as error:
@@ -55,6 +60,14 @@ def _describe_split(config: ExperimentConfig, split: str, prepared: Any) -> dict
         "bytes_per_token": dataset.bytes_per_token,
         "lost_share": dataset.lost_share,
     }
+
+
+def _draw_scored(batch: dict[str, Any], dataset: Any) -> str | None:
+    """Return the text of the first example's targets that count; None if all do."""
+    if "mask" not in batch or dataset.info["splits"]["train"].get("scored") is None:
+        return None
+    row = batch["targets"][0][batch["mask"][0] > 0]
+    return dataset.decode(row)[:_SAMPLE_CHARACTERS]
 
 
 def _draw_sample(batch: dict[str, Any], dataset: Any) -> str:

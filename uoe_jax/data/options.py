@@ -13,12 +13,13 @@ from uoe_jax.errors import ConfigError
 _ALWAYS = {"source", "batch_size", "cache_dir", "allow_changed", "seed"}
 _SPLITS = {"valid_fraction", "test_fraction"}
 _TOKENS = {"tokenizer", "bpe_vocab_size", "bad_utf8", "max_bytes"} | _SPLITS
+_RECORDS = {"text_key", "bad_records", "chat_template"}
 _TASK = {"num_examples"}
 _USED = {
     "stdlib": _TOKENS,
     "text": _TOKENS | {"path", "encoding"},
-    "jsonl": _TOKENS | {"path", "encoding", "text_key", "bad_records"},
-    "parquet": _TOKENS | {"path", "text_key", "bad_records"},
+    "jsonl": _TOKENS | {"path", "encoding"} | _RECORDS,
+    "parquet": _TOKENS | {"path"} | _RECORDS,
     "tfds": _TOKENS | {"path", "data_dir", "text_key"},
     "digits": _SPLITS,
     "npz": _SPLITS | {"path"},
@@ -36,6 +37,8 @@ def used_options(data: DataConfig, source: str, kind: str) -> set[str]:
         used |= {"seq_len"}
     else:
         used -= {"text_key", "tokenizer", "bad_utf8", "max_bytes"}
+    if kind != "decoder":
+        used -= {"chat_template"}
     if kind == "decoder":
         used |= {"pack"}
     if data.tokenizer != "bpe" or "tokenizer" not in used:
@@ -45,7 +48,8 @@ def used_options(data: DataConfig, source: str, kind: str) -> set[str]:
 
 def check_written(data: DataConfig) -> None:
     """Raise ConfigError for names that are empty and an encoding that isn't one."""
-    for name in ("path", "data_dir", "cache_dir", "tokenizer", "text_key", "encoding"):
+    names = ("path", "data_dir", "cache_dir", "tokenizer", "text_key", "encoding")
+    for name in (*names, "chat_template"):
         value = getattr(data, name)
         if value is not None and not value.strip():
             raise ConfigError(f"data.{name} is empty; give it a value or leave it out")

@@ -6,7 +6,9 @@ import bisect
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int, UInt8
+
+Scored = UInt8[np.ndarray, " N"] | None  # 1: a token is trained on; None: all are
 
 
 class Rows(NamedTuple):
@@ -39,14 +41,20 @@ def count_windows(num_tokens: int, seq_len: int, *, partial: bool) -> int:
     return -(-predictions // seq_len) if partial else predictions // seq_len
 
 
-def pack_documents(document_starts: Int[np.ndarray, " D1"], seq_len: int) -> Rows:
+def pack_documents(
+    document_starts: Int[np.ndarray, " D1"], seq_len: int, scored: Scored = None
+) -> Rows:
     """Put documents into rows of `seq_len` tokens, each where it fits tightest.
 
     A document of n tokens makes n - 1 predictions. Longer ones than a row are cut into
     pieces that overlap by one token, so that no prediction is lost. Documents are
-    taken in order and go to the fullest row that has room (best fit).
+    taken in order and go to the fullest row that has room (best fit). Pieces none of
+    whose predictions is trained on are left out.
     """
     starts, lengths = _cut_documents(document_starts, seq_len)
+    if scored is not None:
+        kept = _has_scored(starts, lengths, scored)
+        starts, lengths = starts[kept], lengths[kept]
     rows = _best_fit(lengths, seq_len)
     order = np.argsort(rows, kind="stable")
     counts = np.bincount(rows, minlength=int(rows.max(initial=-1)) + 1)
@@ -66,6 +74,16 @@ def _cut_documents(
     skipped = (np.arange(len(owner)) - first[owner]) * seq_len
     lengths = np.minimum(predictions[owner] - skipped, seq_len)
     return begin[owner] + skipped, lengths
+
+
+def _has_scored(
+    starts: Int[np.ndarray, " P"],
+    lengths: Int[np.ndarray, " P"],
+    scored: UInt8[np.ndarray, " N"],
+) -> Bool[np.ndarray, " P"]:
+    """Return which pieces predict a token that is trained on."""
+    before = np.concatenate([[0], np.cumsum(scored, dtype=np.int64)])
+    return before[starts + lengths + 1] > before[starts + 1]
 
 
 def _best_fit(lengths: Int[np.ndarray, " P"], seq_len: int) -> Int[np.ndarray, " P"]:
@@ -93,26 +111,39 @@ def _best_fit(lengths: Int[np.ndarray, " P"], seq_len: int) -> Int[np.ndarray, "
     return rows
 
 
-def window_rows(num_tokens: int, seq_len: int, *, partial: bool) -> Rows:
-    """Return contiguous windows of a stream as rows of one piece."""
+def window_rows(
+    num_tokens: int, seq_len: int, *, partial: bool, scored: Scored = None
+) -> Rows:
+    """Return contiguous windows of a stream as rows of one piece.
+
+    Those none of whose predictions is trained on are left out.
+    """
     count = count_windows(num_tokens, seq_len, partial=partial)
     starts = np.arange(count, dtype=np.int64) * seq_len
     lengths = np.minimum(num_tokens - 1 - starts, seq_len)
-    return Rows(starts, lengths, np.arange(count + 1, dtype=np.int64))
+    if scored is not None:
+        kept = _has_scored(starts, lengths, scored)
+        starts, lengths = starts[kept], lengths[kept]
+    return Rows(starts, lengths, np.arange(len(starts) + 1, dtype=np.int64))
 
 
 def fill_rows(
-    tokens: np.ndarray, rows: Rows, chosen: Int[np.ndarray, " B"], seq_len: int
+    tokens: np.ndarray,
+    rows: Rows,
+    chosen: Int[np.ndarray, " B"],
+    seq_len: int,
+    scored: Scored = None,
 ) -> dict[str, np.ndarray]:
     """Return a decoder batch of the chosen rows; -1 chooses an empty row.
 
     `tokens` and `targets` (the next token) are int32 [B, T], `positions` restart with
     every segment, `segments` count from 1 (0 is padding), `mask` is 1.0 where a target
-    counts.
+    counts: where it is trained on.
     """
     shape = (len(chosen), seq_len)
     names = ("tokens", "targets", "positions", "segments")
     batch: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in names}
+    mask = np.zeros(shape, np.float32)
     for row, index in enumerate(chosen.tolist()):
         if index < 0:
             continue
@@ -126,6 +157,7 @@ def fill_rows(
             batch["targets"][row, here] = window[1:]
             batch["positions"][row, here] = np.arange(length)
             batch["segments"][row, here] = segment
+            targets = slice(start + 1, start + length + 1)
+            mask[row, here] = 1.0 if scored is None else scored[targets]
             place += length
-    batch["mask"] = (batch["segments"] > 0).astype(np.float32)
-    return batch
+    return batch | {"mask": mask}

@@ -41,6 +41,7 @@ class Plan:
     num_bytes: Int[np.ndarray, " D"]
     classes: dict[int | str | None, int]  # label -> class number
     bad_utf8: dict[str, int]  # documents left out or repaired
+    has_parts: bool = False  # whether of some only a part is trained on
 
 
 def clean_documents(
@@ -74,8 +75,18 @@ def clean_documents(
             counts["skipped" if policy == "skip" else "replaced"] += 1
             if policy == "skip":
                 continue
-            document = document._replace(data=_replace_bad(document.data))
+            document = _without_bad(document)
         yield document
+
+
+def _without_bad(document: Document) -> Document:
+    """Return a document with U+FFFD for what isn't UTF-8."""
+    if not document.parts:
+        return document._replace(data=_replace_bad(document.data))
+    mend = lambda text: _replace_bad(text.encode("utf-8", "surrogatepass")).decode()
+    parts = tuple(part._replace(text=mend(part.text)) for part in document.parts)
+    data = "".join(part.text for part in parts).encode()
+    return document._replace(data=data, parts=parts)
 
 
 def find_bad_utf8(data: bytes | memoryview) -> int | None:
@@ -122,6 +133,7 @@ def plan_documents(
     """Read every document once and decide its split; equal contents stay together."""
     given, fractions, sizes, labels = [], [], [], set()
     seen: dict[bytes, float] = {}
+    has_parts = False
     for document in documents:
         fraction = 0.0
         if document.split is None:
@@ -135,6 +147,7 @@ def plan_documents(
         fractions.append(fraction)
         sizes.append(len(document.data))
         labels.add(document.label)
+        has_parts |= bool(document.parts)
     counts = count()
     if not sizes:
         why = "it is empty"
@@ -150,13 +163,17 @@ def plan_documents(
         config.test_fraction,
     )
     classes = _number_classes(labels, source.name) if source.labelled else {}
-    return Plan(
-        splits, np.array(given), np.array(fractions), np.array(sizes), classes, counts
-    )
+    arrays = (np.array(given), np.array(fractions), np.array(sizes))
+    return Plan(splits, *arrays, classes, counts, has_parts)
 
 
 def too_few(plan: Plan, config: DataConfig) -> bool:
-    """Whether there are so few documents that a split would get none of them."""
+    """Whether there are so few documents that a split would get none of them.
+
+    They are then cut, but for answers, which belong to their prompts.
+    """
+    if plan.has_parts:
+        return False
     free = plan.given < 0
     distinct = len(np.unique(plan.fractions[free]))
     # Repeats of one text can't be told apart by cutting them.

@@ -13,6 +13,7 @@ import numpy as np
 
 from uoe_jax.config import DataConfig, ExperimentConfig
 from uoe_jax.data.arrays import ArraySource
+from uoe_jax.data.chat import CHAT, configured_template
 from uoe_jax.data.files import fingerprint, sha256_file
 from uoe_jax.data.progress import note
 from uoe_jax.data.source import Source, make_source
@@ -69,11 +70,21 @@ class Prepared:
             )
         return load_array(self.folder / file)
 
+    def optional_array(self, split: str, name: str) -> np.ndarray | None:
+        """Return an array that not all data has, as `array` does; None without it."""
+        has = f"{split}_{name}.npy" in self.manifest["outputs"]
+        return self.array(split, name) if has else None
+
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer the arrays were made with."""
         file = self.folder / "tokenizer.json"
         text = file.read_text("utf-8") if file.is_file() else None
         return make_tokenizer(self.manifest["tokenizer"], text)
+
+    def chat_text(self) -> str | None:
+        """Return the chat.json of data that holds conversations; None of other data."""
+        file = self.folder / CHAT
+        return file.read_text("utf-8") if file.is_file() else None
 
 
 def prepare(config: ExperimentConfig, *, thorough: bool = False) -> Prepared:
@@ -154,6 +165,9 @@ def _settings(data: DataConfig, kind: str) -> dict[str, Any]:
     more: dict[str, Any] = {}
     if data.source in TASKS:
         more["task"] = task_options(data)
+    if template := configured_template(data.chat_template):
+        digest = hashlib.sha256(template.to_json().encode()).hexdigest()
+        more["chat_template"] = f"sha256:{digest}"
     for name in ("encoding", "bad_records"):
         if getattr(data, name) != getattr(DataConfig(), name):
             more[name] = getattr(data, name)
@@ -188,7 +202,7 @@ def _folder(source: Source | None, settings: dict[str, Any], data: DataConfig) -
 def absolute_paths(data: DataConfig) -> DataConfig:
     """Return options that mean the same files from every working folder."""
     change: dict[str, Any] = {"path": _place(data)}
-    for name in ("data_dir", "cache_dir"):
+    for name in ("data_dir", "cache_dir", "chat_template"):
         given = getattr(data, name)
         if given is not None:
             change[name] = str(Path(given).expanduser().absolute())

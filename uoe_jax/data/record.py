@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from uoe_jax.config import DataConfig, ExperimentConfig
+from uoe_jax.data.chat import CHAT, read_template
 from uoe_jax.data.prepare import Prepared, find_prepared
+from uoe_jax.data.source import resolve
 from uoe_jax.data.store import hash_outputs
 from uoe_jax.data.tokenize import (
     Tokenizer,
@@ -50,7 +52,7 @@ _READING = ("batch_size", "seq_len", "pack", "seed", "cache_dir", "allow_changed
 
 @dataclass(frozen=True)
 class DataRecord:
-    """The data of a run: its hashes, and the text of its tokenizer.json if it has one.
+    """The data of a run: its hashes, and the texts of its tokenizer.json and chat.json.
 
     `content` holds what the prepared data's manifest said, `arrays` (the hash of the
     prepared arrays alone), and `tokenizer_sha256`.
@@ -58,6 +60,7 @@ class DataRecord:
 
     content: dict[str, Any]
     tokenizer_text: str | None = None
+    chat_text: str | None = None  # of conversations, or of a model that chats
 
     @property
     def hash(self) -> str | None:
@@ -93,6 +96,8 @@ class DataRecord:
         mine = self.content.get("tokenizer_sha256")
         tokenizer = mine is not None and mine == other.content.get("tokenizer_sha256")
         fields = {"data.tokenizer", "data.bpe_vocab_size"} if tokenizer else set()
+        if self.chat_text is not None and self.chat_text == other.chat_text:
+            fields.add("data.chat_template")
         return fields | ({"data.path"} if self.same_data(other) else set())
 
     def followed_by(self, other: DataRecord, run_dir: Path, accept: bool) -> DataRecord:
@@ -106,7 +111,7 @@ class DataRecord:
             _refuse(self, other, run_dir, accept)
             earlier = [*earlier, self.hash]
         more = {"earlier": earlier} if earlier else {}
-        return DataRecord(other.content | more, other.tokenizer_text)
+        return dataclasses.replace(other, content=other.content | more)
 
 
 def record_of(prepared: Prepared) -> DataRecord:
@@ -114,11 +119,11 @@ def record_of(prepared: Prepared) -> DataRecord:
     manifest = prepared.manifest
     content = {key: manifest[key] for key in _KEPT if key in manifest}
     content["arrays"] = hash_outputs(manifest)
-    file = prepared.folder / TOKENIZER
+    file, chat = prepared.folder / TOKENIZER, prepared.chat_text()
     if not file.is_file():
-        return DataRecord(content)
+        return DataRecord(content, chat_text=chat)
     text = file.read_text("utf-8")
-    return DataRecord(content | {"tokenizer_sha256": _digest(text)}, text)
+    return DataRecord(content | {"tokenizer_sha256": _digest(text)}, text, chat)
 
 
 def record_of_tokenizer(text: str | None) -> DataRecord:
@@ -138,6 +143,8 @@ def write_record(run_dir: Path, record: DataRecord) -> None:
     """Write a record into a run's folder, the tokenizer first."""
     if record.tokenizer_text is not None:
         write_atomically(run_dir / TOKENIZER, record.tokenizer_text)
+    if record.chat_text is not None:
+        write_atomically(run_dir / CHAT, record.chat_text)
     write_atomically(run_dir / RECORD, format_json(record.content, indent=2) + "\n")
 
 
@@ -156,8 +163,9 @@ def read_record(run_dir: Path) -> DataRecord | None:
         raise DataError(f"{file} can't be read ({error.strerror})") from None
     if broken := _broken(content):
         raise DataError(f"{file} is damaged ({broken}); restore the file")
+    chat = _read_copy(run_dir / CHAT) if (run_dir / CHAT).is_file() else None
     if "tokenizer_sha256" not in content:
-        return DataRecord(content)
+        return DataRecord(content, chat_text=chat)
     copy = run_dir / TOKENIZER
     text = _read_copy(copy)
     if _digest(text) != content["tokenizer_sha256"]:
@@ -165,7 +173,7 @@ def read_record(run_dir: Path) -> DataRecord | None:
             f"{copy} isn't the tokenizer the run was trained with (its SHA-256 is "
             "another); restore the file"
         )
-    return DataRecord(content, text)
+    return DataRecord(content, text, chat)
 
 
 def _read_copy(file: Path) -> str:
@@ -239,6 +247,11 @@ def run_tokenizer(run_dir: Path, config: ExperimentConfig) -> Tokenizer:
     if config.data.tokenizer == "byte" and not _maybe_ids(config.data):
         return make_tokenizer({"name": "byte"}, None)
     if is_file_tokenizer(config.data.tokenizer) and not _maybe_ids(config.data):
+        if config.data.tokenizer == str(copy.absolute()):  # of an import
+            raise DataError(
+                f"{run_dir} has no tokenizer: none came with its model; put the "
+                f"model's {TOKENIZER} into {run_dir}"
+            )
         return load_tokenizer(config.data.tokenizer)
     raise _no_tokenizer(run_dir)
 
@@ -289,11 +302,12 @@ def other_data(config: ExperimentConfig, data: DataConfig) -> bool:
 def with_run_tokenizer(
     config: ExperimentConfig, data: DataConfig, run_dir: Path
 ) -> DataConfig:
-    """Return options whose tokenizer is the one a run was trained with.
+    """Return options whose tokenizer and chat template are those of a run.
 
     Other text would else get a vocabulary of its own, or one that a path no longer
     names. Raises DataError where an older run kept none and needs it.
     """
+    data = _with_run_template(config, data, run_dir)
     if data.tokenizer != config.data.tokenizer or not _has_file(data):
         return data
     for copy in (run_dir / TOKENIZER, _prepared_tokenizer(config, run_dir)):
@@ -302,6 +316,31 @@ def with_run_tokenizer(
     if data.tokenizer == "bpe":
         raise _no_tokenizer(run_dir)
     return data
+
+
+def _with_run_template(
+    config: ExperimentConfig, data: DataConfig, run_dir: Path
+) -> DataConfig:
+    """Return options that write messages as a run's model knows them."""
+    if data.chat_template != config.data.chat_template or not _holds_records(data):
+        return data
+    if read_template(run_dir) is None:
+        return data
+    return dataclasses.replace(data, chat_template=str(run_dir.absolute()))
+
+
+def _holds_records(data: DataConfig) -> bool:
+    try:
+        return resolve(data, "decoder") in ("jsonl", "parquet")
+    except (DataError, OSError):  # reading it will say so
+        return False
+
+
+def is_moved(data: DataConfig) -> bool:
+    """Whether files that go with a run aren't where its config says."""
+    tokenizer, chat = data.tokenizer, data.chat_template
+    gone = is_file_tokenizer(tokenizer) and not Path(tokenizer).is_file()
+    return gone or (chat is not None and not Path(chat).exists())
 
 
 def _has_file(data: DataConfig) -> bool:
@@ -322,6 +361,8 @@ def carried_record(run_dir: Path, config: ExperimentConfig) -> DataRecord | None
     """
     record = read_record(run_dir)
     if record is not None and "tokenizer" in record.content:
+        if record.chat_text is None and (template := read_template(run_dir)):
+            record = dataclasses.replace(record, chat_text=template.to_json())
         return record
     prepared = find_prepared(config)
     if prepared is not None and (record is None or record.holds(prepared)):

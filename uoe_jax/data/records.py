@@ -1,17 +1,47 @@
-"""Text documents from records: JSON lines, a JSON array, Parquet."""
+"""Documents from records: JSON lines, a JSON array, Parquet.
+
+A record is a text, a prompt with its completion, or a conversation.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 from uoe_jax.data.arrays import MAX_CLASSES
+from uoe_jax.data.chat import (
+    CHATML,
+    ChatTemplate,
+    Part,
+    answer_parts,
+    check_messages,
+    configured_template,
+    special_tokens,
+)
 from uoe_jax.data.encoding import open_text
 from uoe_jax.data.files import SourceFile, named_splits
+from uoe_jax.data.record_fields import (
+    MESSAGES,
+    BadRecordError,
+    find_completion,
+    find_messages,
+    find_text,
+    text_columns,
+    type_name,
+)
 from uoe_jax.data.text import Document, TextSource, limit_bytes, unless_train
-from uoe_jax.errors import DataError, extra_packages, nearest, shown
+from uoe_jax.data.tokenize import is_file_tokenizer, load_tokenizer
+from uoe_jax.errors import (
+    ConfigError,
+    DataError,
+    MissingExtra,
+    extra_packages,
+    nearest,
+    shown,
+)
 from uoe_jax.files import unique_keys
 
 _AT_ONCE = 256 << 20  # longest line, or file that is one array
@@ -22,29 +52,43 @@ _TOO_LONG = (
 _ROWS = 1024  # of Parquet, read at once
 
 
-class _BadRecordError(DataError):
-    """A record without a text, which may be skipped."""
-
-
 @dataclass(frozen=True)
 class RecordSource(TextSource):
     """A text a record; splits by a hash of the text, so repeats stay together.
 
-    Labels (for encoders) are the field `label`, a number or a name. Records without a
-    text are refused, or with `data.bad_records` skip left out and counted.
+    A record without a text may have a prompt and a completion, of which the completion
+    is trained on, or messages, of which the assistant's are. Labels (for encoders) are
+    the field `label`, a number or a name. Other records are refused, or with
+    `data.bad_records` skip left out and counted.
     """
 
     decodes: ClassVar[bool] = True
-    skipped: dict[str, int] = field(default_factory=lambda: {"records": 0})
+    skipped: dict[str, int] = field(default_factory=lambda: {"records": 0, "chats": 0})
 
     def documents(self) -> Iterator[Document]:
         """Yield the text of every record that isn't empty."""
-        self.skipped["records"] = 0
+        self.skipped.update(records=0, chats=0)
         return limit_bytes(self._all(), self.config.max_bytes)
 
     def num_skipped(self) -> int:
         """Return the records that were left out."""
         return self.skipped["records"]
+
+    def chat_template(self) -> ChatTemplate | None:
+        """Return how conversations are written, if the last pass met any."""
+        return self._template if self.skipped["chats"] else None
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        """Return the template that conversations are written with."""
+        return configured_template(self.config.chat_template) or CHATML
+
+    @cached_property
+    def _special(self) -> tuple[str, ...]:
+        """Return the names of special tokens, known before what is trained here."""
+        name = self.config.tokenizer
+        known = is_file_tokenizer(name)
+        return tuple(special_tokens(load_tokenizer(name))) if known else ()
 
     def records(self, file: SourceFile) -> Iterator[tuple[str, int, Any]]:
         """Yield (place, offset, record) of a file.
@@ -60,7 +104,7 @@ class RecordSource(TextSource):
             for where, offset, record in self.records(file):
                 try:
                     document = self._document(where, offset, record, split)
-                except _BadRecordError as error:
+                except BadRecordError as error:
                     if self.config.bad_records == "error":
                         raise DataError(
                             f"{error}; --data.bad-records skip leaves such records out"
@@ -73,11 +117,15 @@ class RecordSource(TextSource):
     def _document(
         self, where: str, offset: int, record: Any, split: str | None
     ) -> Document | None:
-        if isinstance(record, _BadRecordError):
+        if isinstance(record, BadRecordError):
             raise record
         if isinstance(record, bytes):
             # Left as it is: the policy for bad UTF-8 finds it and acts on it.
             return Document(where, record, offset, split)
+        if not self.labelled and (parts := self._parts(record, where)):
+            data = "".join(part.text for part in parts)
+            data = data.encode("utf-8", "surrogatepass")
+            return Document(where, data, split=split, parts=parts) if data else None
         text = find_text(record, self.config.text_key, where)
         labelled = self.labelled and isinstance(record, dict)
         label = record.get("label") if labelled else None
@@ -85,7 +133,7 @@ class RecordSource(TextSource):
             type(label) is int and 0 <= label < MAX_CLASSES  # true is no number
         )
         if self.labelled and not is_class:
-            raise _BadRecordError(
+            raise BadRecordError(
                 f"{where} has label {shown(label)}; an encoder needs a name or a class "
                 f"number from 0 to {MAX_CLASSES - 1:,}"
             )
@@ -94,41 +142,20 @@ class RecordSource(TextSource):
         data = text.encode("utf-8", "surrogatepass")
         return Document(where, data, split=split, label=label) if data else None
 
-
-def find_text(record: Any, key: str, where: str) -> str:
-    """Return a record's field; `a.b` is field b of field a, `a.0` the first of a list.
-
-    Raises DataError where it is missing or isn't text.
-    """
-    value, path = record, []
-    if not isinstance(record, dict):
-        if isinstance(record, str):
-            return record
-        raise _BadRecordError(f"{where} holds {_name(record)}, not an object")
-    names = [key] if key in record else key.split(".")
-    for name in names:
-        known = (
-            [str(i) for i in range(len(value))] if isinstance(value, list) else value
-        )
-        if not isinstance(value, (dict, list)) or name not in known:
-            inside = f" in field {'.'.join(path)!r}" if path else ""
-            hint = nearest(name, known) if isinstance(value, dict) and known else ""
-            raise _BadRecordError(
-                f"{where} has no field {name!r}{inside}"
-                + (f"; {hint}" if hint else "")
-                + " (data.text_key)"
-            )
-        value = value[int(name)] if isinstance(value, list) else value[name]
-        path.append(name)
-    if not isinstance(value, str):
-        raise _BadRecordError(
-            f"{where} field {key!r} holds {_name(value)}; it must be text"
-        )
-    return value
-
-
-def _name(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
+    def _parts(self, record: Any, where: str) -> tuple[Part, ...]:
+        """Return what a record's document is made of; none for one with a text."""
+        key = self.config.text_key
+        if (messages := find_messages(record, key)) is None:
+            return find_completion(record, key, where)
+        template, special = self._template, self._special
+        try:
+            parts = answer_parts(check_messages(messages), template, special)
+        except MissingExtra:
+            raise
+        except (ConfigError, DataError) as error:
+            raise BadRecordError(f"{where}: {error}") from None
+        self.skipped["chats"] += 1
+        return parts
 
 
 class JsonSource(RecordSource):
@@ -166,7 +193,7 @@ class JsonSource(RecordSource):
             yield (
                 where,
                 offset,
-                _BadRecordError(f"{where} is not JSON ({reason}); mend the line"),
+                BadRecordError(f"{where} is not JSON ({reason}); mend the line"),
             )
 
     def _array(
@@ -185,10 +212,11 @@ class JsonSource(RecordSource):
         if isinstance(content, dict):
             # {"data": [{...}]}, as some exports are.
             lists = [v for v in content.values() if isinstance(v, list)]
-            has_text = self.config.text_key.split(".")[0] in content
-            content = lists[0] if len(lists) == 1 and not has_text else [content]
+            names = {self.config.text_key.split(".")[0], MESSAGES}
+            is_record = bool(names & content.keys())
+            content = lists[0] if len(lists) == 1 and not is_record else [content]
         if not isinstance(content, list):
-            raise DataError(f"{name} holds {_name(content)}, not objects")
+            raise DataError(f"{name} holds {type_name(content)}, not objects")
         for number, record in enumerate(content, 1):
             yield f"{name} record {number}", 0, record
 
@@ -231,11 +259,11 @@ class ParquetSource(RecordSource):
         """Return the columns of text and label; DataError if there is no text."""
         known = list(opened.schema_arrow.names)
         key = self.config.text_key
-        column = key if key in known else key.split(".")[0]
-        if column not in known:
+        columns = text_columns(key, known, answers=not self.labelled)
+        if columns is None:
+            column = key.split(".")[0]
             raise DataError(
                 f"{self.name} has no column {column!r}; {nearest(column, known)} "
                 "(data.text_key)"
             )
-        label = ["label"] if self.labelled and "label" in known else []
-        return [column, *label]
+        return columns + ["label"] * (self.labelled and "label" in known)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from uoe_jax.config import DataConfig
+from uoe_jax.data.chat import ChatTemplate, Part
 from uoe_jax.data.encoding import find_encoding, open_text
 from uoe_jax.data.files import SourceFile, is_packed, named_splits, open_content
 from uoe_jax.data.split import SPLITS, find_articles, find_cut, range_cuts
@@ -42,6 +43,7 @@ class Document(NamedTuple):
     key: str | None = None  # None: the content itself
     label: int | str | None = None
     ends: bool = True  # an end-of-document token follows
+    parts: tuple[Part, ...] = ()  # that `data` is made of, if not all is trained on
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class TextSource:
     def num_skipped(self) -> int:
         """Return how many records without a text the last pass left out."""
         return 0
+
+    def chat_template(self) -> ChatTemplate | None:
+        """Return how the last pass wrote conversations; None if it met none."""
+        return None
 
 
 def stdlib_files() -> tuple[SourceFile, ...]:
@@ -183,6 +189,8 @@ def limit_bytes(
     for document in documents:
         if left is not None:
             if len(document.data) > left:
+                if document.parts:  # half an answer is none
+                    return
                 data = _trim(bytes(document.data[:left]))
                 if data:
                     yield document._replace(data=data)

@@ -10,6 +10,8 @@ import numpy as np
 
 from uoe_jax.config import DataConfig
 from uoe_jax.data.bpe import train_bpe
+from uoe_jax.data.chat import CHAT
+from uoe_jax.data.parts import encode_documents
 from uoe_jax.data.plan import (
     Documents,
     Plan,
@@ -44,6 +46,8 @@ def write_text(source: TextSource, config: DataConfig, folder: Path) -> dict[str
     skipped = source.num_skipped()
     if skipped:
         note(f"{source.name}: {skipped:,} records without a text were left out")
+    if template := source.chat_template():
+        (folder / CHAT).write_text(template.to_json(), "utf-8")
     tokenizer = _make_tokenizer(documents, plan, config, folder)
     splits = _write_splits(source, documents, plan, tokenizer, folder)
     _warn_of_lost(source.name, tokenizer, splits)
@@ -100,29 +104,54 @@ class _SplitWriter:
         self.labels = None
         if labelled:
             self.labels = ArrayWriter(path("labels"), np.dtype(np.int32))
+        self.scored: ArrayWriter | None = None  # once a token isn't trained on
+        self._path = path
         self.text_bytes = self.num_bytes = self.counted = 0  # num_bytes: with ends
-        self.measured = self.lost = self.unknown = 0
+        self.measured = self.lost = self.unknown = self.num_scored = 0
         self._tokenizer = tokenizer
         self._end, self._table = tokenizer.end_of_document, tokenizer.token_bytes
 
-    def add(self, document: Document, ids: np.ndarray, label: int) -> None:
-        """Append a document's ids."""
+    def add(
+        self,
+        document: Document,
+        ids: np.ndarray,
+        scored: np.ndarray | None,
+        label: int,
+    ) -> None:
+        """Append a document's ids, and which are trained on if not all are."""
         self._measure_lost(document, ids)
         if document.ends and self.labels is None:
             ids = np.append(ids, ids.dtype.type(self._end or 0))
             self.num_bytes += 1
+            if scored is not None:  # the end is learned with what it ends
+                scored = np.append(scored, document.parts[-1].trained)
+        self._append_scored(scored, len(ids))
         self.text_bytes += len(document.data)
         self.num_bytes += len(document.data)
         if self._table is not None:
             self.counted += int(self._table[ids].sum())
         # A zero byte inside a text ends a document like the one after it.
-        if self.labels is None and self._end is not None:
+        # Not of a conversation, whose turns may end so.
+        if self.labels is None and self._end is not None and not document.parts:
             inner = np.flatnonzero(ids[:-1] == self._end)
             self.starts.append(self.tokens.length + 1 + inner)
         self.tokens.append(ids)
         self.starts.append(np.array([self.tokens.length], np.int64))
         if self.labels is not None:
             self.labels.append(np.array([label], np.int32))
+
+    def _append_scored(self, scored: np.ndarray | None, count: int) -> None:
+        """Note which of `count` new tokens are trained on; None: all."""
+        if scored is None and self.scored is None:
+            return
+        if self.scored is None:
+            self.scored = ArrayWriter(self._path("scored"), np.dtype(np.uint8))
+            self.scored.append(np.ones(self.tokens.length, np.uint8))
+            self.num_scored = self.tokens.length
+        if scored is None:
+            scored = np.ones(count, np.uint8)
+        self.scored.append(scored)
+        self.num_scored += int(scored.sum())
 
     def _measure_lost(self, document: Document, ids: np.ndarray) -> None:
         """Count what the tokenizer doesn't know, in the first documents."""
@@ -139,18 +168,20 @@ class _SplitWriter:
 
     def close(self) -> dict[str, Any]:
         """Finish the files and return the split's part of the manifest."""
-        for writer in (self.tokens, self.starts, self.labels):
+        for writer in (self.tokens, self.starts, self.labels, self.scored):
             if writer is not None:
                 writer.close()
-        # Only where bytes are lost, so that other data keeps its hash.
-        lost = {}
+        # Only where there are some, so that other data keeps its hash.
+        more = {}
         if self.lost:
             share = self.lost / self.measured
-            lost = {
+            more = {
                 "lost_bytes": round(share * self.text_bytes),
                 "unknown_tokens": self.unknown,
             }
-        return lost | {
+        if self.scored is not None:
+            more["scored"] = self.num_scored
+        return more | {
             "documents": self.starts.length - 1,
             "bytes": self.num_bytes,
             "tokens": self.tokens.length,
@@ -182,10 +213,10 @@ def _write_splits(
     numbers = iter(plan.splits.tolist())
     with progress(f"preparing {source.name}", int(plan.num_bytes.sum())) as advance:
         for group in _groups(documents()):
-            encoded = tokenizer.encode_documents([d.data for d in group])
-            for document, ids in zip(group, encoded, strict=True):
+            encoded = encode_documents(tokenizer, group)
+            for document, (ids, scored) in zip(group, encoded, strict=True):
                 label = plan.classes.get(document.label, 0)
-                writers[next(numbers)].add(document, ids, label)
+                writers[next(numbers)].add(document, ids, scored, label)
             advance(sum(len(d.data) for d in group))
     return {s: w.close() for s, w in zip(SPLITS, writers, strict=True)}
 

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from uoe_jax.config import ModelConfig
+from uoe_jax.data.chat import KEPT_FOLDER
 from uoe_jax.data.record import TOKENIZER, read_record
 from uoe_jax.errors import ConfigError, DataError, shown
 from uoe_jax.files import format_json, local_path, write_atomically
@@ -20,7 +21,6 @@ from uoe_jax.hardware.count import count_params
 from uoe_jax.interop.families import FAMILIES
 from uoe_jax.interop.folder import CONFIG, KEPT, read_object
 from uoe_jax.interop.function import dense_form, differences
-from uoe_jax.interop.importing import KEPT_FOLDER
 from uoe_jax.interop.names import Family, Source, by_tensor, find_sources
 from uoe_jax.interop.padding import pad_layers
 from uoe_jax.interop.safetensors import INDEX, WEIGHTS

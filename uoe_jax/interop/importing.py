@@ -15,6 +15,7 @@ from uoe_jax.config import (
     OptimConfig,
     TrainConfig,
 )
+from uoe_jax.data.chat import KEPT_FOLDER
 from uoe_jax.data.record import record_of_tokenizer
 from uoe_jax.files import local_path
 from uoe_jax.interop.folder import Foreign, open_foreign
@@ -22,7 +23,6 @@ from uoe_jax.interop.read import read_params
 from uoe_jax.interop.tokenizer import TOKENIZER, usable
 from uoe_jax.runs.write import Origin, check_free, write_run
 
-KEPT_FOLDER = "imported"  # of a run: the small files that came with the model
 _USUAL_LENGTH = 1024  # tokens of a row of data, where a model takes more
 
 

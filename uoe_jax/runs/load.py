@@ -17,11 +17,11 @@ from uoe_jax.data.prepare import find_prepared
 from uoe_jax.data.progress import note_once
 from uoe_jax.data.record import (
     check_recorded,
+    is_moved,
     other_data,
     read_record,
     with_run_tokenizer,
 )
-from uoe_jax.data.tokenize import is_file_tokenizer
 from uoe_jax.errors import CheckpointError, DataError
 from uoe_jax.files import local_path
 from uoe_jax.model import split_model
@@ -123,8 +123,8 @@ def run_dataset(
     if data != config.data and other_data(config, data):
         other = True
         data = with_run_tokenizer(config, data, run_dir)
-    elif is_file_tokenizer(data.tokenizer) and not Path(data.tokenizer).is_file():
-        data = with_run_tokenizer(config, data, run_dir)  # the run was moved
+    elif is_moved(data):
+        data = with_run_tokenizer(config, data, run_dir)
     config = dataclasses.replace(config, data=data)
     try:
         dataset = make_dataset(config, split)

@@ -28,6 +28,8 @@ def describe_run(
         for unit in ("tokens", "examples", "documents")
         if split.get(unit)
     )
+    if "scored" in split:
+        amount += f", {split['scored']:,} of them"
     return [
         f"{config.name}: {model.kind}, {kinds}; {size:,} parameters, "
         f"{flops / 1e6:,.3g} MFLOP a token; {config.train.steps:,} steps of "

@@ -1,0 +1,326 @@
+"""Conversations as a model reads them: its chat template, and whose turn each part is.
+
+Templates are Jinja programs that came with the model, so they run in a sandbox. What a
+person wrote stays text: names of special tokens in it are no special tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from uoe_jax.data.subword import SubwordTokenizer
+from uoe_jax.data.tokenize import Tokenizer
+from uoe_jax.errors import (
+    ConfigError,
+    DataError,
+    extra_packages,
+    first_line,
+    shown,
+)
+from uoe_jax.files import format_json, read_json
+
+Message = Mapping[str, str]  # role and content
+
+KEPT_FOLDER = "imported"  # of a run: the small files that came with its model
+CHAT = "chat.json"  # of prepared data and of a run: the template it was written with
+_CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+_FIELDS = ("text", "bos", "eos")
+_MARK = "\ue000{}\ue001"  # stands for a special token's name in what a person wrote
+
+
+class Part(NamedTuple):
+    """A piece of a document, whether a model is to learn to say it, and what it is."""
+
+    text: str
+    trained: bool
+    special: bool = False  # the name of a special token
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTemplate:
+    """How a model writes a conversation, and the token that ends its turn."""
+
+    text: str  # a Jinja program; none: as `chatml` writes it
+    bos: str = ""
+    eos: str = ""
+
+    def render(
+        self, messages: Sequence[Message], *, begin: bool = True, dated: bool = True
+    ) -> str:
+        """Return a conversation as one text.
+
+        Args:
+          messages: the turns.
+          begin: begin the model's turn after them.
+          dated: tell a template that asks what day it is.
+
+        Raises ConfigError for a conversation that the template refuses, DataError for a
+        template that can't run.
+        """
+        if not self.text:
+            return chatml(messages, begin)
+        now = lambda form: datetime.now().strftime(form)
+        with extra_packages():
+            from jinja2 import TemplateError
+        try:
+            return _compile(self.text).render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=begin,
+                bos_token=self.bos,
+                eos_token=self.eos,
+                tools=None,
+                raise_exception=_refuse,
+                **({"strftime_now": now} if dated else {}),
+            )
+        except ConfigError:
+            raise
+        except (TemplateError, ArithmeticError, LookupError, TypeError) as error:
+            raise DataError(
+                f"the chat template can't be used ({first_line(error)}); give "
+                "prompts without it"
+            ) from None
+
+    def to_json(self) -> str:
+        """Return it as the text of a chat.json."""
+        return format_json(asdict(self), indent=2) + "\n"
+
+
+CHATML = ChatTemplate(text="", eos="<|im_end|>")
+
+
+def chatml(messages: Sequence[Message], begin: bool) -> str:
+    """Return a conversation in the plain form that most models know."""
+    turns = [
+        f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
+        for message in messages
+    ]
+    return "".join(turns) + "<|im_start|>assistant\n" * begin
+
+
+@functools.lru_cache(8)
+def _compile(text: str) -> Any:
+    """Return a template as a program, in a sandbox."""
+    with extra_packages():
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols"],
+    )
+    return environment.from_string(text)
+
+
+def _refuse(text: str) -> None:
+    raise ConfigError(f"the chat template refuses the messages: {text}")
+
+
+def read_template(place: Path) -> ChatTemplate | None:
+    """Return the chat template of a run, a model's folder or a Jinja file, if any.
+
+    Of a run the one it was trained with, or the one that came with its model. Raises
+    DataError for files that can't be read.
+    """
+    try:
+        if place.is_file():
+            return ChatTemplate(text=place.read_text("utf-8"))
+        if (place / CHAT).is_file():
+            return _from_json(read_json(place / CHAT), place / CHAT)
+        for folder in (place / KEPT_FOLDER, place):
+            if found := _of_model(folder):
+                return found
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{place}: the chat template can't be read ({error})") from None
+    return None
+
+
+def configured_template(name: str | None) -> ChatTemplate | None:
+    """Return the template that `data.chat_template` names.
+
+    Raises DataError where there is none.
+    """
+    if name is None:
+        return None
+    found = read_template(place := Path(name).expanduser())
+    if found is None:
+        raise DataError(
+            f"data.chat_template {place} has no chat template; give a run or a model's "
+            "folder that has one, or a Jinja file"
+        )
+    return found
+
+
+def _from_json(found: Any, file: Path) -> ChatTemplate:
+    if not (
+        isinstance(found, dict)
+        and set(found) == set(_FIELDS)
+        and all(isinstance(value, str) for value in found.values())
+    ):
+        raise DataError(f"{file} is damaged; restore the file")
+    return ChatTemplate(**found)
+
+
+def _of_model(folder: Path) -> ChatTemplate | None:
+    """Return the template among the files that came with a model."""
+    config: Any = {}
+    if (folder / _CONFIG).is_file():
+        config = read_json(folder / _CONFIG)
+    config = config if isinstance(config, dict) else {}
+    file = folder / _TEMPLATE
+    text = file.read_text("utf-8") if file.is_file() else None
+    text = text or _choose(config.get("chat_template"))
+    if not text:
+        return None
+    return ChatTemplate(text=text, bos=_token(config, "bos"), eos=_token(config, "eos"))
+
+
+def find_template(run_dir: Path) -> ChatTemplate:
+    """Return the chat template of a run.
+
+    Raises ConfigError where there is none, DataError for files that can't be read.
+    """
+    found = read_template(Path(run_dir))
+    if found is None:
+        raise ConfigError(
+            f"{run_dir} has no chat template: no model that chats was imported, and it "
+            "wasn't trained on messages; give --prompt without --chat"
+        )
+    return found
+
+
+def _choose(given: Any) -> str | None:
+    """Return the template, the one named default of several."""
+    if isinstance(given, list):
+        named = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}
+        given = named.get("default")
+    return given if isinstance(given, str) else None
+
+
+def _token(config: Mapping[str, Any], name: str) -> str:
+    token = config.get(f"{name}_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else ""
+
+
+def check_messages(messages: Any) -> list[Message]:
+    """Return a conversation; raise ConfigError for what is none."""
+    whole = isinstance(messages, list) and len(messages) > 0
+    if not whole:
+        raise ConfigError(
+            f"messages is {shown(messages)}; give a list of objects with role and "
+            "content"
+        )
+    for message in messages:
+        texts = isinstance(message, dict) and {
+            type(message.get(key)) for key in ("role", "content")
+        }
+        if texts != {str}:
+            raise ConfigError(
+                f"a message is {shown(message)}; give an object with role (system, "
+                "user or assistant) and content, both texts"
+            )
+    return messages
+
+
+def answer_parts(
+    messages: Sequence[Message], template: ChatTemplate, special: Sequence[str]
+) -> tuple[Part, ...]:
+    """Return a conversation's pieces; the assistant's turns are to be learned.
+
+    A turn is what the template adds for it after the turn was begun, so what ends it is
+    learned too. Raises DataError where no turn is the assistant's, and for a template
+    that writes a turn in another way once more turns follow.
+    """
+    names = _longest_first(special)
+    hidden = [{k: _hide(v, names) for k, v in m.items()} for m in messages]
+    render = functools.partial(template.render, dated=False)
+    whole = render(hidden, begin=False)
+    cuts, learned = [0], [False]
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        begun = render(hidden[:number], begin=True)
+        ended = render(hidden[: number + 1], begin=False)
+        if not (whole.startswith(ended) and ended.startswith(begun)):
+            raise DataError(
+                f"the chat template writes turn {number + 1} in another way than it "
+                "begins one, so its tokens can't be told from the prompt's; give "
+                "prompt and completion instead"
+            )
+        cuts += [len(begun), len(ended)]
+        learned += [True, False]
+    if len(cuts) == 1:
+        raise DataError("no message is the assistant's, so there is nothing to learn")
+    pieces = (whole[a:b] for a, b in zip(cuts, [*cuts[1:], len(whole)], strict=True))
+    return tuple(
+        Part(_reveal(text, names), trained, text in names)
+        for piece, trained in zip(pieces, learned, strict=True)
+        for text in _split(piece, names)
+    )
+
+
+def encode_chat(
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]
+) -> Int[np.ndarray, " T"]:
+    """Return the ids of a conversation, the template's special tokens as such."""
+    special = special_tokens(tokenizer)
+    names = _longest_first(list(special))
+    hidden = [{k: _hide(v, names) for k, v in m.items()} for m in messages]
+    ids = [
+        np.array([special[part]], np.int32)
+        if part in special
+        else tokenizer.encode(_reveal(part, names))
+        for part in _split(template.render(hidden), names)
+    ]
+    return np.concatenate([np.zeros(0, np.int32), *ids])
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the ids of a tokenizer's tokens that stand for no text, by name."""
+    if not isinstance(tokenizer, SubwordTokenizer):
+        return {}
+    return tokenizer.special_tokens()
+
+
+def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:
+    """Return the token after which the model's turn is over; None for an unknown."""
+    return special_tokens(tokenizer).get(template.eos, tokenizer.end_of_document)
+
+
+def cut_turn(tokenizer: Tokenizer, template: ChatTemplate, reply: bytes) -> bytes:
+    """Return a reply up to its end, where that is text and no token of its own."""
+    if not template.eos or template.eos in special_tokens(tokenizer):
+        return reply
+    return reply.partition(template.eos.encode())[0]
+
+
+def _longest_first(names: Sequence[str]) -> list[str]:
+    return sorted(names, key=lambda name: -len(name))
+
+
+def _split(text: str, names: Sequence[str]) -> Iterator[str]:
+    """Yield a text's pieces between special tokens, and these."""
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    yield from (part for part in parts if part)
+
+
+def _hide(text: str, names: Sequence[str]) -> str:
+    for number, name in enumerate(names):
+        text = text.replace(name, _MARK.format(number))
+    return text
+
+
+def _reveal(text: str, names: Sequence[str]) -> str:
+    for number, name in enumerate(names):
+        text = text.replace(_MARK.format(number), name)
+    return text
