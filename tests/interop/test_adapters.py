@@ -1,19 +1,21 @@
 """Adapters under the names that a model was imported with: out to PEFT, and in."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from tests.interop.tiny_folders import GOLDENS, write_folder
+from tests.interop.tiny_folders import GOLDENS, TEXT, write_folder
 from uoe_jax.adapt.adapters import init_adapters
 from uoe_jax.adapt.config import AdapterConfig
 from uoe_jax.adapt.export import export_adapter
-from uoe_jax.adapt.files import save_adapters
+from uoe_jax.adapt.files import load_adapters, save_adapters
 from uoe_jax.adapt.merge import merge
 from uoe_jax.adapt.place import place_modules
+from uoe_jax.adapt.store import read_trained
 from uoe_jax.cli import main
 from uoe_jax.errors import ConfigError
 from uoe_jax.interop.adapter_folder import read_config
@@ -90,3 +92,33 @@ def test_what_peft_has_no_place_for_is_refused(tmp_path):
     places = module_places(run.config.model, "GPT2LMHeadModel")
     assert "transformer.h.1.mlp.c_fc" in places
     assert "transformer.h.1.attn.c_attn" not in places
+
+
+def test_the_best_of_an_adapters_checkpoints_goes_out(tmp_path, capsys):
+    write_folder(tmp_path / "model")
+    import_run(tmp_path / "model", tmp_path / "run")
+    (tmp_path / "text.txt").write_text(TEXT)
+    adapter = tmp_path / "ad"
+    args = ["adapt", tmp_path / "run", "--method", "lora", "--quiet", "--steps", "2"]
+    args += ["--data", tmp_path / "text.txt", "--out", adapter, "--batch-size", "4"]
+    assert main([str(a) for a in args]) == 0
+    params = params_of(tmp_path / "run")[1]
+    trained, config = load_adapters(adapter, params)
+    best = read_trained(adapter, trained, "best")
+    # As if the last factors were others than the best ones.
+    save_adapters(adapter, drawn(params, config), config, base=str(tmp_path / "run"))
+    last, _ = load_adapters(adapter, params)
+    export = lambda *more: main(["export", str(adapter), *map(str, more)])
+    for which, adapters in (("last", last), ("best", best)):
+        assert export(tmp_path / which, "--checkpoint", which) == 0
+        delta = module_delta(
+            read_peft(tmp_path / which)["model.layers.1.self_attn.q_proj"]
+        )
+        ours = merge(params, adapters).params
+        name = "trunk.blocks.0.attention.wq"
+        change = np.asarray(named_leaves(ours)[name] - named_leaves(params)[name])
+        np.testing.assert_allclose(delta.T, change[1, 0].reshape(32, -1), atol=1e-4)
+    shutil.rmtree(adapter / "best")
+    capsys.readouterr()
+    assert export(tmp_path / "none", "--checkpoint", "best") == 2
+    assert "keeps no best checkpoint; leave --checkpoint out" in capsys.readouterr().err

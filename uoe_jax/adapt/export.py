@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -15,24 +15,31 @@ from uoe_jax.adapt.adapters import Adapters
 from uoe_jax.adapt.config import AdapterConfig
 from uoe_jax.adapt.files import load_adapters, part_suffix, to_file
 from uoe_jax.adapt.plan import LeafPlan
+from uoe_jax.adapt.store import read_trained
 from uoe_jax.config import LayerWidths
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.files import format_json, local_path, write_atomically
 from uoe_jax.interop.adapter_folder import CONFIG, PREFIX, WEIGHTS, read_config
 from uoe_jax.interop.families import FAMILIES
 from uoe_jax.interop.modules import Place, module_places
+from uoe_jax.runs.checkpoint import Checkpoints
+from uoe_jax.runs.folder import BEST
 from uoe_jax.runs.load import load_run
 from uoe_jax.runs.result import read_result
 
 _TASKS = {"decoder": "CAUSAL_LM", "encoder": None, "vision": None}
 
 
-def export_adapter(folder: Path, out: Path) -> dict[str, Any]:
+def export_adapter(
+    folder: Path, out: Path, which: Literal["last", "best"] = "last"
+) -> dict[str, Any]:
     """Write an adapter's folder as PEFT reads it, for the model it was trained on.
 
-    The base must have been imported: its architecture gives the names. Raises
+    `which` checkpoint of its training: the factors in its file are the last one's. The
+    base must have been imported: its architecture gives the names. Raises
     ConfigError for Tucker's factors, which PEFT hasn't, for weights that lie in a
-    tensor with others, and if `out` holds anything.
+    tensor with others, for the best of an adapter that keeps no checkpoints, and if
+    `out` holds anything.
     """
     folder, out = Path(folder), local_path(out, "out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -45,6 +52,13 @@ def export_adapter(folder: Path, out: Path) -> dict[str, Any]:
     run = load_run(base)
     _, params, _ = nnx.split(run.model, nnx.Param, ...)
     adapters, config = load_adapters(folder, params)
+    if which == "best":
+        if not Checkpoints(folder / BEST).steps():
+            raise ConfigError(
+                f"{folder} keeps no best checkpoint; leave --checkpoint out to write "
+                "the factors in its file"
+            )
+        adapters = read_trained(folder, adapters, which)
     if config.method != "lora":
         raise ConfigError(
             f"{folder} has the factors of {config.method}; PEFT reads LoRA: merge it "

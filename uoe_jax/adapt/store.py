@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from uoe_jax.errors import ConfigError, DataError, NonFiniteError
 from uoe_jax.files import format_json, parse_json, read_json, write_atomically
 from uoe_jax.interop.adapter_folder import WEIGHTS
 from uoe_jax.runs.checkpoint import Checkpoints
-from uoe_jax.runs.folder import CHECKPOINTS, has_begun
+from uoe_jax.runs.folder import BEST, CHECKPOINTS, has_begun
 from uoe_jax.runs.load import ADAPTATION
 from uoe_jax.surgery import Changed, Form, Source, Surgery
 from uoe_jax.tree import Arrays, fill_leaves, named_leaves
@@ -61,10 +61,16 @@ def write_request(out: Path, asked: Mapping[str, Any]) -> None:
     write_atomically(out / ADAPTATION, format_json(asked, indent=2) + "\n")
 
 
-def read_trained(out: Path, adapters: Adapters) -> Adapters:
-    """Return the adapter with the factors of the run's newest checkpoint."""
+def read_trained(
+    out: Path, adapters: Adapters, which: Literal["last", "best"] = "last"
+) -> Adapters:
+    """Return the adapter with the factors of the run's newest or best checkpoint.
+
+    Raises CheckpointError where it has none.
+    """
     template = {"params": adapters.weights, "buffers": adapters.anchor}
-    arrays = Checkpoints(out / CHECKPOINTS).restore(named_leaves(template))[1]
+    store = Checkpoints(out / (BEST if which == "best" else CHECKPOINTS))
+    arrays = store.restore(named_leaves(template))[1]
     state = jax.tree.map(jnp.asarray, fill_leaves(template, arrays))
     return dataclasses.replace(
         adapters, weights=state["params"], anchor=state["buffers"]

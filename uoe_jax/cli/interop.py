@@ -78,7 +78,8 @@ def export_model(args: list[str]) -> int:
     if adapter is not None:
         from uoe_jax.adapt.export import export_adapter
 
-        _show(export_adapter(adapter, options.out), options.json)
+        found = export_adapter(adapter, options.out, options.checkpoint)
+        _show(found, options.json)
         return 0
     from uoe_jax.interop.exporting import export_run
 
