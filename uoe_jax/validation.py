@@ -75,11 +75,7 @@ def parse_config(folder: Path) -> ExperimentConfig:
     _check_kinds(folder)
     try:
         text = path.read_text(encoding="utf-8")
-        if _is_foreign(text):
-            raise ConfigError(
-                f"{folder} holds a model of another library; read it first: uoe import "
-                f"{folder}"
-            )
+        _check_own(folder, text)
         return from_json(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} isn't text ({error.reason}); restore it") from None
@@ -98,6 +94,22 @@ def _check_kinds(folder: Path) -> None:
                 f"{place} is not a {'file' if file else 'folder'}, as a run has there; "
                 "move it away, or restore what was there"
             )
+
+
+def check_own(folder: Path) -> None:
+    """Raise ConfigError for the folder of another library's model."""
+    try:
+        _check_own(folder, (folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):  # reading the run will say so
+        return
+
+
+def _check_own(folder: Path, text: str) -> None:
+    if _is_foreign(text):
+        raise ConfigError(
+            f"{folder} holds a model of another library; read it first: uoe import "
+            f"{folder}"
+        )
 
 
 def _is_foreign(text: str) -> bool:

@@ -16,6 +16,7 @@ from uoe_jax.train.clock import Rate
 from uoe_jax.train.metrics import check_sinks
 
 ROOT = Path(__file__).parents[2]
+LLAMA = ROOT / "tests" / "goldens" / "hf" / "llama"
 
 
 def test_a_run_says_what_it_is_before_it_trains(tiny_config, tmp_path, capsys):
@@ -91,12 +92,18 @@ def test_dispatch_notes_who_served(monkeypatch):
     assert dispatch.served == {"op": {"b": None}}
 
 
-@pytest.mark.parametrize("case", ["other config", "no file", "empty prompt"])
+@pytest.mark.parametrize("case", [
+    "other config", "no file", "empty prompt", "no tokenizer", "a hub's data",
+    "another library's",
+])  # fmt: skip
 def test_refused_before_jax_is_loaded(case, union_run):
     args = {
         "other config": ["train", str(union_run), "--model.d-model", "64"],
         "no file": ["train", "tiny", "--data.path", "no-such-file.txt"],
         "empty prompt": ["generate", str(union_run), "--prompt", ""],
+        "no tokenizer": ["train", "tiny", "--data.tokenizer", "gpt2"],
+        "a hub's data": ["train", "tiny", "--data.path", "hf:wikitext"],
+        "another library's": ["generate", str(LLAMA), "--prompt", "x"],
     }[case]
     code = (
         "import sys; from uoe_jax.cli import main; code = main(sys.argv[1:]);"
@@ -110,6 +117,9 @@ def test_refused_before_jax_is_loaded(case, union_run):
     )
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1
+    fix = {"no tokenizer": "hf:gpt2", "a hub's data": "tfds:NAME",
+           "another library's": f"uoe import {LLAMA}"}  # fmt: skip
+    assert fix.get(case, "uoe: ") in done.stderr
 
 
 # Held in short by test_runs.py: runs side by side.

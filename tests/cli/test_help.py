@@ -169,11 +169,29 @@ def test_config_files_that_cant_be_are_refused(
         (["list"], "presets"),
         (["evaluate", "x"], "eval"),
         (["sample", "x"], "generate"),
+        (["convert", "x"], "import or export"),
+        (["adapt", "x", "--data.path", "y"], "--data?"),
+        (["adapt", "x", "--dataset", "y"], "--data?"),
     ],
 )
 def test_the_fields_usual_words_are_understood(args, meant, capsys):
     assert main(args) == 2
     assert f"did you mean {meant}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "fix"),
+    [
+        (["export", "x", "--out", "y"], "FOLDER is given without a name"),
+        (["export", "x", "--to", "y"], "FOLDER is given without a name"),
+        (["complete", "--file", "x.csv"], "FILE is given without a name"),
+        (["generate", "--run", "x"], "RUN is given without a name"),
+        (["data", "--list"], "uoe presets does that"),
+    ],
+)
+def test_what_has_no_name_is_no_option(args, fix, capsys):
+    assert main(args) == 2
+    assert fix in capsys.readouterr().err
 
 
 def test_usual_words_lead_to_options_that_are_there():

@@ -50,7 +50,8 @@ def refused(capsys, *args):
 def test_all_runs_are_listed_best_first_and_broken_ones_with_a_reason(project, capsys):
     out, err = run(capsys, "runs")
     lines = out.splitlines()
-    assert lines[0].split() == ["run", "loss", "parameters", "seconds", "steps"]
+    head = ["run", "loss", "parameters", "seconds", "steps", "model", "date"]
+    assert lines[0].split() == head
     assert lines[2].split()[:2] == ["runs/union", "1.1100"]
     assert lines[-2].startswith("experiments/001_x/results/dense-0.json  1.4500")
     assert lines[-1] == "12 runs"

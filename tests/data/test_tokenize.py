@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import types
 
@@ -155,6 +156,7 @@ class Hub:
 
     def __call__(self, name):
         self.asked.append(name)
+        logging.getLogger("huggingface_hub.utils._http").warning("try 1 of 5")
         if self.error:
             raise self.error
         return tokenizers.Tokenizer.from_str(BPE.to_json())
@@ -181,11 +183,12 @@ def test_a_tokenizer_of_the_hub_is_fetched_once(
     [
         ("hf:org/small", r"hf:org/small can't be fetched \(no route to host\); check"),
         ("hf:../../etc", "write hf:NAME or hf:ORG/NAME"),
-        ("gpt2", "byte, bpe, a file, or hf:NAME of the hub"),
+        ("gpt2", "use byte, bpe, a tokenizer.json, or hf:NAME of the hub, as hf:gpt2"),
+        ("no/such.json", "data.tokenizer no/such.json doesn't exist, nor does its fol"),
     ],
 )
 def test_a_tokenizer_that_the_hub_cant_give_is_one_line(
-    name, says, tmp_path, monkeypatch
+    name, says, tmp_path, monkeypatch, caplog
 ):
     error = Exception("no route to host\nand more lines")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -195,3 +198,4 @@ def test_a_tokenizer_that_the_hub_cant_give_is_one_line(
         load_tokenizer(name)
     assert "\n" not in str(told.value)
     assert not list(tmp_path.rglob("*.json"))
+    assert not caplog.records  # its own tries aren't told of

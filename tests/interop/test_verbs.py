@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from tests.interop.tiny_folders import GOLDENS, TEXT, write_folder
 from uoe_jax.cli import main
+from uoe_jax.data.tokenize import train_bpe
 from uoe_jax.runs.load import load_run
 from uoe_jax.tree import named_leaves
 
@@ -112,3 +113,15 @@ def test_an_encoder_without_classes_is_run_but_not_evaluated(tmp_path, capsys):
         said = capsys.readouterr().err.strip()
         assert "model.encoder_head is 'tokens', which has no targets" in said
         assert "\n" not in said
+
+
+def test_a_model_without_a_tokenizer_says_where_to_put_one(tmp_path, capsys):
+    write_folder(tmp_path / "model", tokenizer=False)
+    imported = tmp_path / "run"
+    run(capsys, "import", tmp_path / "model", "--run-dir", imported)
+    ask = ["generate", imported, "--prompt", "the 7", "--max-new-tokens", "2"]
+    assert main([str(a) for a in ask]) == 2
+    said = capsys.readouterr().err
+    assert f"put the model's tokenizer.json into {imported}" in said
+    (imported / "tokenizer.json").write_text(train_bpe([TEXT.encode()], 320))
+    assert run(capsys, *ask).startswith("the 7")

@@ -116,6 +116,10 @@ _USUAL = {
     "flops": "cost",
     "params": "cost",
     "init": "config",
+    "convert": "import or export",
+    "load": "import",
+    "save": "export",
+    "sft": "train or adapt",
 }
 
 

@@ -74,6 +74,8 @@ def typed_name(name: str, rules: Sequence[Any]) -> str:
 def option_names(options: type) -> Iterator[str]:
     """Yield every option a dataclass gives: `--a.b-c`, and `--a.no-b-c` for flags."""
     for field in option_fields(options):
+        if positional(field.rules):
+            continue
         yield field.option
         if field.off is not None:
             yield field.off
@@ -104,6 +106,12 @@ def part_of(options: Any, part: type[Any], into: Any = None, **more: Any) -> Any
 def positional(rules: Sequence[Any]) -> bool:
     """Whether a field is typed without an option's name."""
     return any("Positional" in repr(rule) for rule in rules)
+
+
+def metavar(field: OptionField) -> str:
+    """Return what a usage line calls a field's value."""
+    named = (getattr(rule, "metavar", None) for rule in field.rules if _is_arg(rule))
+    return next((word for word in named if word), field.name.upper())
 
 
 def _is_arg(rule: Any) -> bool:

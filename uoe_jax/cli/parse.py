@@ -15,7 +15,13 @@ from pathlib import Path
 
 import tyro
 
-from uoe_jax.cli.fields import OptionField, option_fields, option_names
+from uoe_jax.cli.fields import (
+    OptionField,
+    metavar,
+    option_fields,
+    option_names,
+    positional,
+)
 from uoe_jax.cli.help import asks_for_help, print_help
 from uoe_jax.config import DataConfig, ExperimentConfig, from_json
 from uoe_jax.errors import ConfigError, nearest
@@ -32,6 +38,7 @@ _PATHS = (
     "cache_dir",
     "load",
     "tokenizer",
+    "chat_template",
     "gemm",
     "calibrate",
 )
@@ -76,6 +83,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     "block-size": ("--data.seq-len", "--seq-len", "--model.moba.block-size"),
     "seq-len": ("--data.seq-len", "--seq-len"),
     "dataset": ("--data.path", "--data"),
+    "path": ("--data.path", "--data"),
     "warmup": ("--optim.warmup-steps",),
     "wd": ("--optim.weight-decay",),
     "grad-clip": ("--optim.clip-norm",),
@@ -83,6 +91,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     "dtype": ("--model.compute-dtype",),
     "seed": ("--train.seed", "--seed"),
     "out": ("--run-dir", "--out"),
+    "to": ("--run-dir", "--out"),
     "out-dir": ("--run-dir", "--out"),
     "output": ("--run-dir", "--out"),
     "output-dir": ("--run-dir", "--out"),
@@ -95,6 +104,8 @@ USUAL: dict[str, tuple[str, ...]] = {
     "verbose": ("--debug",),
     "tp": ("--mesh.tensor",),
 }
+# What is asked for like an option and is a verb.
+_VERBS = {"list": "uoe presets", "presets": "uoe presets", "version": "uoe --version"}
 
 _TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
@@ -160,7 +171,7 @@ def parse[Options](
     if asks_for_help(args):
         print_help(options, verb, args, default, first)
         raise SystemExit(0)
-    _check_names(args, set(option_names(options)), verb)
+    _check_names(args, options, verb)
     said = io.StringIO()
     # tyro draws a box over many lines; it is caught and flattened below.
     found = None
@@ -313,7 +324,13 @@ def check_typed(args: Sequence[str], data: DataConfig, kind: str) -> None:
     check_used(data, resolve(data, kind), kind, {n.removeprefix("no_") for n in typed})
 
 
-def _check_names(args: Sequence[str], known: set[str], verb: str) -> None:
+def _check_names(args: Sequence[str], options: type, verb: str) -> None:
+    known = set(option_names(options))
+    unnamed = {
+        field.option: metavar(field)
+        for field in option_fields(options)
+        if positional(field.rules)
+    }
     for place, arg in enumerate(args):
         name, equals, value = arg.partition("=")
         name = name.replace("_", "-")
@@ -331,7 +348,12 @@ def _check_names(args: Sequence[str], known: set[str], verb: str) -> None:
         here = {*known, "--devices", "--debug"}  # these two every verb takes
         usual = [option for option in USUAL.get(leaf, ()) if option in here]
         same = sorted(k for k in known if k.lstrip("-").rsplit(".", 1)[-1] == leaf)
-        if usual:
+        bare = next((u for u in (name, *USUAL.get(leaf, ())) if u in unnamed), None)
+        if bare is not None:
+            fix = f"{unnamed[bare]} is given without a name: see uoe {verb} --help"
+        elif leaf in _VERBS:
+            fix = f"{_VERBS[leaf]} does that"
+        elif usual:
             fix = "did you mean " + " or ".join(usual[:3]) + "?"
         elif same:
             fix = "did you mean " + " or ".join(same[:3]) + "?"

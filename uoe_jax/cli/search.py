@@ -31,7 +31,7 @@ from uoe_jax.runs.search import Difference, expect, explain, like, show_value
 from uoe_jax.runs.table import select, show_column
 
 _METRICS = Literal["loss", "bits_per_byte", "accuracy"]
-_COLUMNS = ("loss", "parameters", "seconds", "steps")
+_COLUMNS = ("loss", "parameters", "seconds", "steps", "model", "date")
 _WRITTEN = 4  # differences in a line of a table
 
 

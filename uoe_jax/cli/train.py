@@ -9,6 +9,7 @@ from pathlib import Path
 from uoe_jax.cli.parse import Experiment, check_typed, parse
 from uoe_jax.cli.paths import take_experiment
 from uoe_jax.cli.recall import recall_line, remember
+from uoe_jax.data.tokenize import check_tokenizer
 from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.escape import escape_line
 from uoe_jax.plan.layouts import read_layout
@@ -63,6 +64,7 @@ def train(args: list[str]) -> int:
     validate(config)
     config = with_teacher_found(config)
     check_typed(rest, config.data, config.model.kind)
+    check_tokenizer(config.data.tokenizer)
     run_dir = options.run_dir or folder or RUNS / config.name
     if options.init_partial and options.init_from is None:
         raise ConfigError("--init-partial says how to load: give --init-from RUN too")

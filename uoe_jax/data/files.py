@@ -64,6 +64,11 @@ def expand(path: str) -> list[SourceFile]:
 
 def missing_file(path: Path, option: str) -> str:
     """Return the message for a path that doesn't exist, with names like it."""
+    if str(path).startswith("hf:"):
+        return (
+            f"{option} {path} isn't read here; save the data as .jsonl or .parquet "
+            "and give the file, or name one of TFDS: tfds:NAME"
+        )
     folder = path.parent
     if not folder.is_dir():
         return f"{option} {path} doesn't exist, nor does its folder; check the path"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int
 
 from uoe_jax.data.bpe import END_OF_DOCUMENT, train_bpe
 from uoe_jax.data.files import missing_file
+from uoe_jax.data.progress import note
 from uoe_jax.data.subword import SubwordTokenizer
 from uoe_jax.errors import DataError, extra_packages, first_line
 from uoe_jax.files import user_cache, write_atomically
@@ -163,16 +165,23 @@ def _from_hub(name: str) -> Path:
     file = user_cache() / "tokenizers" / f"{name.replace('/', '--')}.json"
     if file.is_file():
         return file
+    note(f"fetching the tokenizer of {HUB}{name} ...")
     with extra_packages():
         import huggingface_hub  # noqa: F401  (`tokenizers` fetches with it)
         from tokenizers import Tokenizer as Backend
+    # It logs each of its tries, of which the last says all.
+    said, quiet = logging.getLogger("huggingface_hub"), logging.CRITICAL
+    before = said.level
     try:
+        said.setLevel(quiet)
         text = Backend.from_pretrained(name).to_str()
     except Exception as error:  # of the network, of the hub: plain Exception too
         raise DataError(
             f"data.tokenizer {HUB}{name} can't be fetched ({first_line(error)}); check "
             "the name and the network, or give a tokenizer.json"
         ) from None
+    finally:
+        said.setLevel(before)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, text)
     return file
@@ -186,12 +195,28 @@ def tokenizer_file(path: str) -> Path:
     return file / "tokenizer.json" if file.is_dir() else file
 
 
+def check_tokenizer(name: str) -> None:
+    """Raise DataError for a `data.tokenizer` that names no file that is there.
+
+    Nothing is read or fetched: this is for before jax is loaded.
+    """
+    if not is_file_tokenizer(name) or hub_name(name):
+        return
+    file = tokenizer_file(name)
+    if file.is_file():
+        return
+    if "/" in name or file.suffix == ".json":
+        raise DataError(missing_file(file, "data.tokenizer"))
+    raise DataError(
+        f"data.tokenizer is {name!r}; use byte, bpe, a tokenizer.json, or {HUB}NAME of "
+        f"the hub, as {HUB}{name}"
+    )
+
+
 def load_tokenizer(path: str) -> SubwordTokenizer:
     """Return the tokenizer of a tokenizer.json; raise DataError if it isn't one."""
+    check_tokenizer(path)
     file = tokenizer_file(path)
-    if not file.is_file():
-        known = "data.tokenizer (byte, bpe, a file, or hf:NAME of the hub)"
-        raise DataError(missing_file(file, known))
     try:
         return SubwordTokenizer(file.read_text("utf-8"), file.name)
     except UnicodeDecodeError:

@@ -8,17 +8,21 @@ from pathlib import Path
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.presets import PRESETS, get_preset
-from uoe_jax.validation import read_config
+from uoe_jax.validation import check_own, read_config
 
 RUNS = Path("runs")  # where runs go when no folder is named
 
 
 def find_run(name: str) -> Path:
-    """Return the folder of a run given as a path or as a name under runs/."""
+    """Return the folder of a run given as a path or as a name under runs/.
+
+    Raises ConfigError where there is none, and for another library's model.
+    """
     if not name:
         raise ConfigError(f"no run is named; {_known_runs(name)}")
     for folder in (Path(name), RUNS / name):
         if (folder / "config.json").is_file():
+            check_own(folder)
             return folder
     raise ConfigError(f"no run at {name!r} (no config.json there); {_known_runs(name)}")
 

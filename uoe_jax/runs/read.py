@@ -7,8 +7,11 @@ JSON file with `config`).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,26 @@ class RunRecord:
     def __getitem__(self, metric: str) -> float | None:
         """Return an outcome, or None."""
         return self.outcome.get(metric)
+
+    @property
+    def date(self) -> str:
+        """The day its file or its metrics were last written; "" where nobody knows."""
+        place = Path(re.sub(r":\d+$", "", self.path))
+        for file in (place / "metrics.jsonl", place):
+            with suppress(OSError):
+                return f"{datetime.fromtimestamp(file.stat().st_mtime):%Y-%m-%d}"
+        return ""
+
+    @property
+    def model(self) -> str:
+        """Its kinds of attention and MLP: `dense`, or `union+moe`."""
+        model = self.settings.get("model") if isinstance(self.settings, dict) else None
+        if not isinstance(model, dict):
+            return ""
+        parts = [model.get(part) for part in ("attention", "mlp")]
+        words = ["/".join(part) if isinstance(part, (list, tuple)) else str(part)
+                 for part in parts if part]  # fmt: skip
+        return "+".join(dict.fromkeys(words))
 
     @property
     def task(self) -> str:

@@ -15,12 +15,13 @@ from uoe_jax.runs.search import ABSENT, show_value
 OUTCOMES = (
     "loss", "bits_per_byte", "accuracy", "seconds", "steps", "tokens", "parameters",
 )  # fmt: skip
+_OWN = ("name", "path", "seed", "status", "model", "date")
 _TEST = re.compile(r"\s*([^<>=!~\s]+)\s*(<=|>=|!=|==|=|<|>|~)\s*(.*?)\s*$", re.DOTALL)
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def value_of(record: RunRecord, name: str | Path) -> Any:
-    """Return a run's outcome, its name, path, seed or status, or a setting."""
+    """Return a run's outcome, its name, path, seed and so on, or a setting."""
     if isinstance(name, tuple):
         return settings_of(record.settings).get(name)
     if name in OUTCOMES:
@@ -30,7 +31,7 @@ def value_of(record: RunRecord, name: str | Path) -> Any:
 
 def resolve(name: str, records: Sequence[RunRecord]) -> str | Path:
     """Return what a person calls a column; DataError, naming the nearest, for none."""
-    if name in OUTCOMES or name in ("name", "path", "seed", "status"):
+    if name in OUTCOMES or name in _OWN:
         return name
     known = {path for record in records for path in settings_of(record.settings)}
     return find_setting(name, known)
@@ -119,8 +120,10 @@ def show_column(record: RunRecord, name: str) -> str:
         value = value_of(record, resolve(name, [record]))
     except DataError:  # a setting that other runs have
         value = None
-    if value is None:
+    if value is None or value == "":
         return ABSENT
+    if name in ("date", "model"):
+        return value
     if name in ("parameters", "tokens"):
         return _with_unit(value)
     if name == "steps":
