@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def complete(
     run = open_run(folder, cut=options.cut)
     model = need_decoder(run)
     tokenizer = run_tokenizer(folder, run.config)
-    eos, prompts = None, []
+    eos, prompts, cut = None, [], lambda text: text
     if options.chat:
         from uoe_jax.data.chat import (
             cut_turn,
@@ -145,6 +146,7 @@ def complete(
 
         template = find_template(folder)
         eos = end_of_turn(tokenizer, template)
+        cut = functools.partial(cut_turn, tokenizer, template)
         for number, record in enumerate(records, 1):
             messages = _messages(record, number)
             prompts.append(encode_chat(tokenizer, template, messages))
@@ -163,7 +165,7 @@ def complete(
         eos=eos,
     )
     if options.chat:
-        return [cut_turn(tokenizer, template, tokenizer.decode_bytes(i)) for i in made]
+        return [cut(tokenizer.decode_bytes(ids)) for ids in made]
     texts = []
     for record, before, ids in zip(records, prompts, made, strict=True):
         whole = continuation(tokenizer, record["prompt"], before, ids)
