@@ -20,6 +20,7 @@ from mkdocs.structure.files import File, Files
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
+BROWSER = "results_browser.html"  # browser.md is the page that leads to it
 EXECUTED = ROOT / "build" / "notebooks"
 sys.path.insert(0, str(DOCS))
 
@@ -33,7 +34,7 @@ def on_files(files: Files, config: Any) -> Files:
     add = lambda uri, content: files.append(
         File.generated(config, uri, content=content)
     )
-    add("browser.html", browser.make_page(ROOT))
+    add(BROWSER, browser.make_page(ROOT))
     for path in browser.result_files(ROOT):
         add(str(path.relative_to(ROOT)), path.read_bytes())
     for path in sorted(ROOT.glob("experiments/*/README.md")):
@@ -97,7 +98,7 @@ def place_of(path: str) -> str | None:
     if path.endswith(".json"):
         return path
     if path.endswith("results"):
-        return "browser.html"
+        return BROWSER
     return None
 
 

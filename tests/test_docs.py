@@ -244,7 +244,9 @@ def test_lines_are_short_and_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", bare):
         if not re.match(r"https?:|#|mailto:", target):
             path = (page.parent / target.partition("#")[0]).resolve()
-            made = [ROOT / "docs" / "browser_page.html"] * (path.name == "browser.html")
+            made = [ROOT / "docs" / "browser_page.html"] * (
+                path.name == "results_browser.html"
+            )
             if path.parent.name == "notebooks":  # pages that the site makes of them
                 made = [ROOT / "colabs" / f"{path.stem}.ipynb"]
             assert path.exists() or any(file.exists() for file in made), target

@@ -77,6 +77,14 @@ def test_every_page_is_in_the_navigation():
     assert set(named) == written | made
 
 
+def test_no_page_is_written_over_another():
+    text = (DOCS / "site_hooks.py").read_text()
+    (browser_name,) = re.findall(r'^BROWSER = "(.*)"', text, re.M)
+    pages = {f"{page.stem}.html" for page in DOCS.glob("*.md")}
+    assert browser_name.endswith(".html") and browser_name not in pages
+    assert f"]({browser_name})" in (DOCS / "browser.md").read_text()
+
+
 @pytest.mark.nightly
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
@@ -88,5 +96,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "browser.html").is_file()
+    # What the page of the browser leads to is the browser.
+    button = re.search(
+        r'href="([^"]*)"[^>]*>Open the browser', (tmp_path / "browser.html").read_text()
+    )
+    assert "const DATA = " in (tmp_path / button[1]).read_text()
     assert (tmp_path / "howto" / "router.html").is_file()

@@ -20,7 +20,7 @@ from uoe_jax.presets import get_preset
 from uoe_jax.report.build import write_report
 from uoe_jax.report.curves import smooth
 from uoe_jax.report.overlay import expert_colors, text_html
-from uoe_jax.report.page import table
+from uoe_jax.report.page import page, table
 from uoe_jax.report.read import flatten, read_run, read_runs
 from uoe_jax.report.routers import some_layers
 from uoe_jax.report.style import DARK, LIGHT
@@ -75,7 +75,7 @@ def test_page_is_self_contained_and_well_formed(three):
         a.startswith("data:image/png") for a in page.addresses
     )
     assert "http" not in text
-    assert "<script" not in text
+    assert text.count("<script>") == text.count("<script") == 1  # sorts its tables
 
 
 def test_page_has_every_section_and_run(three):
@@ -291,3 +291,15 @@ def test_a_page_that_is_a_folder_is_refused_before_anything_is_written(
         with pytest.raises(ConfigError, match=r"is a folder; name the page.*html"):
             write_report([run], out)
     assert list(place.iterdir()) == []
+
+
+def test_tables_sort_by_a_click_on_a_column():
+    runs = table(("run", "time"), [("a", "2 s"), ("b", "-")])
+    text = page("t", "s", [("Runs", runs)])
+    head = "<thead><tr><th>run</th><th class=number>time</th></tr></thead><tbody>"
+    assert head in text  # where the script looks
+    script = re.search(r"<script>(.*?)</script>", text, re.S)[1]
+    for part in (".scroll > table", "tBodies[0]", "aria-sort", "onkeydown", "onclick"):
+        assert part in script
+    assert script.count("{") == script.count("}") and "src=" not in script
+    assert r"[\d,]*\.?\d+" in script  # as JavaScript reads it

@@ -36,12 +36,53 @@ details { margin: .5rem 0; } summary { cursor: pointer; color: var(--accent); }
   grid-template-columns: repeat(auto-fit, minmax(min(31rem, 100%), 1fr)); }
 ul.alarms { list-style: none; margin: .4rem 0 1rem; padding: .5rem .9rem;
   border-left: 4px solid #d1242f; background: var(--card); border-radius: 4px; }
-figure { margin: 0; } figcaption { color: var(--soft); font-size: .85rem; }
+th.sorts { cursor: pointer; } th.sorts:hover, th[aria-sort] { color: var(--accent); }
+th[aria-sort=ascending]::after { content: " \\2191"; }
+th[aria-sort=descending]::after { content: " \\2193"; }
+figure { margin: 0; overflow-x: auto; }
+figcaption { color: var(--soft); font-size: .85rem; }
 pre.tokens { background: var(--card); padding: .6rem; margin: .2rem 0; overflow-x: auto;
   line-height: 1.35; border-radius: 4px; }
 .keys { margin: .2rem 0; font-size: .85rem; } .key { margin-right: .9rem;
   white-space: nowrap; } .key i { display: inline-block; width: .9em; height: .9em;
   margin-right: .3em; vertical-align: -.1em; border-radius: 2px; opacity: .75; }
+"""
+
+# Tables of several rows sort by a click on a column's head: numbers by their size,
+# units of time and thousands counted in, what is missing last.
+_SORT = """
+const SCALE = {n: 1e-9, "\u00b5": 1e-6, m: 1e-3, k: 1e3, M: 1e6, G: 1e9, T: 1e12};
+function size(text) {
+  const found = text.match(/^(-?[\\d,]*\\.?\\d+(?:e[+-]?\\d+)?)\\s*([a-zA-Z\u00b5]*)/);
+  if (!found) return null;
+  const unit = found[2], small = unit.length > 1 || "kMGT".includes(unit);
+  return parseFloat(found[1].replaceAll(",", "")) * (small && SCALE[unit[0]] || 1);
+}
+function order(a, b) {
+  const gone = (t) => t === "" || t === "-" || t === "\u2013";
+  if (gone(a) || gone(b)) return [gone(a) - gone(b), true];
+  const x = size(a), y = size(b);
+  return [x !== null && y !== null ? x - y : a.localeCompare(b), false];
+}
+for (const table of document.querySelectorAll(".scroll > table")) {
+  const body = table.tBodies[0];
+  if (!body || body.rows.length < 2) continue;
+  [...table.tHead.rows[0].cells].forEach((head, place) => {
+    const sort = () => {
+      const down = head.getAttribute("aria-sort") === "ascending";
+      for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const text = (row) => row.cells[place].textContent.trim();
+      const rows = [...body.rows].sort((one, two) => {
+        const [found, fixed] = order(text(one), text(two));
+        return down && !fixed ? -found : found;
+      });
+      body.append(...rows);
+    };
+    head.className += " sorts"; head.tabIndex = 0; head.onclick = sort;
+    head.onkeydown = (event) => { if (event.key === "Enter") sort(); };
+  });
+}
 """
 
 
@@ -57,7 +98,7 @@ def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_text(title)}</title><style>{_CSS}{STYLE}</style></head>\n<body>"
         f'<h1>{_text(title)}</h1><p class="soft">{_text(subtitle)}</p>\n'
-        f"{body}</body></html>\n"
+        f"{body}<script>{_SORT}</script></body></html>\n"
     )
 
 

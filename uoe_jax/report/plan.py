@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from uoe_jax.hardware.roofline import Prediction
 from uoe_jax.plan.layouts import Plan, describe_sizes, reasons
 from uoe_jax.plan.picture import draw_layout
-from uoe_jax.report.page import page
+from uoe_jax.report.page import page, table
 from uoe_jax.report.plan_text import HEADER, cells, too_large
 from uoe_jax.report.table import si
 
@@ -47,12 +46,7 @@ def _peak(found: Prediction, compiled: Mapping[str, Any]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    cells = lambda tag, row: "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row)
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    head = f"<tr>{cells('th', header)}</tr>"
-    return f'<div class="scroll"><table>{head}{body}</table></div>'
+    return table(header, rows) if rows else ""
 
 
 def _svg(plan: Plan, found: Prediction) -> str:
