@@ -408,6 +408,8 @@ class DataConfig(Checked):
         "tfds",
     ] = "auto"
     path: str | None = None  # file, folder, glob, or tfds:NAME
+    # Several texts, each with its share of the training rows: PATH=WEIGHT ...
+    mix: tuple[str, ...] | None = None
     encoding: str = "auto"  # auto: UTF-8, or what the first bytes say; else a name
     data_dir: str | None = None  # tfds: folder of built datasets
     # byte, bpe (trained on the data), a tokenizer.json, or hf:NAME of the hub.

@@ -17,6 +17,7 @@ from uoe_jax.errors import ConfigError, DataError, divisors, shown
 from uoe_jax.fields import range_problems
 from uoe_jax.files import check_path, parse_json
 from uoe_jax.kinds import ATTENTIONS, ROUTERS
+from uoe_jax.mixture import check_mix
 from uoe_jax.widths import width_problems
 
 CONFIG = "config.json"  # of a run's folder
@@ -148,6 +149,10 @@ def _model_rules(model: ModelConfig) -> Iterator[str]:
 
 
 def _paths(data: DataConfig) -> Iterator[str]:
+    try:
+        check_mix(data)
+    except ConfigError as error:
+        yield str(error)
     for name in ("path", "data_dir", "cache_dir", "tokenizer"):
         try:
             if (path := getattr(data, name)) is not None:
@@ -420,6 +425,11 @@ def _data(config: ExperimentConfig) -> Iterator[str]:
                 f"model.vocab_size {model.vocab_size}; set data.bpe_vocab_size "
                 f"{model.vocab_size}, or model.vocab_size {data.bpe_vocab_size}"
             )
+    if data.mix and model.kind != "decoder":
+        yield (
+            f"data.mix is a mixture of plain texts but model.kind is {model.kind!r}; "
+            "use one source with data.path"
+        )
     yield from _source(model, data)
 
 

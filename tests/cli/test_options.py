@@ -111,6 +111,9 @@ def other_values(old, hint):
             if plain(typing.get_args(kind)[0]) is int:  # a number a layer
                 yield from ([n] * layers for layers in (2, 4) for n in (8, 2))
                 return
+            if plain(typing.get_args(kind)[0]) is str:
+                yield ["stdlib=1", "other.txt=2.5"]  # data.mix
+                return
             words = typing.get_args(plain(typing.get_args(kind)[0])) or (8,)
             yield from ([w] for w in words if (w,) != old)
             return

@@ -9,12 +9,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from uoe_jax.config import ExperimentConfig
+from uoe_jax.data.mix import mixed_order
 from uoe_jax.data.order import eval_order, train_order
-from uoe_jax.data.pack import fill_rows, pack_documents, window_rows
+from uoe_jax.data.pack import fill_rows, join_rows, stretch_rows
 from uoe_jax.data.prepare import Prepared, prepare
 from uoe_jax.data.split import SPLITS
 from uoe_jax.data.tokenize import Tokenizer
 from uoe_jax.errors import ConfigError, DataError, nearest
+from uoe_jax.mixture import block_counts, read_mix
 
 Batch = dict[str, np.ndarray]
 
@@ -159,16 +161,38 @@ class TokenDataset(Dataset):
         super().__init__(config, split, prepared)
         self._tokens = prepared.array(split, "tokens")
         self._scored = prepared.optional_array(split, "scored")
-        seq_len, scored = config.seq_len, self._scored
+        seq_len, starts = config.seq_len, None
         if config.data.pack == "documents":
             starts = prepared.array(split, "starts")
-            self._rows = pack_documents(starts, seq_len, scored)
-        else:
-            count, partial = len(self._tokens), split != "train"
-            self._rows = window_rows(count, seq_len, partial=partial, scored=scored)
+        # The tokens of each source of a mixture lie together, one after the other.
+        counts = self.info["splits"][split].get("members", [len(self._tokens)])
+        partial = split != "train"
+        rows = stretch_rows(counts, starts, seq_len, self._scored, partial=partial)
+        self._rows, self._sizes = join_rows(rows), np.array([len(r) for r in rows])
         self.num_examples = len(self._rows)
         if self.num_examples == 0:
             raise DataError(_too_short(self, len(self._tokens)))
+        self._shares: Int[np.ndarray, " K"] | None = None
+        if config.data.mix and split == "train":
+            self._shares = self._member_shares()
+
+    def _member_shares(self) -> Int[np.ndarray, " K"]:
+        """Return each source's rows of a block; DataError if one has none at all."""
+        shares = read_mix(self.config.data.mix or ())
+        for share, size in zip(shares, self._sizes.tolist(), strict=True):
+            if not size:
+                raise DataError(
+                    f"data.mix: {share.path} has no row of {self.config.seq_len} "
+                    "tokens to train on; give more of it or leave it out"
+                )
+        return np.array(block_counts([share.weight for share in shares]))
+
+    def _choose(self, first: int, count: int) -> Int[np.ndarray, " B"]:
+        if self._shares is None:
+            return super()._choose(first, count)
+        positions = np.arange(first, first + count, dtype=np.int64)
+        seed = self.config.data.seed
+        return mixed_order(positions, self._sizes, self._shares, seed)
 
     def examples(self, chosen: Int[np.ndarray, " B"]) -> Batch:
         """Return tokens, targets, positions, segments and mask, [B, T] each."""

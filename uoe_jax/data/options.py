@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from uoe_jax.config import DataConfig
 from uoe_jax.data.encoding import check_encoding
 from uoe_jax.errors import ConfigError
+from uoe_jax.mixture import check_mix
 
 # How rows are drawn, where arrays lie: options of every source.
 _ALWAYS = {"source", "batch_size", "cache_dir", "allow_changed", "seed"}
@@ -21,6 +22,7 @@ _USED = {
     "jsonl": _TOKENS | {"path", "encoding"} | _RECORDS,
     "parquet": _TOKENS | {"path"} | _RECORDS,
     "tfds": _TOKENS | {"path", "data_dir", "text_key"},
+    "mix": _TOKENS | {"mix", "encoding"} | _RECORDS,
     "digits": _SPLITS,
     "npz": _SPLITS | {"path"},
     "listops": _TASK | {"min_length", "max_length"},
@@ -54,6 +56,7 @@ def check_written(data: DataConfig) -> None:
         if value is not None and not value.strip():
             raise ConfigError(f"data.{name} is empty; give it a value or leave it out")
     check_encoding(data.encoding)
+    check_mix(data)
 
 
 def check_used(

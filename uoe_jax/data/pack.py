@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -125,6 +126,49 @@ def window_rows(
         kept = _has_scored(starts, lengths, scored)
         starts, lengths = starts[kept], lengths[kept]
     return Rows(starts, lengths, np.arange(len(starts) + 1, dtype=np.int64))
+
+
+def stretch_rows(
+    counts: Sequence[int],
+    document_starts: Int[np.ndarray, " D1"] | None,
+    seq_len: int,
+    scored: Scored = None,
+    *,
+    partial: bool,
+) -> list[Rows]:
+    """Return the rows of each stretch of tokens, which no row leaves.
+
+    Args:
+      counts: tokens of each stretch, one after the other.
+      document_starts: where documents start, to pack them whole; None: plain windows.
+      scored: of each token, whether it is trained on; None: all are.
+    """
+    rows, begin = [], 0
+    for count in counts:
+        end = begin + count
+        inside = None if scored is None else scored[begin:end]
+        if document_starts is None:
+            made = window_rows(count, seq_len, partial=partial, scored=inside)
+        else:
+            first, last = np.searchsorted(document_starts, [begin, end])
+            starts = np.asarray(document_starts[first : last + 1]) - begin
+            made = pack_documents(starts, seq_len, inside)
+        rows.append(Rows(made.starts + begin, made.lengths, made.offsets))
+        begin = end
+    return rows
+
+
+def join_rows(parts: Sequence[Rows]) -> Rows:
+    """Return the rows of all parts, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    pieces = np.cumsum([0, *(len(part.starts) for part in parts)])
+    offsets = [p.offsets[1:] + n for p, n in zip(parts, pieces, strict=False)]
+    return Rows(
+        np.concatenate([part.starts for part in parts]),
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([np.zeros(1, np.int64), *offsets]),
+    )
 
 
 def fill_rows(

@@ -131,7 +131,7 @@ def plan_documents(
     count: Callable[[], dict[str, int]],
 ) -> Plan:
     """Read every document once and decide its split; equal contents stay together."""
-    given, fractions, sizes, labels = [], [], [], set()
+    given, fractions, sizes, labels, members = [], [], [], set(), []
     seen: dict[bytes, float] = {}
     has_parts = False
     for document in documents:
@@ -148,6 +148,7 @@ def plan_documents(
         sizes.append(len(document.data))
         labels.add(document.label)
         has_parts |= bool(document.parts)
+        members.append(document.member)
     counts = count()
     if not sizes:
         why = "it is empty"
@@ -156,14 +157,20 @@ def plan_documents(
         elif source.num_skipped():
             why = f"all {source.num_skipped()} records are without one"
         raise DataError(f"{source.name} has no text ({why}); give it some")
-    splits = assign_splits(
-        np.array(given),
-        np.array(fractions),
-        config.valid_fraction,
-        config.test_fraction,
-    )
+    given_of, fraction_of, member_of = map(np.array, (given, fractions, members))
+    splits = np.zeros_like(given_of)
+    for member in sorted(
+        set(members)
+    ):  # a source that names its splits names no other's
+        mine = member_of == member
+        splits[mine] = assign_splits(
+            given_of[mine],
+            fraction_of[mine],
+            config.valid_fraction,
+            config.test_fraction,
+        )
     classes = _number_classes(labels, source.name) if source.labelled else {}
-    arrays = (np.array(given), np.array(fractions), np.array(sizes))
+    arrays = (given_of, fraction_of, np.array(sizes))
     return Plan(splits, *arrays, classes, counts, has_parts)
 
 

@@ -15,6 +15,7 @@ from uoe_jax.config import DataConfig, ExperimentConfig
 from uoe_jax.data.arrays import ArraySource
 from uoe_jax.data.chat import CHAT, configured_template
 from uoe_jax.data.files import fingerprint, sha256_file
+from uoe_jax.data.mix import MixSource, member_configs
 from uoe_jax.data.progress import note
 from uoe_jax.data.source import Source, make_source
 from uoe_jax.data.store import (
@@ -38,6 +39,7 @@ from uoe_jax.data.write_arrays import write_arrays
 from uoe_jax.data.write_text import write_text
 from uoe_jax.errors import DataError
 from uoe_jax.files import format_json, user_cache
+from uoe_jax.mixture import read_mix
 
 # Of the prepared folder; another format is prepared again. Format 1 took some files
 # (UTF-16, archives, JSON under other endings) for bytes.
@@ -127,7 +129,8 @@ def find_prepared(config: ExperimentConfig) -> Prepared | None:
     """Return data that was prepared before and is intact, even without its source."""
     data, kind = config.data, config.model.kind
     try:
-        built_in = data.path is None
+        members = member_configs(data) if data.mix else [data]
+        built_in = any(member.path is None for member in members)
         source = make_source(data, kind) if built_in else None
         folder = _folder(source, _settings(data, kind), data)
         manifest = read_manifest(folder)
@@ -190,8 +193,10 @@ def _folder(source: Source | None, settings: dict[str, Any], data: DataConfig) -
     folder, so that Pythons share a cache.
     """
     place: list[Any] = [data.source, _place(data), absolute_paths(data).data_dir]
-    if source is not None and source.name == "stdlib":
-        place.append(fingerprint(source.files))
+    if data.mix:  # whatever the weights
+        place += [_place(part) for part in member_configs(data)]
+    sources = source.members if isinstance(source, MixSource) else [source]
+    place += [fingerprint(s.files) for s in sources if s and s.name == "stdlib"]
     digest = hashlib.sha256(format_json([settings, place], sort_keys=True).encode())
     name = source.name if source is not None else ""
     shown = Path(data.path).name if data.path else name
@@ -202,6 +207,10 @@ def _folder(source: Source | None, settings: dict[str, Any], data: DataConfig) -
 def absolute_paths(data: DataConfig) -> DataConfig:
     """Return options that mean the same files from every working folder."""
     change: dict[str, Any] = {"path": _place(data)}
+    if data.mix:
+        shares = zip(read_mix(data.mix), member_configs(data), strict=True)
+        places = [(_place(part) or "stdlib", share.weight) for share, part in shares]
+        change["mix"] = tuple(f"{place}={weight!r}" for place, weight in places)
     for name in ("data_dir", "cache_dir", "chat_template"):
         given = getattr(data, name)
         if given is not None:

@@ -6,6 +6,7 @@ from uoe_jax.config import DataConfig
 from uoe_jax.data.arrays import ArraySource, digits_source, npz_source
 from uoe_jax.data.files import SourceFile, expand
 from uoe_jax.data.formats import choose_files, look
+from uoe_jax.data.mix import member_configs, mix_sources
 from uoe_jax.data.options import check_used, check_written
 from uoe_jax.data.records import JsonSource, ParquetSource
 from uoe_jax.data.tasks.source import TASKS, task_source
@@ -36,6 +37,9 @@ def make_source(config: DataConfig, kind: str) -> Source:
         made = digits_source(config)
     elif source in TASKS:
         made = task_source(source, config)
+    elif source == "mix":
+        members = [make_source(member, kind) for member in member_configs(config)]
+        made = mix_sources(members, config)
     elif config.path is None:
         raise DataError(f"data.source is {source!r} without data.path; set data.path")
     elif source == "tfds":
@@ -73,6 +77,8 @@ def kind_of(file: SourceFile) -> str:
 def resolve(config: DataConfig, kind: str) -> str:
     """Return the source that "auto" stands for, or the one that is named."""
     check_written(config)
+    if config.mix:
+        return "mix"
     if config.source != "auto":
         return config.source
     if config.path is None:

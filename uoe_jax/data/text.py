@@ -44,6 +44,7 @@ class Document(NamedTuple):
     label: int | str | None = None
     ends: bool = True  # an end-of-document token follows
     parts: tuple[Part, ...] = ()  # that `data` is made of, if not all is trained on
+    member: int = 0  # of a mixture: the number of its source
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from uoe_jax.config import DataConfig
 from uoe_jax.data.bpe import train_bpe
 from uoe_jax.data.chat import CHAT
+from uoe_jax.data.mix import MixSource
 from uoe_jax.data.parts import encode_documents
 from uoe_jax.data.plan import (
     Documents,
@@ -40,7 +41,8 @@ def write_text(source: TextSource, config: DataConfig, folder: Path) -> dict[str
     policy = config.bad_utf8 if decodes or config.bad_utf8 != "error" else "keep"
     documents = lambda: clean_documents(source.documents(), policy, counts)
     plan = plan_documents(source, documents(), config, counts.copy)
-    if not source.labelled and too_few(plan, config):
+    cuts = not source.labelled and not isinstance(source, MixSource)
+    if cuts and too_few(plan, config):
         documents = cut_into_splits(documents, plan, config)
         plan = plan_documents(source, documents(), config, lambda: plan.bad_utf8)
     skipped = source.num_skipped()
@@ -63,7 +65,11 @@ def write_text(source: TextSource, config: DataConfig, folder: Path) -> dict[str
         "splits": splits,
     }
     # Only where there are some, so that other data keeps its hash.
-    return manifest | ({"bad_records": skipped} if skipped else {})
+    if skipped:
+        manifest |= {"bad_records": skipped}
+    if isinstance(source, MixSource):
+        manifest |= {"members": [member.name for member in source.members]}
+    return manifest
 
 
 def _make_tokenizer(
@@ -108,6 +114,7 @@ class _SplitWriter:
         self._path = path
         self.text_bytes = self.num_bytes = self.counted = 0  # num_bytes: with ends
         self.measured = self.lost = self.unknown = self.num_scored = 0
+        self.member_tokens: dict[int, int] = {}  # of each source of a mixture
         self._tokenizer = tokenizer
         self._end, self._table = tokenizer.end_of_document, tokenizer.token_bytes
 
@@ -120,6 +127,7 @@ class _SplitWriter:
     ) -> None:
         """Append a document's ids, and which are trained on if not all are."""
         self._measure_lost(document, ids)
+        before = self.tokens.length
         if document.ends and self.labels is None:
             ids = np.append(ids, ids.dtype.type(self._end or 0))
             self.num_bytes += 1
@@ -139,6 +147,10 @@ class _SplitWriter:
         self.starts.append(np.array([self.tokens.length], np.int64))
         if self.labels is not None:
             self.labels.append(np.array([label], np.int32))
+        grown = self.tokens.length - before
+        self.member_tokens[document.member] = (
+            self.member_tokens.get(document.member, 0) + grown
+        )
 
     def _append_scored(self, scored: np.ndarray | None, count: int) -> None:
         """Note which of `count` new tokens are trained on; None: all."""
@@ -218,7 +230,12 @@ def _write_splits(
                 label = plan.classes.get(document.label, 0)
                 writers[next(numbers)].add(document, ids, scored, label)
             advance(sum(len(d.data) for d in group))
-    return {s: w.close() for s, w in zip(SPLITS, writers, strict=True)}
+    splits = {s: w.close() for s, w in zip(SPLITS, writers, strict=True)}
+    if isinstance(source, MixSource):
+        for split, writer in zip(splits.values(), writers, strict=True):
+            numbers = range(len(source.members))
+            split["members"] = [writer.member_tokens.get(n, 0) for n in numbers]
+    return splits
 
 
 def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:

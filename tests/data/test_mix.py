@@ -1,0 +1,203 @@
+"""A mixture gives each source its share of the rows, at any step, and nothing more."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from uoe_jax.data import describe, make_dataset, prepare
+from uoe_jax.data.mix import mixed_order
+from uoe_jax.data.order import permute
+from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.mixture import BLOCK, block_counts, read_mix
+from uoe_jax.validation import validate
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Three texts, each of letters of its own: a file, a folder, JSON lines."""
+    rng = np.random.default_rng()
+
+    def lines(letters, count):
+        words = ["".join(rng.choice(list(letters), 9)) for _ in range(count)]
+        return [f"{word}\n" + "\n" * (i % 7 == 6) for i, word in enumerate(words)]
+
+    (tmp_path / "a.txt").write_text("".join(lines("abc", 300)))
+    folder = tmp_path / "code"
+    folder.mkdir()
+    for number in range(30):
+        (folder / f"{number}.txt").write_text("".join(lines("ijk", 40)))
+    records = [json.dumps({"text": line.strip()}) for line in lines("xyz", 200)]
+    (tmp_path / "c.jsonl").write_text("\n".join(records))
+    return tmp_path
+
+
+def mix_of(folder, *weights):
+    names = ("a.txt", "code", "c.jsonl")
+    return tuple(f"{folder / n}={w}" for n, w in zip(names, weights, strict=True))
+
+
+def sources_of(dataset, tokens):
+    """The source of each row by its letters; a row of two would be -1."""
+    sets = [np.isin(tokens, list(s.encode())) for s in ("abc", "ijk", "xyz")]
+    found = np.array([s.any(axis=-1) for s in sets])
+    assert (found.sum(axis=0) == 1).all(), "a row has letters of two sources"
+    return found.argmax(axis=0)
+
+
+@pytest.mark.parametrize("pack", ["stream", "documents"])
+def test_ten_thousand_batches_have_the_weights_to_one_percent(make_config, texts, pack):
+    weights = (5, 3, 2)
+    config = make_config(mix=mix_of(texts, *weights), pack=pack, max_seq_len=16)
+    data = make_dataset(config, "train")
+    chosen = data._choose(0, 10_000 * config.data.batch_size)
+    every = data.examples(np.arange(data.num_examples))["tokens"]
+    source = sources_of(data, every)[chosen]
+    shares = np.bincount(source, minlength=3) / len(source)
+    assert np.abs(shares / np.array([0.5, 0.3, 0.2]) - 1).max() < 0.01
+    few = np.bincount(source[:200], minlength=3)  # mixed all along, not in turns
+    assert (few > 10).all()
+
+
+def test_the_order_is_what_a_plain_loop_gives():
+    rng = np.random.default_rng()
+    weights = rng.random(int(rng.integers(2, 6))) + 0.01
+    sizes, counts = (
+        rng.integers(1, 50, len(weights)),
+        np.array(block_counts(weights.tolist())),
+    )
+    assert counts.sum() == BLOCK
+    assert np.abs(counts / BLOCK - weights / weights.sum()).max() <= 1 / BLOCK
+    seed, ends = int(rng.integers(100)), np.cumsum(counts)
+    positions = np.sort(rng.choice(5 * BLOCK, 300, replace=False))
+    found = mixed_order(positions, sizes, counts, seed)
+    first = np.concatenate([[0], np.cumsum(sizes)])
+    for position, row in zip(positions.tolist(), found.tolist(), strict=True):
+        block, place = divmod(position, BLOCK)
+        slot = int(permute(np.array([place]), BLOCK, (seed, block, len(counts)))[0])
+        source = next(i for i, end in enumerate(ends.tolist()) if slot < end)
+        taken = block * int(counts[source]) + slot - int(ends[source] - counts[source])
+        epoch, inside = divmod(taken, int(sizes[source]))
+        own = int(permute(np.array([inside]), int(sizes[source]), (seed, epoch))[0])
+        assert row == first[source] + own
+    again = [mixed_order(np.array([p]), sizes, counts, seed)[0] for p in positions[:20]]
+    assert found[:20].tolist() == [int(a) for a in again]
+
+
+def test_over_a_block_every_row_comes_as_often_as_its_source_has_room(
+    make_config, texts
+):
+    config = make_config(mix=mix_of(texts, 5, 3, 2), max_seq_len=16)
+    data = make_dataset(config, "train")
+    times = np.bincount(data._choose(0, BLOCK), minlength=data.num_examples)
+    first = np.cumsum([0, *data._sizes])
+    counts = block_counts([5.0, 3.0, 2.0])
+    for number, size in enumerate(data._sizes.tolist()):
+        mine = times[first[number] : first[number + 1]]
+        assert mine.sum() == counts[number]
+        assert set(mine.tolist()) <= {
+            counts[number] // size,
+            -(-counts[number] // size),
+        }
+
+
+def test_any_batch_is_the_same_in_a_fresh_dataset_and_for_two_processes(
+    make_config, texts
+):
+    config = make_config(mix=mix_of(texts, 1, 1, 1))
+    one, two = (make_dataset(config, "train") for _ in range(2))
+    for step in (2600, 0, 7):
+        whole = one.batch(step)["tokens"]
+        parts = [two.batch(step, process_index=i, process_count=2) for i in (0, 1)]
+        assert np.array_equal(whole, np.concatenate([p["tokens"] for p in parts]))
+
+
+def test_weights_prepare_nothing_anew_and_change_the_order_alone(make_config, texts):
+    configs = [make_config(mix=mix_of(texts, *w)) for w in ((1, 1, 1), (8, 1, 1))]
+    one, two = (prepare(config) for config in configs)
+    assert one.folder == two.folder and one.manifest["hash"] == two.manifest["hash"]
+    first, second = (make_dataset(config, "train") for config in configs)
+    assert not np.array_equal(first.batch(0)["tokens"], second.batch(0)["tokens"])
+    valid = [make_dataset(config, "valid").batch(0)["tokens"] for config in configs]
+    assert np.array_equal(*valid)
+
+
+def test_valid_holds_out_some_of_each_source(make_config, texts):
+    config = make_config(mix=mix_of(texts, 1, 1, 1), valid_fraction=0.2)
+    data = make_dataset(config, "valid")
+    tokens = data.examples(np.arange(data.num_examples))["tokens"]
+    letters = [list(s.encode()) for s in ("abc", "ijk", "xyz")]
+    assert all(np.isin(tokens, group).any() for group in letters)
+    held = describe(config)
+    assert held["source"] == "a.txt + " + str(texts / "code") + " + c.jsonl"
+
+
+def test_a_source_that_changes_is_noticed(make_config, texts):
+    config = make_config(mix=mix_of(texts, 1, 1, 1))
+    prepare(config)
+    with (texts / "c.jsonl").open("a") as file:
+        file.write('\n{"text": "zz"}')
+    with pytest.raises(DataError, match=r"changed since .*2/c\.jsonl"):
+        prepare(config)
+
+
+def test_the_built_in_text_can_be_a_source(make_config, texts):
+    config = make_config(
+        mix=("stdlib=1", f"{texts / 'a.txt'}=3"), max_bytes=20_000, tokenizer="byte"
+    )
+    data = make_dataset(config, "train")
+    tokens = data.batch(0)["tokens"]
+    assert tokens.shape == (4, 8) and data.num_examples > 100
+
+
+@pytest.mark.parametrize(
+    ("mix", "said"),
+    [
+        (("a.txt",), "data.mix has 'a.txt'; write PATH=WEIGHT"),
+        (("a.txt=", "b=1"), "data.mix has 'a.txt='"),
+        (("=1", "b=1"), "data.mix has '=1'"),
+        (("a=0", "b=1"), "data.mix has 'a=0'; write PATH=WEIGHT with a positive"),
+        (("a=-1", "b=1"), "data.mix has 'a=-1'"),
+        (("a=nan", "b=1"), "data.mix has 'a=nan'"),
+        (("a=inf", "b=1"), "data.mix has 'a=inf'"),
+        (("a=1",), "data.mix has one source; set data.path a instead"),
+        (("a=1", "a=2"), "data.mix names a twice; add up its weights"),
+        (("a=1e-9", "b=1"), "data.mix gives a less than one row in 10,000"),
+    ],
+)
+def test_what_is_no_mixture_is_refused_in_one_line(make_config, mix, said):
+    with pytest.raises(ConfigError) as error:
+        validate(make_config(mix=mix))
+    assert said in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ConfigError):
+        read_mix(mix)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"path": "b.txt"}, "data.path is 'b.txt' beside data.mix; add it"),
+        ({"source": "jsonl"}, "data.source is 'jsonl', but data.mix takes each"),
+        ({"kind": "vision"}, "data.mix is a mixture of plain texts but model.kind"),
+        ({"kind": "encoder"}, "data.mix is a mixture of plain texts but model.kind"),
+    ],
+)
+def test_a_mixture_beside_what_it_does_not_go_with(make_config, options, said):
+    with pytest.raises(ConfigError, match=said.replace(".", r"\.")):
+        validate(make_config(mix=("a=1", "b=1"), **options))
+
+
+def test_a_source_too_short_for_one_row_is_named(make_config, texts):
+    (texts / "short.txt").write_text("abc")
+    mix = (f"{texts / 'a.txt'}=1", f"{texts / 'short.txt'}=1")
+    with pytest.raises(DataError, match=r"short\.txt has no row of 8 tokens"):
+        make_dataset(make_config(mix=mix), "train")
+
+
+def test_images_and_labelled_rows_are_no_part_of_a_mixture(make_config, texts):
+    np.savez(texts / "rows.npz", tokens=np.zeros((4, 8), np.int32))
+    mix = (f"{texts / 'a.txt'}=1", f"{texts / 'rows.npz'}=1")
+    with pytest.raises(DataError, match=r"rows\.npz"):
+        prepare(make_config(mix=mix))
