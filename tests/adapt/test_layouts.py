@@ -1,6 +1,7 @@
 """An adapter's loss and gradients are the same on every layout of the devices."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -109,11 +110,17 @@ def compute():
     return compute
 
 
+@pytest.fixture(scope="module")
+def alone(compute):
+    """Each adapter's loss and gradients on one device."""
+    return functools.cache(lambda name: compute(ADAPTERS[name], MeshConfig(data=1)))
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_rules_move_the_factors_with_their_weights(compute):
+def test_rules_move_the_factors_with_their_weights(compute, alone):
     """The factors are split as their weights are, along other axes too."""
     rules = {"*.attention.w[qv]": {"fsdp": "h"}, "*.mlp.w_*": {"fsdp": None}}
-    want_loss, want = compute(ADAPTERS["lora"], MeshConfig(data=1))
+    want_loss, want = alone("lora")
     loss, grads = compute(ADAPTERS["lora"], DATA_FSDP_TENSOR, rules=rules)
     assert abs(loss - want_loss) < 1e-5
     largest = max(np.abs(grad).max() for grad in want.values())
@@ -123,9 +130,9 @@ def test_rules_move_the_factors_with_their_weights(compute):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_loss_and_gradients_are_those_of_one_device(name, compute):
+def test_loss_and_gradients_are_those_of_one_device(name, compute, alone):
     mesh, choices = LAYOUTS[name]
-    want_loss, want = compute(ADAPTERS[name], MeshConfig(data=1))
+    want_loss, want = alone(name)
     loss, grads = compute(ADAPTERS[name], mesh, **choices)
     assert abs(loss - want_loss) < 1e-5
     assert grads.keys() == want.keys()
