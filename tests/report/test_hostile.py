@@ -1,6 +1,5 @@
 """Names and damaged records in a report: shown as they are, never as markup."""
 
-import json
 import warnings
 
 import pytest
@@ -72,15 +71,16 @@ DAMAGED = [
     '{"kind": "train", "step": 3, "loss": [1], "router": {"mlp": {"load": "x"}}}',
     '{"kind": "train", "step": 3, "router": {"mlp": {"load": [[1], [1, 2]]}}}',
     '{"kind": "eval", "step": 3, "split": 5, "loss": null, "router": null}',
+    # Too large for a float.
+    '{"kind": "train", "step": 1' + 400 * "0" + ', "loss": 1.0, "seconds": 1.0}',
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("where", ["begin", "end"])
-def test_damaged_lines_change_nothing_of_a_report(run, where):
+def test_damaged_lines_change_nothing_of_a_report(run):
     file = run / "metrics.jsonl"
     whole = read_run(run)
     lines = file.read_text().splitlines()
-    damaged = [*DAMAGED, *lines] if where == "begin" else [*lines, *DAMAGED]
+    damaged = [*DAMAGED, *lines, *DAMAGED]
     file.write_text("\n".join(damaged) + "\n")
     found = read_run(run)
     write_report([run])
@@ -122,10 +122,3 @@ def test_a_run_that_cannot_be_written_is_one_line(run, capsys, monkeypatch):
     assert main(["report", str(run), "--no-overlay"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "can't be written" in line and "--out" in line
-
-
-def test_numbers_too_large_for_a_float_are_left_out(run):
-    with (run / "metrics.jsonl").open("a") as file:
-        line = {"kind": "train", "step": 10**400, "loss": 1.0, "seconds": 1.0}
-        file.write(json.dumps(line) + "\n")
-    write_report([run])

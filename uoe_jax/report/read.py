@@ -62,13 +62,13 @@ class Run:
 
     def router(self, block: str, key: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Return (steps [n], values [n, L] or [n, L, E]) of a router statistic."""
-        found = []
+        found, layers = [], len(self.routed_layers(block))
         for record in self.train:
             try:
                 values = np.array(record["router"][block][key], dtype=float)
             except (KeyError, TypeError, ValueError):  # not recorded, or damaged
                 continue
-            if len(values.shape) and len(values) == len(self.routed_layers(block)):
+            if len(values.shape) and len(values) == layers:
                 found.append((record["step"], values))
         found = [pair for pair in found if pair[1].shape == found[-1][1].shape]
         if not found:
