@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_train import commit
 from flax import nnx
 
 from uoe_jax.adapt import (
@@ -32,8 +31,8 @@ from uoe_jax.adapt import (
     select_adapter,
 )
 from uoe_jax.adapt.subject import adapter_subject, freeze_params
+from uoe_jax.bench.record import header, write_record
 from uoe_jax.config import ExperimentConfig, ModelConfig
-from uoe_jax.files import format_json
 from uoe_jax.model import make_model
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh
@@ -139,10 +138,7 @@ class Bench:
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
                        for k, v in row.items()), flush=True)  # fmt: skip
         record = {
-            "command": "python benchmarks/bench_adapters.py",
-            "commit": self.args.commit or commit(),
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
+            **header("python benchmarks/bench_adapters.py", self.args.commit),
             "preset": self.config.name,
             "batch": self.config.data.batch_size,
             "seq_len": self.config.seq_len,
@@ -150,7 +146,7 @@ class Bench:
             "base_params": sum(a.size for a in jax.tree.leaves(self.params)),
             "results": self.rows,
         }
-        self.args.out.write_text(format_json(record, indent=1) + "\n")
+        write_record(self.args.out, record)
 
     def maker(self, method: str, rank: int) -> Callable[[jax.Array], Adapters]:
         """Return seed -> adapter, factors random and none of them zero."""

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uoe_jax.bench.record import header, write_record
 from uoe_jax.files import format_json
 from uoe_jax.ops.segment_attention.call import Call, Mask
 from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
@@ -197,12 +198,12 @@ def exact(q, k, v, grad):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="name of a file to write in benchmarks/results")
+    parser.add_argument("--commit", help="stated where git isn't there to ask")
     parser.add_argument("--only", default="", help="run cases whose name holds this")
     args = parser.parse_args()
     lines: list[dict[str, Any]] = []
     record = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **header("python benchmarks/bench_attention.py", args.commit),
         "errors": errors(),
         "rows": lines,
     }
@@ -215,10 +216,7 @@ def main():
                 lines.append(line)
                 value = line.get("error") or f"{line['ms']:9.3f}{line['tflops']:8.1f}"
                 print(f"{line['case']:<34}{line['what']:<36}{value}", flush=True)
-                if args.out:
-                    RESULTS.mkdir(exist_ok=True)
-                    text = format_json(record, indent=2) + "\n"
-                    (RESULTS / args.out).write_text(text)
+                write_record(args.out and RESULTS / args.out, record)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from bench_train import commit
 
 from uoe_jax.bench.profile import kernel_times
+from uoe_jax.bench.record import add_options, header, write_record
 from uoe_jax.config import ModelConfig
-from uoe_jax.files import format_json
 from uoe_jax.generate import generate
 from uoe_jax.hardware.count import cache_bytes, count_active_params, count_params
 from uoe_jax.hardware.decoding import short_names
@@ -171,16 +169,12 @@ def main():
     )
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--commit", help="stated where git isn't there to ask")
-    parser.add_argument("--out", type=Path)
+    add_options(parser)
     args = parser.parse_args()
     # Or a peer finds no memory left.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     record: dict[str, Any] = {
-        "command": "python benchmarks/bench_decode.py " + " ".join(sys.argv[1:]),
-        "commit": args.commit or commit(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **header(shlex.join(["python", *sys.argv]), args.commit),
         "prompt": args.prompt,
         "new": args.new,
         "rows": [],
@@ -197,8 +191,7 @@ def main():
             f"{'-' if floor is None else f'{floor:.3f} ms'}{share}",
             flush=True,
         )
-        if args.out:
-            args.out.write_text(format_json(record, indent=1) + "\n")
+        write_record(args.out, record)
 
     context = args.prompt + args.new // 2
     for name in args.models:

@@ -7,40 +7,30 @@ routers, and sums the time of every device kernel from a profile of a few calls.
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
+from typing import Any
 
 import jax
-from bench_train import commit
 from flax import nnx
 
 from uoe_jax.bench.profile import kernel_times
+from uoe_jax.bench.record import add_options, header, write_record
 from uoe_jax.bench.sizes import SIZES
 from uoe_jax.bench.timing import measure
 from uoe_jax.bench.union import _mlp, _smha
-from uoe_jax.files import format_json
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--commit", help="stated where git isn't there to ask")
-    parser.add_argument("--out", type=Path)
+    add_options(parser)
     args = parser.parse_args()
     nnx.set_graph_mode(False)
     nnx.set_graph_updates(False)
     size = args.size or ("small" if jax.default_backend() == "cpu" else "full")
     sizes = SIZES[size]
-    record = {
-        "command": "python benchmarks/bench_layers.py "
-        f"--size {size} --rounds {args.rounds}",
-        "commit": args.commit or commit(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "layers": [],
-    }
+    command = f"python benchmarks/bench_layers.py --size {size} --rounds {args.rounds}"
+    record: dict[str, Any] = {**header(command, args.commit), "layers": []}
     programs = [p for case in sizes.mlp for p in _mlp(case, sizes.dtype)]
     programs += [p for case in sizes.smha for p in _smha(case, sizes.dtype)]
     for program in programs:
@@ -53,8 +43,7 @@ def main():
         for name, time in list(kernels.items())[:14]:
             print(f"    {time:8.3f} ms  {name}", flush=True)
         record["layers"].append({**row.as_dict(), "kernels": kernels})
-        if args.out:
-            args.out.write_text(format_json(record, indent=1) + "\n")
+        write_record(args.out, record)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import dataclasses
 import gzip
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -28,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from bench_train import commit, configure
+from bench_train import configure
 from flax import nnx
 
+from uoe_jax.bench.record import header, write_record
 from uoe_jax.bench.traffic import traffic
 from uoe_jax.bench.train import random_batch
 from uoe_jax.config import ExperimentConfig, LayoutConfig
-from uoe_jax.files import format_json
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.hardware.devices import Topology, find_device
 from uoe_jax.hardware.roofline import Prediction, predict
@@ -191,13 +190,9 @@ class Record:
         self.path, self.rows = args.out, []
         if self.path and self.path.exists():
             self.rows = json.loads(self.path.read_text())["results"]
-        self.about = {
-            "command": "python benchmarks/bench_layouts.py " + " ".join(argv),
-            "commit": args.commit or commit(),
-            "device": f"{args.devices} x {jax.devices()[0].device_kind}",
-            "jax": jax.__version__,
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        }
+        device = f"{args.devices} x {jax.devices()[0].device_kind}"
+        command = "python benchmarks/bench_layouts.py " + " ".join(argv)
+        self.about = header(command, args.commit, device)
 
     def find(self, run: str, layout: str) -> dict[str, Any] | None:
         """Return the row of a run's layout, if there is one."""
@@ -208,9 +203,7 @@ class Record:
         """Keep, print and write a row."""
         self.rows.append(row)
         print(show(row), flush=True)
-        if self.path:
-            content = {**self.about, "results": self.rows}
-            self.path.write_text(format_json(content, indent=1) + "\n")
+        write_record(self.path, {**self.about, "results": self.rows})
 
 
 def show(row: dict[str, Any]) -> str:

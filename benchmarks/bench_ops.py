@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tests.ops import ops_oracle
+from uoe_jax.bench.record import add_options, header, write_record
 from uoe_jax.errors import ConfigError
-from uoe_jax.files import format_json
 from uoe_jax.ops import gather_project, grouped_matmul, pack_choices, project_scatter
 from uoe_jax.ops.grouped_matmul.api import GROUPED_MATMUL
 
@@ -114,17 +113,15 @@ def check_backend(backend, rng):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, help="fresh every time without one")
-    parser.add_argument("--out", type=Path)
+    add_options(parser)
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
-    record = {"command": "python benchmarks/bench_ops.py", "results": []}
-    record |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    record = {**header("python benchmarks/bench_ops.py", args.commit), "results": []}
     for backend in GROUPED_MATMUL:
         for row in check_backend(backend, rng):
             print(*row.values(), flush=True)
             record["results"].append(row)
-    if args.out:
-        args.out.write_text(format_json(record, indent=1) + "\n")
+    write_record(args.out, record)
 
 
 if __name__ == "__main__":

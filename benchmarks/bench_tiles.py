@@ -12,21 +12,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import jax
-from bench_train import commit
 
 from uoe_jax.bench.gemm import run_once, time_in_turn
 from uoe_jax.bench.gemm_cases import UNTUNED
+from uoe_jax.bench.record import add_options, header, write_record
 from uoe_jax.bench.union import layer_config, layer_program
 from uoe_jax.config import UnionConfig
-from uoe_jax.files import format_json
 from uoe_jax.model.mlp import UnionMlp
 from uoe_jax.ops.grouped_matmul.nvidia import launch, tiles
 
@@ -68,15 +65,10 @@ def compile_one(lowered: Any) -> Any:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--commit", help="stated where git isn't there to ask")
-    parser.add_argument("--out", type=Path)
+    add_options(parser)
     args = parser.parse_args(argv)
     record: dict[str, Any] = {
-        "command": "python benchmarks/bench_tiles.py " + " ".join(argv),
-        "commit": args.commit or commit(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        **header("python benchmarks/bench_tiles.py " + " ".join(argv), args.commit),
         "results": [],
     }
     ways = {"nearest": nearest_tiles, "predicted": tiles.choose_tiles}
@@ -98,8 +90,7 @@ def main(argv: list[str]) -> None:
         row["tiles"] = taken
         print(row["union"], row["milliseconds"], row["spread"], flush=True)
         record["results"].append(row)
-        if args.out:
-            args.out.write_text(format_json(record, indent=1) + "\n")
+        write_record(args.out, record)
 
 
 if __name__ == "__main__":

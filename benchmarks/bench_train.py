@@ -16,8 +16,6 @@ import dataclasses
 import functools
 import gzip
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ import jax
 from flax import nnx
 
 from uoe_jax.bench.profile import kernel_times
+from uoe_jax.bench.record import add_options, header, write_record
 from uoe_jax.bench.train import time_step
 from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.errors import ConfigError
@@ -109,24 +108,13 @@ def fewer_experts(
     }
 
 
-def commit() -> str:
-    """Return this checkout's commit, or "unknown" outside git."""
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout.strip() or "unknown"
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="PRESET:BATCH[,OPTION=VALUE]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--profile", type=Path, help="folder of kernel times and HLO")
-    parser.add_argument("--commit", help="stated where git isn't there to ask")
-    parser.add_argument("--out", type=Path)
+    add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -155,16 +143,11 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     nnx.set_graph_mode(False)
     nnx.set_graph_updates(False)
-    device = jax.devices()[0].device_kind
-    record = {
-        "command": "python benchmarks/bench_train.py " + " ".join(argv),
-        "commit": args.commit or commit(),
-        "device": device,
-        "jax": jax.__version__,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    record: dict[str, Any] = {
+        **header("python benchmarks/bench_train.py " + " ".join(argv), args.commit),
         "results": [],
     }
-    print(f"{device}, jax {jax.__version__}", flush=True)
+    print(f"{record['device']}, jax {record['jax']}", flush=True)
     print(f"{'run':44s} {'ms':>8s} {'tokens/s':>9s} {'TFLOP/s':>8s} {'MFU':>6s} "
           f"{'temp GB':>8s} {'compile':>8s}", flush=True)  # fmt: skip
     for index, run in enumerate(args.runs):
@@ -176,8 +159,7 @@ def main(argv: list[str]) -> None:
             row = {"run": run, "failed": str(error).strip().splitlines()[0][:300]}
         record["results"].append(row)
         print(show(row), flush=True)
-        if args.out:
-            args.out.write_text(format_json(record, indent=1) + "\n")
+        write_record(args.out, record)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from uoe_jax.bench.record import header
 from uoe_jax.files import format_json
 from uoe_jax.plan.layouts import describe_sizes, verdicts
 
@@ -90,19 +90,9 @@ def cases(kinds: list[str]) -> list[tuple[str, dict[str, int], dict[str, str]]]:
 
 def about(argv: list[str]) -> dict[str, Any]:
     """Return what the results were made with."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-    )
-    return {
-        "command": "python benchmarks/layout_matrix.py " + " ".join(argv),
-        "commit": commit.stdout.strip() or "unknown",
-        "device": f"{jax.device_count()} simulated x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "xla_flags": os.environ["XLA_FLAGS"],
-        "tolerance": TOLERANCE,
-    }
+    device = f"{jax.device_count()} simulated x {jax.devices()[0].device_kind}"
+    command = "python benchmarks/layout_matrix.py " + " ".join(argv)
+    return {**header(command, device=device), "tolerance": TOLERANCE}
 
 
 def main(argv: list[str]) -> int:

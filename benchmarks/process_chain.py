@@ -194,14 +194,11 @@ def main(argv: list[str]) -> int:
     ]
     run_stage(folder / "alone", len(STAGES) * STEPS, 1)
     found = compare_runs(folder / "chain", folder / "alone")
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-    )
+    from uoe_jax.bench.record import commit
+
     record = {
         "command": "python benchmarks/process_chain.py " + " ".join(argv),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "device": f"{DEVICES} simulated cpu, shared among the processes",
         "tolerance": TOLERANCE,
         "stages": stages,

@@ -28,6 +28,7 @@ import numpy as np
 from scipy.stats import spearmanr
 from sklearn.feature_extraction import FeatureHasher
 
+from uoe_jax.bench.record import commit
 from uoe_jax.config import to_json
 from uoe_jax.files import format_json
 from uoe_jax.presets import get_preset
@@ -45,12 +46,9 @@ def about(packages: Sequence[str] = ("numpy",)) -> dict[str, Any]:
     """Return what made a result: command, commit, processor, versions, load."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((l.split(":")[1].strip() for l in lines if "model name" in l), "")
-    said = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    )
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": said.stdout.strip(),
+        "commit": commit(),
         "device": f"{model}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},

@@ -30,6 +30,7 @@ from uoe_jax.adapt import (
     count_adapter_params,
     init_adapters,
 )
+from uoe_jax.bench.record import made_with
 from uoe_jax.config import (
     ExperimentConfig,
     MeshConfig,
@@ -236,8 +237,7 @@ def main() -> None:
     base = train(start, mnist[:2])
     wrong = jax.jit(lambda p, data: error_rate(lambda x: forward(p, x), data))
     about = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **made_with(),
         "options": {k: str(v) for k, v in vars(args).items()},
         "mnist_error": float(wrong(base, mnist[2:])),
         "conv_params": sum(

@@ -42,6 +42,7 @@ from uoe_jax.adapt import (
     init_adapters,
 )
 from uoe_jax.adapt.subject import adapter_layout, adapter_objective
+from uoe_jax.bench.record import made_with
 from uoe_jax.config import ExperimentConfig, MeshConfig, OptimConfig
 from uoe_jax.data import make_dataset
 from uoe_jax.files import format_json
@@ -397,8 +398,7 @@ def main() -> None:
     results.put(
         "about",
         {
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
+            **made_with(),
             "config": as_dict(config),
             "options": {k: str(v) for k, v in vars(args).items()},
             "base_params": sum(a.size for a in jax.tree.leaves(base)),

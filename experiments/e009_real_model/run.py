@@ -45,6 +45,7 @@ from experiments.e009_real_model.study import (
 from experiments.e009_real_model.table import write_summary
 from experiments.shared.case import change
 from experiments.shared.work import prepare
+from uoe_jax.bench.record import made_with
 from uoe_jax.config import ExperimentConfig, ModelConfig, config_hash
 from uoe_jax.data import make_dataset
 from uoe_jax.data.record import read_record
@@ -158,8 +159,7 @@ class Study:
         row = self.scale.rows * self.scale.length
         self.batches = max(round(self.scale.held_out / row), 1)
         self.results |= {
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
+            **made_with(),
             "model": model.name,
             "steps": config.train.steps,
             "tokens_a_step": row,

@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from experiments.e009_real_model.run import (
     Part,
     Study,
@@ -32,6 +30,7 @@ from experiments.e009_real_model.run import (
 from uoe_jax.adapt.config import AdapterConfig
 from uoe_jax.adapt.request import AdaptRequest
 from uoe_jax.adapt.run import adapt_run
+from uoe_jax.bench.record import made_with
 from uoe_jax.compress.anytime import open_run
 from uoe_jax.compress.apply import compress_run
 from uoe_jax.compress.curve import score, sizes
@@ -98,8 +97,7 @@ class Experiment:
             self.results = json.loads(self.file.read_text())
         self.results |= {
             "model": options.model.name,
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
+            **made_with(),
             "calibration_tokens": self.study.scale.calibration,
             "held_out_tokens": {n: int(b["mask"].sum()) for n, b in held.items()},
         }

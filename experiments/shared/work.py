@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import os
 import signal
 import threading
 import time
@@ -25,6 +24,7 @@ from experiments.shared.fit import Limits, OutOfTime, TooSlow, describe, run_see
 from experiments.shared.programs import Programs
 from experiments.shared.queue import TOO_SLOW, Job, Task, open_jobs, outlook
 from experiments.shared.results import write_result
+from uoe_jax.bench.record import made_with
 from uoe_jax.config import config_hash
 from uoe_jax.data.split import SPLITS
 from uoe_jax.ops.nvidia import installed_fault
@@ -237,9 +237,7 @@ def _about(case: Case) -> dict[str, Any]:
         "case": case.name,
         "key": program_key(case.config),
         "config": dataclasses.asdict(without_folders(case.config)),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        **made_with(),
         "date": datetime.date.today().isoformat(),
     }
 

@@ -11,6 +11,7 @@ import jax
 from uoe_jax.bench.attention import bench_attention
 from uoe_jax.bench.gemm_command import GemmRequest, run_gemm
 from uoe_jax.bench.plot import plot_sweep
+from uoe_jax.bench.record import made_with
 from uoe_jax.bench.request import BenchRequest
 from uoe_jax.bench.sizes import SIZES, Sizes
 from uoe_jax.bench.timing import Row
@@ -123,8 +124,7 @@ def write(
     """Write the rows measured so far as JSON."""
     record: dict[str, Any] = {
         "command": " ".join(["uoe bench", *request.names, "--size", size]),
-        "device": device,
-        "jax": jax.__version__,
+        **made_with(device),
         "rounds": request.rounds,
         "rows": [row.as_dict() for row in rows],
     }

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.bench.gemm_cases import Case, candidates, draw_ids
+from uoe_jax.bench.record import made_with
 from uoe_jax.errors import first_line
 from uoe_jax.hardware.count import DTYPE_BYTES
 from uoe_jax.ops import nvidia
@@ -324,10 +325,8 @@ def about() -> dict[str, Any]:
     """Return what a sweep was made with."""
     device = jax.devices()[0]
     return {
-        "device": device.device_kind,
+        **made_with(),
         "units": getattr(device, "core_count", 1),
-        "jax": jax.__version__,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "repeats": REPEATS,
         "warm_ups": WARM_UPS,
     }

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from uoe_jax.bench.attention import draw
+from uoe_jax.bench.record import made_with
 from uoe_jax.bench.sizes import Sizes
 from uoe_jax.bench.timing import Program, both_passes, measure
 from uoe_jax.bench.union import uneven_offsets
@@ -42,8 +43,7 @@ def tune(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> Path:
     are left out.
     """
     found: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **made_with(),
         "command": "uoe bench --tune",
         "order": {},
         "tiles": {},
