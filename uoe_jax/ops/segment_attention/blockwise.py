@@ -122,7 +122,8 @@ def _attend_bwd(options, saved, grad):
             ds = p * (contract("crh,cph->crp", g, values) - d) * options.scale
             p, ds = p.astype(q.dtype), ds.astype(q.dtype)
             dq = dq + contract("crp,cph->crh", ds, keys)
-            # Idle entries get distinct places past the end and are dropped.
+            # No two blocks of a step meet the same key block, so adding in place needs
+            # no order. Idle entries get distinct places past the end and are dropped.
             spare = kb.shape[0] + jnp.arange(block.shape[0], dtype=block.dtype)
             place = jnp.where(needed, block, spare)
             dk = _add(dk, place, contract("crp,crh->cph", ds, chunk.q))

@@ -82,6 +82,8 @@ def _kernel(rounds_ref, tiles_ref, *refs, options, groups, has_rows, **scratch):
     wg = lax.axis_index("wg")
     work = parts.Work(rounds_ref, tiles_ref, groups)
 
+    # Products keep their accumulators in registers, copies need nearly none: who copies
+    # gives its registers to those who multiply.
     @pl.when(wg < options.consumers)
     def _consume():
         plgpu.set_max_registers(options.registers, action="increase")
@@ -166,6 +168,8 @@ def _consumer(wg, work, rows_refs, o_ref, lse_ref, options, **s):
             acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
             total = total * shrink + p.sum(axis=1)
             p = p.astype(s["v_s"].dtype)
+            # The softmax is done when the turn is handed over: nothing of it may move
+            # past this.
             acc, total, new_top, p = lax.optimization_barrier((acc, total, new_top, p))
             if options.take_turns:
                 plgpu.barrier_arrive(s["turn"])
@@ -202,6 +206,7 @@ def _consumer(wg, work, rows_refs, o_ref, lse_ref, options, **s):
         # Rows past the last segment met no key: they return zero.
         total = jnp.where(total == 0.0, 1.0, total)
         out = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
+        # The last tile's stores may still be reading the memory that is written next.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         s["lse_s"].at[wg][...] = top + jnp.log2(total)
         slot = item[SLOT] * (options.consumers * parts.WG_ROWS) + wg * parts.WG_ROWS

@@ -106,7 +106,11 @@ class Work:
 
 
 def tile_memory(count: int, rows: int, *, width: int, dtype: Any) -> Any:
-    """Return `count` tiles of shared memory as the tensor cores want them."""
+    """Return `count` tiles of shared memory as the tensor cores want them.
+
+    (8, 64) numbers of two bytes are 8 rows of 128 bytes. Swizzled, the 8 lie in
+    different banks of memory, so that products read them without waiting in turn.
+    """
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM((count, rows, width), dtype, transforms=transforms)
 
@@ -266,7 +270,7 @@ def store_rows(
         @pl.when(mine & (rows == WG_ROWS))
         def _(whole=whole):
             whole[...] = out
-            plgpu.commit_smem()
+            plgpu.commit_smem()  # copies are another unit's: it sees what is committed
             target = pl.ds(pl.multiple_of(first, ALIGN), WG_ROWS)
             plgpu.copy_smem_to_gmem(whole, ref.at[target])
 

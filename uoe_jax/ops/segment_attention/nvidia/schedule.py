@@ -204,6 +204,7 @@ def _deal(columns: tuple, real: jax.Array, segments: Segments) -> Plan:
         turn, core = place // cores, place % cores
         rounds = -(-jnp.sum(exists, dtype=jnp.int32) // cores)
     else:
+        # One number to rank by: the group above, and in it the longest tiles first.
         group = jnp.where(exists, start // L2_ROWS, num_groups)
         place = _rank((group << 16) - work)
         groups = jnp.arange(num_groups + 1, dtype=jnp.int32)

@@ -65,6 +65,7 @@ def sum_over_keys(
                 CAUSAL, WINDOW, BOUNDS,
             )  # fmt: skip
             x = tl.where(mask, x, float("-inf"))
+        # The weights at once: with the saved logsumexp no running maximum is needed.
         p = tl.exp2(x * FACTOR - lse[:, None])
         dp = tl.dot(grad, tl.trans(values))
         ds = p * (dp - delta[:, None])
@@ -104,6 +105,7 @@ def query_gradient(
     m, mine, at = tile_rows(tiles, place, group, G, H, ROWS, False)
     query = tl.load(q + at, mask=mine[:, None], other=0)
     cotangent = tl.load(grad + at, mask=mine[:, None], other=0)
+    # Zeros for rows of other segments, as their cotangents: their dS is then 0.
     stats = (
         tl.load(lse + group * M + m, mask=mine, other=0),
         tl.load(delta + group * M + m, mask=mine, other=0),
@@ -114,7 +116,7 @@ def query_gradient(
             acc, query, cotangent, stats, k, v, tiles, place, low, high, H, FACTOR,
             CAUSAL, WINDOW, BOUNDS, ALIGN, ROWS, BLOCK, masked == 1,
         )  # fmt: skip
-    acc = acc * SCALE
+    acc = acc * SCALE  # the factor of every dS, once instead of in each block
     m, mine, at = tile_rows(tiles, place, group, G, H, ROWS, True)
     tl.store(dq + at, acc.to(dq.dtype.element_ty), mask=mine[:, None])
 
@@ -152,6 +154,7 @@ def sum_over_queries(
     lane = tl.arange(0, BLOCK)
     inside = lane[:, None] * (G * H) + tl.arange(0, H)[None, :]
     begin, stop = turns(edges, MASKED)
+    # All heads of a block before the next one: their rows lie side by side in memory.
     for index in range(begin * G, stop * G):
         step = index - begin * G
         turn, group = begin + step // G, step % G

@@ -152,7 +152,7 @@ def attend(
     for turn in range(begin, stop):
         first_key = origin + block_of(turn, edges, MASKED) * BLOCK
         key = first_key + lane
-        skip = first_key.to(tl.int64) * H
+        skip = first_key.to(tl.int64) * H  # elements may be more than 2^31
         keys = load_rows(k + skip + inside, key, start, end, MASKED)
         x = tl.dot(query, tl.trans(keys))
         if MASKED:
@@ -161,12 +161,13 @@ def attend(
                 CAUSAL, WINDOW, BOUNDS,
             )  # fmt: skip
             x = tl.where(mask, x, float("-inf"))
+        # In base 2, with log2(e) in FACTOR: exp2 is an instruction, exp is not.
         new_top = tl.maximum(top, tl.max(x, 1) * FACTOR)
         shrink = tl.exp2(top - new_top)
         p = tl.exp2(x * FACTOR - new_top[:, None])
         total = total * shrink + tl.sum(p, 1)
         values = load_rows(v + skip + inside, key, start, end, MASKED)
-        p = p.to(values.dtype)
+        p = p.to(values.dtype)  # for the tensor cores; `total` has it unrounded
         out = tl.dot(p, values, out * shrink[:, None])
         top = new_top
     return top, total, out

@@ -132,7 +132,11 @@ def stacked(ref: Any, own: Any) -> jax.Array:
 
 
 def as_columns(row: jax.Array) -> jax.Array:
-    """Return `[1, R]` values as `[R, 128]`, each repeated along the lanes."""
+    """Return `[1, R]` values as `[R, 128]`, each repeated along the lanes.
+
+    A register holds 8 rows of 128 lanes. Repeated, a number of a row meets its row's
+    scores lane by lane; from one lane it would be spread anew at each use.
+    """
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
