@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from bench_decode import median_seconds
-from bench_train import commit
 
+from uoe_jax.bench.record import header
 from uoe_jax.compress.methods import prepare
 from uoe_jax.compress.observed import Observed, Smaller, block_params, take_apart
 from uoe_jax.compress.options import Compress
@@ -126,9 +128,7 @@ def main() -> None:
     dense = Smaller(observed.model, flat_params(run.model), flat_buffers(run.model))
     found: dict[str, Any] = {
         "run": run.config.name,
-        "commit": commit(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **header(shlex.join(["python", *sys.argv])),
         "prompt": args.prompt,
         "new": args.new,
         "seconds": took,

@@ -28,10 +28,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.e009_real_model.study import Scale, base_config, write_texts
+from uoe_jax.bench.record import made_with
 from uoe_jax.cluster import balance
 from uoe_jax.data import make_dataset
 from uoe_jax.decompose.compare import measure_losses
@@ -151,8 +151,7 @@ def main() -> None:
     if options.out.exists():
         results = dict(parse_json(options.out.read_text("utf-8"), str(options.out)))
     results |= {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **made_with(),
         "model": config.name,
         "layers": config.model.num_layers,
         "neurons": config.model.d_ff,
