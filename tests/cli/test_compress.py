@@ -90,6 +90,7 @@ def test_too_little_text_is_refused(dense_run, tmp_path, capsys):  # noqa: F811
 
 def test_what_was_seen_is_read_again_and_that_of_another_checkpoint_refused(
     dense_run,  # noqa: F811
+    anytime_run,
     tmp_path,
     capsys,
 ):
@@ -100,11 +101,16 @@ def test_what_was_seen_is_read_again_and_that_of_another_checkpoint_refused(
         assert main([*args, "--cut", cut, "--out", str(tmp_path / cut)]) == 0
         said.append("observing what 1 layers do" in capsys.readouterr().err)
     assert said == [True, False] and kept.is_file()
-    other = tmp_path / "0.2"
-    assert main(["train", str(other), "--train.steps", "5", "--quiet"]) == 0
-    longer = [*args[:2], "--calibrate", "512", *args[4:], "--cut", "0.3"]
-    assert main([*longer, "--out", str(tmp_path / "x")]) == 2
-    assert "statistics of another calibration text; give" in capsys.readouterr().err
+    wrong = {
+        "another checkpoint": [str(anytime_run), "--anytime", "--calibrate", "256"],
+        "another calibration text": [*args[1:2], "--cut", "0.3", "--calibrate", "512"],
+    }
+    for words, given in wrong.items():
+        out = ["--statistics", str(kept), "--out", str(tmp_path / "x")]
+        assert main(["compress", *given, *out]) == 2
+        error = capsys.readouterr().err
+        assert f"holds statistics of {words}; give another --statistics" in error
+        assert not (tmp_path / "x").exists()
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_a_neuron_that_carries_nearly_everything_is_kept():
     assert 4 in best_first(leverage_scores(z.T @ z))[:6]
 
 
-@pytest.mark.parametrize("count", [1, 127, 128, 300])
+@pytest.mark.parametrize("count", [1, 64, 65, 300])
 def test_triangular_systems_are_solved_block_by_block(count):
     rng = np.random.default_rng(count)
     factor = np.tril(rng.normal(size=(count, count))) / count + np.eye(count)

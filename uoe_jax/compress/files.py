@@ -87,9 +87,12 @@ def from_triangle(
 ) -> Float[np.ndarray, "*E N N"]:
     """Return the matrices of lower triangles: symmetric, or zero above."""
     size = int(((8 * triangle.shape[-1] + 1) ** 0.5 - 1) / 2)
-    places = (..., *np.tril_indices(size))
     whole = np.zeros((*triangle.shape[:-1], size, size), triangle.dtype)
-    whole[places] = triangle
-    if symmetric:
-        np.swapaxes(whole, -1, -2)[places] = triangle
+    # Row by row: indices of all entries would be larger than the matrix.
+    for row in range(size):
+        start = row * (row + 1) // 2
+        values = triangle[..., start : start + row + 1]
+        whole[..., row, : row + 1] = values
+        if symmetric:
+            whole[..., : row + 1, row] = values
     return whole

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 LEVERAGE_RIDGE = 1e-2  # of scores, in units of the channels' mean second moment
 RIDGE = 1e-7  # of the factor, likewise
-_BLOCK = 128  # rows solved at once
+_BLOCK = 64  # rows solved at once
 _TRIES = 8  # of a ridge ten times larger each
 
 
@@ -79,13 +79,14 @@ def cholesky(
 def solve_transposed(
     factor: Float[np.ndarray, "K K"], right: Float[np.ndarray, "K D"]
 ) -> Float[np.ndarray, "K D"]:
-    """Return X with `factor^T X = right` for a lower triangular factor, by blocks."""
-    found = np.array(right)
-    for start in reversed(range(0, len(factor), _BLOCK)):
-        stop = min(start + _BLOCK, len(factor))
-        rest = found[start:stop] - factor[stop:, start:stop].T @ found[stop:]
-        found[start:stop] = np.linalg.solve(factor[start:stop, start:stop].T, rest)
-    return found
+    """Return X with `factor^T X = right` for a lower triangular factor, by halves."""
+    size = len(factor)
+    if size <= _BLOCK:
+        return np.linalg.solve(factor.T, right)
+    half = size // 2
+    last = solve_transposed(factor[half:, half:], right[half:])
+    rest = right[:half] - factor[half:, :half].T @ last
+    return np.concatenate([solve_transposed(factor[:half, :half], rest), last])
 
 
 def leverage_scores(

@@ -107,9 +107,19 @@ def split_model(
 
 
 @functools.cache
+def _abstract(config: ModelConfig) -> tuple[Any, Any]:
+    """Return the shapes of a model's parameters and buffers.
+
+    Traced once: many unequal layers take a second.
+    """
+    build = lambda: nnx.split(_build(config, jax.random.key(0)), nnx.Param, ...)[1:]
+    return jax.eval_shape(build)
+
+
+@functools.cache
 def param_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shape and dtype of every parameter by name; nothing is computed."""
-    return named_leaves(jax.eval_shape(split_model(config)[1])[0])
+    return named_leaves(_abstract(config)[0])
 
 
 def flat_params(model: nnx.Module) -> Arrays:
@@ -138,8 +148,7 @@ def with_params(
     missing, too many or of another shape, and for pairs that can't be.
     """
     check_params(config, params)
-    graphdef, make = split_model(config)
-    shapes, biases = jax.eval_shape(make)
+    graphdef, (shapes, biases) = split_model(config)[0], _abstract(config)
     cast = lambda tree, arrays: {
         name: jnp.asarray(arrays[name], leaf.dtype)
         for name, leaf in named_leaves(tree).items()
@@ -159,7 +168,7 @@ def whole_buffers(config: ModelConfig, given: Mapping[str, Any]) -> Arrays:
     ConfigError for pairs that aren't of a head, or that a head has twice.
     """
     pairs, whole = rotary_pairs(config), {}
-    leaves = named_leaves(jax.eval_shape(split_model(config)[1])[1])
+    leaves = named_leaves(_abstract(config)[1])
     for name, leaf in leaves.items():
         value = given.get(name)
         if value is None:
