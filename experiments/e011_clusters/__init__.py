@@ -1,0 +1,1 @@
+"""Experiment 011: clusters of pictures, with MLC's network and without."""
