@@ -11,6 +11,7 @@ import shutil
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import uoe_jax as uoe
@@ -73,6 +74,7 @@ SHORT_COMMANDS = {
     "bench": "--size small --rounds 1",
     "complete": "--rank 2 --iters 2",
     "decompose": "--calibrate 256",
+    "compress": "--calibrate 256",
 }
 
 
@@ -95,6 +97,8 @@ def folder(tmp_path_factory):
     (place / "my_text.txt").write_text("def f(x):\n    return x + 1\n\n\n" * 800)
     entries = [f"{i},{j},{(i * j) % 5 + 1}" for i in range(12) for j in range(9)]
     (place / "ratings.csv").write_text("user,item,rating\n" + "\n".join(entries))
+    points = np.random.default_rng(0).normal(size=(40, 3)) + np.eye(3)[[0, 1] * 20] * 9
+    np.savez(place / "points.npz", points=points)
     (place / "pairs.csv").write_text("user,item\n1,2\n3,4\n")
     (place / "topo.txt").write_text(eight_gpus())
     (place / "rules.json").write_text('{"*.attention.wq": {"fsdp": "h"}}')
@@ -145,6 +149,7 @@ def readme_commands() -> list[str]:
     lines = [line for block in blocks(README, "sh") for line in block.splitlines()]
     found = [line.partition("#")[0].strip() for line in lines]
     found += re.findall(r"\| `(uoe [^`]*)` \|", text)
+    found += re.findall(r"`(uoe (?:presets|bench)[^`]*)`", text)  # of the text below
     return [line for line in found if line.startswith("uoe ")]
 
 

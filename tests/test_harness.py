@@ -1,5 +1,6 @@
 """A run as a model of lm-evaluation-harness: log-probabilities, continuations."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.interop.test_chat import TEMPLATE, tokenizer_text
 from uoe_jax.config import ExperimentConfig, ModelConfig
+from uoe_jax.data.chat import ChatTemplate, encode_chat
 from uoe_jax.data.record import record_of_tokenizer
 from uoe_jax.data.tokenize import train_bpe
 from uoe_jax.errors import ConfigError, MissingExtra
@@ -179,6 +182,12 @@ def test_it_is_a_model_of_the_harness(run, scorer, monkeypatch):
     settings = {"until": ["."], "max_gen_toks": 4}
     made = scorer.generate_until([("the", settings)])
     assert lm.generate_until([ask("the", settings)]) == made
+    assert lm.chat_template(False) == "" and lm.tokenizer_name == "tokenizer.json"
+    for asked in (lambda: lm.chat_template(True), lambda: lm.apply_chat_template(CHAT)):
+        with pytest.raises(ConfigError, match="has no chat template"):
+            asked()
+    with pytest.raises(ConfigError, match="a run has one template; give True"):
+        lm.chat_template("rag")
     with pytest.raises(ConfigError, match="batch_size is 0"):
         run_lm(run, batch_size=0)
 
@@ -191,6 +200,78 @@ def test_the_number_of_new_tokens_has_the_names_of_the_harness(scorer):
     assert make(max_gen_toks=3, max_tokens=9) == wanted
     # Half of what the model takes, where nothing is said and 256 don't fit.
     assert make() == make(max_gen_toks=12) != wanted
+
+
+CHAT = [{"role": "user", "content": "the 7 <|im_end|>"}]
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory):
+    """A run with two special tokens and a template."""
+    folder = tmp_path_factory.mktemp("harness") / "chat"
+    params = flat_params(make_model(MODEL, jax.random.key(0)))
+    record = record_of_tokenizer(tokenizer_text())
+    template = ChatTemplate(text=TEMPLATE, eos="<|im_end|>")
+    record = dataclasses.replace(record, chat_text=template.to_json())
+    config = ExperimentConfig(
+        name="h", model=dataclasses.replace(MODEL, max_seq_len=64)
+    )
+    write_run(folder, config, params, Origin(made_by="test", source="x", data=record))
+    return load_run(folder)
+
+
+def test_conversations_are_written_in_the_runs_template(chat_run):
+    scorer = Scorer(chat_run)
+    template, tokenizer = scorer.template(), scorer.tokenizer
+    context = scorer.write_chat(CHAT)
+    wanted = encode_chat(tokenizer, template, CHAT)
+    assert scorer.encode(context).tolist() == wanted.tolist()
+    start, end = (tokenizer.special_tokens()[n] for n in ("<|im_start|>", "<|im_end|>"))
+    # What the user wrote of the end's name is text.
+    assert wanted.tolist().count(end) == 1 and wanted.tolist().count(start) == 2
+    row = scorer.split(context, "words")
+    assert row.scored == len(tokenizer.encode("\nwords"))
+    # A message that is to be gone on with isn't ended.
+    begun = [*CHAT, {"role": "assistant", "content": "It is"}]
+    ids = scorer.encode(scorer.write_chat(begun, begin=False)).tolist()
+    assert ids.count(end) == 1
+    assert tokenizer.decode(ids[-len(tokenizer.encode("It is")) :]) == "It is"
+    # A reply ends with its turn: as if a token that this model makes ended it.
+    made = generate(
+        chat_run.model, jnp.asarray(wanted)[None], jnp.array([len(wanted)]), 6,
+        greedy=True,
+    )  # fmt: skip
+    said = scorer.generate_until([(context, {"max_gen_toks": 6})])[0]
+    ids = np.asarray(made[0])
+    ids = ids[: ids.tolist().index(end)] if end in ids.tolist() else ids
+    assert said == tokenizer.decode_bytes(ids).decode("utf-8", "replace")
+
+
+def test_a_run_without_a_template_refuses_conversations(scorer, run):
+    with pytest.raises(ConfigError, match="no chat template; leave apply_chat_templat"):
+        Scorer(run).write_chat(CHAT)
+    assert Scorer(run).chat is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_beams": 4}, "num_beams is 4, which isn't taken; here it is 1, or left"),
+        ({"temprature": 0.5}, "temprature is 0.5, .*did you mean temperature"),
+        ({"stop": ["x"]}, "setting stop is"),
+        ({"until": ["x", 3]}, "until is .*; give a text or a list"),
+    ],
+)
+def test_generation_settings_that_arent_taken_are_refused(scorer, settings, says):
+    with pytest.raises(ConfigError, match=says) as told:
+        scorer.generate_until([("the", {"max_gen_toks": 2}), ("the", settings)])
+    assert "\n" not in str(told.value)
+
+
+def test_settings_that_change_nothing_are_taken(scorer):
+    plain = scorer.generate_until([("the", {"max_gen_toks": 2})])
+    more = {"num_beams": 1, "repetition_penalty": 1.0, "min_p": None, "max_gen_toks": 2}
+    assert scorer.generate_until([("the", more)]) == plain
 
 
 TASK = """task: local

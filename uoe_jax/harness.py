@@ -2,6 +2,7 @@
 
     lm = run_lm("runs/mine")
     lm_eval.simple_evaluate(model=lm, tasks=["lambada_openai"])
+    lm_eval.simple_evaluate(model=lm, tasks=["gsm8k"], apply_chat_template=True)
 
 What is computed stands in `Scorer`, which needs no other package.
 """
@@ -16,8 +17,17 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from uoe_jax.data.chat import (
+    ChatTemplate,
+    Message,
+    encode_written,
+    end_of_turn,
+    read_template,
+    special_tokens,
+    write_chat,
+)
 from uoe_jax.data.record import run_tokenizer
-from uoe_jax.errors import ConfigError, extra_packages
+from uoe_jax.errors import ConfigError, extra_packages, nearest, shown
 from uoe_jax.files import format_json
 from uoe_jax.generate import Sampling, generate_all, need_decoder
 from uoe_jax.model import Decoder
@@ -29,6 +39,20 @@ _CHUNK = 1024  # tokens whose logits are alive at once
 _NEW_TOKENS = 256  # where a request doesn't say, at most half of what a model takes
 # How a request says it: the harness' names, the first given one counts.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_SETTINGS = ("until", "do_sample", "temperature", "top_k", "top_p", *_LENGTHS)
+# What others take and this doesn't, at the value that changes nothing.
+_NEUTRAL: dict[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "no_repeat_ngram_size": 0,
+    "typical_p": 1,
+    "min_p": 0,
+    "early_stopping": False,
+    "use_cache": True,
+}
 
 
 class Row(NamedTuple):
@@ -49,9 +73,11 @@ class Scorer:
     def __init__(self, run: LoadedRun, *, batch_size: int = 8):
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; use at least 1")
-        self.model = need_decoder(run)
+        self.model, self.folder = need_decoder(run), run.folder
         self.length = run.config.model.max_seq_len
         self.tokenizer = run_tokenizer(run.folder, run.config)
+        # Once a conversation was written, contexts are such texts.
+        self.chat: ChatTemplate | None = None
         self.batch_size = batch_size
         end = getattr(self.tokenizer, "end_of_document", None)
         started = self.encode("")
@@ -59,8 +85,27 @@ class Scorer:
         self.prefix = int(started[0]) if len(started) else 10 if end is None else end
         self.end = end
 
+    def template(self) -> ChatTemplate:
+        """Return the run's chat template; raise ConfigError without one."""
+        found = self.chat or read_template(self.folder)
+        if found is None:
+            raise ConfigError(
+                f"{self.folder} has no chat template; leave apply_chat_template out"
+            )
+        return found
+
+    def write_chat(self, messages: Sequence[Message], *, begin: bool = True) -> str:
+        """Return a conversation as the context of a request.
+
+        `begin` begins the model's turn; else it goes on with the last message.
+        """
+        self.chat = self.template()
+        return write_chat(self.tokenizer, self.chat, messages, begin=begin)
+
     def encode(self, text: str) -> Int[np.ndarray, " T"]:
         """Return the ids of a text as a prompt begins with them."""
+        if self.chat is not None:
+            return encode_written(self.tokenizer, text)
         encode = getattr(self.tokenizer, "encode_prompt", self.tokenizer.encode)
         return np.asarray(encode(text), np.int32)
 
@@ -90,8 +135,12 @@ class Scorer:
     ) -> list[str]:
         """Return of each (context, settings) what follows, up to a text of `until`.
 
-        Greedy unless `do_sample`; long contexts lose their beginning.
+        Greedy unless `do_sample`; long contexts lose their beginning. A conversation
+        ends with the model's turn, too. Raises ConfigError for settings of another kind
+        than are taken, before anything is computed.
         """
+        for _, settings in requests:
+            check_settings(settings)
         groups: dict[str, list[int]] = {}
         for number, (_, settings) in enumerate(requests):
             key = format_json(dict(settings), sort_keys=True)
@@ -119,6 +168,11 @@ class Scorer:
                 "a prompt"
             )
         start = np.array([self.prefix], np.int32)
+        end = self.end
+        if self.chat is not None:
+            end = end_of_turn(self.tokenizer, self.chat)
+            if self.chat.eos not in special_tokens(self.tokenizer):
+                until.append(self.chat.eos)  # which is text here
         prompts = [self.encode(context)[-room:] for context in contexts]
         prompts = [prompt if len(prompt) else start for prompt in prompts]
         made = generate_all(
@@ -127,7 +181,7 @@ class Scorer:
             new,
             _sampling(settings),
             batch_size=self.batch_size,
-            eos=self.end,
+            eos=end,
         )
         texts = [self.tokenizer.decode_bytes(ids).decode("utf-8", "replace")
                  for ids in made]  # fmt: skip
@@ -200,6 +254,27 @@ def cut_at(text: str, until: Sequence[str]) -> str:
     return text[: min((end for end in ends if end >= 0), default=len(text))]
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting that isn't known or can't be.
+
+    Those of other models may stand there with the value that changes nothing.
+    """
+    for name, value in settings.items():
+        if name in _SETTINGS or value is None:
+            continue
+        if name in _NEUTRAL and value == _NEUTRAL[name]:
+            continue
+        fix = nearest(name, _SETTINGS)
+        if name in _NEUTRAL:
+            fix = f"here it is {_NEUTRAL[name]}, or left out"
+        raise ConfigError(
+            f"the generation setting {name} is {shown(value)}, which isn't taken; {fix}"
+        )
+    until = settings.get("until") or []
+    if not all(isinstance(text, str) for text in until):
+        raise ConfigError(f"until is {shown(until)}; give a text or a list of texts")
+
+
 def _sampling(settings: Mapping[str, Any]) -> Sampling:
     """Return how a request's tokens are drawn."""
     temperature = float(settings.get("temperature") or 0.0)
@@ -255,5 +330,18 @@ def run_lm(run: str | Path | LoadedRun, *, batch_size: int = 8) -> Any:
         @property
         def tokenizer_name(self) -> str:
             return scorer.tokenizer.name
+
+        def apply_chat_template(
+            self, chat_history: Any, add_generation_prompt: bool = True
+        ) -> str:
+            return scorer.write_chat(chat_history, begin=add_generation_prompt)
+
+        def chat_template(self, chat_template: bool | str = False) -> str:
+            if isinstance(chat_template, str):
+                raise ConfigError(
+                    f"apply_chat_template is {chat_template!r}, but a run has one "
+                    "template; give True"
+                )
+            return (scorer.template().text or "ChatML") if chat_template else ""
 
     return RunLM()

@@ -273,14 +273,44 @@ def encode_chat(
     tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]
 ) -> Int[np.ndarray, " T"]:
     """Return the ids of a conversation, the template's special tokens as such."""
+    return encode_written(tokenizer, write_chat(tokenizer, template, messages))
+
+
+def write_chat(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    begin: bool = True,
+) -> str:
+    """Return a conversation as one text for `encode_written`.
+
+    Marks stand for names of special tokens that a person wrote. Without `begin` the
+    last message isn't ended, so that a model goes on with it.
+    """
+    names = _longest_first(list(special_tokens(tokenizer)))
+    hidden = [{k: _hide(v, names) for k, v in m.items()} for m in messages]
+    text = template.render(hidden, begin=begin)
+    if begin:
+        return text
+    last = hidden[-1]["content"].strip()
+    place = text.rfind(last)
+    if place < 0:
+        raise DataError(
+            "the chat template rewrites its last message, which can't be gone on with"
+        )
+    return text[: place + len(last)]
+
+
+def encode_written(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " T"]:
+    """Return the ids of a text in which special tokens stand by their names."""
     special = special_tokens(tokenizer)
     names = _longest_first(list(special))
-    hidden = [{k: _hide(v, names) for k, v in m.items()} for m in messages]
     ids = [
         np.array([special[part]], np.int32)
         if part in special
         else tokenizer.encode(_reveal(part, names))
-        for part in _split(template.render(hidden), names)
+        for part in _split(text, names)
     ]
     return np.concatenate([np.zeros(0, np.int32), *ids])
 
