@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,15 +63,16 @@ def plot(results: Mapping[str, Any]) -> bytes:
         axes = figure.subplots(1, len(TEXTS))
         shown = [(n, f) for n, f in results["entries"].items() if f.get("curve")]
         for side, text in zip(axes, TEXTS, strict=True):
-            for number, (name, found) in enumerate(shown):
+            for name, found in shown:
+                group, line = _style(name)
                 points = {0: found["at_once"]} if "at_once" in found else {}
                 points |= {int(mark): loss for mark, loss in found["curve"].items()}
                 at = sorted(points)
                 side.plot(
                     [mark / 1e6 for mark in at],
                     [points[mark][text] for mark in at],
-                    "o-" if "pruned" not in name else "s--",
-                    color=theme.colors[number % len(theme.colors)],
+                    line,
+                    color=theme.colors[group],
                     label=name,
                     markersize=4,
                 )
@@ -81,3 +83,15 @@ def plot(results: Mapping[str, Any]) -> bytes:
         return figure
 
     return render(draw, [LIGHT])["light"]
+
+
+def _style(name: str) -> tuple[int, str]:
+    """Return a model's colour, the same for all of one size, and its kind of line."""
+    found = re.search(r"(\d+) of (\d+)|(\d+)%", name)
+    if found is None:
+        return 0, "o-"
+    on, experts, percent = found.groups()
+    share = int(percent) / 100 if percent else int(on) / int(experts)
+    group = 1 + 2 * ("heads" in name) + (share < 0.7)
+    kinds = {"pruned": "s--", "taught": "^:", "warm-up": "v-."}
+    return group, next((line for word, line in kinds.items() if word in name), "o-")
