@@ -28,6 +28,7 @@ from completion_ratings import bench_ratings
 from completion_ratings import movielens as read_movielens
 from completion_slopes import SIZES, bench_entries, bench_ranks
 
+from uoe_jax.bench.record import made_with
 from uoe_jax.files import format_json
 from uoe_jax.linalg.completion import Solver, complete
 
@@ -200,7 +201,7 @@ def run_cpu(
     out: str, movielens: str | None, jester: str | None, only: list[str]
 ) -> None:
     """Run the comparisons and write `out`."""
-    report: dict[str, Any] = {"threads": 1, "jax": jax.__version__}
+    report: dict[str, Any] = {"threads": 1, **made_with()}
     sections: dict[str, Callable[[], dict]] = {
         "planted": bench_planted,
         "sweep": bench_sweep,
