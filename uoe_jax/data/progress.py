@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,20 @@ def note(message: str) -> None:
 def note_once(message: str) -> None:
     """Write one line to standard error, the first time that it is to be said."""
     note(message)
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Keep what packages log off the terminal.
+
+    A client of a network logs each of its tries, of which the last error says all.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

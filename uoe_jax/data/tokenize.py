@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from jaxtyping import Float, Int
 
 from uoe_jax.data.bpe import END_OF_DOCUMENT, train_bpe
 from uoe_jax.data.files import missing_file
-from uoe_jax.data.progress import note
+from uoe_jax.data.progress import note, unlogged
 from uoe_jax.data.subword import SubwordTokenizer
 from uoe_jax.errors import DataError, extra_packages, first_line
 from uoe_jax.files import user_cache, write_atomically
@@ -169,19 +168,14 @@ def _from_hub(name: str) -> Path:
     with extra_packages():
         import huggingface_hub  # noqa: F401  (`tokenizers` fetches with it)
         from tokenizers import Tokenizer as Backend
-    # It logs each of its tries, of which the last says all.
-    said, quiet = logging.getLogger("huggingface_hub"), logging.CRITICAL
-    before = said.level
     try:
-        said.setLevel(quiet)
-        text = Backend.from_pretrained(name).to_str()
+        with unlogged():
+            text = Backend.from_pretrained(name).to_str()
     except Exception as error:  # of the network, of the hub: plain Exception too
         raise DataError(
             f"data.tokenizer {HUB}{name} can't be fetched ({first_line(error)}); check "
             "the name and the network, or give a tokenizer.json"
         ) from None
-    finally:
-        said.setLevel(before)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, text)
     return file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from uoe_jax.data.progress import note, unlogged
 from uoe_jax.errors import ConfigError, DataError, extra_packages, first_line
 
 MARK = "hf:"
@@ -24,10 +25,12 @@ def fetch(name: str) -> Path:
         raise ConfigError(f"{name!r} is no model of the hub; write hf:ORG/NAME")
     with extra_packages():
         from huggingface_hub import snapshot_download
+    note(f"fetching {name} ...")
     try:
-        folder = snapshot_download(
-            found[1], revision=found[2], allow_patterns=list(_WANTED)
-        )
+        with unlogged():
+            folder = snapshot_download(
+                found[1], revision=found[2], allow_patterns=list(_WANTED)
+            )
     except Exception as error:  # of the network, of the hub, of its cache
         raise DataError(
             f"{name} can't be fetched ({first_line(error)}); check the name and the "
