@@ -10,7 +10,7 @@ from uoe_jax.errors import extra_packages
 with extra_packages():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 # The dense model's, times this, is the most that is drawn: broken models are far above.
 _MOST = 20
@@ -38,9 +38,11 @@ def plot_curves(
     axes.set_ylim(0.9 * dense, 1.15 * max([*values, 1.5 * dense]))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    # Powers of ten alone would leave most curves with a single number beside them.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("share of the blocks' parameters that went")
     axes.set_ylabel("perplexity of held-out data")
-    axes.grid(alpha=0.25, which="both")
+    axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
