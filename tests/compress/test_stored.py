@@ -9,7 +9,7 @@ from tests.decompose.test_exact import draw
 from uoe_jax.compress import stored
 from uoe_jax.compress.files import from_triangle, to_triangle
 from uoe_jax.compress.stored import stored_statistics
-from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.errors import ConfigError, DataError, NonFiniteError
 
 
 def see(file, seed=1, batch=None, tokenizer="a", given=False):
@@ -86,3 +86,21 @@ def test_triangles_are_their_matrices():
     symmetric = whole + whole.swapaxes(1, 2)
     assert (from_triangle(to_triangle(symmetric), True) == symmetric).all()
     assert (from_triangle(to_triangle(whole), False) == np.tril(whole)).all()
+
+
+def test_a_given_file_without_a_folder_is_refused_before_the_model_runs(
+    tmp_path, counted
+):
+    with pytest.raises(ConfigError, match="there is no folder .*nowhere.; give another"):
+        see(tmp_path / "nowhere" / "s.safetensors", given=True)
+    assert not counted
+
+
+def test_a_model_that_computes_no_numbers_leaves_no_file(tmp_path):
+    params = dict(draw(WIDE, 1))
+    name = next(n for n in params if n.endswith("mlp.w_up"))
+    params[name] = params[name] * np.float32(np.nan)
+    file = tmp_path / "statistics.safetensors"
+    with pytest.raises(NonFiniteError, match="layer 0 has values that aren't finite"):
+        stored_statistics(file, WIDE, (params, {}), batch_of(WIDE), "a", given=False)
+    assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from uoe_jax.compress.files import (
 from uoe_jax.compress.statistics import LayerStatistics, observe
 from uoe_jax.config import ModelConfig, config_hash
 from uoe_jax.data.progress import note
-from uoe_jax.errors import ConfigError, DataError
+from uoe_jax.errors import ConfigError, DataError, NonFiniteError
 from uoe_jax.model import with_params
 from uoe_jax.runs.probe import in_float32
 from uoe_jax.tree import Arrays
@@ -68,8 +68,14 @@ def stored_statistics(
     `arrays` are parameters and buffers. A file that is of another model, checkpoint,
     tokenizer or text is replaced, with a line that says so; one that was `given` isn't.
 
-    Raises ConfigError or DataError for a given file that is of something else.
+    Raises ConfigError or DataError for a given file that is of something else, or that
+    has no folder; NonFiniteError for a model that doesn't compute numbers.
     """
+    if given and not file.parent.is_dir():  # rather now than when all is observed
+        raise ConfigError(
+            f"--statistics {file} can't be written (there is no folder {file.parent}); "
+            "give another file, or make the folder"
+        )
     wanted = describe_statistics(model, *arrays, batch, tokenizer)
     if file.exists():
         try:
@@ -81,6 +87,7 @@ def stored_statistics(
     model = in_float32(model)
     note(f"compress: observing what {model.num_layers} layers do")
     seen = observe(with_params(model, *arrays), batch)
+    _check_finite(seen)
     try:
         write_arrays(file, _as_arrays(seen), wanted)
     except OSError as error:
@@ -117,6 +124,17 @@ def read_statistics(
             own[name] = from_triangle(own[name], symmetric=True)
         found.append(LayerStatistics(**own))
     return tuple(found)
+
+
+def _check_finite(seen: Sequence[LayerStatistics]) -> None:
+    """Raise NonFiniteError for sums that no method can read."""
+    for number, layer in enumerate(seen):
+        for name, array in layer._asdict().items():
+            if not np.isfinite(array).all():
+                raise NonFiniteError(
+                    f"layer {number} has values that aren't finite on the calibration "
+                    f"text ({name}); compress a checkpoint from before it diverged"
+                )
 
 
 def _as_arrays(seen: Sequence[LayerStatistics]) -> Arrays:
