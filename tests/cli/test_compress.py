@@ -62,6 +62,8 @@ def test_lines_say_what_was_cut(dense_run, tmp_path, capsys, words):  # noqa: F8
     (["--cut", "0.3", "--method", "prune"], "prune"),
     (["--cut", "0.3", "--allocate", "seconds", "--device", "abacus"],
      "device is 'abacus', of which no model of products is known"),
+    (["--anytime", "--allocate", "seconds", "--device", "abacus"],
+     "device is 'abacus', of which no model of products is known"),
     (["--cut", "0.3", "--calibrate", "nowhere.txt"], "nowhere.txt can't be read"),
     (["--cut", "0.3", "--calibrate", "0"], "0"),
     (["--cut", "0.3", "--temperature", "0"], "temperature is 0.0; it must be positive"),

@@ -8,6 +8,7 @@ import pytest
 from tests.compress.test_apply import WIDE, logits, near
 from tests.compress.test_statistics import batch_of
 from tests.decompose.test_exact import draw
+from uoe_jax.compress import anytime
 from uoe_jax.compress.anytime import read_anytime, sort_run, write_anytime
 from uoe_jax.compress.methods import sort_model
 from uoe_jax.compress.observed import take_apart
@@ -114,3 +115,24 @@ def test_factors_of_bfloat16_weights_are_bfloat16_and_near(tmp_path):
     # What opening adds is little beside what cutting does.
     added, lost = np.linalg.norm(found - wanted), np.linalg.norm(wanted - whole)
     assert added < 0.1 * lost + 1e-6
+
+
+def test_what_is_given_is_taken_also_where_it_is_the_usual(tmp_path):
+    _, _, model = sort(WIDE)
+    way = {"allocate": "bi", "temperature": 3.0, "multiple": 4, "device": "B200"}
+    made = write(tmp_path, model, Compress(anytime=True, **way))
+    args = (tmp_path, WIDE, made.params, made.buffers)
+    how = read_anytime(*args, Compress(cut=0.3))[1]
+    assert how.way() == ("modegpt", *way.values())
+    usual = Compress().way()._asdict()
+    how = read_anytime(*args, Compress(cut=0.3, **usual))[1]
+    assert how.way() == Compress().way() == ("modegpt", "curve", 1.0, 8, "H200")
+
+
+def test_a_file_of_another_version_is_refused(tmp_path, monkeypatch):
+    _, _, model = sort(WIDE)
+    monkeypatch.setattr(anytime, "_FORMAT", 2)
+    made = write(tmp_path, model, Compress(anytime=True))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="is of another version.* --anytime"):
+        read_anytime(tmp_path, WIDE, made.params, made.buffers, Compress(cut=0.3))

@@ -44,7 +44,6 @@ from uoe_jax.runs.load import LoadedRun, load_run
 from uoe_jax.tree import Arrays
 
 _FORMAT = 1
-_SPREAD = ("method", "allocate", "temperature", "multiple", "device")
 
 
 def open_run(
@@ -96,10 +95,7 @@ def sort_run(model: SortedModel) -> tuple[Smaller, Arrays]:
 
 def write_anytime(path: Path, made: Smaller, beside: Arrays, options: Compress) -> None:
     """Write what goes beside a sorted model's weights."""
-    spread = dataclasses.replace(
-        options, method=options.chosen, allocate=options.spread
-    )
-    about = {name: getattr(spread, name) for name in _SPREAD}
+    about = options.way()._asdict()
     weights = digest_arrays({**made.params, **made.buffers})
     write_arrays(path, beside, {"format": _FORMAT, "weights": weights, **about})
 
@@ -121,6 +117,11 @@ def read_anytime(
             f"does: uoe compress {folder} --anytime"
         )
     about = read_about(file)
+    if about.get("format") != _FORMAT:
+        raise ConfigError(
+            f"{file} is of another version of this program; make a new one of the run "
+            "that it was made of: uoe compress RUN --anytime"
+        )
     if about.get("weights") != digest_arrays({**params, **buffers}):
         raise ConfigError(
             f"{file} is of other weights than the run's, which has trained since; make "
@@ -133,11 +134,8 @@ def read_anytime(
             "--method out, or compress the run that it was made of"
         )
     made = {"method": method, "allocate": wanted.allocate or about["allocate"]}
-    usual = Compress()
-    for name in ("temperature", "multiple", "device"):
-        asked = getattr(wanted, name)
-        made[name] = about[name] if asked == getattr(usual, name) else asked
-    options = dataclasses.replace(wanted, **made)
+    way = dataclasses.replace(wanted, **made).way(about)
+    options = dataclasses.replace(wanted, **way._asdict())
     arrays = read_arrays(file)
     rest, layers = to_layers(params, config)
     found = [_found(arrays, n, layer) for n, layer in enumerate(layers)]

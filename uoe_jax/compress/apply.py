@@ -15,6 +15,7 @@ from uoe_jax.compress.options import ANYTIME, LEAST_TOKENS, Compress
 from uoe_jax.compress.sorting import ENOUGH, few_tokens
 from uoe_jax.compress.statistics import check_kinds
 from uoe_jax.compress.stored import STATISTICS, stored_statistics
+from uoe_jax.compress.widths import find_gemm
 from uoe_jax.config import ExperimentConfig, LayerWidths
 from uoe_jax.data.progress import note_once
 from uoe_jax.data.record import read_record
@@ -107,8 +108,10 @@ def look(
     Raises ConfigError for a model that can't be compressed, or statistics of another,
     DataError for too little text.
     """
-    model = config.model
+    model, way = config.model, options.way()
     check_kinds(model)
+    if way.allocate == "seconds":  # not only when a cut is made
+        find_gemm(way.device)
     if model.widths != LayerWidths():
         raise ConfigError(
             f"the layers of {source.folder} are of unequal width already; compress the "

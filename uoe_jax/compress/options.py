@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from uoe_jax.config import Share
 from uoe_jax.errors import ConfigError
@@ -16,7 +17,18 @@ LOW_RANK = ("lord", "svd")
 # flap keeps the means of what a cut drops in biases, other than at another cut.
 ANYTIME_METHODS = ("modegpt", "sort", "drop", "magnitude")
 LEAST_TOKENS = 64  # of a calibration text
+USUAL = {"temperature": 1.0, "multiple": 8, "device": "H200"}  # where not given
 ANYTIME = "anytime.safetensors"  # in a run that opens at any cut
+
+
+class Way(NamedTuple):
+    """By what channels are sorted, and how a cut is spread over layers and parts."""
+
+    method: Method
+    allocate: Allocation
+    temperature: float
+    multiple: int
+    device: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +57,13 @@ class Compress(Checked):
     # What was seen of the text, read or put there; RUN/statistics.safetensors
     statistics: Path | None = None
 
-    # bi: how evenly layers share the cut, in deviations of their influence
-    temperature: Positive = 1.0
+    # bi: how evenly layers share the cut, in deviations of their influence; 1 if not
+    # given, or as the run that opens at any cut was made to be: so are the next two.
+    temperature: Positive | None = None
 
-    multiple: Count = 8  # of the MLPs' widths, for kernels
+    multiple: Count | None = None  # of the MLPs' widths, for kernels; 8 if not given
 
-    device: str = "H200"  # seconds: whose model of products
+    device: str | None = None  # seconds: whose model of products; H200 if not given
 
     @property
     def chosen(self) -> Method:
@@ -62,6 +75,12 @@ class Compress(Checked):
         """How the cut is spread: by curves, or of methods without any alike."""
         sorts = self.chosen not in (*LOW_RANK, "depth")
         return self.allocate or ("curve" if sorts else "uniform")
+
+    def way(self, usual: Mapping[str, Any] = USUAL) -> Way:
+        """Return the way to cut; of it what isn't given is as usual."""
+        given = {name: getattr(self, name) for name in USUAL}
+        made = {n: usual[n] if value is None else value for n, value in given.items()}
+        return Way(method=self.chosen, allocate=self.spread, **made)
 
     def check(self) -> None:
         """Raise ConfigError for a cut that is missing, or for what contradicts it."""

@@ -30,7 +30,7 @@ from uoe_jax.compress.statistics import LayerStatistics
 from uoe_jax.config import LayerWidths, ModelConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.hardware.devices import find_device
-from uoe_jax.hardware.gemm import shipped
+from uoe_jax.hardware.gemm import GemmModel, shipped
 from uoe_jax.hardware.product import Product
 from uoe_jax.kinds import MLPS
 from uoe_jax.model.stacks import from_layers
@@ -64,12 +64,13 @@ def layer_parts(
     Pairs are left whole where queries and keys are normalised: dropping some would
     change what the others are divided by.
     """
-    seconds = _Seconds(model, options.device) if options.spread == "seconds" else None
+    way = options.way()
+    seconds = _Seconds(model, way.device) if way.allocate == "seconds" else None
     cost = _parameters if seconds is None else seconds.cost
     parts = []
     for number, curve in enumerate(curves):
         experts, _ = MLPS[model.layer_kinds[number][1]].sizes(model)
-        sizes = {"mlp": (curve.mlp, options.multiple)}
+        sizes = {"mlp": (curve.mlp, way.multiple)}
         if curve.query_key is not None and not model.qk_norm:
             sizes["query_key"] = (curve.query_key, 1)
         if curve.value_output is not None:
@@ -90,18 +91,23 @@ def _parameters(model: ModelConfig, part: str, width: int, experts: int) -> floa
     return float(d * dims * (model.num_heads + model.num_kv_heads))
 
 
+def find_gemm(device: str) -> GemmModel:
+    """Return a device's model of products; raise ConfigError if there is none."""
+    known = find_device(device)
+    found = None if known is None else shipped(known.name)
+    if found is None:
+        raise ConfigError(
+            f"device is {device!r}, of which no model of products is known; use H200, "
+            "or another --allocate"
+        )
+    return found
+
+
 class _Seconds:
     """What a part takes on a device, by its model of products, `TOKENS` at a time."""
 
     def __init__(self, model: ModelConfig, device: str):
-        known = find_device(device)
-        found = None if known is None else shipped(known.name)
-        if found is None:
-            raise ConfigError(
-                f"device is {device!r}, of which no model of products is known; use "
-                "H200, or another --allocate"
-            )
-        self._gemm, self._known = found, {}
+        self._gemm, self._known = find_gemm(device), {}
         self._dtype = model.compute_dtype
 
     def cost(self, model: ModelConfig, part: str, width: int, experts: int) -> float:
@@ -131,11 +137,12 @@ def choose_widths(
 ) -> Int[np.ndarray, " N"]:
     """Return every part's width at a cut."""
     whole = sum(float(part.costs[-1]) for part in parts)
-    if options.spread in ("curve", "seconds"):
+    way = options.way()
+    if way.allocate in ("curve", "seconds"):
         return by_curve(parts, (1 - cut) * whole)
     shares = np.full(len(influences), cut)
-    if options.spread == "bi":
-        shares = by_influence(influences, cut, options.temperature)
+    if way.allocate == "bi":
+        shares = by_influence(influences, cut, way.temperature)
     return nearest_widths(parts, [1 - shares[part.layer] for part in parts])
 
 
