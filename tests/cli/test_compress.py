@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from tests.adapt.test_foreign import write_peft
 from tests.cli.test_decompose import dense_run  # noqa: F401
 from uoe_jax.cli import main
 from uoe_jax.runs.load import load_run
@@ -163,6 +164,35 @@ def test_a_cut_is_healed_by_an_adapter_and_merged(anytime_run, tmp_path, capsys)
     assert found["loss"] == pytest.approx(said["after"]["loss"], abs=1e-3)
     widths = load_run(out / "merged").config.model.widths
     assert widths != load_run(anytime_run).config.model.widths
+    assert said["cut"] == 0.4
+    # The adapter is of that cut: neither another one nor another library has it.
+    wrong = [
+        ["export", str(out), str(tmp_path / "peft")],
+        ["adapt", str(anytime_run), "--load", str(out), "--out", str(tmp_path / "x"),
+         "--steps", "0", "--merge"],
+    ]  # fmt: skip
+    for args in wrong:
+        assert main(args) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and "opened at cut 0.4" in lines[0]
+    again = [*wrong[1], "--cut", "0.4"]
+    assert main(again) == 0
+    small = tmp_path / "small"
+    args = ["compress", str(anytime_run), "--cut", "0.4", "--out", str(small)]
+    assert main(args) == 0
+    args = ["adapt", str(small), "--load", str(out), "--out", str(tmp_path / "y")]
+    assert main([*args, "--steps", "0", "--merge"]) == 0
+
+
+def test_an_adapter_of_another_library_is_not_laid_on_channels_in_order(
+    anytime_run, tmp_path, capsys
+):
+    peft = write_peft(tmp_path / "peft")
+    args = ["adapt", str(anytime_run), "--load", str(peft), "--steps", "0", "--merge"]
+    assert main([*args, "--out", str(tmp_path / "x")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "has its channels in another order than" in lines[0]
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("words", [

@@ -91,7 +91,7 @@ def test_triangles_are_their_matrices():
 def test_a_given_file_without_a_folder_is_refused_before_the_model_runs(
     tmp_path, counted
 ):
-    with pytest.raises(ConfigError, match="there is no folder .*nowhere.; give another"):
+    with pytest.raises(ConfigError, match="no folder .*nowhere.; give another"):
         see(tmp_path / "nowhere" / "s.safetensors", given=True)
     assert not counted
 

@@ -15,7 +15,7 @@ from uoe_jax.adapt.adapters import Adapters
 from uoe_jax.adapt.config import AdapterConfig
 from uoe_jax.adapt.files import load_adapters, part_suffix, to_file
 from uoe_jax.adapt.plan import LeafPlan
-from uoe_jax.adapt.store import read_trained
+from uoe_jax.adapt.store import read_cut, read_trained
 from uoe_jax.config import LayerWidths
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.files import format_json, local_path, write_atomically
@@ -48,6 +48,13 @@ def export_adapter(
     if not (base / "config.json").is_file():
         raise DataError(
             f"{folder} is of the run {base}, which isn't there; put it back"
+        )
+    if (cut := read_cut(folder)) is not None:
+        raise ConfigError(
+            f"{folder} is of {base} opened at cut {cut:g}, and an adapter of another "
+            "library is of whole layers; merge it into the weights with uoe adapt "
+            f"{base} --cut {cut:g} --load {folder} --steps 0 --merge and export the "
+            "merged run"
         )
     run = load_run(base)
     _, params, _ = nnx.split(run.model, nnx.Param, ...)

@@ -25,11 +25,13 @@ from uoe_jax.adapt.store import (
     MERGED,
     check_out,
     merging,
+    read_cut,
     read_trained,
     write_request,
 )
 from uoe_jax.adapt.subject import adapter_subject
 from uoe_jax.compress.anytime import open_run
+from uoe_jax.compress.options import ANYTIME
 from uoe_jax.config import ExperimentConfig, LayerWidths, MeshConfig
 from uoe_jax.data import Dataset
 from uoe_jax.data.record import record_of
@@ -69,7 +71,7 @@ def adapt_run(
     run = open_run(folder, which=request.which, cut=request.cut)
     config = adapted_experiment(run, request)
     graphdef, params, buffers = nnx.split(run.model, nnx.Param, ...)
-    adapters, adapter = _start(request, params, _foreign_names(run))
+    adapters, adapter = _start(request, params, run)
     digest = digest_params(params)
     asked = _describe(request, adapter, digest)
     check_out(out, asked)
@@ -96,6 +98,7 @@ def adapt_run(
     report: dict[str, Any] = {
         "run": str(folder),
         "step": run.step,
+        "cut": request.cut,
         "method": adapter.method,
         "rank": adapter.rank,
         "data": sets[0].info["source"],
@@ -128,9 +131,19 @@ def _draw(report: dict[str, Any], path: Path) -> None:
 def _foreign_names(run: LoadedRun) -> Names:
     """Return where modules of other libraries lie in a run's weights.
 
-    By the names that an imported run came with, otherwise by Llama's.
+    By the names that an imported run came with, otherwise by Llama's. Raises
+    ConfigError for a run whose channels or layers are at other places than theirs.
     """
-    architecture = read_result(run.folder).get("architecture")
+    found = read_result(run.folder)
+    depth = found.get("did") == "compress" and found.get("method") == "depth"
+    if depth or found.get("did") == "anytime":
+        what = "has fewer layers" if depth else "has its channels in another order"
+        raise ConfigError(
+            f"{run.folder} {what} than {found.get('run')}, and an adapter of another "
+            "library is of the latter's; merge it there with uoe adapt --load --merge "
+            "and compress the merged run"
+        )
+    architecture = found.get("architecture")
     # Modules of theirs are of whole layers: they fit no narrower one.
     if architecture not in FAMILIES or run.config.model.widths != LayerWidths():
         return llama_names
@@ -138,7 +151,7 @@ def _foreign_names(run: LoadedRun) -> Names:
 
 
 def _start(
-    request: AdaptRequest, params: PyTree, names: Names
+    request: AdaptRequest, params: PyTree, run: LoadedRun
 ) -> tuple[Adapters, AdapterConfig]:
     """Return a fresh adapter, or the one in a folder with its own config."""
     load, adapter = request.load, request.adapter
@@ -147,9 +160,15 @@ def _start(
         key = jax.random.key(request.seed)
         return init_adapters(params, adapter, key), adapter
     raw = read_config(load)
+    cut = read_cut(load) if (run.folder / ANYTIME).is_file() else None
+    if cut not in (None, request.cut):
+        raise ConfigError(
+            f"{load} is an adapter of a run opened at cut {cut:g} and cut is "
+            f"{request.cut}; open {run.folder} as the adapter has it: --cut {cut:g}"
+        )
     if "uoe_jax" in raw:
         return load_adapters(load, params)
-    adapters = place_modules(read_peft(load), params, names)
+    adapters = place_modules(read_peft(load), params, _foreign_names(run))
     adapters = _with_dropout(adapters, raw.get("lora_dropout") or 0.0)
     ranks = [plan.ranks[0] for plan in adapters.plans]
     targets = tuple(plan.name for plan in adapters.plans)
@@ -192,6 +211,7 @@ def _describe(
     return {
         **dataclasses.asdict(adapter),
         "path": request.path,
+        "cut": request.cut,
         "steps": request.steps,
         "base": digest,
         "loaded": loaded,

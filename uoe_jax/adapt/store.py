@@ -61,6 +61,17 @@ def write_request(out: Path, asked: Mapping[str, Any]) -> None:
     write_atomically(out / ADAPTATION, format_json(asked, indent=2) + "\n")
 
 
+def read_cut(folder: Path) -> float | None:
+    """Return at which cut an adapter's run was opened; None for the whole one."""
+    try:
+        return dict(read_json(folder / ADAPTATION)).get("cut")
+    except FileNotFoundError:  # a folder of another library, or of the factors alone
+        return None
+    except (ValueError, TypeError) as error:
+        file = folder / ADAPTATION
+        raise DataError(f"{file} is damaged ({error}); restore it") from None
+
+
 def read_trained(
     out: Path, adapters: Adapters, which: Literal["last", "best"] = "last"
 ) -> Adapters:
