@@ -18,8 +18,15 @@ from uoe_jax.data.chat import ChatTemplate, encode_chat
 from uoe_jax.data.record import record_of_tokenizer
 from uoe_jax.data.tokenize import train_bpe
 from uoe_jax.errors import ConfigError, MissingExtra
-from uoe_jax.generate import generate
-from uoe_jax.harness import Row, Scorer, cut_at, rolling_rows, run_lm
+from uoe_jax.generate import Sampling, generate
+from uoe_jax.harness import (
+    Row,
+    Scorer,
+    _sampling,
+    cut_at,
+    rolling_rows,
+    run_lm,
+)
 from uoe_jax.model import flat_params, make_model
 from uoe_jax.runs.load import load_run
 from uoe_jax.runs.write import Origin, write_run
@@ -258,6 +265,13 @@ def test_a_run_without_a_template_refuses_conversations(scorer, run):
     [
         ({"num_beams": 4}, "num_beams is 4, which isn't taken; here it is 1, or left"),
         ({"temprature": 0.5}, "temprature is 0.5, .*did you mean temperature"),
+        ({"until": 5}, "until is 5; give a text or a list of texts"),
+        ({"until": {"stop": "."}}, "until is .*; give a text or a list of texts"),
+        ({"max_gen_toks": "many"}, "max_gen_toks is 'many'; give a whole number"),
+        ({"max_tokens": -3}, "max_tokens is -3; give a whole number above 0"),
+        ({"temperature": "hot"}, "temperature is 'hot'; give a number"),
+        ({"do_sample": "yes"}, "do_sample is 'yes'; give true or false"),
+        ({"do_sample": True, "top_k": "x"}, "top_k is 'x'; expected int"),
         ({"stop": ["x"]}, "setting stop is"),
         ({"until": ["x", 3]}, "until is .*; give a text or a list"),
     ],
@@ -323,3 +337,11 @@ def test_a_whole_evaluation(run, scorer, tmp_path, monkeypatch, kind):
         assert found["acc,none"] == 0.5
     else:
         assert found["exact_match,none"] == 1
+
+
+def test_a_request_to_draw_without_a_temperature_is_drawn_as_the_model_has_it():
+    assert _sampling({"do_sample": True, "top_k": 3}) == Sampling(top_k=3)
+    assert _sampling({"do_sample": False, "temperature": 0.7}).takes_likeliest
+    assert _sampling({"do_sample": True, "temperature": 0}).takes_likeliest
+    assert _sampling({"temperature": 0.7}) == Sampling(temperature=0.7)
+    assert _sampling({}).takes_likeliest

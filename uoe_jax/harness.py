@@ -271,14 +271,26 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             f"the generation setting {name} is {shown(value)}, which isn't taken; {fix}"
         )
     until = settings.get("until") or []
-    if not all(isinstance(text, str) for text in until):
+    listed = isinstance(until, (str, list, tuple))
+    if not listed or not all(isinstance(text, str) for text in until):
         raise ConfigError(f"until is {shown(until)}; give a text or a list of texts")
+    for name in _LENGTHS:
+        value = settings.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ConfigError(f"{name} is {shown(value)}; give a whole number above 0")
+    _sampling(settings)
 
 
 def _sampling(settings: Mapping[str, Any]) -> Sampling:
-    """Return how a request's tokens are drawn."""
-    temperature = float(settings.get("temperature") or 0.0)
-    if not settings.get("do_sample", temperature > 0) or temperature == 0:
+    """Return how a request's tokens are drawn; ConfigError for what can't be."""
+    drawn, temperature = settings.get("do_sample"), settings.get("temperature")
+    if drawn not in (None, True, False):
+        raise ConfigError(f"do_sample is {shown(drawn)}; give true or false")
+    if temperature is None:  # as it is where requests are drawn without one
+        temperature = 1.0 if drawn else 0.0
+    if type(temperature) not in (int, float):
+        raise ConfigError(f"temperature is {shown(temperature)}; give a number")
+    if drawn is False or temperature == 0:
         return Sampling(greedy=True)
     return Sampling(
         temperature=temperature,
