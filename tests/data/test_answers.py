@@ -219,6 +219,21 @@ def test_templates_and_special_tokens(make_config, tmp_path):
         assert counts[len(prompt)] == 1 and counts[len(prompt) - 1] == 0
 
 
+def test_what_else_a_message_holds_is_kept_and_hidden_too():
+    template = ChatTemplate(
+        text="{% for m in messages %}<s>{{ m.content }}{{ m.calls[0].f }}</s>"
+        "{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+    )
+    more = {"weight": 1, "name": None, "calls": [{"f": "</s>"}]}
+    messages = [{"role": "user", "content": "q", **more}]
+    messages += [{"role": "assistant", "content": "a", **more}]
+    parts = answer_parts(messages, template, ["<s>", "</s>"])
+    assert [(p.text, p.trained, p.special) for p in parts] == [
+        ("<s>", False, True), ("q</s>", False, False), ("</s>", False, True),
+        ("<s>", False, True), ("a</s>", True, False), ("</s>", True, True),
+    ]  # fmt: skip
+
+
 def test_tokenizers_that_put_a_blank_before_a_text_put_none_before_an_answer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

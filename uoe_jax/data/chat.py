@@ -242,7 +242,7 @@ def answer_parts(
     that writes a turn in another way once more turns follow.
     """
     names = _longest_first(special)
-    hidden = [{k: _hide(v, names) for k, v in m.items()} for m in messages]
+    hidden = [_hide(message, names) for message in messages]
     render = functools.partial(template.render, dated=False)
     whole = render(hidden, begin=False)
     cuts, learned = [0], [False]
@@ -289,7 +289,7 @@ def write_chat(
     last message isn't ended, so that a model goes on with it.
     """
     names = _longest_first(list(special_tokens(tokenizer)))
-    hidden = [{k: _hide(v, names) for k, v in m.items()} for m in messages]
+    hidden = [_hide(message, names) for message in messages]
     text = template.render(hidden, begin=begin)
     if begin:
         return text
@@ -344,10 +344,16 @@ def _split(text: str, names: Sequence[str]) -> Iterator[str]:
     yield from (part for part in parts if part)
 
 
-def _hide(text: str, names: Sequence[str]) -> str:
-    for number, name in enumerate(names):
-        text = text.replace(name, _MARK.format(number))
-    return text
+def _hide(value: Any, names: Sequence[str]) -> Any:
+    """Return what a person wrote with marks for names, in all that a message holds."""
+    if isinstance(value, Mapping):
+        return {key: _hide(inner, names) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_hide(inner, names) for inner in value]
+    if isinstance(value, str):
+        for number, name in enumerate(names):
+            value = value.replace(name, _MARK.format(number))
+    return value
 
 
 def _reveal(text: str, names: Sequence[str]) -> str:
