@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from uoe_jax.config import DataConfig
 from uoe_jax.errors import ConfigError
+from uoe_jax.files import check_path
 
 # Rows in which every source has its exact share; a weight is met to one in so many.
 BLOCK = 10_000
@@ -39,11 +41,17 @@ def read_mix(mix: Sequence[str]) -> tuple[Share, ...]:
                 "such as articles.jsonl=0.7"
             )
         shares.append(Share(path.strip(), weight))
-    paths = [share.path for share in shares]
     if len(shares) == 1:
-        raise ConfigError(f"data.mix has one source; set data.path {paths[0]} instead")
-    if twice := next((p for p in paths if paths.count(p) > 1), None):
-        raise ConfigError(f"data.mix names {twice} twice; add up its weights")
+        raise ConfigError(
+            f"data.mix has one source; set data.path {shares[0].path} instead"
+        )
+    seen = set[str | Path]()
+    for path in (share.path for share in shares):
+        # A run's config has absolute paths.
+        place = path if path == "stdlib" else Path(path).expanduser().absolute()
+        if place in seen:
+            raise ConfigError(f"data.mix names {path} twice; add up its weights")
+        seen.add(place)
     counts = block_counts([share.weight for share in shares])
     if 0 in counts:
         share = shares[counts.index(0)]
@@ -58,7 +66,8 @@ def check_mix(data: DataConfig) -> None:
     """Raise ConfigError for a mixture that isn't one, or beside another source."""
     if not data.mix:
         return
-    read_mix(data.mix)
+    for share in read_mix(data.mix):
+        check_path(share.path, "a source of data.mix")
     if data.path is not None:
         raise ConfigError(
             f"data.path is {data.path!r} beside data.mix; add it to data.mix as "

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from uoe_jax.data import describe, make_dataset, prepare
+from uoe_jax.data.chat import CHATML
 from uoe_jax.data.mix import mixed_order
 from uoe_jax.data.order import permute
+from uoe_jax.data.prepare import find_prepared
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.mixture import BLOCK, block_counts, read_mix
 from uoe_jax.validation import validate
@@ -201,3 +203,63 @@ def test_images_and_labelled_rows_are_no_part_of_a_mixture(make_config, texts):
     mix = (f"{texts / 'a.txt'}=1", f"{texts / 'rows.npz'}=1")
     with pytest.raises(DataError, match=r"rows\.npz"):
         prepare(make_config(mix=mix))
+
+
+def write_records(file, key="text", chat=False):
+    turns = [{"role": "user", "content": "u?"}, {"role": "assistant", "content": "v"}]
+    record = {"messages": turns} if chat else {key: "some xyz words"}
+    file.write_text("\n".join(json.dumps({**record, "id": i}) for i in range(60)))
+    return f"{file}=1"
+
+
+def test_an_option_of_records_is_of_the_sources_that_are_records(make_config, texts):
+    mix = (f"{texts / 'a.txt'}=1", write_records(texts / "b.jsonl", key="body"))
+    config = make_config(mix=mix, text_key="body", bad_records="skip")
+    assert make_dataset(config, "train").num_examples > 100
+    mix = (*mix, write_records(texts / "d.jsonl"))
+    with pytest.raises(DataError, match=r"d\.jsonl line 1 has no field 'body'"):
+        prepare(make_config(mix=mix, text_key="body"))
+    for name, value in (("text_key", "body"), ("data_dir", "x")):
+        config = make_config(mix=("stdlib=1", f"{texts / 'a.txt'}=1"), **{name: value})
+        with pytest.raises(ConfigError, match=f"data.{name} is '{value}', but no sour"):
+            prepare(config)
+
+
+def test_conversations_of_a_mixture_keep_their_template_and_their_masks(
+    make_config, texts
+):
+    mix = (f"{texts / 'a.txt'}=1", write_records(texts / "talk.jsonl", chat=True))
+    config = make_config(mix=mix, max_seq_len=64, pack="documents")
+    prepared = prepare(config)
+    assert prepared.chat_text() == CHATML.to_json()
+    data = make_dataset(config, "train")
+    batch = data.examples(np.arange(data.num_examples))
+    talks = np.isin(batch["tokens"], [ord("?")]).any(axis=1)
+    counted = batch["mask"] > 0
+    assert talks.any() and not talks.all()
+    assert (counted[~talks] == (batch["segments"][~talks] > 0)).all()
+    said = bytes(batch["targets"][talks][counted[talks]].tolist())
+    assert set(said.split(b"\0")) == {b"v<|im_end|>\n", b""}
+
+
+def test_what_is_prepared_is_found_without_its_sources(make_config, texts):
+    mixes = [mix_of(texts, 1, 1, 1), ("stdlib=2", f"{texts / 'c.jsonl'}=1")]
+    configs = [make_config(mix=mix, max_bytes=20_000) for mix in mixes]
+    folders = [prepare(config).folder for config in configs]
+    assert folders[0].name.startswith("a.txt-code-c.jsonl-")
+    (texts / "c.jsonl").unlink()
+    found = [find_prepared(config) for config in configs]
+    assert [prepared and prepared.folder for prepared in found] == folders
+
+
+def test_one_file_under_two_names_is_one_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for other in ("./a", str(tmp_path / "a")):
+        with pytest.raises(ConfigError, match="names .* twice; add up its weights"):
+            read_mix(("a=1", f"{other}=2"))
+    assert len(read_mix(("stdlib=1", "./stdlib=2"))) == 2
+
+
+def test_an_address_is_refused_before_anything_is_read(make_config):
+    with pytest.raises(ConfigError, match="a source of data.mix is s3://bucket/a"):
+        validate(make_config(mix=("a=1", "s3://bucket/a=1")))

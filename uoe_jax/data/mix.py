@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from uoe_jax.config import DataConfig
+from uoe_jax.data.chat import ChatTemplate
 from uoe_jax.data.order import permute, train_order
 from uoe_jax.data.text import Document, TextSource
 from uoe_jax.errors import DataError
@@ -46,6 +47,10 @@ class MixSource(TextSource):
         for number, member in enumerate(self.members):
             for document in member.documents():
                 yield document._replace(member=number)
+
+    def chat_template(self) -> ChatTemplate | None:
+        """Return how conversations are written, which is the same in all sources."""
+        return next(filter(None, (m.chat_template() for m in self.members)), None)
 
     def num_skipped(self) -> int:
         """Return how many records without a text the last pass left out."""

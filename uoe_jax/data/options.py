@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from uoe_jax.config import DataConfig
 from uoe_jax.data.encoding import check_encoding
@@ -15,6 +15,7 @@ _ALWAYS = {"source", "batch_size", "cache_dir", "allow_changed", "seed"}
 _SPLITS = {"valid_fraction", "test_fraction"}
 _TOKENS = {"tokenizer", "bpe_vocab_size", "bad_utf8", "max_bytes"} | _SPLITS
 _RECORDS = {"text_key", "bad_records", "chat_template"}
+_OF_MEMBERS = _RECORDS | {"encoding", "data_dir"}  # of a mixture: some may read them
 _TASK = {"num_examples"}
 _USED = {
     "stdlib": _TOKENS,
@@ -22,7 +23,7 @@ _USED = {
     "jsonl": _TOKENS | {"path", "encoding"} | _RECORDS,
     "parquet": _TOKENS | {"path"} | _RECORDS,
     "tfds": _TOKENS | {"path", "data_dir", "text_key"},
-    "mix": _TOKENS | {"mix", "encoding"} | _RECORDS,
+    "mix": _TOKENS | {"mix"} | _OF_MEMBERS,
     "digits": _SPLITS,
     "npz": _SPLITS | {"path"},
     "listops": _TASK | {"min_length", "max_length"},
@@ -89,6 +90,32 @@ def check_used(
         f"data.{name} is {value!r}, but data.source {source} for a {kind} model "
         f"doesn't read it{more}; {fix}"
     )
+
+
+def share_options(
+    data: DataConfig, parts: Sequence[DataConfig], sources: Sequence[str], kind: str
+) -> list[DataConfig]:
+    """Return the options of a mixture's parts, each without what it doesn't read.
+
+    Raises ConfigError for an option that none reads.
+    """
+    used = [used_options(part, s, kind) for part, s in zip(parts, sources, strict=True)]
+    for name in _given(data, ()):
+        if name in _OF_MEMBERS and not any(name in names for names in used):
+            readers = ", ".join(
+                sorted(s for s in _USED if s != "mix" and name in _USED[s])
+            )
+            raise ConfigError(
+                f"data.{name} is {getattr(data, name)!r}, but no source of data.mix "
+                f"reads it; leave it out (it goes with {readers})"
+            )
+    default = DataConfig()
+    return [
+        dataclasses.replace(
+            part, **{n: getattr(default, n) for n in _OF_MEMBERS - names}
+        )
+        for part, names in zip(parts, used, strict=True)
+    ]
 
 
 def _given(data: DataConfig, typed: Collection[str]) -> Iterator[str]:

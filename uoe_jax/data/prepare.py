@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ def prepare(config: ExperimentConfig, *, thorough: bool = False) -> Prepared:
     remove_abandoned(_cache_folder(data))
     source = make_source(data, kind)
     settings = _settings(data, kind)
-    folder = _folder(source, settings, data)
+    members = source.members if isinstance(source, MixSource) else [source]
+    folder = _folder(members, settings, data)
     replace = False
     manifest = read_manifest(folder)
     if manifest is not None and manifest["format"] == FORMAT:
@@ -129,10 +131,9 @@ def find_prepared(config: ExperimentConfig) -> Prepared | None:
     """Return data that was prepared before and is intact, even without its source."""
     data, kind = config.data, config.model.kind
     try:
-        members = member_configs(data) if data.mix else [data]
-        built_in = any(member.path is None for member in members)
-        source = make_source(data, kind) if built_in else None
-        folder = _folder(source, _settings(data, kind), data)
+        parts = member_configs(data) if data.mix else [data]
+        built_in = [make_source(part, kind) for part in parts if part.path is None]
+        folder = _folder(built_in, _settings(data, kind), data)
         manifest = read_manifest(folder)
         if manifest is None or manifest["format"] != FORMAT:
             return None
@@ -186,8 +187,12 @@ def _settings(data: DataConfig, kind: str) -> dict[str, Any]:
     }
 
 
-def _folder(source: Source | None, settings: dict[str, Any], data: DataConfig) -> Path:
+def _folder(
+    sources: Sequence[Source], settings: dict[str, Any], data: DataConfig
+) -> Path:
     """Return where data goes; one path with one set of options always gets the same.
+
+    Of `sources`, which may all be known by their paths, those without one are needed.
 
     The standard library has no path: other content, as of another Python, has another
     folder, so that Pythons share a cache.
@@ -195,11 +200,13 @@ def _folder(source: Source | None, settings: dict[str, Any], data: DataConfig) -
     place: list[Any] = [data.source, _place(data), absolute_paths(data).data_dir]
     if data.mix:  # whatever the weights
         place += [_place(part) for part in member_configs(data)]
-    sources = source.members if isinstance(source, MixSource) else [source]
-    place += [fingerprint(s.files) for s in sources if s and s.name == "stdlib"]
+    place += [fingerprint(s.files) for s in sources if s.name == "stdlib"]
     digest = hashlib.sha256(format_json([settings, place], sort_keys=True).encode())
-    name = source.name if source is not None else ""
-    shown = Path(data.path).name if data.path else name
+    shown = Path(data.path).name if data.path else ""
+    if data.mix:
+        shown = "-".join(Path(share.path).name for share in read_mix(data.mix))
+    elif not data.path:
+        shown = sources[0].name
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", shown).strip("-.")[-40:] or "data"
     return _cache_folder(data) / f"{readable}-{digest.hexdigest()[:12]}"
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from uoe_jax.config import DataConfig, ExperimentConfig
 from uoe_jax.data.chat import CHAT, read_template
+from uoe_jax.data.mix import member_configs
 from uoe_jax.data.prepare import Prepared, find_prepared
 from uoe_jax.data.source import resolve
 from uoe_jax.data.store import hash_outputs
@@ -331,7 +332,8 @@ def _with_run_template(
 
 def _holds_records(data: DataConfig) -> bool:
     try:
-        return resolve(data, "decoder") in ("jsonl", "parquet")
+        parts = member_configs(data) if data.mix else [data]
+        return any(resolve(part, "decoder") in ("jsonl", "parquet") for part in parts)
     except (DataError, OSError):  # reading it will say so
         return False
 

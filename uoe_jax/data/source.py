@@ -7,7 +7,7 @@ from uoe_jax.data.arrays import ArraySource, digits_source, npz_source
 from uoe_jax.data.files import SourceFile, expand
 from uoe_jax.data.formats import choose_files, look
 from uoe_jax.data.mix import member_configs, mix_sources
-from uoe_jax.data.options import check_used, check_written
+from uoe_jax.data.options import check_used, check_written, share_options
 from uoe_jax.data.records import JsonSource, ParquetSource
 from uoe_jax.data.tasks.source import TASKS, task_source
 from uoe_jax.data.text import (
@@ -38,8 +38,9 @@ def make_source(config: DataConfig, kind: str) -> Source:
     elif source in TASKS:
         made = task_source(source, config)
     elif source == "mix":
-        members = [make_source(member, kind) for member in member_configs(config)]
-        made = mix_sources(members, config)
+        made = mix_sources(
+            [make_source(m, kind) for m in _members(config, kind)], config
+        )
     elif config.path is None:
         raise DataError(f"data.source is {source!r} without data.path; set data.path")
     elif source == "tfds":
@@ -48,6 +49,15 @@ def make_source(config: DataConfig, kind: str) -> Source:
         made = _file_source(source, config, kind == "encoder")
     _check_kind(made, kind)
     return made
+
+
+def _members(config: DataConfig, kind: str) -> list[DataConfig]:
+    """Return the options of a mixture's sources; each gets those that it reads.
+
+    Raises ConfigError for an option that no source reads.
+    """
+    parts = member_configs(config)
+    return share_options(config, parts, [resolve(part, kind) for part in parts], kind)
 
 
 def _file_source(source: str, config: DataConfig, labelled: bool) -> Source:
