@@ -91,10 +91,12 @@ def make_tasks(options: argparse.Namespace) -> list[Task]:
     for name in options.experiments:
         folder = find_experiment(name)
         module = load_config(folder)
-        if not hasattr(module, "study") and not hasattr(module, "program"):
+        # A folder of commands of its own may have modules of these names.
+        own = {n for n in ("study", "program") if callable(getattr(module, n, None))}
+        if not own:
             raise ConfigError(f"{folder.name} has commands of its own; see its README")
         study = None
-        if hasattr(module, "study"):
+        if "study" in own:
             study = restricted(module.study(options.tiny), options.seeds)
             known |= {case.name for case in study.cases}
         name = folder.name + ("-tiny" if options.tiny else "")

@@ -18,7 +18,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FOUND_OR_NOT = {"cuda_bench", "tokamax", "torch", "triton", "libtpu", "jax_triton"}
 FOUND_OR_NOT |= {"jax_linear_attention", "nvidia"}
 # Comes with jax, flax or orbax, or is asked for by what is registered.
-COMES_ALONG = {"jaxlib", "ml_dtypes", "etils", "uoe_jax", "tensorstore"}
+# Of jax, orbax and ourselves.
+COMES_ALONG = {"jaxlib", "ml_dtypes", "scipy", "etils", "uoe_jax", "tensorstore"}
 
 
 def name_of(requirement: str) -> str:

@@ -79,7 +79,8 @@ DATA = {
     "allow_changed": (None, "a.txt", lambda f: f["source"] == "a.txt"),
     "seed": (5, "a.txt", lambda f: f["splits"]["train"]["examples"] > 0),
 }
-ELSEWHERE = {"data_dir", "num_examples", "min_length", "max_length"}  # below
+# Below, and of mixtures data/test_mix.py.
+ELSEWHERE = {"data_dir", "num_examples", "min_length", "max_length", "mix"}
 
 
 def test_no_option_of_the_data_is_forgotten():
@@ -191,7 +192,8 @@ def test_each_option_of_generate(union_run, capfdbinary):
         "raw": ["--raw"],
         "run": [],
     }
-    elsewhere = {"prompts", "chat", "batch_size"}  # interop/test_chat.py
+    # interop/test_chat.py, compress/test_anytime.py
+    elsewhere = {"prompts", "chat", "batch_size", "cut"}
     options = {f.name for f in dataclasses.fields(GenerateOptions)}
     assert set(tried) == options - elsewhere
     base = ["generate", union_run, "--prompt", "def", "--max-new-tokens", "4"]
@@ -246,4 +248,5 @@ def test_each_option_of_eval(union_run, text_file, tmp_path, capsys):
     said = refusal(capsys, "eval", "--max-batches", "1")
     assert "no run is named" in said
     hints = typing.get_type_hints(EvalOptions, include_extras=True)
-    assert set(hints) == {"run", "data", "split", "checkpoint", "max_batches", "json"}
+    known = {"run", "data", "split", "checkpoint", "max_batches", "json"}
+    assert set(hints) == known | {"cut"}  # cut: test_compress.py

@@ -9,6 +9,7 @@ from pathlib import Path
 from uoe_jax.cli.parse import Experiment, check_typed, parse
 from uoe_jax.cli.paths import take_experiment
 from uoe_jax.cli.recall import recall_line, remember
+from uoe_jax.data.batches import check_targets
 from uoe_jax.data.tokenize import check_tokenizer
 from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.escape import escape_line
@@ -64,6 +65,7 @@ def train(args: list[str]) -> int:
     validate(config)
     config = with_teacher_found(config)
     check_typed(rest, config.data, config.model.kind)
+    check_targets(config.model)
     check_tokenizer(config.data.tokenizer)
     run_dir = options.run_dir or folder or RUNS / config.name
     if options.init_partial and options.init_from is None:

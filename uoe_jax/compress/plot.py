@@ -10,7 +10,12 @@ from uoe_jax.errors import extra_packages
 with extra_packages():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+    from matplotlib.ticker import (
+        FuncFormatter,
+        LogLocator,
+        NullLocator,
+        PercentFormatter,
+    )
 
 # The dense model's, times this, is the most that is drawn: broken models are far above.
 _MOST = 20

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from uoe_jax.config import ExperimentConfig
+from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.data.mix import mixed_order
 from uoe_jax.data.order import eval_order, train_order
 from uoe_jax.data.pack import fill_rows, join_rows, stretch_rows
@@ -274,13 +274,17 @@ def make_dataset(config: ExperimentConfig, split: str) -> Dataset:
     """
     if split not in SPLITS:
         raise DataError(f"no split {split!r}; {nearest(split, SPLITS)}")
-    model = config.model
+    check_targets(config.model)
+    return open_dataset(config, split, prepare(config))
+
+
+def check_targets(model: ModelConfig) -> None:
+    """Raise ConfigError for a model whose outputs no data here has targets for."""
     if model.kind == "encoder" and model.encoder_head != "classes":
         raise ConfigError(
             f"model.encoder_head is {model.encoder_head!r}, which has no targets in "
             "data of classes; set model.encoder_head classes to train or evaluate it"
         )
-    return open_dataset(config, split, prepare(config))
 
 
 def open_dataset(config: ExperimentConfig, split: str, prepared: Prepared) -> Dataset:
