@@ -10,6 +10,7 @@ import pytest
 from uoe_jax.cli import main
 from uoe_jax.model import attention
 from uoe_jax.runs.checkpoint import Checkpoints
+from uoe_jax.train import initial
 
 SIZES = {"d-model": 16, "d-ff": 32, "num-layers": 1, "num-heads": 4,
          "num-kv-heads": 4, "head-dim": 4, "max-seq-len": 32,
@@ -170,6 +171,30 @@ def test_pairs_that_cannot_be_are_refused_where_a_run_is_read(
         assert main(verb) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line and "write the run anew" in line
+
+
+def test_pairs_come_with_the_queries_and_keys_that_they_are_of(
+    train, tmp_path, monkeypatch
+):
+    narrow = dict(preset="tiny", **{"widths.key-dim": 4})
+    source = tmp_path / "source"
+    with monkeypatch.context() as patch:
+        given = lambda config: attention.RotaryPairs(jnp.array([[2, 3]] * 4, "int32"))
+        patch.setattr(attention, "_first_pairs", given)
+        assert train(source, "--quiet", head_dim=8, **narrow) == 0
+    # Of a head of six there is no pair 3: its queries and keys are fresh.
+    for head_dim, options, pairs in ((8, (), [2, 3]), (6, ("--init-partial",), [0, 1])):
+        run = tmp_path / str(head_dim)
+        start = ("--init-from", str(source), *options, "--quiet")
+        assert train(run, *start, head_dim=head_dim, **narrow) == 0
+        (found,) = (a for n, a in saved(run).items() if n.endswith("rotary_pairs"))
+        assert (found == pairs).all()
+
+
+def test_a_routers_bias_comes_with_its_weights():
+    bias, weight = "trunk.blocks.0.mlp.router.bias", "trunk.blocks.0.mlp.router.weight"
+    assert initial._is_of(bias, [weight])
+    assert not initial._is_of(bias, ["trunk.blocks.0.mlp.w_up", f"x.{weight}"])
 
 
 def test_a_run_that_goes_on_keeps_its_start(train, source, tmp_path, capsys):

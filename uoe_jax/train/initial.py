@@ -171,6 +171,14 @@ def compare_tokenizers(
     note_once(f"warning: {text}")
 
 
+def _is_of(buffer: str, loaded: Sequence[str]) -> bool:
+    """Whether a buffer is of parameters that are loaded: a router's, or rotated."""
+    folder, _, last = buffer.rpartition(".")
+    if last != "rotary_pairs":
+        return any(name.startswith(f"{folder}.") for name in loaded)
+    return any(f"{folder}.{name}" in loaded for name in ROTATED)
+
+
 def _problems(saved: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, str]:
     """Return by name which parameters differ in shape, or are one model's alone."""
     shape = lambda shapes, name: list(shapes[name]) if name in shapes else "absent"
@@ -224,7 +232,8 @@ def _make_subject(start: Start, run_dir: Path) -> MakeSubject:
         subject = whole_model(config, optimizer, mesh)
         layout, state = subject.layout, subject.state
         wanted = {f"{_PARAMS}{name}" for name in start.loaded}
-        # The balance biases of routers that are loaded come along where they fit.
+        # The balance biases of routers that are loaded come along where they fit, and
+        # the pairs of queries and keys that are.
         store = Checkpoints(start.source / CHECKPOINTS)
         saved = store.about(start.step)["arrays"]
         leaves = named_leaves(state)
@@ -233,6 +242,7 @@ def _make_subject(start: Start, run_dir: Path) -> MakeSubject:
             for name, leaf in leaves.items()
             if name.startswith(_BUFFERS)
             and saved.get(name, {}).get("shape") == list(leaf.shape)
+            and _is_of(name.removeprefix(_BUFFERS), start.loaded)
         }
         template = {name: leaves[name] for name in leaves if name in wanted}
         _, arrays, _ = store.restore(template, step=start.step)
