@@ -44,18 +44,7 @@ def export_adapter(
     folder, out = Path(folder), local_path(out, "out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} isn't empty; choose another folder")
-    base = Path(str(read_config(folder).get("base_model_name_or_path")))
-    if not (base / "config.json").is_file():
-        raise DataError(
-            f"{folder} is of the run {base}, which isn't there; put it back"
-        )
-    if (cut := read_cut(folder)) is not None:
-        raise ConfigError(
-            f"{folder} is of {base} opened at cut {cut:g}, and an adapter of another "
-            "library is of whole layers; merge it into the weights with uoe adapt "
-            f"{base} --cut {cut:g} --load {folder} --steps 0 --merge and export the "
-            "merged run"
-        )
+    base = _find_base(folder)
     run = load_run(base)
     _, params, _ = nnx.split(run.model, nnx.Param, ...)
     adapters, config = load_adapters(folder, params)
@@ -101,6 +90,23 @@ def export_adapter(
         "modules": sum(map(len, modules.values())),
         "parameters": sum(array.size for array in tensors.values()),
     }
+
+
+def _find_base(folder: Path) -> Path:
+    """Return the run that an adapter is of; raise ConfigError for one that was cut."""
+    base = Path(str(read_config(folder).get("base_model_name_or_path")))
+    if not (base / "config.json").is_file():
+        raise DataError(
+            f"{folder} is of the run {base}, which isn't there; put it back"
+        )
+    if (cut := read_cut(folder)) is not None:
+        raise ConfigError(
+            f"{folder} is of {base} opened at cut {cut:g}, and an adapter of another "
+            "library is of whole layers; merge it into the weights with uoe adapt "
+            f"{base} --cut {cut:g} --load {folder} --steps 0 --merge and export the "
+            "merged run"
+        )
+    return base
 
 
 def _tensors(

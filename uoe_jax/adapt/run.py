@@ -102,10 +102,7 @@ def adapt_run(
         "method": adapter.method,
         "rank": adapter.rank,
         "data": sets[0].info["source"],
-        "params": {
-            "base": sum(leaf.size for leaf in jax.tree.leaves(params)),
-            "adapter": count_adapter_params(adapters),
-        },
+        "params": _counts(params, adapters),
         **_measured(out, summary, sizes),
     }
     if request.merge:
@@ -116,6 +113,12 @@ def adapt_run(
     if request.steps:
         _draw(report, out / CURVE)
     return report
+
+
+def _counts(params: PyTree, adapters: Adapters) -> dict[str, int]:
+    """Return the numbers of the base's parameters and of the adapter's."""
+    base = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return {"base": base, "adapter": count_adapter_params(adapters)}
 
 
 def _draw(report: dict[str, Any], path: Path) -> None:
