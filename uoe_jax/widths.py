@@ -39,16 +39,17 @@ def _attention(model: ModelConfig) -> Iterator[str]:
         if given is None:
             continue
         yield from _too_wide(name, given, "head_dim", model.head_dim)
-        kinds = sorted({kind for kind, _ in model.layer_kinds} - {"dense"})
+        narrow = [n for n, width in enumerate(given) if width != model.head_dim]
+        kinds = sorted({model.layer_kinds[n][0] for n in narrow} - {"dense"})
         if kinds:
             yield (
                 f"model.widths.{name} is set with {kinds[0]!r} attention; only dense "
-                "attention has narrow heads, leave it None"
+                f"attention has narrow heads, give {model.head_dim} there"
             )
-        if "mod" in model.block_kinds:
+        if "mod" in {model.block_kinds[n] for n in narrow}:
             yield (
                 f"model.widths.{name} is set with 'mod' blocks, which have whole heads "
-                "only; leave it None"
+                f"only; give {model.head_dim} there"
             )
     if widths.key_dim is None:
         return

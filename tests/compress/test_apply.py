@@ -18,10 +18,13 @@ from uoe_jax.compress.widths import (
     layer_parts,
     with_widths,
 )
+from uoe_jax.config import UnionConfig
 from uoe_jax.decompose.split import split_params, union_config
 from uoe_jax.errors import ConfigError
+from uoe_jax.interop.padding import pad_layers
 from uoe_jax.model import with_params
 from uoe_jax.model.stacks import from_layers, to_layers
+from uoe_jax.widths import width_problems
 
 WIDE = dataclasses.replace(DENSE, head_dim=8, num_heads=4, num_kv_heads=2)
 
@@ -183,3 +186,21 @@ def test_a_cut_must_be_a_share():
         Compress().check()
     with pytest.raises(ConfigError, match="method is 'prune'; expected one of"):
         Compress(cut=0.3, method="prune")
+
+
+def test_dense_attention_between_routed_ones_is_cut():
+    """Routed attention stays whole: the model is that of whole layers with zeros."""
+    config = dataclasses.replace(
+        WIDE,
+        num_layers=4,
+        attention=("dense", "union"),
+        union=UnionConfig(num_experts=2, top_k=1),
+    )
+    params, batch = draw(config, 1), batch_of(config, rows=30)
+    seen = observe(with_params(config, params), batch)
+    model = sort_model(take_apart(config, params, {}, seen), "modegpt")
+    made = model.cut(Compress(cut=0.4, multiple=2, allocate="uniform"))
+    assert made.config.widths.key_dim == made.config.widths.value_dim == (4, 8, 4, 8)
+    assert not list(width_problems(made.config))
+    whole, padded = pad_layers(*made)
+    near(logits(*made[:2], batch, made.buffers), logits(whole, padded, batch))
