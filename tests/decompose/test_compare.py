@@ -136,6 +136,12 @@ def test_numbers_that_fit_divide_neurons_heads_and_mesh(dense):
     mlp = Cut(num_experts="auto", parts=("mlp",), max_experts=12)
     assert allowed_experts(config, mlp) == [2, 3, 4, 6, 8, 12]
     heads = dataclasses.replace(mlp, parts=("attention", "mlp"))
+    # Not fewer than a token uses, nor than leave some off where that is asked for.
+    for wish, least in (({"top_k": 4}, 4), ({"shared": 2}, 3),
+                        ({"top_k": 4, "refit": True}, 6)):  # fmt: skip
+        wanted = dataclasses.replace(mlp, **wish)
+        wanted.check()
+        assert allowed_experts(config, wanted)[0] == least
     count = config.model.num_kv_heads
     assert allowed_experts(config, heads) == [
         e for e in (2, 3, 4, 6, 8, 12) if not count % e

@@ -74,6 +74,12 @@ class Cut(Checked):
         return self.top_k or self.experts
 
     @property
+    def least_experts(self) -> int:
+        """The fewest experts that the other wishes allow, where PPP finds them."""
+        some_off = self.refit or self.grouping == "all"
+        return max(2, (self.top_k or self.shared + 1) + some_off)
+
+    @property
     def start(self) -> RouterStart:
         """How the routers start."""
         exact = self.chosen == self.num_experts
@@ -90,7 +96,12 @@ class Cut(Checked):
     def check(self) -> None:
         """Raise ConfigError for wishes that contradict each other."""
         self._check_mlp()
+        used = self.top_k or self.num_experts
+        if used != "auto":
+            self._check_used(used)
         if self.num_experts == "auto":
+            if self.top_k is None:
+                self._check_all_on("all")
             return
         if self.max_experts is not None:
             raise ConfigError(
@@ -102,17 +113,24 @@ class Cut(Checked):
                 f"{type(self).__name__}.top_k is {self.top_k}; it must be 1 to "
                 f"{self.num_experts}, the number of experts"
             )
-        if self.shared >= self.chosen and self.shared:
+        if self.chosen == self.num_experts:
+            self._check_all_on(f"all {self.num_experts}")
+
+    def _check_used(self, used: int) -> None:
+        if self.shared >= used and self.shared:
             raise ConfigError(
                 f"shared is {self.shared}; always-on experts are part of the "
-                f"{self.chosen} a token uses and one must be left to route: use 0 to "
-                f"{self.chosen - 1}"
+                f"{used} a token uses and one must be left to route: use 0 to "
+                f"{used - 1}"
             )
-        name = "refit" if self.refit else "grouping all"
-        if (self.refit or self.grouping == "all") and self.chosen == self.num_experts:
+
+    def _check_all_on(self, used: str) -> None:
+        """Raise ConfigError for what is about experts that are off: there are none."""
+        if self.refit or self.grouping == "all":
+            name = "refit" if self.refit else "grouping all"
             raise ConfigError(
-                f"{name} is for experts that are off and a token uses all "
-                f"{self.num_experts}; give a smaller top_k, or leave it out"
+                f"{name} is for experts that are off and a token uses {used}; give a "
+                "smaller top_k, or leave it out"
             )
 
     def _check_mlp(self) -> None:

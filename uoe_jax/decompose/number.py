@@ -87,22 +87,26 @@ def choose_num_experts(
 def allowed_experts(config: ExperimentConfig, cut: Cut) -> list[int]:
     """Return which numbers of experts, from two on, the model and the mesh can have.
 
+    None is fewer than the experts that a token uses; with experts that must be off
+    none is as many.
+
     Raises ConfigError if there is none.
     """
     model, most = config.model, cut.max_experts or MAX_EXPERTS
+    least = cut.least_experts
     heads = "attention" in cut.parts and cut.attention_experts is None
     numbers = [
         e
         for e in all_divisors(model.d_ff)
-        if 1 < e <= most
+        if least <= e <= most
         and not e % config.mesh.tensor
         and not (heads and model.num_kv_heads % e)
     ]
     if not numbers:
         also = f" and {model.num_kv_heads} key/value heads" if heads else ""
         raise ConfigError(
-            f"experts auto: no number from 2 to {most} divides {model.d_ff} neurons"
-            f"{also} and is a multiple of mesh.tensor {config.mesh.tensor}; cut the "
+            f"experts auto: no number from {least} to {most} divides {model.d_ff} "
+            f"neurons{also} and is a multiple of mesh.tensor {config.mesh.tensor}; cut the "
             "MLP alone with parts mlp, or allow more experts"
         )
     return numbers
