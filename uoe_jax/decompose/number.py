@@ -106,7 +106,7 @@ def allowed_experts(config: ExperimentConfig, cut: Cut) -> list[int]:
         also = f" and {model.num_kv_heads} key/value heads" if heads else ""
         raise ConfigError(
             f"experts auto: no number from {least} to {most} divides {model.d_ff} "
-            f"neurons{also} and is a multiple of mesh.tensor {config.mesh.tensor}; cut the "
-            "MLP alone with parts mlp, or allow more experts"
+            f"neurons{also} and is a multiple of mesh.tensor {config.mesh.tensor}; cut "
+            "the MLP alone with parts mlp, or allow more experts"
         )
     return numbers
