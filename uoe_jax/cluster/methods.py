@@ -114,7 +114,8 @@ def _kmeans(points: np.ndarray, count: int, seed: int) -> Int[np.ndarray, " N"]:
         )
     if count == 1:
         return np.zeros(len(points), np.int64)
-    labels = KMeans(count, n_init=10, random_state=seed).fit(turned).labels_
+    found = KMeans(count, n_init=10, random_state=seed).fit(turned)
+    labels = np.asarray(found.labels_, np.int64)
     sizes = np.bincount(labels, minlength=count)
     place = np.empty(count, np.int64)
     place[np.argsort(-sizes, kind="stable")] = np.arange(count)
