@@ -18,6 +18,7 @@ import numpy as np
 from completion_slopes import SIZES as SLOPE_SIZES
 from completion_slopes import bench_entries, bench_ranks, penalties_of
 
+from uoe_jax.bench.record import made_with
 from uoe_jax.files import format_json
 from uoe_jax.linalg.completion import Solver
 from uoe_jax.linalg.completion.als import run_sweep, start_state
@@ -279,9 +280,7 @@ def run_suite(out: str, small: bool, budget: float, only: list[str]) -> None:
     began = time.perf_counter()
     kind = "small" if small else "full"
     size = SIZES[kind]
-    device = jax.devices()[0]
-    report: dict[str, Any] = {"out": out, "device": device.device_kind}
-    report["jax"] = jax.__version__
+    report: dict[str, Any] = {"out": out, **made_with()}
     sections = {
         "sweep": bench_sweep,
         "stages": bench_stages,

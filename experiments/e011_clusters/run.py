@@ -27,6 +27,7 @@ from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
 
 from experiments.e011_clusters.network import ResNet, random_views
+from uoe_jax.bench.record import made_with
 from uoe_jax.cluster.metrics import (
     accuracy,
     adjusted_rand,
@@ -308,8 +309,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "data": options.cifar.name if options.cifar else "digits of scikit-learn",
         "pictures": len(pictures.images),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **made_with(),
         "scale": scale._asdict(),
         "seeds": [],
     }
