@@ -123,12 +123,16 @@ def evaluate(
       loss (nats a token or example), perplexity, bits_per_byte (None where the data has
       no bytes), accuracy, balance_loss, z_loss and router (load and entropy by layer).
     """
+    from uoe_jax.data.source import without_unread
     from uoe_jax.evaluate import evaluate as run_evaluation
     from uoe_jax.runs.load import run_dataset
 
     found = load_run(run, which=which)
     if isinstance(data, str):
-        data = dataclasses.replace(found.config.data, source="auto", path=data)
+        data = dataclasses.replace(
+            found.config.data, source="auto", path=data, mix=None
+        )
+        data = without_unread(data, found.config.model.kind)
     if data is not None:
         validate(dataclasses.replace(found.config, data=data))
     dataset = run_dataset(found.folder, found.config, split, data)

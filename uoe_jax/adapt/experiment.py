@@ -11,6 +11,7 @@ import jax
 from uoe_jax.adapt.request import AdaptRequest
 from uoe_jax.config import DataConfig, ExperimentConfig, MeshConfig
 from uoe_jax.data.record import with_run_tokenizer
+from uoe_jax.data.source import without_unread
 from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.runs.load import LoadedRun
 from uoe_jax.validation import validate
@@ -28,12 +29,14 @@ def adapted_experiment(run: LoadedRun, request: AdaptRequest) -> ExperimentConfi
         changes = {
             "source": data if built_in else "auto",
             "path": None if built_in else data,
+            "mix": None,
             "max_bytes": None,
         }
     if request.batch_size is not None:
         changes["batch_size"] = request.batch_size
     new_data: DataConfig = dataclasses.replace(config.data, **changes)
     if data is not None:
+        new_data = without_unread(new_data, config.model.kind)
         # The vocabulary the model was trained with, not one of the new text.
         new_data = with_run_tokenizer(config, new_data, run.folder)
     optim = dataclasses.replace(

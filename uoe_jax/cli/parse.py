@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import io
@@ -172,6 +173,8 @@ def parse[Options](
         print_help(options, verb, args, default, first)
         raise SystemExit(0)
     _check_names(args, options, verb)
+    if default is not None:
+        default = _one_source(default, args)
     said = io.StringIO()
     # tyro draws a box over many lines; it is caught and flattened below.
     found = None
@@ -194,6 +197,28 @@ def parse[Options](
     _check_paths(found)
     _check_numbers(found)
     return found
+
+
+def _one_source[Options](default: Options, args: Sequence[str]) -> Options:
+    """Return defaults without a source of data in whose place another was typed.
+
+    A run's mixture would stand beside a path that is typed, or its path beside a
+    mixture: nobody means both.
+    """
+    typed = typed_data(args)
+    mix = "mix" in typed
+    if mix == bool({"path", "source"} & typed):
+        return default
+    change: dict = {"path": None, "source": "auto"} if mix else {"mix": None}
+    new: dict[str, typing.Any] = {}
+    for field in dataclasses.fields(typing.cast(typing.Any, default)):
+        value = getattr(default, field.name)
+        if isinstance(value, DataConfig):
+            new[field.name] = dataclasses.replace(value, **change)
+        elif isinstance(value, ExperimentConfig):
+            data = dataclasses.replace(value.data, **change)
+            new[field.name] = dataclasses.replace(value, data=data)
+    return dataclasses.replace(typing.cast(typing.Any, default), **new)
 
 
 @contextlib.contextmanager
@@ -317,11 +342,17 @@ def check_typed(args: Sequence[str], data: DataConfig, kind: str) -> None:
     from uoe_jax.data.options import check_used
     from uoe_jax.data.source import resolve
 
-    names = {arg.split("=", 1)[0] for arg in args if arg.startswith("--data.")}
-    typed = {n.removeprefix("--data.").replace("-", "_") for n in names}
+    typed = typed_data(args)
     if not typed:  # then the data needn't be there
         return
-    check_used(data, resolve(data, kind), kind, {n.removeprefix("no_") for n in typed})
+    check_used(data, resolve(data, kind), kind, typed)
+
+
+def typed_data(args: Sequence[str]) -> set[str]:
+    """Return the fields of the data's options that were typed."""
+    names = {arg.split("=", 1)[0] for arg in args if arg.startswith("--data.")}
+    typed = {n.removeprefix("--data.").replace("-", "_") for n in names}
+    return {n.removeprefix("no_") for n in typed}
 
 
 def _check_names(args: Sequence[str], options: type, verb: str) -> None:

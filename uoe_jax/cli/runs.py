@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from uoe_jax.cli.parse import check_typed, parse
+from uoe_jax.cli.parse import check_typed, parse, typed_data
 from uoe_jax.config import DataConfig, Share
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.escape import escape, escape_line
@@ -99,6 +99,12 @@ def _eval_options(args: list[str]) -> tuple[EvalOptions, Path]:
     if most is not None and most < 1:
         raise ConfigError(f"--max-batches is {most}; it must be at least 1")
     validate(dataclasses.replace(config, data=options.data))
+    typed = typed_data(args)
+    if typed & {"path", "mix", "source"}:  # of which the run's may not be options
+        from uoe_jax.data.source import without_unread
+
+        data = without_unread(options.data, config.model.kind, typed)
+        options = dataclasses.replace(options, data=data)
     check_typed(args, options.data, config.model.kind)
     return options, folder
 

@@ -15,7 +15,7 @@ _ALWAYS = {"source", "batch_size", "cache_dir", "allow_changed", "seed"}
 _SPLITS = {"valid_fraction", "test_fraction"}
 _TOKENS = {"tokenizer", "bpe_vocab_size", "bad_utf8", "max_bytes"} | _SPLITS
 _RECORDS = {"text_key", "bad_records", "chat_template"}
-_OF_MEMBERS = _RECORDS | {"encoding", "data_dir"}  # of a mixture: some may read them
+OF_FORMATS = _RECORDS | {"encoding", "data_dir"}  # of some sources alone
 _TASK = {"num_examples"}
 _USED = {
     "stdlib": _TOKENS,
@@ -23,7 +23,7 @@ _USED = {
     "jsonl": _TOKENS | {"path", "encoding"} | _RECORDS,
     "parquet": _TOKENS | {"path"} | _RECORDS,
     "tfds": _TOKENS | {"path", "data_dir", "text_key"},
-    "mix": _TOKENS | {"mix"} | _OF_MEMBERS,
+    "mix": _TOKENS | {"mix"} | OF_FORMATS,
     "digits": _SPLITS,
     "npz": _SPLITS | {"path"},
     "listops": _TASK | {"min_length", "max_length"},
@@ -101,7 +101,7 @@ def share_options(
     """
     used = [used_options(part, s, kind) for part, s in zip(parts, sources, strict=True)]
     for name in _given(data, ()):
-        if name in _OF_MEMBERS and not any(name in names for names in used):
+        if name in OF_FORMATS and not any(name in names for names in used):
             readers = ", ".join(
                 sorted(s for s in _USED if s != "mix" and name in _USED[s])
             )
@@ -112,7 +112,7 @@ def share_options(
     default = DataConfig()
     return [
         dataclasses.replace(
-            part, **{n: getattr(default, n) for n in _OF_MEMBERS - names}
+            part, **{n: getattr(default, n) for n in OF_FORMATS - names}
         )
         for part, names in zip(parts, used, strict=True)
     ]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
+
 from uoe_jax.config import DataConfig
 from uoe_jax.data.arrays import ArraySource, digits_source, npz_source
 from uoe_jax.data.files import SourceFile, expand
 from uoe_jax.data.formats import choose_files, look
 from uoe_jax.data.mix import member_configs, mix_sources
-from uoe_jax.data.options import check_used, check_written, share_options
+from uoe_jax.data.options import (
+    OF_FORMATS,
+    check_used,
+    check_written,
+    share_options,
+    used_options,
+)
 from uoe_jax.data.records import JsonSource, ParquetSource
 from uoe_jax.data.tasks.source import TASKS, task_source
 from uoe_jax.data.text import (
@@ -49,6 +58,24 @@ def make_source(config: DataConfig, kind: str) -> Source:
         made = _file_source(source, config, kind == "encoder")
     _check_kind(made, kind)
     return made
+
+
+def without_unread(
+    data: DataConfig, kind: str, typed: Collection[str] = ()
+) -> DataConfig:
+    """Return a run's options as other data reads them, which needn't have its format.
+
+    What isn't `typed` and what the data's source doesn't read gets its default. Raises
+    DataError for data that isn't there.
+    """
+    used = used_options(data, resolve(data, kind), kind)
+    if data.mix:
+        parts = member_configs(data)
+        read = [used_options(part, resolve(part, kind), kind) for part in parts]
+        used = (used - OF_FORMATS) | set().union(*read)
+    gone = (OF_FORMATS | {"path"}) - used - set(typed)
+    default = DataConfig()
+    return dataclasses.replace(data, **{name: getattr(default, name) for name in gone})
 
 
 def _members(config: DataConfig, kind: str) -> list[DataConfig]:

@@ -24,6 +24,7 @@ from uoe_jax.files import (
     read_json_lines,
     write_atomically,
 )
+from uoe_jax.mixture import read_mix
 from uoe_jax.runs.lock import RunLock
 from uoe_jax.validation import parse_config
 
@@ -71,6 +72,7 @@ FREE_FIELDS = frozenset(
 _MOVED_FIELDS = frozenset({"data.path", "data.tokenizer", "data.bpe_vocab_size"})
 # Where a teacher lies: a run's record has its hash, the config whether there is one.
 _TEACHER = "train.distill_from"
+_MIX = "data.mix"
 _OPTIONAL = ("jax-cuda13-plugin", "jax-triton", "triton", "libtpu")
 _PACKAGES = ("uoe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -152,10 +154,11 @@ def _refuse_others(
     path: Path, before: ExperimentConfig, config: ExperimentConfig, free: Set[str]
 ) -> None:
     old, new = _flatten(before), _flatten(config)
+    moved = "data.path" in free  # as the data is the same
     differing = [
         f"{name} is {new[name]!r}, was {old[name]!r}"
         for name in new
-        if name not in free and not _agree(name, old[name], new[name])
+        if name not in free and not _agree(name, old[name], new[name], moved)
     ]
     if differing:
         raise ConfigError(
@@ -211,10 +214,15 @@ def check_saved(
         )
 
 
-def _agree(name: str, one: Any, other: Any) -> bool:
-    """Whether two values of a field give the same numbers."""
+def _agree(name: str, one: Any, other: Any, moved: bool) -> bool:
+    """Whether two values of a field give the same numbers.
+
+    `moved`: the data may lie elsewhere; a mixture's weights must still be the same.
+    """
     if name == _TEACHER:
         return (one is None) == (other is None)
+    if name == _MIX and moved and one and other:
+        one, other = ([s.weight for s in read_mix(mix)] for mix in (one, other))
     return one == other
 
 
@@ -236,7 +244,7 @@ def _differing(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, str
         for key in [key for key in now if key in before]:
             inner = f"{name}.{key}" if name else key
             yield from _differing(now[key], before[key], inner)
-    elif not _agree(name, now, before):
+    elif not _agree(name, now, before, True):
         yield name, f"{name} is {now!r}, was {before!r}"
 
 

@@ -131,10 +131,11 @@ def run_dataset(
     except DataError as error:
         kept = None if other else find_prepared(config)
         if kept is None or record is None or not record.holds(kept):
-            if other or data.path is None:
+            if other or not (data.path or data.mix):
                 raise
+            option = "--data.mix" if data.mix else "--data.path"
             raise DataError(
-                f"{error} (uoe eval reads it from elsewhere with --data.path)"
+                f"{error} (uoe eval reads it from elsewhere with {option})"
             ) from None
         note_once(f"{error}: reading the data of {run_dir} as it was prepared")
         dataset = open_dataset(config, split, kept)
