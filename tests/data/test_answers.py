@@ -219,6 +219,34 @@ def test_templates_and_special_tokens(make_config, tmp_path):
         assert counts[len(prompt)] == 1 and counts[len(prompt) - 1] == 0
 
 
+TURNS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_the_end_of_a_turn_is_named_beside_a_template_or_refused(make_config, tmp_path):
+    path = write(tmp_path / "a.jsonl", CHATS)
+    (folder := tmp_path / "model").mkdir()
+    (file := folder / "chat.jinja").write_text(TURNS)
+    config = make_config(path, chat_template=str(file), max_seq_len=200)
+    assert "writes eos_token, which nothing names here; put" in refused(config)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "</s>", "chat_template": TURNS})
+    )
+    assert "a number, 7</s>" in learned(config)
+    name = str(folder / "tokenizer_config.json")  # the file itself is one, too
+    config = make_config(path, chat_template=name, max_seq_len=200)
+    assert "a number, 7</s>" in learned(config)
+
+
+def test_a_template_that_writes_no_answers_is_refused(make_config, tmp_path):
+    path = write(tmp_path / "a.jsonl", CHATS)
+    (file := tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
+    said = refused(make_config(path, chat_template=str(file)))
+    assert "the chat template writes nothing for turn 3" in said
+
+
 def test_what_else_a_message_holds_is_kept_and_hidden_too():
     template = ChatTemplate(
         text="{% for m in messages %}<s>{{ m.content }}{{ m.calls[0].f }}</s>"

@@ -132,7 +132,7 @@ def read_template(place: Path) -> ChatTemplate | None:
     """
     try:
         if place.is_file():
-            return ChatTemplate(text=place.read_text("utf-8"))
+            return _of_file(place)
         if (place / CHAT).is_file():
             return _from_json(read_json(place / CHAT), place / CHAT)
         for folder in (place / KEPT_FOLDER, place):
@@ -169,12 +169,40 @@ def _from_json(found: Any, file: Path) -> ChatTemplate:
     return ChatTemplate(**found)
 
 
+def _of_file(file: Path) -> ChatTemplate | None:
+    """Return a Jinja file as a template, or the one that a JSON file of a model has.
+
+    Raises DataError for a program that writes an end of turn which nothing names.
+    """
+    if file.name == CHAT:
+        return _from_json(read_json(file), file)
+    if file.suffix == ".json":
+        config = _object(file)
+        text = _choose(config.get("chat_template"))
+    else:
+        config, text = _object(file.parent / _CONFIG), file.read_text("utf-8")
+    if not text:
+        return None
+    found = ChatTemplate(
+        text=text, bos=_token(config, "bos"), eos=_token(config, "eos")
+    )
+    if "eos_token" in text and not found.eos:
+        raise DataError(
+            f"{file} writes eos_token, which nothing names here; put the model's "
+            f"{_CONFIG} beside it, or write the token itself"
+        )
+    return found
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; an empty one where there is none."""
+    found = read_json(file) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
 def _of_model(folder: Path) -> ChatTemplate | None:
     """Return the template among the files that came with a model."""
-    config: Any = {}
-    if (folder / _CONFIG).is_file():
-        config = read_json(folder / _CONFIG)
-    config = config if isinstance(config, dict) else {}
+    config = _object(folder / _CONFIG)
     file = folder / _TEMPLATE
     text = file.read_text("utf-8") if file.is_file() else None
     text = text or _choose(config.get("chat_template"))
@@ -256,6 +284,11 @@ def answer_parts(
                 f"the chat template writes turn {number + 1} in another way than it "
                 "begins one, so its tokens can't be told from the prompt's; give "
                 "prompt and completion instead"
+            )
+        if ended == begun:
+            raise DataError(
+                f"the chat template writes nothing for turn {number + 1}, so there is "
+                "nothing to learn of it; give another template"
             )
         cuts += [len(begun), len(ended)]
         learned += [True, False]
