@@ -1,5 +1,6 @@
 """A run of a mixture: from other folders, moved, on other data, adapted."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from uoe_jax.cli import main
 from uoe_jax.cli.parse import parse
 from uoe_jax.cli.runs import EvalOptions
 from uoe_jax.config import DataConfig
+from uoe_jax.data.source import without_unread
 
 BYTES = ["--data.tokenizer", "byte"]
 
@@ -87,3 +89,12 @@ def test_a_path_that_is_typed_takes_a_mixtures_place_and_the_other_way():
     both = read(mixed, "run", "--data.path", "c", "--data.mix", "c=1", "d=1")
     assert both.path == "c" and both.mix == ("c=1", "d=1")  # which is refused
     assert read(mixed, "run").mix == ("a=1", "b=2")
+
+
+def test_what_other_data_does_not_read_is_not_taken_from_a_run(tmp_path):
+    (file := tmp_path / "a.txt").write_text("a text")
+    of_run = DataConfig(source="listops", num_examples=7, max_length=30, batch_size=3)
+    data = dataclasses.replace(of_run, source="auto", path=str(file))
+    assert without_unread(data, "decoder") == DataConfig(path=str(file), batch_size=3)
+    kept = without_unread(data, "decoder", ["num_examples"])  # refused where it is read
+    assert kept.num_examples == 7 and kept.max_length == DataConfig().max_length

@@ -18,6 +18,7 @@ from uoe_jax.data import describe, make_dataset, prepare
 from uoe_jax.data.chat import CHATML, ChatTemplate, Part, answer_parts, encode_chat
 from uoe_jax.data.pack import fill_rows, pack_documents, window_rows
 from uoe_jax.data.parts import encode_documents
+from uoe_jax.data.record_fields import find_messages, text_columns
 from uoe_jax.data.text import Document
 from uoe_jax.data.tokenize import ByteTokenizer, SubwordTokenizer
 from uoe_jax.errors import DataError
@@ -369,3 +370,12 @@ def test_half_characters_and_a_limit_of_bytes(make_config, tmp_path):
     short = make_config(write(tmp_path / "b.jsonl", PAIRS), max_bytes=300)
     manifest = prepare(short).manifest["splits"]
     assert sum(manifest[s]["documents"] for s in SPLITS) == 11  # none of them cut
+
+
+def test_a_table_with_messages_and_a_completion_is_read_as_such_a_record_is():
+    known = ["prompt", "completion", "messages"]
+    record = {"prompt": "p", "completion": "c", "messages": CHATS[0]["messages"]}
+    assert text_columns("text", known, answers=True) == ["messages"]
+    assert find_messages(record, "text") == record["messages"]
+    assert text_columns("text", known[:2], answers=True) == known[:2]
+    assert text_columns("text", known, answers=False) is None

@@ -30,7 +30,7 @@ _USED = {
     "pathfinder": _TASK,
 }
 # Presets give these with their model's vocabulary, whatever the data will be.
-_OF_PRESETS = {"tokenizer", "bpe_vocab_size", "seq_len", "pack"}
+OF_PRESETS = {"tokenizer", "bpe_vocab_size", "seq_len", "pack"}
 
 
 def used_options(data: DataConfig, source: str, kind: str) -> set[str]:
@@ -123,5 +123,5 @@ def _given(data: DataConfig, typed: Collection[str]) -> Iterator[str]:
     for field in dataclasses.fields(data):
         name = field.name
         differs = getattr(data, name) != getattr(default, name)
-        if name in typed or (differs and name not in _OF_PRESETS):
+        if name in typed or (differs and name not in OF_PRESETS):
             yield name

@@ -41,9 +41,9 @@ def find_completion(record: Any, key: str, where: str) -> tuple[Part, ...]:
 def text_columns(key: str, known: list[str], *, answers: bool) -> list[str] | None:
     """Return the columns of a table that hold its texts; None without any.
 
-    `answers` takes a prompt with its completion, or messages, for a text too.
+    `answers` takes messages, or a prompt with its completion, for a text too.
     """
-    instead = [[PROMPT, COMPLETION], [MESSAGES]] if answers else []
+    instead = [[MESSAGES], [PROMPT, COMPLETION]] if answers else []
     for names in ([key], [key.split(".")[0]], *instead):
         if set(names) <= set(known):
             return names

@@ -12,6 +12,7 @@ from uoe_jax.data.formats import choose_files, look
 from uoe_jax.data.mix import member_configs, mix_sources
 from uoe_jax.data.options import (
     OF_FORMATS,
+    OF_PRESETS,
     check_used,
     check_written,
     share_options,
@@ -73,8 +74,9 @@ def without_unread(
         parts = member_configs(data)
         read = [used_options(part, resolve(part, kind), kind) for part in parts]
         used = (used - OF_FORMATS) | set().union(*read)
-    gone = (OF_FORMATS | {"path"}) - used - set(typed)
     default = DataConfig()
+    names = {field.name for field in dataclasses.fields(data)}
+    gone = names - used - OF_PRESETS - set(typed)
     return dataclasses.replace(data, **{name: getattr(default, name) for name in gone})
 
 
