@@ -93,11 +93,18 @@ def load_run(
       which: its newest checkpoint or the best one.
       step: of the checkpoint; the newest or best if not given.
       cut: the share of its blocks that a run of `uoe compress --anytime` opens without.
+
+    Raises ConfigError for a choice among checkpoints of a run that is loaded already.
     """
     from uoe_jax.compress.anytime import open_run
     from uoe_jax.runs.load import LoadedRun
 
     if isinstance(run, LoadedRun):
+        if (which, step, cut) != ("last", None, None):
+            raise ConfigError(
+                f"the run of {run.folder} is loaded already, at step {run.step}; give "
+                "its folder to choose which, step or cut"
+            )
         return run
     return open_run(find_run(_path(run)), which=which, step=step, cut=cut)
 
