@@ -66,13 +66,17 @@ def write_texts_of(commit: str, folder: Path) -> None:
         with tarfile.open(fileobj=BytesIO(packed)) as files:
             files.extractall(there, filter="data")
         run = [sys.executable, __file__, "--out", str(folder)]
-        subprocess.run(
+        done = subprocess.run(
             run,
-            check=True,
             cwd=there,
             env=os.environ | {"PYTHONPATH": there},
             stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        sys.exit(f"the package of {commit} can't be traced by this script: {why}")
 
 
 def read_texts(folder: Path) -> dict[str, str]:

@@ -183,9 +183,7 @@ def _of_file(file: Path) -> ChatTemplate | None:
         config, text = _object(file.parent / _CONFIG), file.read_text("utf-8")
     if not text:
         return None
-    found = ChatTemplate(
-        text=text, bos=_token(config, "bos"), eos=_token(config, "eos")
-    )
+    found = _made(text, config)
     if "eos_token" in text and not found.eos:
         raise DataError(
             f"{file} writes eos_token, which nothing names here; put the model's "
@@ -208,7 +206,7 @@ def _of_model(folder: Path) -> ChatTemplate | None:
     text = text or _choose(config.get("chat_template"))
     if not text:
         return None
-    return ChatTemplate(text=text, bos=_token(config, "bos"), eos=_token(config, "eos"))
+    return _made(text, config)
 
 
 def find_template(run_dir: Path) -> ChatTemplate:
@@ -231,6 +229,11 @@ def _choose(given: Any) -> str | None:
         named = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}
         given = named.get("default")
     return given if isinstance(given, str) else None
+
+
+def _made(text: str, config: Mapping[str, Any]) -> ChatTemplate:
+    """Return a template with the tokens that a tokenizer's config names."""
+    return ChatTemplate(text=text, bos=_token(config, "bos"), eos=_token(config, "eos"))
 
 
 def _token(config: Mapping[str, Any], name: str) -> str:
