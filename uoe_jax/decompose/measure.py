@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from uoe_jax.decompose.route import output_lengths
+
 
 class LayerError(NamedTuple):
     """A layer's error, |written - wanted| / |wanted| over all tokens together."""
@@ -48,8 +50,7 @@ def _errors(
     on = lambda gates: (parts * gates[..., None]).reshape(neurons.shape) @ w_down
     length = jnp.maximum(jnp.linalg.norm(wanted), 1e-30)
     error = lambda gates: jnp.linalg.norm(on(gates) - wanted) / length
-    write = lambda pair: jnp.linalg.norm(pair[0] @ pair[1], axis=-1)
-    lengths = jax.lax.map(write, (parts.swapaxes(0, 1), weight)).T  # N x E
+    lengths = output_lengths(neurons, weight)
     always = (gates != 0).all(axis=0)
     order = jnp.argsort(-jnp.where(always, jnp.inf, lengths), axis=1, stable=True)
     place = jnp.argsort(order, axis=1)

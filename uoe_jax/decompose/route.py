@@ -33,14 +33,15 @@ def expert_lengths(
 
     `inner` are neurons or heads' values in the experts' order, F = E W.
     """
-    return np.asarray(_lengths(inner, weight))
+    return np.asarray(output_lengths(inner, weight))
 
 
 @jax.jit
 @jax.default_matmul_precision("highest")
-def _lengths(
+def output_lengths(
     inner: Float[Array, "N F"], weight: Float[Array, "E W D"]
 ) -> Float[Array, "N E"]:
+    """Return what `expert_lengths` does, within a program."""
     experts, width, _ = weight.shape
     parts = inner.reshape(len(inner), experts, width).swapaxes(0, 1)
     # One expert at a time: the outputs of all would be E times the residual stream.
