@@ -127,9 +127,14 @@ def test_rank_one_ones_with_one_entry_missing(x64):
     assert_close(missing, 1.0, 1e-12)
 
 
-def test_rank_is_read_off_the_spectrum(planted):
+def test_rank_is_read_off_the_spectrum(planted, seed):
+    # The smallest of the five is 1.3 times the noise's edge, and lifted by it.
     factors = complete(*planted.entries, (600, 600), "auto", solver="cg", iters=1)
     assert factors.rank == 5
+    pair = make_planted(seed, rank=2, fraction=0.1, ratio=1.0)
+    assert complete(*pair.entries, (600, 600), "auto", solver="cg", iters=1).rank == 2
+    whole = make_planted(seed, 60, 50, 4, fraction=1.0, ratio=8.0)
+    assert complete(*whole.entries, (60, 50), "auto", solver="cg", iters=1).rank == 4
 
 
 def test_sample_splitting_contracts_given_enough_entries(seed, x64):

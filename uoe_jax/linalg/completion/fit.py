@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -98,7 +99,8 @@ def complete(
       cols: column of each entry.
       values: value of each entry.
       shape: of the matrix; None: just large enough.
-      rank: of the model, or "auto" for the largest gap of the spectrum (at most 32).
+      rank: of the model, or "auto": before the largest gap of the spectrum, seen above
+        the noise of the entries left out (at most 32).
       solver: "exact", "cg", "sketch", "auto", or a `Solver` with everything set.
       tol: relative accuracy of each half-step, and the relative change of the training
         RMSE below which sweeps stop.
@@ -147,7 +149,8 @@ def complete(
     whole = problems.whole
     start = Start(width, clip_mu, passes)
     if rank == "auto":
-        start = start._replace(rank=_gap_rank(whole, key, method, entries, start))
+        found = _gap_rank(whole, key, method, entries, layout, start)
+        start = start._replace(rank=found)
     state, singular = start_state(whole, key, method, start)
     warn_degrees(whole, start.rank, method)
     penalties = make_penalties(ridge, bias_ridge, ridge_power, tol, dtype)
@@ -169,15 +172,33 @@ def _gap_rank(
     key: Key[Array, ""],
     method: Method,
     entries: Entries,
+    layout: EntryLayout,
     start: Start,
 ) -> int:
     most = min(MAX_AUTO_RANK, *entries.shape)
-    _, singular = start_state(problem, key, method, start._replace(rank=most))
     if most == 1:
         return 1
-    centred = jnp.asarray(entries.values) - problem.offset
-    square = jnp.mean(centred * centred)
-    return int(spectral_gap_rank(singular, square, entries.size, entries.shape))
+    start = start._replace(rank=most)
+    _, singular = start_state(problem, key, method, start)
+    # Leaving entries out is noise, whose size follows the values: uneven over rows
+    # and columns. Random signs keep every size and take the structure away, so the
+    # largest singular value that is left is the noise's edge (Hong, Sheng, Dobriban,
+    # arXiv 2012.02985). An entry seen with probability p, divided by p, has the second
+    # moment x^2 / p with a random sign, and the variance x^2 (1 - p) / p without.
+    flipped = _flip_signs(entries, layout, problem.offset, key)
+    _, noise = start_state(flipped, key, method, start)
+    left_out = 1 - entries.size / math.prod(entries.shape)
+    return int(spectral_gap_rank(singular, noise[0] * max(left_out, 0.0) ** 0.5))
+
+
+def _flip_signs(
+    entries: Entries, layout: EntryLayout, offset: Array, key: Key[Array, ""]
+) -> Problem:
+    centred = jnp.asarray(entries.values) - offset
+    signs = jax.random.rademacher(
+        jax.random.fold_in(key, 2), centred.shape, centred.dtype
+    )
+    return layout.problem(signs * centred, entries.weights, jnp.zeros_like(offset))
 
 
 class SweepProblems:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from uoe_jax.linalg.completion.method import Method, gather
 from uoe_jax.linalg.completion.problem import Problem, Run, Side, State
@@ -159,19 +159,17 @@ def spectral_start(
 
 
 def spectral_gap_rank(
-    singular: Float[Array, " R"],
-    mean_square: Float[Array, ""],
-    num_entries: int,
-    shape: tuple[int, int],
-) -> Array:
+    singular: Float[Array, " R"], edge: Float[Array, ""]
+) -> Int[Array, ""]:
     """Return the rank before the largest relative gap, among values above the noise.
 
-    The noise is that of leaving entries out: an i.i.d. matrix of the values' mean
-    square times 1/p - 1, whose largest singular value is near sqrt(M) + sqrt(N).
+    Noise with the largest singular value `edge` lifts each value y of the spectrum, the
+    small ones most, and so hides the gap behind the last one. Gaps are those of
+    sqrt(y^2 - edge^2), the best shrinkage for a square matrix and squared error
+    (Gavish and Donoho, arXiv 1405.7511, equation 7).
     """
-    m, n = shape
-    variance = mean_square * max(m * n / num_entries - 1, 0.0)
-    edge = jnp.sqrt(variance) * (m**0.5 + n**0.5)
-    tiny = jnp.finfo(singular.dtype).eps * singular[0]
-    gap = singular[:-1] / jnp.maximum(singular[1:], tiny)
-    return 1 + jnp.argmax(jnp.where(singular[:-1] > edge, gap, 0))
+    # A value nearer to the edge than its own spread counts as one that is just above.
+    least = jnp.maximum(0.3 * edge, jnp.finfo(singular.dtype).eps * singular[0])
+    shrunk = jnp.sqrt(jnp.maximum(singular**2 - edge**2, least**2))
+    gap = shrunk[:-1] / shrunk[1:]
+    return 1 + jnp.argmax(jnp.where(shrunk[:-1] > least, gap, 0))
