@@ -446,8 +446,8 @@ class OptimConfig(Checked):
     # else by AdamW. Both have the same rates and decay.
     kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: NotNegative = 1e-3  # the highest, after the warm-up
-    # How the rate falls; wsd: in the last fifth only.
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    # How the rate falls; wsd: in the last fifth only, wsd_sqrt: there by 1 - sqrt.
+    schedule: Literal["cosine", "linear", "constant", "wsd", "wsd_sqrt"] = "cosine"
     warmup_steps: Whole = 50  # while the rate rises
     final_lr_fraction: NotNegative = 0.1  # of the highest rate, at the end
     beta1: Fraction = 0.9  # decay of the mean of gradients

@@ -29,7 +29,8 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
     Step s of the warm-up has rate `learning_rate * (s + 1) / warmup_steps`; the last
     step has `learning_rate * final_lr_fraction` (constant: no decay).
-    wsd: Hu et al. 2024 (MiniCPM), section 4.2, with a linear decay.
+    wsd: Hu et al. 2024 (MiniCPM), section 4.2, with a linear decay; wsd_sqrt: by
+    1 - sqrt(share of the decay), which Hägele et al. 2024 (section 4.2) found better.
     """
     peak, final = config.learning_rate, config.learning_rate * config.final_lr_fraction
     warmup = config.warmup_steps
@@ -40,10 +41,12 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
             fall = optax.cosine_decay_schedule(peak, decay, config.final_lr_fraction)
         case "linear":
             fall = optax.linear_schedule(peak, final, decay)
-        case "wsd":
-            length = max(round(WSD_DECAY_FRACTION * steps), 1)
-            stable = max(decay - length, 0)
-            fall = optax.linear_schedule(peak, final, min(length, decay))
+        case "wsd" | "wsd_sqrt":
+            length = min(cooldown_steps(steps), decay)
+            stable = decay - length
+            fall = optax.linear_schedule(peak, final, length)
+            if config.schedule == "wsd_sqrt":
+                fall = _sqrt_schedule(peak, final, length)
         case "constant":
             fall = optax.constant_schedule(peak)
         case unknown:
@@ -57,6 +60,21 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         pieces.append(optax.constant_schedule(peak))
         boundaries.append(warmup + stable)
     return optax.join_schedules([*pieces, fall], boundaries)
+
+
+def cooldown_steps(steps: int) -> int:
+    """Return how many of the last steps have a falling rate (wsd, wsd_sqrt)."""
+    return max(round(WSD_DECAY_FRACTION * steps), 1)
+
+
+def _sqrt_schedule(peak: float, final: float, length: int) -> optax.Schedule:
+    """Return the fall from `peak` to `final` in `length` steps by 1 - sqrt(share)."""
+
+    def rate(step: Any) -> Array:
+        share = jnp.clip(jnp.asarray(step) / length, 0.0, 1.0)
+        return final + (peak - final) * (1.0 - jnp.sqrt(share))
+
+    return rate
 
 
 def decay_mask(params: PyTree) -> PyTree:

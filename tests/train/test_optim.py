@@ -9,6 +9,7 @@ from tests.compare import assert_close
 from uoe_jax.config import ModelConfig, OptimConfig
 from uoe_jax.model import make_model
 from uoe_jax.optim import (
+    cooldown_steps,
     decay_mask,
     is_decayed,
     leaf_name,
@@ -17,6 +18,7 @@ from uoe_jax.optim import (
 )
 
 STEPS = 100
+SCHEDULES = ("cosine", "linear", "constant", "wsd", "wsd_sqrt")
 
 
 def rates(steps=STEPS, **kwargs):
@@ -25,7 +27,7 @@ def rates(steps=STEPS, **kwargs):
     return np.array([schedule(s) for s in range(steps)])
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_warmup_rises_linearly_to_the_peak(schedule):
     values = rates(schedule=schedule, warmup_steps=10)
     assert_close(values[:10], 2.0 * np.arange(1, 11) / 10, 1e-6)
@@ -56,7 +58,24 @@ def test_wsd_is_stable_then_falls_in_the_last_fifth():
     assert_close(values[-1], 0.2, 1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+def test_wsd_sqrt_falls_by_one_less_the_root_in_the_last_fifth():
+    values = rates(schedule="wsd_sqrt", warmup_steps=10)
+    assert_close(values[10:80], 2.0, 1e-6)
+    share = np.arange(1, 21) / 20
+    assert_close(values[80:], 0.2 + 1.8 * (1 - np.sqrt(share)), 1e-5)
+
+
+def test_runs_of_every_length_are_alike_before_they_cool_down():
+    """So that one run's constant part serves them all."""
+    for steps in (50, 100, 171):
+        before = steps - cooldown_steps(steps)
+        short = rates(steps, schedule="wsd_sqrt", warmup_steps=10)
+        long = rates(400, schedule="wsd_sqrt", warmup_steps=10)
+        assert (short[:before] == long[:before]).all()
+        assert short[before] < 2.0 - 0.01
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [0, 1, 2, 30])
 def test_short_runs_have_positive_finite_rates(schedule, steps):
     values = rates(steps, schedule=schedule, warmup_steps=50)
