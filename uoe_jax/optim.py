@@ -72,7 +72,7 @@ def _sqrt_schedule(peak: float, final: float, length: int) -> optax.Schedule:
 
     def rate(step: Any) -> Array:
         share = jnp.clip(jnp.asarray(step) / length, 0.0, 1.0)
-        return final + (peak - final) * (1.0 - jnp.sqrt(share))
+        return peak - (peak - final) * jnp.sqrt(share)  # exactly the peak at first
 
     return rate
 

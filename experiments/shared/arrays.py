@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from experiments.shared.case import change
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import Dataset, make_dataset
-from uoe_jax.data.order import eval_order, train_order
+from uoe_jax.data.order import eval_order
 
 Arrays = dict[str, Array]
 Batch = dict[str, Array]
@@ -60,12 +61,12 @@ def num_examples(arrays: Arrays) -> int:
 
 
 def train_rows(
-    config: ExperimentConfig, count: int, seed: int, steps: int
+    config: ExperimentConfig, seed: int, steps: int
 ) -> Int[np.ndarray, "S B"]:
     """Return the examples of every training batch, the same as the trainer's."""
     size = config.data.batch_size
-    order = train_order(np.arange(steps * size), count, seed)
-    return order.reshape(steps, size).astype(np.int32)
+    data = make_dataset(change(config, data={"seed": seed}), "train")
+    return data.choose(0, steps * size).reshape(steps, size).astype(np.int32)
 
 
 def eval_rows(config: ExperimentConfig, count: int) -> Int[np.ndarray, "S B"]:

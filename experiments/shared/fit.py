@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import statistics
 import time
@@ -17,23 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from experiments.shared.arrays import num_examples, train_rows
-from experiments.shared.programs import CHUNKS, Programs
+from experiments.shared.arrays import train_rows
+from experiments.shared.paused import load_trees, save_trees
+from experiments.shared.programs import CHUNKS, Programs, step_rates
 from experiments.shared.stats import badness
 from uoe_jax.config import ExperimentConfig
-from uoe_jax.files import format_json, write_atomically
 from uoe_jax.hardware.count import (
     count_active_params,
     count_params,
     flops_per_token,
     num_tokens,
 )
-from uoe_jax.runs.checkpoint import snapshot
 from uoe_jax.runs.state import TrainState
 from uoe_jax.tree import fill_leaves
 
 CHECKS = 5  # validations of a run, the last at its end
-_TOLD = "told"  # the part of a paused run's file that is text
 _WARM = 2  # chunks whose time says how long a run will be
 
 
@@ -83,14 +79,13 @@ def run_seed(
     Raises OutOfTime past the deadline, TooSlow where the limit won't hold.
     """
     config = programs.config
-    rows = train_rows(
-        config, num_examples(programs.data["train"]), seed, config.train.steps
-    )
-    progress = _begin(programs, seed, rate, paused, say)
+    rows = train_rows(config, seed, config.train.steps)
+    rates = step_rates(config.optim, config.train.steps, rate)
+    progress = _begin(programs, seed, paused, say)
     while len(progress.curve) < CHUNKS:
         number = len(progress.curve)
-        part = rows[number * programs.chunk : (number + 1) * programs.chunk]
-        metrics = _advance(programs, progress, part)
+        part = slice(number * programs.chunk, (number + 1) * programs.chunk)
+        metrics = _advance(programs, progress, rows[part], rates[part])
         line = progress.curve[-1]
         if (number + 1) % (CHUNKS // CHECKS) == 0:
             _check(programs, progress, metric)
@@ -122,11 +117,13 @@ def run_seed(
     return result | {"leak": programs.leak(params, buffers)}
 
 
-def _advance(programs: Programs, progress: Progress, rows: np.ndarray) -> PyTree:
+def _advance(
+    programs: Programs, progress: Progress, rows: np.ndarray, rates: np.ndarray
+) -> PyTree:
     """Train a chunk, note it in the curve and return its metrics."""
     jax.block_until_ready(progress.state)
     start = time.perf_counter()
-    progress.state, metrics = programs.train(progress.state, rows)
+    progress.state, metrics = programs.train(progress.state, rows, rates)
     metrics = jax.device_get(metrics)
     progress.chunks.append(time.perf_counter() - start)
     progress.curve.append(
@@ -181,38 +178,24 @@ def _watch(progress: Progress, limits: Limits, paused: Path) -> None:
 
 
 def _pause(progress: Progress, paused: Path) -> None:
-    """Write what a run has as one file: the old state is there until the new one is."""
-    paused.parent.mkdir(parents=True, exist_ok=True)
-    trees = {"state": progress.state, "kept": progress.kept}
-    arrays = {
-        f"{t}:{n}": a for t, tree in trees.items() for n, a in snapshot(tree).items()
-    }
     told = {"curve": progress.curve, "chunks": progress.chunks, "best": progress.best}
-    content = io.BytesIO()
-    np.savez(content, **arrays, **{_TOLD: np.array(format_json(told))})
-    write_atomically(paused, content.getvalue())
+    save_trees(paused, {"state": progress.state, "kept": progress.kept}, told)
 
 
 def _begin(
     programs: Programs,
     seed: int,
-    rate: float,
     paused: Path,
     say: Callable[[str], None],
 ) -> Progress:
     """Return a new run, or the one that was interrupted."""
-    state = programs.start(seed, rate)
+    state = programs.start(seed)
     if not paused.is_file():
         return Progress(state, None, [], [])
-    with np.load(paused, allow_pickle=False) as saved:
-        told = json.loads(saved[_TOLD].item())
-        trees: dict[str, dict[str, np.ndarray]] = {"state": {}, "kept": {}}
-        for name in sorted(set(saved.files) - {_TOLD}):
-            tree, _, leaf = name.partition(":")
-            trees[tree][leaf] = saved[name]
+    trees, told = load_trees(paused)
     place = lambda like, found: programs.place(fill_leaves(like, found))
     kept = None
-    if trees["kept"]:
+    if "kept" in trees:
         kept = place((state.params, state.buffers), trees["kept"])
     state = place(state, trees["state"])
     say(f"seed {seed}: goes on after chunk {len(told['curve'])} of {CHUNKS}")

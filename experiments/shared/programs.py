@@ -1,6 +1,7 @@
 """A model's compiled programs: its start, a chunk of training steps, a split's scores.
 
-Learning rate and seed are data, so all runs of a model share them. A chunk is a scan
+The rate of each step and the seed are data, so all runs of a model share them, of
+whatever schedule. A chunk is a scan
 over the project's one step and not `train`'s loop: that dispatches each step, reads its
 metrics and writes a run's folder, which takes longer than such a step does.
 """
@@ -18,17 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from experiments.shared.arrays import Arrays, eval_rows, make_take, num_examples
 from experiments.shared.stack import first_state, with_rate
-from uoe_jax.config import ExperimentConfig, MeshConfig
+from uoe_jax.config import ExperimentConfig, MeshConfig, OptimConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import make_model
-from uoe_jax.optim import make_optimizer
+from uoe_jax.optim import make_optimizer, make_schedule
 from uoe_jax.partition.mesh import make_mesh, replicated
 from uoe_jax.runs.state import TrainState
-from uoe_jax.train.step import make_step
+from uoe_jax.train.loss import output_layer, token_scores
+from uoe_jax.train.step import hidden_states, make_step
 from uoe_jax.train.validate import make_eval_step
 from uoe_jax.validation import validate
 
@@ -37,39 +39,62 @@ _PROBES = 4  # batches of the leak probe
 _MOVED = ("before", "after", "noise")
 
 
-class Programs:
-    """What trains and scores one model on splits that lie on the device."""
+def step_rates(optim: OptimConfig, steps: int, peak: float) -> Float[np.ndarray, " S"]:
+    """Return the rate of each step of a run whose highest is `peak`."""
+    schedule = make_schedule(dataclasses.replace(optim, learning_rate=peak), steps)
+    rate = lambda step: jnp.asarray(schedule(step), jnp.float32)
+    return np.asarray(jax.vmap(rate)(jnp.arange(steps)))
 
-    def __init__(self, config: ExperimentConfig, data: Mapping[str, Arrays]):
+
+class Programs:
+    """What trains and scores one model on splits that lie on the device.
+
+    A dispatch trains `chunk` steps; not given: a twentieth of the run.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        data: Mapping[str, Arrays],
+        chunk: int | None = None,
+    ):
         validate(config)
         steps = config.train.steps
-        if steps % CHUNKS:
+        if chunk is None and steps % CHUNKS:
             raise ConfigError(
                 f"train.steps is {steps}; an experiment has {CHUNKS} chunks, use "
                 f"{max(round(steps / CHUNKS), 1) * CHUNKS}"
             )
         # One device a process, whatever else the machine has.
         config = dataclasses.replace(config, mesh=MeshConfig(data=1))
-        self.config, self.chunk = config, steps // CHUNKS
+        self.config, self.chunk = config, chunk or steps // CHUNKS
         mesh = make_mesh(config.mesh)
-        optim = dataclasses.replace(config.optim, learning_rate=1.0)
+        optim = dataclasses.replace(
+            config.optim, learning_rate=1.0, schedule="constant", warmup_steps=0
+        )
         optimizer = with_rate(make_optimizer(optim, steps))
         make = lambda key: nnx.split(make_model(config.model, key), nnx.Param, ...)
         graphdef = jax.eval_shape(make, jax.random.key(0))[0]
         step = make_step(config, graphdef, optimizer, mesh)
         take = make_take(config)
 
-        def init(key: Array, rate: Array) -> TrainState:
+        def init(key: Array) -> TrainState:
             _, params, buffers = make(key)
-            return first_state(params, buffers, optimizer, rate)
+            return first_state(params, buffers, optimizer, jnp.ones(()))
 
         def many(
-            state: TrainState, arrays: Arrays, rows: Int[Array, "S B"]
+            state: TrainState,
+            arrays: Arrays,
+            rows: Int[Array, "S B"],
+            rates: Float[Array, " S"],
         ) -> tuple[TrainState, PyTree]:
-            def body(state: TrainState, row: Array) -> tuple[TrainState, PyTree]:
-                return step(state, take(arrays, row))
+            def body(state: TrainState, part: Any) -> tuple[TrainState, PyTree]:
+                row, rate = part
+                optim: Any = state.opt_state
+                rated = dataclasses.replace(state, opt_state=optim | {"rate": rate})
+                return step(rated, take(arrays, row))
 
-            state, metrics = jax.lax.scan(body, state, rows)
+            state, metrics = jax.lax.scan(body, state, (rows, rates))
             good = metrics["bad_steps"] == 0  # others changed nothing
             return state, {
                 "loss": jnp.mean(metrics["loss"], where=good),
@@ -83,38 +108,44 @@ class Programs:
         self._many: Any = jax.jit(many, donate_argnums=0)
         self._score = make_eval_step(config, graphdef, mesh)
         self._take = jax.jit(take)
+        self._each = jax.jit(partial(_each_token, config, graphdef))
 
     def compile(self) -> float:
         """Compile all programs ahead; return the seconds it took."""
         start = time.perf_counter()
-        state = jax.eval_shape(self._init, jax.random.key(0), jnp.ones(()))
+        state = jax.eval_shape(self._init, jax.random.key(0))
         shape = (self.chunk, self.config.data.batch_size)
-        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._whole)
-        self._many = self._many.lower(state, self.data["train"], rows).compile()
+        on_device = partial(jax.ShapeDtypeStruct, sharding=self._whole)
+        parts = (on_device(shape, jnp.int32), on_device(shape[:1], jnp.float32))
+        self._many = self._many.lower(state, self.data["train"], *parts).compile()
         # Used once, so that no run waits for them at its first validation.
-        first, arrays = self.start(0, 1.0), self.data["valid"]
+        first, arrays = self.start(0), self.data["valid"]
         row = eval_rows(self.config, num_examples(arrays))[0]
         batch = self._take(arrays, self.place(row))
         self._sums(first.params, first.buffers, [batch])
         return time.perf_counter() - start
 
-    def start(self, seed: int, rate: float) -> TrainState:
+    def start(self, seed: int) -> TrainState:
         """Return the state before the first step."""
-        return self._init(jax.random.key(seed), jnp.float32(rate))
+        return self._init(jax.random.key(seed))
 
     def place(self, tree: PyTree) -> PyTree:
         """Return arrays of the host where the programs want them."""
         return jax.device_put(tree, self._whole)
 
     def train(
-        self, state: TrainState, rows: Int[np.ndarray, "S B"]
+        self,
+        state: TrainState,
+        rows: Int[np.ndarray, "S B"],
+        rates: Float[np.ndarray, " S"],
     ) -> tuple[TrainState, PyTree]:
         """Return the state after a chunk of steps, and its mean loss and routing.
 
         Steps that weren't finite are left out; without any other the loss is nan. The
         old state's memory is used again.
         """
-        return self._many(state, self.data["train"], self.place(rows))
+        parts = self.place((rows, rates))
+        return self._many(state, self.data["train"], *parts)
 
     def scores(self, params: PyTree, buffers: PyTree, split: str) -> dict[str, float]:
         """Return loss (nats), bits per token and accuracy over a whole split."""
@@ -129,6 +160,21 @@ class Programs:
             "bits_per_byte": loss / math.log(2),
             "accuracy": total["correct"] / total["weight"],
         }
+
+    def each_token(
+        self, params: PyTree, buffers: PyTree, split: str
+    ) -> dict[str, np.ndarray]:
+        """Return of every token its `nll`, whether it is `correct`, and its `weight`.
+
+        [N, T] each, in the order of the split's examples.
+        """
+        arrays = self.data[split]
+        found = []
+        for row in self.place(eval_rows(self.config, num_examples(arrays))):
+            found.append(self._each(params, buffers, self._take(arrays, row)))
+        found = jax.device_get(found)
+        whole = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
+        return {name: a[: num_examples(arrays)] for name, a in whole.items()}
 
     def leak(self, params: PyTree, buffers: PyTree) -> dict[str, float] | None:
         """Return how much the loss moves when later tokens change; None: no decoder.
@@ -187,3 +233,26 @@ class Programs:
             found.append({name: sums[name] for name in names})
         found = jax.device_get(found)
         return {name: sum(float(f[name]) for f in found) for name in names}
+
+
+def _each_token(
+    config: ExperimentConfig,
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    buffers: PyTree,
+    batch: Arrays,
+) -> dict[str, Array]:
+    """Return a decoder's scores of every token of a batch [1, B, T], [B, T] each."""
+    part = jax.tree.map(lambda a: a[0], dict(batch))
+    model = nnx.merge(graphdef, params, buffers)
+    x, _ = hidden_states(model, part, config)
+    targets, chunk = part["targets"].reshape(-1), config.train.loss_chunk
+    scores = token_scores(
+        x.reshape(-1, x.shape[-1]), *output_layer(model), targets, chunk
+    )
+    shape = part["targets"].shape
+    return {
+        "nll": scores.nll.reshape(shape),
+        "correct": scores.correct.reshape(shape),
+        "weight": part["mask"],
+    }

@@ -54,7 +54,7 @@ def test_ten_thousand_batches_have_the_weights_to_one_percent(make_config, texts
     weights = (5, 3, 2)
     config = make_config(mix=mix_of(texts, *weights), pack=pack, max_seq_len=16)
     data = make_dataset(config, "train")
-    chosen = data._choose(0, 10_000 * config.data.batch_size)
+    chosen = data.choose(0, 10_000 * config.data.batch_size)
     every = data.examples(np.arange(data.num_examples))["tokens"]
     source = sources_of(data, every)[chosen]
     shares = np.bincount(source, minlength=3) / len(source)
@@ -93,7 +93,7 @@ def test_over_a_block_every_row_comes_as_often_as_its_source_has_room(
 ):
     config = make_config(mix=mix_of(texts, 5, 3, 2), max_seq_len=16)
     data = make_dataset(config, "train")
-    times = np.bincount(data._choose(0, BLOCK), minlength=data.num_examples)
+    times = np.bincount(data.choose(0, BLOCK), minlength=data.num_examples)
     first = np.cumsum([0, *data._sizes])
     counts = block_counts([5.0, 3.0, 2.0])
     for number, size in enumerate(data._sizes.tolist()):

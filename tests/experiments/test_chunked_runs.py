@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.run import main
-from experiments.shared.arrays import load_split, make_take, num_examples, train_rows
+from experiments.shared.arrays import load_split, make_take, train_rows
 from experiments.shared.case import (
     Case,
     Study,
@@ -87,7 +87,7 @@ def run(programs, folder, seed=0, rate=0.01, **limits):
 
 def test_batches_are_the_trainers(config):
     arrays = load_split(config, "train")
-    rows = train_rows(config, num_examples(arrays), config.data.seed, 3)
+    rows = train_rows(config, config.data.seed, 3)
     data = make_dataset(config, "train")
     for step in range(3):
         mine = make_take(config)(arrays, rows[step])
@@ -139,8 +139,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(programs, tmp_path):
 def test_steps_that_are_not_finite_are_skipped_or_end_the_run(programs, tmp_path):
     start = programs.start
 
-    def broken(seed, rate):
-        state = start(seed, rate)
+    def broken(seed):
+        state = start(seed)
         scale = lambda a: a * jnp.nan if a.ndim > 1 else a
         return dataclasses.replace(state, params=jax.tree.map(scale, state.params))
 
@@ -165,7 +165,7 @@ def test_scores_are_the_kept_parameters_own(programs, tmp_path):
 
 
 def test_a_planted_look_ahead_is_seen(programs):
-    state = programs.start(0, 0.01)
+    state = programs.start(0)
     plain = programs.leak(state.params, state.buffers)
     score = programs._score
 

@@ -67,9 +67,9 @@ class Dataset:
                 f"{self.num_batches - 1}"
             )
         rows = size // process_count
-        return self.examples(self._choose(step * size + process_index * rows, rows))
+        return self.examples(self.choose(step * size + process_index * rows, rows))
 
-    def _choose(self, first: int, count: int) -> Int[np.ndarray, " B"]:
+    def choose(self, first: int, count: int) -> Int[np.ndarray, " B"]:
         """Return the examples at some positions of the split's endless or one pass."""
         positions = np.arange(first, first + count, dtype=np.int64)
         if self.split == "train":
@@ -82,7 +82,7 @@ class Dataset:
         Sequences don't see each other: documents packed in a row, texts with padding.
         """
         size = self.config.data.batch_size
-        chosen = self._choose(step * size, size)
+        chosen = self.choose(step * size, size)
         return self._lengths_of(chosen[chosen >= 0])
 
     def _lengths_of(
@@ -187,9 +187,10 @@ class TokenDataset(Dataset):
                 )
         return np.array(block_counts([share.weight for share in shares]))
 
-    def _choose(self, first: int, count: int) -> Int[np.ndarray, " B"]:
+    def choose(self, first: int, count: int) -> Int[np.ndarray, " B"]:
+        """Return examples as `Dataset.choose`, each source's by its share."""
         if self._shares is None:
-            return super()._choose(first, count)
+            return super().choose(first, count)
         positions = np.arange(first, first + count, dtype=np.int64)
         seed = self.config.data.seed
         return mixed_order(positions, self._sizes, self._shares, seed)
