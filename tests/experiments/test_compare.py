@@ -1,4 +1,4 @@
-"""Planned comparisons: what isn't planned is refused, and intervals are the textbook's."""
+"""Planned comparisons: none besides is made, and intervals are the textbook's."""
 
 import dataclasses
 import math
