@@ -20,6 +20,7 @@ from uoe_jax.bench.request import BenchRequest
 from uoe_jax.config import (
     DataConfig,
     ExperimentConfig,
+    HeadGroups,
     LayoutConfig,
     MeshConfig,
     MobaConfig,
@@ -51,6 +52,7 @@ PLACES = {
     MoeConfig: ("model", "moe"),
     MobaConfig: ("model", "moba"),
     ModConfig: ("model", "mod"),
+    HeadGroups: ("model", "head_groups"),
     DataConfig: ("data",),
     OptimConfig: ("optim",),
     MeshConfig: ("mesh",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import typing
 from dataclasses import dataclass, field
@@ -192,6 +193,21 @@ class LayerWidths(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadGroups(Checked):
+    """Heads of every layer beside those of its kind of attention: local and full ones.
+
+    All tokens use them. A layer of union attention then has local, full and routed
+    heads, as in MoSA (Piekos et al. 2025), whose hybrid layers these are.
+    """
+
+    local: Whole = 0  # query heads that see the last `window` tokens only
+    local_kv: Whole = 0  # their key and value heads; 0: shared as the model's are
+    window: Count = 256  # tokens that local heads see, and that a cache keeps of them
+    full: Whole = 0  # query heads that see all tokens before them
+    full_kv: Whole = 0  # their key and value heads; 0: shared as the model's are
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig(Checked):
     """A decoder language model, an encoder or a vision transformer."""
 
@@ -206,6 +222,7 @@ class ModelConfig(Checked):
     num_kv_heads: Count = 8  # key and value heads; fewer: shared by query heads
     head_dim: Count = 16  # width of a head
     widths: LayerWidths = field(default_factory=LayerWidths)
+    head_groups: HeadGroups = field(default_factory=HeadGroups)
     # Kinds of attention, cycled over the layers: dense union alternates.
     attention: tuple[AttentionKind, ...] = ("dense",)
     # Kinds of MLP, cycled likewise.
@@ -366,6 +383,28 @@ class ModelConfig(Checked):
         """Hidden width of one MoE expert."""
         return self.moe.d_expert or self.d_ff // self.moe.top_k
 
+    @property
+    def beside(self) -> dict[str, ModelConfig]:
+        """Groups of heads beside those of a layer's kind, by name, in a layer's config.
+
+        Each as the config of the dense attention that it is, without an output bias.
+        """
+        return _groups(self)
+
+    @property
+    def layer_heads(self) -> int:
+        """Query heads of a layer, those of all groups."""
+        return self.num_heads + self.head_groups.local + self.head_groups.full
+
+    @property
+    def additions(self) -> tuple[str, ...]:
+        """Options that give layers parts which plain ones don't have.
+
+        What cuts, measures or stores plain layers refuses these.
+        """
+        found = {"model.head_groups": self.head_groups != HeadGroups()}
+        return tuple(name for name, given in found.items() if given)
+
     def union_for(self, part: Literal["attention", "mlp"]) -> UnionConfig:
         """Return the union of a part: attention may override `union`."""
         if part == "mlp":
@@ -388,6 +427,29 @@ class ModelConfig(Checked):
             (self.attention[i % len(self.attention)], self.mlp[i % len(self.mlp)])
             for i in range(self.num_layers)
         )
+
+
+@functools.lru_cache(256)
+def _groups(model: ModelConfig) -> dict[str, ModelConfig]:
+    groups, share = model.head_groups, model.num_query_groups
+    sizes = {
+        "local_attention": (groups.local, groups.local_kv, groups.window),
+        "full_attention": (groups.full, groups.full_kv, 0),
+    }
+    return {
+        name: dataclasses.replace(
+            model,
+            num_heads=heads,
+            num_kv_heads=kv_heads or heads // share,
+            window=(window,),
+            attention=("dense",),
+            attention_bias="qkv" if model.qkv_bias else "none",
+            widths=LayerWidths(),
+            head_groups=HeadGroups(),
+        )
+        for name, (heads, kv_heads, window) in sizes.items()
+        if heads
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,8 @@ def probe_length(model: ModelConfig) -> int:
     for attention, mlp in set(model.layer_kinds):
         units.append(ATTENTIONS[attention].span(model))
         units.append(min(max(model.window), 64))
+        if model.head_groups.local:
+            units.append(min(model.head_groups.window, 64))
         for router in (ATTENTIONS[attention].router(model), MLPS[mlp].router(model)):
             if router is not None:
                 units.append(ROUTERS[router.router].span(router))
@@ -61,7 +63,7 @@ def scaled_down(model: ModelConfig) -> ModelConfig:
     moe = dataclasses.replace(
         model.moe, d_expert=None if model.moe.d_expert is None else 16
     )
-    union, moba = model.union, model.moba
+    union, moba, groups = model.union, model.moba, model.head_groups
     segment, block = min(union.segment_size, 8), min(moba.block_size, 8)
     return dataclasses.replace(
         model,
@@ -76,6 +78,7 @@ def scaled_down(model: ModelConfig) -> ModelConfig:
         num_heads=kv_heads * model.num_query_groups,
         head_dim=min(model.head_dim, 16),
         window=tuple(min(window, 8) for window in model.window),
+        head_groups=dataclasses.replace(groups, window=min(groups.window, 8)),
         moe=moe,
         widths=_scaled_widths(model, width, min(model.d_ff, d_ff), num_layers),
     )

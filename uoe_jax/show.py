@@ -11,7 +11,7 @@ from typing import Any
 
 from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.errors import ConfigError, shown
-from uoe_jax.hardware.count import flops_per_token, num_tokens
+from uoe_jax.hardware.count import flops_per_token, group_title, num_tokens
 from uoe_jax.kinds import router_of
 from uoe_jax.report.table import format_table, si
 from uoe_jax.runs.find import run_or_preset
@@ -162,11 +162,16 @@ def _layer_rows(model: ModelConfig, stack: int, length: int) -> Iterator[Row]:
         + flops.get("routers", 0.0) - sum(routers.values()),
         "mlp": flops["mlp"],
     }  # fmt: skip
+    for name in model.beside:
+        heads = group_title(name)
+        told[name] = flops[f"{heads} projections"] + flops[f"{heads} scores"]
     for name, shape in params.items():
         part, _, weight = name.rpartition(".")
         title = part.replace(".", " ")
         if part in kinds:
             title = f"{part}: {_kind(model, part, *kinds[part])}"
+        if part in model.beside:
+            title = group_title(part)
         if part == "router":
             title = f"router: {inside:.0%} of the tokens enter"
         same, before = part == before, part

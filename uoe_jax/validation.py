@@ -139,6 +139,7 @@ def find_problems(config: ExperimentConfig) -> Iterator[str]:
 def _model_rules(model: ModelConfig) -> Iterator[str]:
     yield from _model(model)
     yield from _positions(model)
+    yield from _head_groups(model)
     yield from _ends(model)
     yield from _union(model)
     yield from _moe(model)
@@ -241,6 +242,34 @@ def _positions(model: ModelConfig) -> Iterator[str]:
         yield (
             f"model.window is {list(model.window)} with 'mod' blocks, in which only "
             "tokens that entered see each other; use 0"
+        )
+
+
+def _head_groups(model: ModelConfig) -> Iterator[str]:
+    """Yield what is wrong with the heads beside those of the layers' kinds."""
+    groups, share = model.head_groups, model.num_query_groups
+    for name in ("local", "full"):
+        heads, kv_heads = getattr(groups, name), getattr(groups, f"{name}_kv")
+        field = f"model.head_groups.{name}"
+        if kv_heads and (not heads or heads % kv_heads):
+            yield (
+                f"{field}_kv is {kv_heads} and {field} {heads}; "
+                + (f"use one of {divisors(heads)}" if heads else "leave it 0")
+            )
+        elif not kv_heads and share and heads % share:
+            yield (
+                f"{field} is {heads} and {share} query heads share a key head; use "
+                f"{-(-heads // share) * share}, or set {field}_kv"
+            )
+    if groups.local and model.kind != "decoder":
+        yield (
+            f"model.head_groups.local is {groups.local} and model.kind "
+            f"{model.kind!r}; only a decoder has windows, use model.head_groups.full"
+        )
+    if (groups.local or groups.full) and "mod" in model.blocks:
+        yield (
+            "model.head_groups are set with 'mod' blocks, in which only tokens that "
+            "entered see each other; use 0 heads"
         )
 
 

@@ -27,6 +27,7 @@ from uoe_jax.kinds import ATTENTIONS, MLPS, router_columns, router_of
 
 LAYER, EXPERT = "l", "e"
 BLOCKS = "trunk.blocks."  # before the number of a stack
+GROUPS = ("local_attention", "full_attention")  # heads beside a layer's kind
 ROTATED = ("wq", "wk", "bq", "bk")  # of attention: what becomes queries and keys
 
 
@@ -182,6 +183,7 @@ def find_weight(name: str) -> Weight | None:
     folder, _, last = name.rpartition(".")
     part = folder.rpartition(".")[2]
     tables = {"attention": ATTENTION, "mlp": MLP, "router": ROUTER}
+    tables |= dict.fromkeys(GROUPS, ATTENTION)
     table = NORM if part.endswith("norm") else tables.get(part, {})
     table = HEAD_NORM if part in ("q_norm", "k_norm") else table
     weight = table.get(last)
@@ -294,7 +296,10 @@ def _block(model: ModelConfig, number: int) -> dict[str, Param]:
     model, block = model.of_layer(number), model.block_kinds[number]
     sizes = {"d": model.d_model}
     params = _norm("attention_norm", model, sizes) | _norm("mlp_norm", model, sizes)
-    params |= _attention(model, attention) | _mlp(model, mlp)
+    params |= _attention(model, attention)
+    for name, group in model.beside.items():
+        params |= _attention(group, "dense", name)
+    params |= _mlp(model, mlp)
     if block == "mod":
         params |= _router("router", {"weight": 1}, model.d_model)
     return params
@@ -308,7 +313,9 @@ def _norm(name: str, model: ModelConfig, sizes: Mapping[str, int]) -> dict[str, 
     }
 
 
-def _attention(model: ModelConfig, kind: str) -> dict[str, Param]:
+def _attention(
+    model: ModelConfig, kind: str, part: str = "attention"
+) -> dict[str, Param]:
     router = router_of(model, "attention", kind)
     experts = 1 if router is None else router.num_experts
     sizes = {
@@ -338,7 +345,7 @@ def _attention(model: ModelConfig, kind: str) -> dict[str, Param]:
     columns = router_columns(model, "attention", kind)
     params |= _router("router", columns, model.d_model)
     params |= ATTENTIONS[kind].params(model)
-    return {f"attention.{name}": param for name, param in params.items()}
+    return {f"{part}.{name}": param for name, param in params.items()}
 
 
 def _mlp(model: ModelConfig, kind: str) -> dict[str, Param]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.model.tiny_models import tiny
-from uoe_jax.config import MobaConfig, ModConfig, ModelConfig, UnionConfig
+from uoe_jax.config import HeadGroups, MobaConfig, ModConfig, ModelConfig, UnionConfig
 
 # A union of attention and MLP for each router.
 CAUSAL = {
@@ -23,6 +23,11 @@ OTHERS = {
         "union": UnionConfig(num_experts=4, top_k=3, num_shared=1),
     },
     "moba": {"attention": ("moba",), "moba": MobaConfig(block_size=3, top_k=2)},
+    "head groups": {
+        "attention": ("union",),
+        "union": UnionConfig(num_experts=4, top_k=2),
+        "head_groups": HeadGroups(local=2, window=4, full=2),
+    },
     "mod": {"blocks": ("mod",), "mod": ModConfig(capacity_factor=0.75)},
 }
 LENGTH = 12

@@ -41,6 +41,12 @@ CASES = {
         {"data": 2, "sequence": 2, "tensor": 2},
         EVERYTHING,
     ),
+    "groups": ("groups dense", {"fsdp": 2, "sequence": 2, "tensor": 2}, {}),
+    "groups union": (
+        "groups union",
+        {"data": 2, "sequence": 2, "tensor": 2},
+        EVERYTHING,
+    ),
 }
 
 

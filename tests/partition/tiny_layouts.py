@@ -9,6 +9,7 @@ import numpy as np
 from uoe_jax.config import (
     DataConfig,
     ExperimentConfig,
+    HeadGroups,
     LayerWidths,
     LayoutConfig,
     MeshConfig,
@@ -48,6 +49,9 @@ KINDS["narrow"] = KINDS["dense"] | {
     ),
 }
 KINDS |= {f"family {kind}": KINDS[kind] | FAMILY for kind in ("dense", "union")}
+# Local and full heads beside those of a layer's kind.
+GROUPS = {"head_groups": HeadGroups(local=4, window=5, full=4, full_kv=2)}
+KINDS |= {f"groups {kind}": KINDS[kind] | GROUPS for kind in ("dense", "union")}
 
 
 def make_config(kind, mesh=None, layout=None, **model):

@@ -22,7 +22,7 @@ INITS: dict[str, tuple[str, ...]] = {
     "tucker": ("flora", "loralib", "peft", "orthonormal", "hosvd"),
     "lora": ("peft", "gaussian", "orthonormal", "hosvd"),
 }
-TARGETS = ("*.attention.w?", "*.mlp.w_*")  # every projection of the blocks
+TARGETS = ("*attention.w?", "*.mlp.w_*")  # every projection of the blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,11 @@ class LayerStatistics(NamedTuple):
 
 def check_kinds(model: ModelConfig) -> None:
     """Raise ConfigError for a model with parts that aren't observed."""
+    if model.additions:
+        raise ConfigError(
+            f"the model has {model.additions[0]}; compressed are dense layers and "
+            "unions without it"
+        )
     known = ("attention dense", "attention union", "mlp dense", "mlp union")
     for number, (attention, mlp) in enumerate(model.layer_kinds):
         block = model.block_kinds[number]

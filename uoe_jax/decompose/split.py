@@ -90,6 +90,11 @@ def _check_whole(config: ModelConfig) -> None:
 
 
 def _check_kinds(config: ModelConfig, known: set[str], rule: str) -> None:
+    if config.additions:
+        raise ConfigError(
+            f"the model has {config.additions[0]}, which layers of another kind can't "
+            "take over; take a run without it"
+        )
     for name in ("attention", "mlp", "blocks"):
         for kind in getattr(config, name):
             if kind not in known | ({"all"} if name == "blocks" else set()):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from uoe_jax.config import RANKS, ModelConfig
 from uoe_jax.kinds import ATTENTIONS, MLPS, router_columns
-from uoe_jax.weights import model_params
+from uoe_jax.weights import GROUPS, model_params
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -150,6 +150,8 @@ def _part(name: str) -> str:
         return "norms"
     if folders[-1] == "position":
         return "positions"
+    if folders[-1] in GROUPS:
+        return "attention"
     return "embedding" if folders[-1] == "embed" else folders[-1]
 
 
@@ -166,18 +168,25 @@ def count_active_params(model: ModelConfig) -> int:
     return total
 
 
-def _attention_flops(model: ModelConfig, kind: str, length: float) -> dict[str, float]:
+def _attention_flops(
+    model: ModelConfig, kind: str, length: float, name: str = "attention"
+) -> dict[str, float]:
     d, heads, both = model.d_model, model.num_heads, model.key_dim + model.value_dim
     part = _attention(model, kind)
     projected = part.side * heads + part.keys * model.num_kv_heads
     kinds = ATTENTIONS[kind]
     parts = {
-        "attention projections": 2.0 * d * both * projected,
-        "attention scores": 2 * heads * both * kinds.keys_seen(model, length),
+        f"{name} projections": 2.0 * d * both * projected,
+        f"{name} scores": 2 * heads * both * kinds.keys_seen(model, length),
     }
     if chosen := kinds.choosing(model, length):
         parts["routers"] = chosen
     return parts
+
+
+def group_title(name: str) -> str:
+    """Return what a group of heads beside a layer's kind is called: "local heads"."""
+    return name.replace("attention", "heads").replace("_", " ")
 
 
 def flops_per_token(model: ModelConfig, seq_len: int | None = None) -> FlopCount:
@@ -192,6 +201,9 @@ def flops_per_token(model: ModelConfig, seq_len: int | None = None) -> FlopCount
     parts: dict[str, float] = defaultdict(float)
     for own, attention, mlp, inside in model_layers(model):
         layer = _attention_flops(own, attention, length * inside)
+        for name, group in own.beside.items():
+            title = group_title(name)
+            layer |= _attention_flops(group, "dense", length * inside, title)
         layer["mlp"] = 2 * _mlp_weights(own, _mlp_width(own, mlp)[1])
         columns = _scored(model, attention, mlp)
         layer["routers"] = layer.get("routers", 0.0) + 2.0 * model.d_model * columns
@@ -248,14 +260,22 @@ def cache_bytes(
 ) -> int:
     """Return the bytes of keys and values of `batch` sequences of `length` tokens.
 
-    As they are allocated: a mixture-of-depths block needs room for every token.
+    As they are allocated: a mixture-of-depths block needs room for every token, local
+    heads for those of their window.
     """
     size = DTYPE_BYTES[dtype or model.compute_dtype]
     token = sum(
         (own.key_dim + own.value_dim) * _attention(own, attention).keys
         for own, attention, _, _ in model_layers(model)
     )
-    return round(batch * length * model.num_kv_heads * size * token)
+    beside = sum(
+        min(group.window[0] or length, length)
+        * group.num_kv_heads
+        * (group.key_dim + group.value_dim)
+        for own, *_ in model_layers(model)
+        for group in own.beside.values()
+    )
+    return round(batch * size * (length * model.num_kv_heads * token + beside))
 
 
 def state_bytes(model: ModelConfig) -> dict[str, int]:
@@ -265,6 +285,11 @@ def state_bytes(model: ModelConfig) -> dict[str, int]:
     # Float32 whatever the parameters are.
     gradients = count * DTYPE_BYTES["float32"]
     return {"parameters": size, "gradients": gradients, "optimizer": 2 * gradients}
+
+
+def head_numbers(model: ModelConfig) -> int:
+    """Return the queries, keys and values of a token in all heads of a config."""
+    return (model.num_heads + model.num_kv_heads) * (model.key_dim + model.value_dim)
 
 
 def activation_bytes(model: ModelConfig, batch: int, seq_len: int | None = None) -> int:
@@ -284,6 +309,8 @@ def activation_bytes(model: ModelConfig, batch: int, seq_len: int | None = None)
         part = _attention(own, attention)
         heads = model.num_heads * part.side + model.num_kv_heads * part.keys
         layer = 4 * d + heads * (own.key_dim + own.value_dim)
+        for group in own.beside.values():
+            layer += head_numbers(group)
         layer += _mlp_width(own, mlp)[1] * _mlp_matrices(model)
         layer += sum(map(own.rank, RANKS))
         if inside < 1:

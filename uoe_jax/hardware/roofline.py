@@ -13,6 +13,7 @@ from uoe_jax.hardware.count import (
     DTYPE_BYTES,
     count_params,
     flops_per_token,
+    head_numbers,
     model_layers,
     num_tokens,
 )
@@ -289,6 +290,7 @@ def _layer_width(model: Any, kinds: tuple[str, str], tensor: int) -> float:
         heads *= _room(union.top_k, union.num_experts, tensor) / union.num_experts
     else:
         heads /= tensor
+    heads += sum(map(head_numbers, model.beside.values())) / tensor
     router = MLPS[mlp].router(model)
     experts, width = MLPS[mlp].sizes(model)
     if router is None:

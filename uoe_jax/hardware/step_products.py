@@ -129,6 +129,9 @@ def step_products(
             part = _Part(routed, tokens, model.compute_dtype, again * count, count)
             make = _attention if name == "attention" else _mlp
             found += make(own, kind, part, sizes["tensor"])
+        part = _Part("products", tokens, model.compute_dtype, again * count, count)
+        for group in own.beside.values():
+            found += _attention(group, "dense", part, sizes["tensor"])
     found += _output(config, tokens, sizes["tensor"])
     return found
 

@@ -20,6 +20,7 @@ from uoe_jax.hardware.count import (
     DTYPE_BYTES,
     count_params,
     flops_per_token,
+    head_numbers,
     model_layers,
     num_tokens,
 )
@@ -103,16 +104,11 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
     split = tokens / sizes["tensor"]
     work: dict[str, float] = dict.fromkeys((*FLOP_KINDS, *BYTE_KINDS), 0.0)
     for group, layers in layer_groups(model).items():
-        _, attention, mlp = group
         parts = flops_per_token(group.alone, length).parts
         for name, flops in parts.items():
             if name in ("head", "embedding"):
                 continue
-            routed = (
-                ATTENTIONS[attention].gathers
-                if "attention" in name
-                else MLPS[mlp].router(model) is not None
-            )
+            routed = _gathers(group, name)
             kind = ("routed " if routed else "") + (
                 "scores" if "scores" in name else "products"
             )
@@ -129,6 +125,13 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
     state = sum(held_params(model, sizes, config.layout.rules).values()) * _FLOAT32
     work["optimizer"] = 8.0 * state  # four arrays read, three written, one cast
     return work
+
+
+def _gathers(group: LayerKind, part: str) -> bool:
+    """Whether a part of a layer works on gathered rows; heads beside its kind don't."""
+    if "attention" in part:
+        return ATTENTIONS[group.attention].gathers
+    return "heads" not in part and MLPS[group.mlp].router(group.own) is not None
 
 
 def loss_bytes(config: ExperimentConfig, tokens: float) -> float:
@@ -155,7 +158,8 @@ def _elementwise(group: LayerKind, sizes: Mapping[str, int]) -> float:
     total = 8.0 * model.d_model
     heads = model.num_heads + model.num_kv_heads
     heads *= model.key_dim + model.value_dim
-    total += 2 * heads * (keep if attention == "union" else 1) / tensor
+    beside = sum(map(head_numbers, model.beside.values()))
+    total += 2 * (heads * (keep if attention == "union" else 1) + beside) / tensor
     wide = MLPS[mlp].active_width(model)
     matrices = 3 if model.gated else 2
     total += 2 * wide * matrices / tensor
@@ -165,7 +169,7 @@ def _elementwise(group: LayerKind, sizes: Mapping[str, int]) -> float:
         total += 4 * model.d_model * router.top_k / tensor
     if model.scan_layers and model.remat != "full":
         # A scan copies what the backward pass needs into a stack of all layers.
-        total += (2 * model.d_model + heads + wide * matrices) / tensor
+        total += (2 * model.d_model + heads + beside + wide * matrices) / tensor
     return total
 
 
@@ -317,8 +321,11 @@ def _sequence(
                 count=count * (2 + again),
                 hidden=False,
             )
+    dense = [*model.beside.values(), *([] if group.attention == "union" else [model])]
+    kept = sum(own.num_kv_heads * own.kernel_dim for own in dense)
+    if not kept:
         return
-    keys = 2 * tokens * model.num_kv_heads * model.kernel_dim * size / sizes["tensor"]
+    keys = 2 * tokens * kept * size / sizes["tensor"]
     if config.layout.sequence_attention == "gather":
         for kind, times in (("all_gather", 1 + again), ("reduce_scatter", 1)):
             yield Collective(

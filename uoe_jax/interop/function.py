@@ -27,6 +27,7 @@ def computes(model: ModelConfig) -> dict[str, Any]:
     found["attention"] = tuple(kinds[0] for kinds in model.layer_kinds)
     found["mlp"] = tuple(kinds[1] for kinds in model.layer_kinds)
     found["window"] = model.windows
+    found |= {name: "set" for name in model.additions}
     found["attention_bias"] = (model.qkv_bias, model.output_bias)
     found["mlp_bias"] = model.has_mlp_bias
     if "moe" not in model.mlp:

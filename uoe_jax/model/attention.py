@@ -75,7 +75,7 @@ class AttentionWeights(nnx.Module):
     def __init__(self, config: ModelConfig, num_experts: int, *, rngs: nnx.Rngs):
         e, d, h, hv = num_experts, config.d_model, config.key_dim, config.value_dim
         j, g = config.num_kv_heads // e, config.num_query_groups
-        fan_out = config.num_heads * hv
+        fan_out = config.layer_heads * hv
         scale = residual_scale(config)
         self.causal = config.causal
         self.window = config.window[0] or None  # of a block: see Block

@@ -6,6 +6,8 @@ mixture-of-depths blocks only of the tokens that entered, and their number.
 Unions keep an append-only log: row t*X + j holds k and v of token t's j-th pick,
 [n, B, S*X, J, H], and which expert that was: exactly X/E of the dense bytes.
 Layers whose router remembers something keep that as well (`state_shapes`).
+Groups of heads beside a layer's kind have entries of their own, by name; that of local
+heads has the last tokens of their window only.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from uoe_jax.ops.cache_attention.xla import (
 __all__ = [
     "Cache",
     "Entry",
+    "Kept",
     "KeyValue",
     "Slot",
     "attend_cache",
@@ -38,6 +41,9 @@ __all__ = [
 
 Entry = dict[str, Any]
 KeyValue = tuple[Array, Array]
+# What a prompt leaves in a layer's cache: keys and values of its kind ("attention").
+# Of heads beside these, by the name of their group.
+Kept = dict[str, Any]
 
 
 class Cache(NamedTuple):
@@ -98,10 +104,13 @@ def route_token(
 
 
 def write_prompt(
-    entry: Entry, index: int | Array, key_value: KeyValue, stats: dict[str, Stats]
+    entry: Entry, index: int | Array, kept: Kept, stats: dict[str, Stats]
 ) -> Entry:
-    """Return the entry with the prompt's rows written to layer `index` of its stack."""
-    k, v = key_value
+    """Return the entry with the prompt's rows written to layer `index` of its stack.
+
+    Those of the layer's kind; groups beside it are left as they are.
+    """
+    k, v = kept["attention"]
     rows = k.shape[1]
     new = dict(entry)
     for name, value in (("k", k), ("v", v)):

@@ -131,10 +131,16 @@ def capture(model: nnx.Module) -> Capture:
     heads switched off or replaced. Raises ConfigError for what is no model of this
     package.
     """
-    if not isinstance(getattr(model, "config", None), ModelConfig):
+    config = getattr(model, "config", None)
+    if not isinstance(config, ModelConfig):
         raise ConfigError(
             f"capture takes a model, such as load_run(RUN).model; this is "
             f"{shown(type(model).__name__)}"
+        )
+    if config.additions:
+        raise ConfigError(
+            f"the model has {config.additions[0]}, whose parts aren't captured; "
+            "take a model without it"
         )
     return Capture(model)
 

@@ -17,9 +17,10 @@ from uoe_jax.model.baselines.moba import MobaAttention
 from uoe_jax.model.baselines.mod import DepthRouter, run_around
 from uoe_jax.model.baselines.moe import MoeMlp
 from uoe_jax.model.baselines.moh import MohAttention
-from uoe_jax.model.cache import Cache, Entry, KeyValue, write_prompt
+from uoe_jax.model.cache import Cache, Entry, Kept, write_prompt
 from uoe_jax.model.context import Context, make_context, takes_images, takes_tokens
 from uoe_jax.model.decoding.step import prepare
+from uoe_jax.model.head_groups import HeadGroup, LayerHeads, write_groups
 from uoe_jax.model.heads import Pooler, TokenHead
 from uoe_jax.model.layers import (
     PROJECTION,
@@ -77,28 +78,42 @@ class Block(nnx.Module):
         self.mlp = MLP[mlp](own, rngs=rngs)
         around = config.block_kinds[layer] == "mod"
         self.router = DepthRouter(config, rngs=rngs) if around else None
+        for name, group in own.beside.items():
+            setattr(self, name, HeadGroup(group, own.layer_heads, rngs=rngs))
+        self.groups = tuple(own.beside)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, key: jax.Array | None = None
-    ) -> tuple[Float[Array, "B T D"], dict[str, Stats], KeyValue]:
-        """Return the block's output, routing statistics by part, keys and values."""
+    ) -> tuple[Float[Array, "B T D"], dict[str, Stats], Kept]:
+        """Return the block's output, routing statistics by part, and what a cache
+        keeps of its heads."""
         if self.router is not None:
             return run_around(self, x, context, key, self.causal)
         return self.run(x, context, key)
 
     def run(
         self, x: Float[Array, "B T D"], context: Context, key: jax.Array | None = None
-    ) -> tuple[Float[Array, "B T D"], dict[str, Stats], KeyValue]:
+    ) -> tuple[Float[Array, "B T D"], dict[str, Stats], Kept]:
         """Return what the call does, with every token inside."""
         normed = self.before(self.attention_norm, x)
-        y, attention, key_value = run_part(self.attention, normed, context)
+        y, attention, kept = run_part(self.heads, normed, context)
         y = dropout(y, self.rate, fold_key(key, 0))
         x = self.add(self.attention_norm, x, y)
         y, mlp = run_part(self.mlp, self.before(self.mlp_norm, x), context)
         y = dropout(y, self.rate, fold_key(key, 1))
         x = self.add(self.mlp_norm, x, y)
         parts = {"attention": attention, "mlp": mlp}
-        return x, {name: part for name, part in parts.items() if part}, key_value
+        if not self.groups:
+            kept = {"attention": kept}
+        return x, {name: part for name, part in parts.items() if part}, kept
+
+    @property
+    def heads(self) -> Any:
+        """The attention of the layer, with the groups of heads beside it if any."""
+        if not self.groups:
+            return self.attention
+        groups = {name: getattr(self, name) for name in self.groups}
+        return LayerHeads(self.attention, groups)
 
     def before(self, norm: Norm, x: Array) -> Array:
         """Return what a part reads of the residual x."""
@@ -169,8 +184,9 @@ class Trunk(nnx.Module):
 
         def body(carry: Any, block: Block, stack: int, index: Any) -> tuple[Any, None]:
             x, layers = carry
-            x, stats, key_value = block(x, context)
-            entry = write_prompt(layers[stack], index, key_value, stats)
+            x, stats, kept = block(x, context)
+            entry = write_prompt(layers[stack], index, kept, stats)
+            entry = write_groups(entry, index, kept, context)
             return (x, _replace(layers, stack, entry)), None
 
         (x, layers), _ = self.scan(body, (x, layers))
@@ -290,6 +306,11 @@ def _cache_entry(
         name: jnp.zeros((depth, batch, *shape), own or dtype)
         for name, (shape, own) in attention.cache_shapes(layer, max_len).items()
     }
+    for name, group in layer.beside.items():
+        entry[name] = {
+            part: jnp.zeros((depth, batch, *shape), dtype)
+            for part, (shape, _) in HeadGroup.cache_shapes(group, max_len).items()
+        }
     for part in ("attention", "mlp"):
         router: Any = router_configs(config, part).get(stack)
         if router is not None:

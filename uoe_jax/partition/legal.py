@@ -121,6 +121,8 @@ def tensor_counts(model: ModelConfig) -> dict[str, int]:
                 counts["model.num_kv_heads"] = model.num_kv_heads
             else:
                 counts["the experts of union attention"] = router.num_experts
+        for name, group in model.beside.items():
+            counts[f"the key heads of {name}"] = group.num_kv_heads
         if MLPS[mlp].splits:
             experts, width = MLPS[mlp].sizes(model)
             if MLPS[mlp].router(model) is None:

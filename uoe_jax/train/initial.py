@@ -200,7 +200,7 @@ def _other_heads(
     if there.head_dim == here.head_dim or not (there.rotates and here.rotates):
         return {}
     told = f"keeps pairs of a head of {there.head_dim} there, of {here.head_dim} here"
-    rotated = tuple(f".attention.{name}" for name in ROTATED)
+    rotated = tuple(f"attention.{name}" for name in ROTATED)
     return {name: told for name in names if name.endswith(rotated)}
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.model.cache import KeyValue, Slot
+from uoe_jax.model.cache import Kept, Slot
 from uoe_jax.model.context import Context
 from uoe_jax.model.layers import truncated_normal
 from uoe_jax.model.routing.balance import Stats, token_means
@@ -117,7 +117,7 @@ def run_around(
     context: Context,
     key: jax.Array | None,
     causal: bool,
-) -> tuple[Float[Array, "B T D"], dict[str, Stats], KeyValue]:
+) -> tuple[Float[Array, "B T D"], dict[str, Stats], Kept]:
     """Run a block on the tokens that ask to enter; the others go around it.
 
     Tokens inside see only those inside. What the block adds to a token is multiplied
@@ -151,7 +151,7 @@ def run_around(
     )
     rows = gather_rows(x.reshape(-1, width), inside.packing)
     rows = rows.reshape(batch, room, width)
-    y, stats, key_value = block.run(rows, inner, key)
+    y, stats, kept = block.run(rows, inner, key)
     gates = jnp.where(inside.filled, take(gate_values(scores, "sigmoid")), 0)
     added = (y - rows) * gates[..., None].astype(x.dtype)
     x = x + combine_rows(added.reshape(-1, width), inside.packing).reshape(x.shape)
@@ -160,7 +160,7 @@ def run_around(
         before = jnp.arange(length)[None] < context.lengths[:, None]
         count = jnp.sum(inside.entered & before, axis=1, dtype=jnp.int32)
         own["state"] = {"count": count}
-    return x, {"depth": own, **stats}, key_value
+    return x, {"depth": own, **stats}, kept
 
 
 def decode_around(

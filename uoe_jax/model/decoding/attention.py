@@ -73,9 +73,14 @@ class TokenAttention:
         )
 
     def add_to(
-        self, x: Float[Array, "B D"], norm: Norm | None, slot: Slot
+        self,
+        x: Float[Array, "B D"],
+        norm: Norm | None,
+        slot: Slot,
+        to: Float[Array, "B D"] | None = None,
     ) -> tuple[Float[Array, "B D"], Slot]:
-        """Return x plus the attention of norm(x), and its slot."""
+        """Return `to` (default x) plus the attention of norm(x), and its slot."""
+        to = x if to is None else to
         inner, scale, picks, slot = enter(self.router, x, norm, slot)
         token = project(inner, self.inputs, scale, picks)
         # A log counts all tokens, a cache those that entered: the same but in a
@@ -89,7 +94,7 @@ class TokenAttention:
         if store.experts is not None:
             new["experts"] = store.experts
         slot = slot._replace(entry={**entry, **new})
-        return add(parts, self.outputs, x, picks), slot
+        return add(parts, self.outputs, to, picks), slot
 
 
 @jax.tree_util.register_dataclass
@@ -131,9 +136,14 @@ class NarrowTokenAttention:
         )
 
     def add_to(
-        self, x: Float[Array, "B D"], norm: Norm | None, slot: Slot
+        self,
+        x: Float[Array, "B D"],
+        norm: Norm | None,
+        slot: Slot,
+        to: Float[Array, "B D"] | None = None,
     ) -> tuple[Float[Array, "B D"], Slot]:
-        """Return x plus the attention of norm(x), and its slot."""
+        """Return `to` (default x) plus the attention of norm(x), and its slot."""
+        to = x if to is None else to
         inner, scale, _, slot = enter(None, x, norm, slot)
         token = project(inner, self.inputs, scale)[:, 0]
         keys_wide, values_wide, head_dim = self.widths
@@ -152,7 +162,7 @@ class NarrowTokenAttention:
         visible = written_rows(keys, slot.row, self.window)
         q = q.reshape(len(x), heads, -1, keys_wide)
         out = attend_cache(q, keys, values, visible)
-        return add(Parts(out.reshape(len(x), 1, 1, -1)), self.outputs, x), slot
+        return add(Parts(out.reshape(len(x), 1, 1, -1)), self.outputs, to), slot
 
 
 @jax.tree_util.register_dataclass
@@ -183,9 +193,14 @@ class SharedKvTokenAttention:
         )
 
     def add_to(
-        self, x: Float[Array, "B D"], norm: Norm | None, slot: Slot
+        self,
+        x: Float[Array, "B D"],
+        norm: Norm | None,
+        slot: Slot,
+        to: Float[Array, "B D"] | None = None,
     ) -> tuple[Float[Array, "B D"], Slot]:
-        """Return x plus the attention of norm(x), and its slot."""
+        """Return `to` (default x) plus the attention of norm(x), and its slot."""
+        to = x if to is None else to
         heads = self.heads
         batch, j, h = x.shape[0], heads.kv_heads, heads.width
         inner, picks, slot = self.router(x, norm, slot)
@@ -225,7 +240,7 @@ class SharedKvTokenAttention:
             row = jnp.arange(batch)[:, None]
             zeros = jnp.zeros((batch, picks.table.shape[1], out.shape[2]), out.dtype)
             out = zeros.at[row, picks.experts].set(out, unique_indices=True)
-        return add(Parts(out[:, None]), self.outputs, x, picks), slot
+        return add(Parts(out[:, None]), self.outputs, to, picks), slot
 
 
 def _heads(layer: AttentionWeights) -> Heads:

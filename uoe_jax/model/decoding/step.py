@@ -23,6 +23,7 @@ from uoe_jax.model.decoding.attention import (
 )
 from uoe_jax.model.decoding.mlp import TokenMlp
 from uoe_jax.model.decoding.routing import scale_of, serves
+from uoe_jax.model.head_groups import TokenHeads
 from uoe_jax.model.layers import Norm
 from uoe_jax.model.mlp import DenseMlp, UnionMlp
 from uoe_jax.ops.token_products.api import Projection, project, static
@@ -47,11 +48,15 @@ class OwnPart:
     part: Any
 
     def add_to(
-        self, x: Float[Array, "B D"], norm: Norm | None, slot: Slot
+        self,
+        x: Float[Array, "B D"],
+        norm: Norm | None,
+        slot: Slot,
+        to: Float[Array, "B D"] | None = None,
     ) -> tuple[Float[Array, "B D"], Slot]:
-        """Return x plus what the part makes of norm(x), and its slot."""
+        """Return `to` (default x) plus what the part makes of norm(x), and its slot."""
         y, slot = self.part.decode(x if norm is None else norm(x), slot)
-        return x + y, slot
+        return (x if to is None else to) + y, slot
 
 
 @jax.tree_util.register_dataclass
@@ -196,9 +201,12 @@ def prepare(model: Any, batch: int, looped: bool | None = None) -> TokenDecoder:
 
 def prepare_block(block: Any, dtype: Any, batch: int) -> TokenBlock:
     """Return one block as decoding of `batch` rows reads it."""
+    attention = _prepare_part(block.attention, dtype, batch)
+    if block.groups:
+        attention = TokenHeads(attention, dict(block.heads.groups))
     return TokenBlock(
         attention_norm=block.attention_norm,
-        attention=_prepare_part(block.attention, dtype, batch),
+        attention=attention,
         mlp_norm=block.mlp_norm,
         mlp=_prepare_part(block.mlp, dtype, batch),
         router=block.router,
