@@ -16,7 +16,7 @@ from uoe_jax.generate import (
     sample,
     stream,
 )
-from uoe_jax.generate.text import settled_bytes
+from uoe_jax.generate.pieces import settled_bytes
 from uoe_jax.model import make_model
 
 KEY = jax.random.key(0)

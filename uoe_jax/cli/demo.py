@@ -56,9 +56,9 @@ def _train_and_sample(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Train, sample and write the report; return the table's rows and the samples."""
     import uoe_jax.report.build  # noqa: F401  what the demo ends with, asked for first
+    from uoe_jax import api
     from uoe_jax import demo as parts
     from uoe_jax.cli import device
-    from uoe_jax.cli.generate import GenerateOptions, continue_text
     from uoe_jax.cli.runs import write
 
     device.prepare()
@@ -71,14 +71,11 @@ def _train_and_sample(
     print("Sampling, and drawing the report", flush=True)
     folders = [options.run_dir / config.name for config in configs]
     samples = {
-        folder.name: continue_text(
+        folder.name: api.generate(
             folder,
-            GenerateOptions(
-                run=str(folder),
-                prompt=parts.PROMPT,
-                max_new_tokens=parts.SAMPLE_TOKENS,
-                temperature=0.7,
-            ),
+            parts.PROMPT,
+            max_new_tokens=parts.SAMPLE_TOKENS,
+            temperature=0.7,
         )
         for folder in folders
     }

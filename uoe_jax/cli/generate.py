@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import codecs
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 
 from uoe_jax.cli.fields import part_of
 from uoe_jax.cli.parse import parse
-from uoe_jax.config import Share
+from uoe_jax.config import ModelConfig, Share
 from uoe_jax.errors import ConfigError, DataError, shown
 from uoe_jax.escape import escape
 from uoe_jax.fields import NotNegative, Seed
@@ -45,27 +45,36 @@ def generate(args: list[str]) -> int:
     options = parse(GenerateOptions, args, "generate")
     records = _read_request(options)
     folder = find_run(options.run)
+    if sys.stderr.isatty():
+        print(f"loading {escape(str(folder))} ...", file=sys.stderr, flush=True)
 
     from uoe_jax.cli.device import prepare
 
     prepare()
-    if options.prompts is not None:
-        texts = complete(folder, records, options)
-        for record, text in zip(records, texts, strict=True):
-            completion = {"completion": text.decode("utf-8", "replace")}
-            print(format_json({**record, **completion}))
+    if options.prompts is None:
+        show(stream(folder, records[0]["prompt"], options), raw=options.raw)
         return 0
-    if options.chat:
-        (text,) = complete(folder, records, options)
-    else:
-        text = continue_bytes(folder, options)
-    if options.raw:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(text + b"\n")
+    for record, text in complete(folder, records, options):
+        completion = {"completion": text.decode("utf-8", "replace")}
+        print(format_json({**record, **completion}), flush=True)
+    return 0
+
+
+def show(pieces: Iterator[bytes], *, raw: bool) -> None:
+    """Write a text as it comes: escaped, or as the bytes that the model makes."""
+    sys.stdout.flush()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for piece in pieces:
+        if raw:
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+        else:
+            print(escape(decoder.decode(piece)), end="", flush=True)
+    if raw:
+        sys.stdout.buffer.write(b"\n")
         sys.stdout.buffer.flush()
     else:
-        print(escape(text.decode("utf-8", "replace")))
-    return 0
+        print(escape(decoder.decode(b"", final=True)), flush=True)
 
 
 def _read_request(options: GenerateOptions) -> list[dict[str, Any]]:
@@ -119,43 +128,39 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
     return records
 
 
+def stream(folder: Path, prompt: str, options: GenerateOptions) -> Iterator[bytes]:
+    """Return pieces of a prompt and its continuation, or of the answer to it."""
+    from uoe_jax.compress.anytime import open_run
+    from uoe_jax.generate import stream_reply, stream_text
+
+    run, sampling = open_run(folder, cut=options.cut), part_of(options, Sampling)
+    count, seed = options.max_new_tokens, options.seed
+    if not options.chat:
+        return stream_text(run, prompt, count, sampling, seed=seed)
+    from uoe_jax.data.chat import find_template
+
+    messages = _messages({"prompt": prompt}, 1)
+    template = find_template(folder)
+    return stream_reply(run, template, messages, count, sampling, seed=seed)
+
+
 def complete(
     folder: Path, records: list[dict[str, Any]], options: GenerateOptions
-) -> list[bytes]:
-    """Return what a run makes of each prompt, without the prompt."""
+) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Return an iterator of records and what a run makes of each one's prompt.
+
+    In their order, each as soon as it is there. What can't be raises here.
+    """
     from uoe_jax.compress.anytime import open_run
     from uoe_jax.data.record import run_tokenizer
-    from uoe_jax.generate import (
-        continuation,
-        encode_prompt,
-        generate_all,
-        need_decoder,
-    )
+    from uoe_jax.generate import generate_each, need_decoder
 
     run = open_run(folder, cut=options.cut)
     model = need_decoder(run)
     tokenizer = run_tokenizer(folder, run.config)
-    eos, prompts, cut = None, [], lambda text: text
-    if options.chat:
-        from uoe_jax.data.chat import (
-            cut_turn,
-            encode_chat,
-            end_of_turn,
-            find_template,
-        )
-
-        template = find_template(folder)
-        eos = end_of_turn(tokenizer, template)
-        cut = functools.partial(cut_turn, tokenizer, template)
-        for number, record in enumerate(records, 1):
-            messages = _messages(record, number)
-            prompts.append(encode_chat(tokenizer, template, messages))
-    else:
-        for number, record in enumerate(records, 1):
-            if "prompt" not in record:
-                raise ConfigError(f"prompt {number} has messages; give --chat too")
-            prompts.append(encode_prompt(tokenizer, record["prompt"], run.config.model))
-    made = generate_all(
+    encoded = _encode_chats if options.chat else _encode_prompts
+    prompts, finish, eos = encoded(folder, tokenizer, records, run.config.model)
+    made = generate_each(
         model,
         prompts,
         options.max_new_tokens,
@@ -164,14 +169,55 @@ def complete(
         seed=options.seed,
         eos=eos,
     )
-    if options.chat:
-        return [cut(tokenizer.decode_bytes(ids)) for ids in made]
-    texts = []
-    for record, before, ids in zip(records, prompts, made, strict=True):
-        whole = continuation(tokenizer, record["prompt"], before, ids)
-        start = record["prompt"].encode("utf-8", "replace")
-        texts.append(whole[len(start) :] if whole.startswith(start) else whole)
-    return texts
+    return ((records[n], finish(n, ids)) for n, ids in in_order(made))
+
+
+def in_order(found: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Yield numbered things by their numbers from 0, each as soon as it is there."""
+    waiting: dict[int, Any] = {}
+    following = 0
+    for number, thing in found:
+        waiting[number] = thing
+        while following in waiting:
+            yield following, waiting.pop(following)
+            following += 1
+
+
+# The ids of prompts; the text that number n's new ids are; the id that ends a row.
+_Encoded = tuple[list[Any], Callable[[int, Any], bytes], int | None]
+
+
+def _encode_chats(
+    folder: Path, tokenizer: Any, records: list[dict[str, Any]], _: ModelConfig
+) -> _Encoded:
+    from uoe_jax.data.chat import cut_turn, encode_chat, end_of_turn, find_template
+
+    template = find_template(folder)
+    prompts = [
+        encode_chat(tokenizer, template, _messages(record, number))
+        for number, record in enumerate(records, 1)
+    ]
+    finish = lambda _, ids: cut_turn(tokenizer, template, tokenizer.decode_bytes(ids))
+    return prompts, finish, end_of_turn(tokenizer, template)
+
+
+def _encode_prompts(
+    _: Path, tokenizer: Any, records: list[dict[str, Any]], config: ModelConfig
+) -> _Encoded:
+    from uoe_jax.generate import continuation, encode_prompt
+
+    for number, record in enumerate(records, 1):
+        if "prompt" not in record:
+            raise ConfigError(f"prompt {number} has messages; give --chat too")
+    texts = [record["prompt"] for record in records]
+    prompts = [encode_prompt(tokenizer, text, config) for text in texts]
+
+    def finish(number: int, ids: Any) -> bytes:
+        whole = continuation(tokenizer, texts[number], prompts[number], ids)
+        start = texts[number].encode("utf-8", "replace")
+        return whole[len(start) :] if whole.startswith(start) else whole
+
+    return prompts, finish, None
 
 
 def _messages(record: Mapping[str, Any], number: int) -> Any:
@@ -184,22 +230,3 @@ def _messages(record: Mapping[str, Any], number: int) -> Any:
         return check_messages(record["messages"])
     except ConfigError as error:
         raise DataError(f"prompt {number}: {error}") from None
-
-
-def continue_text(folder: Path, options: GenerateOptions) -> str:
-    """Return the prompt followed by what a run makes of it."""
-    return continue_bytes(folder, options).decode("utf-8", "replace")
-
-
-def continue_bytes(folder: Path, options: GenerateOptions) -> bytes:
-    """Return the prompt followed by what a run makes of it, as the bytes it made."""
-    from uoe_jax.compress.anytime import open_run
-    from uoe_jax.generate import generate_text
-
-    return generate_text(
-        open_run(folder, cut=options.cut),
-        options.prompt or "",
-        options.max_new_tokens,
-        part_of(options, Sampling),
-        seed=options.seed,
-    )

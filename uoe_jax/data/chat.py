@@ -365,9 +365,14 @@ def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:
 
 def cut_turn(tokenizer: Tokenizer, template: ChatTemplate, reply: bytes) -> bytes:
     """Return a reply up to its end, where that is text and no token of its own."""
-    if not template.eos or template.eos in special_tokens(tokenizer):
-        return reply
-    return reply.partition(template.eos.encode())[0]
+    end = text_end(tokenizer, template)
+    return reply.partition(end)[0] if end else reply
+
+
+def text_end(tokenizer: Tokenizer, template: ChatTemplate) -> bytes:
+    """Return the text that ends a turn; empty where a token of its own does."""
+    has_token = template.eos in special_tokens(tokenizer)
+    return b"" if has_token or not template.eos else template.eos.encode()
 
 
 def _longest_first(names: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from uoe_jax.generate.drawing import keep_top_k, keep_top_p, sample
-    from uoe_jax.generate.many import generate_all
+    from uoe_jax.generate.many import generate_all, generate_each
     from uoe_jax.generate.sampling import Sampling
     from uoe_jax.generate.text import (
         continuation,
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         generate_text,
         generate_texts,
         need_decoder,
+        stream_reply,
         stream_text,
     )
     from uoe_jax.generate.tokens import generate, stream
@@ -23,6 +24,7 @@ __all__ = [
     "encode_prompt",
     "generate",
     "generate_all",
+    "generate_each",
     "generate_text",
     "generate_texts",
     "keep_top_k",
@@ -30,12 +32,13 @@ __all__ = [
     "need_decoder",
     "sample",
     "stream",
+    "stream_reply",
     "stream_text",
 ]
 
 _FILES = {
     "drawing": ("keep_top_k", "keep_top_p", "sample"),
-    "many": ("generate_all",),
+    "many": ("generate_all", "generate_each"),
     "sampling": ("Sampling",),
     "text": (
         "continuation",
@@ -43,6 +46,7 @@ _FILES = {
         "generate_text",
         "generate_texts",
         "need_decoder",
+        "stream_reply",
         "stream_text",
     ),
     "tokens": ("generate", "stream"),

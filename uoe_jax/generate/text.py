@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,8 +12,16 @@ from jaxtyping import Array, Int
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.data import Tokenizer
+from uoe_jax.data.chat import (
+    ChatTemplate,
+    Message,
+    encode_chat,
+    end_of_turn,
+    text_end,
+)
 from uoe_jax.data.record import run_tokenizer
 from uoe_jax.errors import ConfigError, shown
+from uoe_jax.generate.pieces import pieces
 from uoe_jax.generate.sampling import Sampling
 from uoe_jax.generate.tokens import generate, pad_prompts, stream
 from uoe_jax.given import one_of
@@ -64,7 +73,8 @@ def generate_texts(
     """
     sampling = one_of("sampling", Sampling, sampling, options)
     model, tokenizer, encoded = _encode(run, prompts)
-    padded, key = pad_prompts(encoded), jax.random.key(seed)
+    padded = pad_prompts(encoded, model.config.max_seq_len - max_new_tokens)
+    key = jax.random.key(seed)
     tokens = generate(model, *padded, max_new_tokens, sampling, key=key)
     return [
         continuation(tokenizer, prompt, ids, row)
@@ -90,9 +100,38 @@ def stream_text(
     """
     sampling = one_of("sampling", Sampling, sampling, options)
     model, tokenizer, (ids,) = _encode(run, [prompt])
-    padded, key = pad_prompts([ids]), jax.random.key(seed)
+    padded = pad_prompts([ids], model.config.max_seq_len - max_new_tokens)
+    key = jax.random.key(seed)
     steps = stream(model, *padded, max_new_tokens, sampling, key=key)
-    return _pieces(tokenizer, prompt, ids, steps)
+    return pieces(functools.partial(continuation, tokenizer, prompt, ids), steps)
+
+
+def stream_reply(
+    run: LoadedRun,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+) -> Iterator[bytes]:
+    """Return an iterator of the pieces of a run's answer to a conversation.
+
+    Together they are what `generate_all` and `cut_turn` give of it; the end of the turn
+    isn't among them, and nothing is made after it.
+
+    Raises ConfigError as `generate_text` does.
+    """
+    model, tokenizer = need_decoder(run), run_tokenizer(run.folder, run.config)
+    ids, eos = (
+        encode_chat(tokenizer, template, messages),
+        end_of_turn(tokenizer, template),
+    )
+    padded = pad_prompts([ids], model.config.max_seq_len - max_new_tokens)
+    key = jax.random.fold_in(jax.random.key(seed), 0)  # the first of many's
+    steps = stream(model, *padded, max_new_tokens, sampling, key=key, eos=eos)
+    end = text_end(tokenizer, template)
+    return pieces(tokenizer.decode_bytes, steps, eos=eos, end=end)
 
 
 def need_decoder(run: LoadedRun) -> Decoder:
@@ -102,33 +141,6 @@ def need_decoder(run: LoadedRun) -> Decoder:
             f"{run.folder} is a {run.config.model.kind} model; only a decoder generates"
         )
     return run.model
-
-
-def _pieces(
-    tokenizer: Tokenizer, prompt: str, ids: np.ndarray, steps: Iterator[np.ndarray]
-) -> Iterator[bytes]:
-    """Yield the prompt, then what each token adds to it."""
-    said, found = b"", []
-    for token in steps:
-        found.append(int(token[0]))
-        whole = continuation(tokenizer, prompt, ids, np.array(found))
-        settled = settled_bytes(whole)
-        if settled.startswith(said) and settled != said:
-            yield settled[len(said) :]
-            said = settled
-    whole = continuation(tokenizer, prompt, ids, np.array(found))
-    if whole.startswith(said) and whole != said:
-        yield whole[len(said) :]
-
-
-def settled_bytes(text: bytes) -> bytes:
-    """Return text without a character at its end that lacks bytes."""
-    for count in range(1, min(len(text), 4) + 1):
-        first = text[-count]
-        if first & 0xC0 != 0x80:  # begins a character, or is none
-            length = 1 + sum(low <= first < 0xF5 for low in (0xC0, 0xE0, 0xF0))
-            return text[:-count] if length > count else text
-    return text
 
 
 def _encode(

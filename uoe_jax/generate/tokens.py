@@ -201,15 +201,23 @@ def _steps(
             return
 
 
-def pad_prompts(
-    prompts: Sequence[Int[np.ndarray, " _"]], width: int | None = None
-) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
-    """Return ids as one array, filled up with 0 to a width, and their lengths.
+def bucket(length: int) -> int:
+    """Return the padded length of a prompt: a power of two from 16 on."""
+    return max(16, 1 << (length - 1).bit_length())
 
-    Without a width to that of the longest.
+
+def pad_prompts(
+    prompts: Sequence[Int[np.ndarray, " _"]], room: int
+) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """Return ids as one array, filled up with 0, and their lengths.
+
+    They are as wide as the bucket of the longest, so that other prompts find their
+    programs compiled, and no wider than the `room` unless a prompt is.
     """
     lengths = np.array([len(ids) for ids in prompts], np.int32)
-    tokens = np.zeros((len(prompts), width or lengths.max()), np.int32)
+    longest = int(lengths.max())
+    width = max(longest, min(bucket(longest), room))
+    tokens = np.zeros((len(prompts), width), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
         row[: len(ids)] = ids
     return jnp.asarray(tokens), jnp.asarray(lengths)

@@ -136,8 +136,8 @@ class Trunk(nnx.Module):
         period = layer_period(config)
         # Layers none of which is like another are not scanned: XLA would undo a loop
         # of one turn, and then the recomputation in it.
-        alike = config.widths == LayerWidths() or period < config.num_layers
-        self.remat, self.scan_layers = config.remat, config.scan_layers and alike
+        self.alike = config.widths == LayerWidths() or period < config.num_layers
+        self.remat, self.scan_layers = config.remat, config.scan_layers and self.alike
         self.blocks = nnx.List(
             [_stack(config, i, keys[i::period]) for i in range(period)]
         )
@@ -180,6 +180,8 @@ class Trunk(nnx.Module):
         """Return the last hidden state of whole prompts and the filled cache entries.
 
         Padding after a prompt is causally invisible to it, and decoding overwrites it.
+        Layers that are alike are scanned whatever the config says: one pass over a
+        prompt takes far less time than all of its layers to compile.
         """
 
         def body(carry: Any, block: Block, stack: int, index: Any) -> tuple[Any, None]:
@@ -189,7 +191,7 @@ class Trunk(nnx.Module):
             entry = write_groups(entry, index, kept, context)
             return (x, _replace(layers, stack, entry)), None
 
-        (x, layers), _ = self.scan(body, (x, layers))
+        (x, layers), _ = scan_blocks(body, (x, layers), self.blocks, self.alike)
         return self.finish(x), layers
 
     def scan(self, body: Body, carry: Any) -> tuple[Any, list[Any]]:

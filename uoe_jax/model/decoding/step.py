@@ -173,11 +173,11 @@ def prepare(model: Any, batch: int, looped: bool | None = None) -> TokenDecoder:
       model: a decoder.
       batch: rows that are decoded at once.
       looped: compile one period of layers and loop over them; None: on a CPU or TPU
-        where the config scans layers. On a GPU a loop costs more than it saves.
+        where layers are alike. On a GPU a loop costs more than it saves.
     """
     config = model.config
     if looped is None:
-        looped = config.scan_layers and jax.default_backend() not in ("gpu", "cuda")
+        looped = model.trunk.alike and jax.default_backend() not in ("gpu", "cuda")
     stacks = model.trunk.blocks
     dtype = jnp.dtype(config.compute_dtype)
     if looped:
