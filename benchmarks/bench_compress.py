@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,15 +18,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from bench_decode import median_seconds
 
-from uoe_jax.bench.record import header
+from uoe_jax.bench.record import arguments, header, write_record
+from uoe_jax.bench.timing import first_and_median
 from uoe_jax.compress.methods import prepare
 from uoe_jax.compress.observed import Observed, Smaller, block_params, take_apart
 from uoe_jax.compress.options import Compress
 from uoe_jax.compress.statistics import observe
 from uoe_jax.errors import ConfigError
-from uoe_jax.files import format_json, write_atomically
 from uoe_jax.generate import generate
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.model import flat_buffers, flat_params, with_params
@@ -97,8 +94,8 @@ def time_model(made: Smaller, batch: int, args: argparse.Namespace) -> dict[str,
     run = lambda count: jax.block_until_ready(
         generate(model, tokens, lengths, count, greedy=True)
     )
-    first, one = median_seconds(lambda: run(1), args.rounds)
-    second, whole = median_seconds(lambda: run(args.new), args.rounds)
+    first, one = first_and_median(lambda: run(1), args.rounds)
+    second, whole = first_and_median(lambda: run(args.new), args.rounds)
     step = (whole - one) / (args.new - 1)
     return {
         "batch": batch,
@@ -110,17 +107,14 @@ def time_model(made: Smaller, batch: int, args: argparse.Namespace) -> dict[str,
 
 def main() -> None:
     """Time the run's statistics and cuts, then each model; write as it goes."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="dense, with data")
-    parser.add_argument("--out", type=Path, required=True, help="JSON")
     parser.add_argument("--calibrate", type=int, default=16_384, help="tokens")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--minutes", type=float, default=1e9, help="start no model after"
-    )
+    parser.add_argument("--minutes", type=float, default=1e9, help="to start models in")
     args = parser.parse_args()
     began = time.perf_counter()
     run = load_run(args.run)
@@ -128,7 +122,7 @@ def main() -> None:
     dense = Smaller(observed.model, flat_params(run.model), flat_buffers(run.model))
     found: dict[str, Any] = {
         "run": run.config.name,
-        **header(shlex.join(["python", *sys.argv])),
+        **header(stated=args.commit),
         "prompt": args.prompt,
         "new": args.new,
         "seconds": took,
@@ -147,12 +141,12 @@ def main() -> None:
             row = {**about, **size, **time_model(made, batch, args)}
             found["rows"].append(row)
             print(f"[{time.perf_counter() - began:5.0f} s] {row}", flush=True)
-            write_atomically(args.out, format_json(found, indent=1) + "\n")
+            write_record(args.out, found)
 
     put({"method": "dense", "cut": 0.0}, dense)
     for about, made in models(observed, took):
         put(about, made)
-    write_atomically(args.out, format_json(found, indent=1) + "\n")
+    write_record(args.out, found)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import statistics
-import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from uoe_jax.bench.profile import kernel_times
-from uoe_jax.bench.record import add_options, header, write_record
+from uoe_jax.bench.record import arguments, header, write_record
+from uoe_jax.bench.timing import first_and_median
 from uoe_jax.config import ModelConfig
 from uoe_jax.generate import generate
 from uoe_jax.hardware.count import cache_bytes, count_active_params, count_params
@@ -62,19 +59,6 @@ def floor_ms(model: ModelConfig, batch: int, context: int, device: str) -> float
     return (weights + rows) / known[device].memory_bandwidth * 1e3
 
 
-def median_seconds(run: Callable[[], Any], rounds: int) -> tuple[float, float]:
-    """Seconds of the first call, and the median of those that follow."""
-    start = time.perf_counter()
-    run()
-    first = time.perf_counter() - start
-    found = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - start)
-    return first, statistics.median(found)
-
-
 def time_ours(model: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     shape = (batch, args.prompt)
     vocab = model.config.vocab_size
@@ -83,8 +67,8 @@ def time_ours(model: Any, batch: int, args: argparse.Namespace) -> dict[str, Any
     run = lambda count: jax.block_until_ready(
         generate(model, tokens, lengths, count, greedy=True)
     )
-    first, one = median_seconds(lambda: run(1), args.rounds)
-    second, whole = median_seconds(lambda: run(args.new), args.rounds)
+    first, one = first_and_median(lambda: run(1), args.rounds)
+    second, whole = first_and_median(lambda: run(args.new), args.rounds)
     row = summary(batch, one, whole, args) | {"compile_s": [first, second]}
     if args.profile:
         row["kernels"] = profile(model, tokens, lengths, args)
@@ -152,13 +136,13 @@ def time_peer(batch: int, args: argparse.Namespace) -> dict[str, Any]:
         )
         torch.cuda.synchronize()
 
-    first, whole = median_seconds(lambda: run(args.new), args.rounds)
-    _, one = median_seconds(lambda: run(1), args.rounds)
+    first, whole = first_and_median(lambda: run(args.new), args.rounds)
+    _, one = first_and_median(lambda: run(1), args.rounds)
     return summary(batch, one, whole, args) | {"compile_s": [first]}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--models", nargs="*", choices=[*models()], default=[*models()])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 32])
     parser.add_argument("--prompt", type=int, default=512)
@@ -169,12 +153,11 @@ def main():
     )
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--profile", action="store_true")
-    add_options(parser)
     args = parser.parse_args()
     # Or a peer finds no memory left.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     record: dict[str, Any] = {
-        **header(shlex.join(["python", *sys.argv]), args.commit),
+        **header(stated=args.commit),
         "prompt": args.prompt,
         "new": args.new,
         "rows": [],

@@ -6,31 +6,28 @@ routers, and sums the time of every device kernel from a profile of a few calls.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import jax
 from flax import nnx
 
 from uoe_jax.bench.profile import kernel_times
-from uoe_jax.bench.record import add_options, header, write_record
+from uoe_jax.bench.record import arguments, header, write_record
 from uoe_jax.bench.sizes import SIZES
 from uoe_jax.bench.timing import measure
 from uoe_jax.bench.union import _mlp, _smha
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--size", choices=SIZES)
     parser.add_argument("--rounds", type=int, default=5)
-    add_options(parser)
     args = parser.parse_args()
     nnx.set_graph_mode(False)
     nnx.set_graph_updates(False)
     size = args.size or ("small" if jax.default_backend() == "cpu" else "full")
     sizes = SIZES[size]
-    command = f"python benchmarks/bench_layers.py --size {size} --rounds {args.rounds}"
-    record: dict[str, Any] = {**header(command, args.commit), "layers": []}
+    record: dict[str, Any] = {**header(stated=args.commit), "size": size, "layers": []}
     programs = [p for case in sizes.mlp for p in _mlp(case, sizes.dtype)]
     programs += [p for case in sizes.smha for p in _smha(case, sizes.dtype)]
     for program in programs:

@@ -7,7 +7,6 @@ second run gives the same bits. Times are `uoe bench union`'s.
 
 from __future__ import annotations
 
-import argparse
 import functools
 
 import jax
@@ -15,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.ops import ops_oracle
-from uoe_jax.bench.record import add_options, header, write_record
+from uoe_jax.bench.record import arguments, header, write_record
+from uoe_jax.bench.timing import both_passes
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import gather_project, grouped_matmul, pack_choices, project_scatter
 from uoe_jax.ops.grouped_matmul.api import GROUPED_MATMUL
@@ -27,16 +27,14 @@ ROUTED = [(4, 256, 256, 512, 8, 4), (3, 71, 72, 40, 5, 2), (2, 64, 64, 128, 1, 1
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def value_and_grads(fun, *args):
-    """Return fun's value and gradients; the last argument is the cotangent."""
-    *args, grad = args
-    out, vjp = jax.vjp(fun, *args)
-    return out, *vjp(grad)
+def compiled(operation, **options):
+    """Return its value and gradients; the last argument is the cotangent."""
+    return jax.jit(both_passes(functools.partial(operation, **options)))
 
 
 def relative(got, want):
     """Return Frobenius errors over the norms of what is wanted."""
-    pairs = zip(got, want, strict=True)
+    pairs = zip(jax.tree.leaves(got), want, strict=True)
     return [
         float(np.linalg.norm(np.asarray(g, np.float64) - w) / np.linalg.norm(w))
         for g, w in pairs
@@ -51,11 +49,9 @@ def check_grouped(case, dtype, backend, rng):
     cuts[: groups > 3] = 0  # an empty group
     offsets = [0, *map(int, cuts)]
     x, w, grad = draw(rng, dtype, (rows, inner), (groups, inner, outer), (rows, outer))
-    product = functools.partial(
-        grouped_matmul, offsets=jnp.asarray(offsets), implementation=backend
-    )
-    run = jax.jit(functools.partial(value_and_grads, product))
-    got, again = run(x, w, grad), run(x, w, grad)
+    how = {"offsets": jnp.asarray(offsets), "implementation": backend}
+    run = compiled(grouped_matmul, **how)
+    got, again = (jax.tree.leaves(run(x, w, grad)) for _ in range(2))
     same = all(bool((a == b).all()) for a, b in zip(got, again, strict=True))
     want = ops_oracle.grouped(x, w, offsets, grad)
     return {"grouped_matmul": relative(got, want), "repeatable": same}
@@ -78,12 +74,7 @@ def check_routed(case, dtype, backend, rng):
 
     shapes = (tokens, inner), (experts, inner, outer), (rows, outer)
     x, w, grad = draw(rng, dtype, *shapes)
-    call = lambda op: jax.jit(
-        functools.partial(
-            value_and_grads,
-            functools.partial(op, packing=packing, implementation=backend),
-        )
-    )
+    call = functools.partial(compiled, packing=packing, implementation=backend)
     out, dx, dw = ops_oracle.grouped(wide(x)[ids], w, offsets, grad)
     gathered = relative(call(gather_project)(x, w, grad), (out, summed(dx), dw))
     r, token_grad = draw(rng, dtype, (rows, inner), (tokens, outer))
@@ -111,12 +102,11 @@ def check_backend(backend, rng):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, help="fresh every time without one")
-    add_options(parser)
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
-    record = {**header("python benchmarks/bench_ops.py", args.commit), "results": []}
+    record = {**header(stated=args.commit), "results": []}
     for backend in GROUPED_MATMUL:
         for row in check_backend(backend, rng):
             print(*row.values(), flush=True)

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import gzip
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ import jax
 from flax import nnx
 
 from uoe_jax.bench.profile import kernel_times
-from uoe_jax.bench.record import add_options, header, write_record
+from uoe_jax.bench.record import arguments, header, write_record
 from uoe_jax.bench.train import time_step
 from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.errors import ConfigError
-from uoe_jax.files import format_json
 from uoe_jax.presets import get_preset
 from uoe_jax.validation import validate
 
@@ -108,14 +106,13 @@ def fewer_experts(
     }
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse() -> argparse.Namespace:
+    parser = arguments(__doc__)
     parser.add_argument("runs", nargs="+", metavar="PRESET:BATCH[,OPTION=VALUE]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--profile", type=Path, help="folder of kernel times and HLO")
-    add_options(parser)
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def show(row: dict[str, Any]) -> str:
@@ -132,21 +129,17 @@ def show(row: dict[str, Any]) -> str:
 def profile(folder: Path, index: int, step: Any, once: Any) -> None:
     """Write a step's device time by kernel, and its program to look kernels up in."""
     times = kernel_times(once)
-    text = format_json({"total": sum(times.values()), "kernels": times}, indent=1)
-    (folder / f"kernels_{index}.json").write_text(text + "\n")
-    (folder / f"step_{index}.hlo.gz").write_bytes(
-        gzip.compress(step.as_text().encode())
-    )
+    found = {"total": sum(times.values()), "kernels": times}
+    write_record(folder / f"kernels_{index}.json", found)
+    text = gzip.compress(step.as_text().encode())
+    (folder / f"step_{index}.hlo.gz").write_bytes(text)
 
 
-def main(argv: list[str]) -> None:
-    args = parse(argv)
+def main() -> None:
+    args = parse()
     nnx.set_graph_mode(False)
     nnx.set_graph_updates(False)
-    record: dict[str, Any] = {
-        **header("python benchmarks/bench_train.py " + " ".join(argv), args.commit),
-        "results": [],
-    }
+    record: dict[str, Any] = {**header(stated=args.commit), "results": []}
     print(f"{record['device']}, jax {record['jax']}", flush=True)
     print(f"{'run':44s} {'ms':>8s} {'tokens/s':>9s} {'TFLOP/s':>8s} {'MFU':>6s} "
           f"{'temp GB':>8s} {'compile':>8s}", flush=True)  # fmt: skip
@@ -163,4 +156,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -6,6 +6,7 @@ neighbours), data preparation included. Peers that aren't installed are left out
 
 from __future__ import annotations
 
+import argparse
 import resource
 import time
 from collections.abc import Callable
@@ -28,8 +29,8 @@ from completion_ratings import bench_ratings
 from completion_ratings import movielens as read_movielens
 from completion_slopes import SIZES, bench_entries, bench_ranks
 
-from uoe_jax.bench.record import made_with
-from uoe_jax.files import format_json
+from uoe_jax.bench.record import header, write_record
+from uoe_jax.bench.timing import round_seconds
 from uoe_jax.linalg.completion import Solver, complete
 
 
@@ -59,33 +60,17 @@ def ours(
     def note(line: dict) -> None:
         lines.append((time.process_time() - begin, line["valid_rmse"]))
 
-    complete(
-        *train,
-        shape,
-        rank,
-        ridge=ridge,
-        holdout=test,
-        patience=100,
-        callback=note,
-        **options,
-    )
+    how = {"holdout": test, "patience": 100, "callback": note, **options}
+    complete(*train, shape, rank, ridge=ridge, **how)
     yield from lines
 
 
 def our_sweep(train: Triple, shape: tuple, rank: int, solver: Solver) -> float:
     """Return the seconds of one of our sweeps, compiled and started."""
     times: list[float] = []
-    complete(
-        *train,
-        shape,
-        rank,
-        solver=solver,
-        ridge=0.01,
-        tol=1e-9,
-        iters=6,
-        passes=1,
-        callback=lambda line: times.append(time.process_time()),
-    )
+    note = lambda line: times.append(time.process_time())
+    how: dict[str, Any] = {"solver": solver, "ridge": 0.01, "tol": 1e-9, "iters": 6}
+    complete(*train, shape, rank, passes=1, callback=note, **how)
     return float(np.median(np.diff(times)))
 
 
@@ -118,17 +103,22 @@ def run_solvers(
     return report
 
 
+def twice(mine: Callable[..., Trace]) -> dict[str, Callable[[], Trace]]:
+    """Return our two solvers, each with its compilation and again without."""
+    return {
+        f"uoe_jax {solver}{call}": partial(mine, solver=solver)
+        for solver in ("exact", "cg")
+        for call in (", first call", "")
+    }
+
+
 def bench_planted() -> dict:
     """1500 x 1200, rank 10, 15% seen, no noise: seconds to an error of 1e-3."""
     train, test, shape = planted(1500, 1200, 10, 0.15)
     base = dict(train=train, test=test, shape=shape, rank=10)
     report: dict[str, Any] = {"shape": shape, "entries": len(train[0]), "rank": 10}
     mine = partial(ours, **base, ridge=0.0, tol=1e-5, iters=30)
-    solvers = {
-        "uoe_jax exact, first call": partial(mine, solver="exact"),
-        "uoe_jax exact": partial(mine, solver="exact"),
-        "uoe_jax cg, first call": partial(mine, solver="cg"),
-        "uoe_jax cg": partial(mine, solver="cg"),
+    solvers = twice(mine) | {
         "numpy ALS": partial(numpy_als, **base, ridge=1e-3, power=0.0),
         "fancyimpute SoftImpute": partial(soft_impute, **base, ridge=0.5),
     }
@@ -141,21 +131,9 @@ def bench_movielens(path: Path) -> dict:
     train, test = data.part(~data.test), data.part(data.test)
     base = dict(train=train, test=test, shape=data.shape, rank=8)
     report: dict[str, Any] = {"shape": data.shape, "entries": len(train[0]), "rank": 8}
-    mine = partial(
-        ours,
-        **base,
-        ridge=1.3,
-        bias_ridge=0.5,
-        ridge_power=0.5,
-        biases=True,
-        tol=1e-3,
-        iters=30,
-    )
-    solvers = {
-        "uoe_jax exact, first call": partial(mine, solver="exact"),
-        "uoe_jax exact": partial(mine, solver="exact"),
-        "uoe_jax cg, first call": partial(mine, solver="cg"),
-        "uoe_jax cg": partial(mine, solver="cg"),
+    ridges = {"ridge": 1.3, "bias_ridge": 0.5, "ridge_power": 0.5, "biases": True}
+    mine = partial(ours, **base, **ridges, tol=1e-3, iters=30)
+    solvers = twice(mine) | {
         "numpy ALS": partial(numpy_als, **base, ridge=1.5, power=0.5),
         "scikit-surprise SVD": partial(surprise_svd, train, test, 8, 0.05),
         "fancyimpute SoftImpute": partial(soft_impute, **base, ridge=20.0),
@@ -189,31 +167,23 @@ def bench_sweep() -> dict:
 def cpu_seconds(run: Callable[[], Any]) -> float:
     """Return the least CPU seconds of three runs, compiled and warm."""
     jax.block_until_ready(run())
-    seconds = []
-    for _ in range(3):
-        start = time.process_time()
-        jax.block_until_ready(run())
-        seconds.append(time.process_time() - start)
-    return min(seconds)
+    return min(round_seconds(run, 3, clock=time.process_time))
 
 
-def run_cpu(
-    out: str, movielens: str | None, jester: str | None, only: list[str]
-) -> None:
-    """Run the comparisons and write `out`."""
-    report: dict[str, Any] = {"threads": 1, **made_with()}
+def run_cpu(args: argparse.Namespace) -> None:
+    """Run the comparisons; write after each."""
+    report: dict[str, Any] = {"threads": 1, **header(stated=args.commit)}
     sections: dict[str, Callable[[], dict]] = {
         "planted": bench_planted,
         "sweep": bench_sweep,
-        "ratings": partial(bench_ratings, movielens, jester),
+        "ratings": partial(bench_ratings, args.movielens, args.jester),
         "ranks": partial(bench_ranks, SIZES["cpu"], cpu_seconds),
         "entries": partial(bench_entries, SIZES["cpu"], cpu_seconds),
     }
-    if movielens is not None:
-        sections["movielens"] = partial(bench_movielens, Path(movielens))
+    if args.movielens is not None:
+        sections["movielens"] = partial(bench_movielens, args.movielens)
     for name, bench in sections.items():
-        if only and name not in only:
-            continue
-        print(name, flush=True)
-        report[name] = bench()
-        Path(out).write_text(format_json(report, indent=1))
+        if not args.only or name in args.only:
+            print(name, flush=True)
+            report[name] = bench()
+            write_record(args.out, report)

@@ -6,10 +6,11 @@ keeps what it has. A section starts only while the time budget lasts.
 
 from __future__ import annotations
 
+import argparse
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ import numpy as np
 from completion_slopes import SIZES as SLOPE_SIZES
 from completion_slopes import bench_entries, bench_ranks, penalties_of
 
-from uoe_jax.bench.record import made_with
-from uoe_jax.files import format_json
+from uoe_jax.bench.record import header, write_record
+from uoe_jax.bench.timing import round_seconds
 from uoe_jax.linalg.completion import Solver
 from uoe_jax.linalg.completion.als import run_sweep, start_state
 from uoe_jax.linalg.completion.entries import Entries
@@ -28,7 +29,7 @@ from uoe_jax.linalg.completion.method import Method, Penalties
 from uoe_jax.linalg.completion.problem import lay_out
 from uoe_jax.linalg.completion.spectral import Start
 
-HIGHEST = jax.lax.Precision.HIGHEST
+TARGET = 1e-4  # error of unseen entries over their size
 SIZES = {
     "full": {
         "sweep": (1_000_000, 100_000, 100_000_000, 64),
@@ -36,12 +37,10 @@ SIZES = {
             ("1e5 x 1e5, 1e8 entries, rank 64", 100_000, 100_000, 100_000_000, 64),
             ("1e6 x 1e5, 1e8 entries, rank 10", 1_000_000, 100_000, 100_000_000, 10),
         ],
-        "stage": (8192, 128, 64),
     },
     "small": {
         "sweep": (3000, 400, 60_000, 8),
         "planted": [("1000 x 800, 1e5 entries, rank 5", 1000, 800, 100_000, 5)],
-        "stage": (32, 16, 8),
     },
 }
 
@@ -49,12 +48,7 @@ SIZES = {
 def timed(run: Callable[[], Any], repeats: int = 3) -> float:
     """Return the median seconds of `run`, compiled and warm."""
     jax.block_until_ready(run())
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
+    return statistics.median(round_seconds(run, repeats))
 
 
 def peak_gib() -> float | None:
@@ -104,7 +98,7 @@ SWEEPS = {  # each with the megabytes of gathered rows that a step holds
 }
 
 
-def bench_sweep(size: dict, report: dict) -> None:
+def bench_sweep(size: dict, report: dict, save: Callable[[], None]) -> None:
     """Time one full sweep of the large problem with each way to solve it."""
     m, n, count, rank = size["sweep"]
     out = report.setdefault("sweep", {"shape": [m, n], "rank": rank})
@@ -138,7 +132,7 @@ def bench_sweep(size: dict, report: dict) -> None:
             print(f"  {name}: {out[name]}", flush=True)
         except Exception as error:
             print(f"  {name} FAILED: {str(error)[:300]}", flush=True)
-        save(report)
+        save()
 
 
 def time_sweep(
@@ -158,60 +152,7 @@ def time_sweep(
     return result | {"losses": losses, "steps": steps, "peak_gib": peak_gib()}
 
 
-def bench_stages(size: dict, report: dict) -> None:
-    """Time the parts of one bucket step, alone: where a sweep's time goes."""
-    chunk, width, rank = size["stage"]
-    out = report.setdefault("stages", {"chunk": chunk, "width": width, "rank": rank})
-    keys = jax.random.split(jax.random.key(0), 4)
-    table = jax.random.normal(keys[0], (1_000_000 if chunk > 100 else 1000, rank))
-    index = jax.random.randint(keys[1], (chunk, width), 0, table.shape[0])
-    a = table[index]
-    x, b = (
-        jax.random.normal(k, (chunk, s)) for k, s in ((keys[2], rank), (keys[3], width))
-    )
-    gram = jnp.einsum("csk,csl->ckl", a, a) + width * jnp.eye(rank)
-    lower = jnp.linalg.cholesky(gram)
-    stages = {
-        "gather": (lambda i: table.at[i].get(mode="fill", fill_value=0), (index,)),
-        "times_reduce": (lambda a, x: jnp.sum(a * x[:, None], 2), (a, x)),
-        "times_dot": (
-            lambda a, x: jnp.einsum("csk,ck->cs", a, x, precision=HIGHEST),
-            (a, x),
-        ),
-        "transpose_reduce": (lambda a, b: jnp.sum(a * b[:, :, None], 1), (a, b)),
-        "transpose_dot": (
-            lambda a, b: jnp.einsum("csk,cs->ck", a, b, precision=HIGHEST),
-            (a, b),
-        ),
-        "gram_fp32": (
-            lambda a: jnp.einsum("csk,csl->ckl", a, a, precision=HIGHEST),
-            (a,),
-        ),
-        "gram_tf32": (lambda a: jnp.einsum("csk,csl->ckl", a, a), (a,)),
-        "gram_bf16x3": (
-            lambda a: jnp.einsum("csk,csl->ckl", a, a, precision="BF16_BF16_F32_X3"),
-            (a,),
-        ),
-        "cholesky": (jnp.linalg.cholesky, (gram,)),
-        "cho_solve": (
-            lambda l, x: jax.scipy.linalg.cho_solve((l, True), x[..., None]),
-            (lower, x),
-        ),
-        "gram_matvec_reduce": (lambda g, x: jnp.sum(g * x[:, None], 2), (gram, x)),
-        "gram_matvec_dot": (
-            lambda g, x: jnp.einsum("ckl,cl->ck", g, x, precision=HIGHEST),
-            (gram, x),
-        ),
-    }
-    for name, (run, args) in stages.items():
-        try:
-            out[name + "_us"] = timed(partial(jax.jit(run), *args), 5) * 1e6
-        except Exception as error:
-            out[name + "_error"] = str(error).splitlines()[0][:200]
-    print("stages:", {k: round(v, 1) for k, v in out.items() if k.endswith("_us")})
-
-
-def bench_planted(size: dict, report: dict) -> None:
+def bench_planted(size: dict, report: dict, save: Callable[[], None]) -> None:
     """Time until unseen entries of a planted matrix are right to 1e-4."""
     out = report.setdefault("planted", {})
     for name, m, n, count, rank in size["planted"]:
@@ -227,19 +168,13 @@ def bench_planted(size: dict, report: dict) -> None:
                 entries, solver, rank, (rows, cols), truth, scale
             )
             print(f"planted {name}, {kind}: {result}", flush=True)
-            save(report)
+            save()
 
 
 def reach(
-    entries: Entries,
-    solver: Solver,
-    rank: int,
-    where: tuple,
-    truth: Any,
-    scale: float,
-    target: float = 1e-4,
+    entries: Entries, solver: Solver, rank: int, where: tuple, truth: Any, scale: float
 ) -> dict:
-    """Return seconds until the error is `target`, first call cold, then compiled."""
+    """Return seconds until the error is TARGET, first call cold, then compiled."""
     zeros = tuple(jnp.zeros(size, jnp.float32) for size in entries.shape)
     result: dict[str, Any] = {}
     args = (entries.rows, entries.cols, entries.values)
@@ -257,50 +192,42 @@ def reach(
             error = float(jnp.sqrt(jnp.mean((model - truth) ** 2))) / scale
             errors.append(error)
             seconds.append(time.perf_counter() - begin)
-            if error <= target or not np.isfinite(error):
+            if error <= TARGET or not np.isfinite(error):
                 break
-        result[label + "_s"] = seconds[-1] if errors[-1] <= target else None
+        result[label + "_s"] = seconds[-1] if errors[-1] <= TARGET else None
         result["sweeps"], result["error"] = len(errors), errors[-1]
         result["errors"], result["seconds"] = errors, seconds
     return result
 
 
-def bench_slopes(name: str, bench: Callable, kind: str, _: dict, report: dict) -> None:
-    """Run a section of `completion_slopes` with its own sizes."""
-    report[name] = bench(SLOPE_SIZES[kind], timed)
-
-
-def save(report: dict) -> None:
-    """Write the report where it says."""
-    Path(report["out"]).write_text(format_json(report, indent=1))
-
-
-def run_suite(out: str, small: bool, budget: float, only: list[str]) -> None:
-    """Run the sections that fit into `budget` seconds and write `out`."""
+def run_suite(args: argparse.Namespace) -> None:
+    """Run the sections that fit into the budget; write after each of their parts."""
     began = time.perf_counter()
-    kind = "small" if small else "full"
+    kind = "small" if args.small else "full"
     size = SIZES[kind]
-    report: dict[str, Any] = {"out": out, **made_with()}
+    report: dict[str, Any] = header(stated=args.commit)
+    save = lambda: write_record(args.out, report)
     sections = {
-        "sweep": bench_sweep,
-        "stages": bench_stages,
-        "planted": bench_planted,
-        "ranks": partial(bench_slopes, "ranks", bench_ranks, kind),
-        "entries": partial(bench_slopes, "entries", bench_entries, kind),
+        "sweep": lambda: bench_sweep(size, report, save),
+        "planted": lambda: bench_planted(size, report, save),
+        "ranks": lambda: report.update(ranks=bench_ranks(SLOPE_SIZES[kind], timed)),
+        "entries": lambda: report.update(
+            entries=bench_entries(SLOPE_SIZES[kind], timed)
+        ),
     }
     for name, section in sections.items():
         spent = time.perf_counter() - began
-        if only and name not in only:
+        if args.only and name not in args.only:
             continue
-        if spent > budget:
-            print(f"{name}: left out, {spent:.0f} s spent of {budget:.0f}")
+        if spent > args.budget:
+            print(f"{name}: left out, {spent:.0f} s spent of {args.budget:.0f}")
             continue
         try:
-            section(size, report)
+            section()
         except Exception as error:
             report[name + "_error"] = f"{type(error).__name__}: {error}"[:2000]
             print(f"{name} FAILED: {error}"[:1500], flush=True)
         report[name + "_section_s"] = time.perf_counter() - began - spent
         report["peak_gib"] = peak_gib()
-        save(report)
+        save()
         print(f"[{time.perf_counter() - began:.0f} s] {name} done", flush=True)

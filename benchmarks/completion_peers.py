@@ -36,10 +36,8 @@ def numpy_als(
         sides.append((other[order], values[order] - mean, bounds))
     checking = 0.0
     for _ in range(60):
-        for (index, target, bounds), fixed, solved in (
-            (sides[0], u, v),
-            (sides[1], v, u),
-        ):
+        for side, fixed, solved in ((sides[0], u, v), (sides[1], v, u)):
+            index, target, bounds = side
             for j in range(len(solved)):
                 part = slice(bounds[j], bounds[j + 1])
                 a, b = fixed[index[part]], target[part]
@@ -66,13 +64,9 @@ def soft_impute(
     dense[train[0], train[1]] = train[2]
     for iters in (25, 50, 100, 200):
         begin = time.process_time()
-        filled = soft.SoftImpute(
-            max_iters=iters,
-            max_rank=rank,
-            verbose=False,
-            convergence_threshold=1e-7,
-            shrinkage_value=ridge,
-        ).fit_transform(dense)
+        sizes = {"max_iters": iters, "max_rank": rank, "shrinkage_value": ridge}
+        model = soft.SoftImpute(verbose=False, convergence_threshold=1e-7, **sizes)
+        filled = model.fit_transform(dense)
         spent = time.process_time() - begin
         yield spent, rmse(filled[test[0], test[1]], test)
 
@@ -114,12 +108,9 @@ def implicit_sweep(train: Triple, shape: tuple, rank: int) -> float:
     matrix = scipy.sparse.csr_matrix((np.abs(values), (rows, cols)), shape)
     seconds = []
     for iterations in (1, 6):
+        sizes = {"factors": rank, "iterations": iterations, "num_threads": 1}
         model = implicit.als.AlternatingLeastSquares(
-            factors=rank,
-            iterations=iterations,
-            num_threads=1,
-            random_state=0,
-            calculate_training_loss=False,
+            **sizes, random_state=0, calculate_training_loss=False
         )
         begin = time.process_time()
         model.fit(matrix, show_progress=False)

@@ -1,8 +1,5 @@
 """Accuracy on real ratings: MovieLens 100K's official fold 1, and Jester.
 
-python benchmarks/bench_completion.py --movielens ml100k.npz --jester jester.npz \
-    --only ratings --out ratings.json
-
 Hyperparameters are chosen on a tenth of the training entries; the test entries are
 looked at once, by the model that was refitted to all training entries.
 """
@@ -67,16 +64,9 @@ def choose(data: Ratings, points: list[dict], iters: int) -> tuple[dict, list]:
     held, fit = train[: len(train) // 10], np.sort(train[len(train) // 10 :])
     tried = []
     for options in points:
-        factors = complete(
-            *data.part(fit),
-            data.shape,
-            holdout=data.part(held),
-            iters=iters,
-            tol=1e-5,
-            patience=5,
-            biases=True,
-            **options,
-        )
+        how = {"iters": iters, "tol": 1e-5, "patience": 5, "biases": True, **options}
+        held_out = data.part(held)
+        factors = complete(*data.part(fit), data.shape, holdout=held_out, **how)
         sweeps = {"iters": int(factors.info["best_sweep"]) + 1}
         tried.append((options | sweeps, errors(factors, data, held)))
         print("  ", *tried[-1], flush=True)
@@ -115,7 +105,7 @@ def evaluate(data: Ratings, points: list[dict], iters: int) -> dict[str, Any]:
     return result
 
 
-def bench_ratings(movielens_path: str | None, jester_path: str | None) -> dict:
+def bench_ratings(movielens_path: Path | None, jester_path: Path | None) -> dict:
     """Return the accuracy on each data set that was given."""
     report = {}
     if movielens_path is not None:
@@ -124,10 +114,10 @@ def bench_ratings(movielens_path: str | None, jester_path: str | None) -> dict:
             ridge_power=[0.5], ridge=[1.0, 1.3, 1.5], bias_ridge=[0.2, 0.5], **rank
         ) + grid(ridge_power=[0.0], ridge=[10.0, 14.0], bias_ridge=[2.0, 4.0], **rank)
         points.sort(key=lambda point: point["rank"])  # one compilation for each rank
-        report["movielens_u1"] = evaluate(movielens(Path(movielens_path)), points, 40)
+        report["movielens_u1"] = evaluate(movielens(movielens_path), points, 40)
     if jester_path is not None:
         points = grid(
             rank=[10], ridge_power=[0.5], ridge=[8.0, 16.0, 30.0], bias_ridge=[3.0]
         )
-        report["jester"] = evaluate(jester(Path(jester_path)), points, 30)
+        report["jester"] = evaluate(jester(jester_path), points, 30)
     return report

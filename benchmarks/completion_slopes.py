@@ -7,7 +7,7 @@ a solver that is fast by being wrong would show.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from uoe_jax.files import write_atomically
 from uoe_jax.linalg.completion import Solver
 from uoe_jax.linalg.completion.als import Factor, run_sweep, update_factor
 from uoe_jax.linalg.completion.entries import Entries
 from uoe_jax.linalg.completion.flops import count_sweep
 from uoe_jax.linalg.completion.method import Method, Penalties
 from uoe_jax.linalg.completion.problem import State, lay_out
+from uoe_jax.report.style import LIGHT, Theme, render
 
 SIZES = {
     "full": {
@@ -150,40 +151,49 @@ def with_slopes(out: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def plot_slopes(reports: dict[str, dict], path: Path) -> None:
+def plot_slopes(reports: Sequence[dict[str, Any]], path: Path) -> None:
     """Write a PNG: for each device time by entries, by rank; counted FLOPs; losses."""
-    figure = Figure(figsize=(13, 3.1 * len(reports)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(reports), 4, squeeze=False)
+    devices: dict[str, dict] = {}
+    for report in reports:
+        devices.setdefault(report.get("device", "one CPU thread"), {}).update(report)
     panels = (
         ("entries", 1, "seconds of a sweep"),
         ("ranks", 1, "seconds of a half-step"),
         ("ranks", 3, "FLOPs counted"),
         ("ranks", 2, "loss after the half-step"),
     )
-    for axes, (device, report) in zip(grid, reports.items(), strict=True):
-        for axis, (section, column, label) in zip(axes, panels, strict=True):
-            axis.set_xscale("log")
-            if column != 2:
-                axis.set_yscale("log")
-            plot_panel(axis, report.get(section, {}), column)
-            axis.set_xlabel("entries" if section == "entries" else "rank")
-            axis.set_ylabel(label)
-            axis.set_title(device, fontsize=9)
-    figure.savefig(path, dpi=130)
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(13, 3.1 * len(devices)), layout="constrained")
+        grid = figure.subplots(len(devices), 4, squeeze=False)
+        for axes, (device, report) in zip(grid, devices.items(), strict=True):
+            for axis, (section, column, label) in zip(axes, panels, strict=True):
+                axis.set_xscale("log")
+                if column != 2:
+                    axis.set_yscale("log")
+                    axis.yaxis.set_major_formatter(lambda y, _: f"{y:.0e}")
+                axis.tick_params(labelsize=8)
+                plot_panel(axis, report.get(section, {}), column, theme)
+                axis.set_xlabel("entries" if section == "entries" else "rank")
+                axis.set_ylabel(label)
+                axis.set_title(device, fontsize=9)
+        return figure
+
+    write_atomically(path, render(draw, (LIGHT,), dpi=130)["light"])
 
 
-def plot_panel(axis: Any, part: dict[str, Any], column: int) -> None:
+def plot_panel(axis: Any, part: dict[str, Any], column: int, theme: Theme) -> None:
     """Draw one column of a section for every solver that ran; legend with slopes."""
     kind = {1: "_slope", 3: "_flops_slope"}.get(column)
-    for name, mark in (("gram", "C0^--"), ("exact", "C1s-"), ("cg", "C2o:")):
+    looks = {"gram": "^--", "exact": "s-", "cg": "o:"}
+    for (name, mark), color in zip(looks.items(), theme.colors, strict=False):
         if name in part:
             points = np.array(part[name], float)
             note = f", slope {part[name + kind]:.2f}" if kind else ""
-            axis.plot(points[:, 0], points[:, column], mark, label=name + note)
-            labels = [f"{x:.0f}" if x < 1e4 else f"{x:.0e}" for x in points[:, 0]]
-            axis.set_xticks(points[:, 0], labels=labels)
+            x, y = points[:, 0], points[:, column]
+            axis.plot(x, y, mark, color=color, label=name + note)
+            labels = [f"{n:.0f}" if n < 1e4 else f"{n:.0e}" for n in x]
+            axis.set_xticks(x, labels=labels)
             axis.minorticks_off()
-    axis.grid(True, which="both", alpha=0.2)
     if part:
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(fontsize=8)

@@ -11,7 +11,7 @@ import jax
 from uoe_jax.bench.attention import bench_attention
 from uoe_jax.bench.gemm_command import GemmRequest, run_gemm
 from uoe_jax.bench.plot import plot_sweep
-from uoe_jax.bench.record import made_with
+from uoe_jax.bench.record import made_with, write_record
 from uoe_jax.bench.request import BenchRequest
 from uoe_jax.bench.sizes import SIZES, Sizes
 from uoe_jax.bench.timing import Row
@@ -20,7 +20,6 @@ from uoe_jax.bench.tune import tune
 from uoe_jax.bench.union import bench_sweep, bench_union
 from uoe_jax.errors import ConfigError
 from uoe_jax.fields import check_ranges
-from uoe_jax.files import format_json
 from uoe_jax.report.table import format_table
 
 BENCHMARKS: dict[str, Callable[[Sizes, int], Iterator[Row]]] = {
@@ -128,4 +127,4 @@ def write(
         "rounds": request.rounds,
         "rows": [row.as_dict() for row in rows],
     }
-    path.write_text(format_json(record, indent=1) + "\n")
+    write_record(path, record)

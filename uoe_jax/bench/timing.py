@@ -47,21 +47,45 @@ def both_passes(fun: Callable) -> Callable:
     return run
 
 
-def median_seconds(run: Callable[[], Any], wait: Callable, rounds: int) -> float:
-    """Return the median seconds of a call; `wait(result)` returns when it is done."""
-    wait(run())
-    start = time.perf_counter()
-    wait(run())
-    once = time.perf_counter() - start
-    calls = max(1, min(100, int(ROUND_SECONDS / max(once, 1e-6))))
+def round_seconds(
+    run: Callable[[], Any],
+    rounds: int,
+    calls: int = 1,
+    wait: Callable = jax.block_until_ready,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Return a call's seconds in each round of `calls`, started back to back.
+
+    `wait(result)` returns when a result is there; `run` has to be warm.
+    """
     seconds = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = clock()
         for _ in range(calls - 1):
             run()
         wait(run())
-        seconds.append((time.perf_counter() - start) / calls)
-    return statistics.median(seconds)
+        seconds.append((clock() - start) / calls)
+    return seconds
+
+
+def median_seconds(run: Callable[[], Any], wait: Callable, rounds: int) -> float:
+    """Return the median seconds of a call; `wait(result)` returns when it is done."""
+    wait(run())
+    (once,) = round_seconds(run, 1, wait=wait)
+    calls = max(1, min(100, int(ROUND_SECONDS / max(once, 1e-6))))
+    return statistics.median(round_seconds(run, rounds, calls, wait))
+
+
+def first_and_median(run: Callable[[], Any], rounds: int) -> tuple[float, float]:
+    """Return the seconds of the first call, and the median of those that follow."""
+    (first,) = round_seconds(run, 1)
+    return first, statistics.median(round_seconds(run, rounds))
+
+
+def summarise(seconds: Sequence[float]) -> dict[str, float]:
+    """Return the median of rounds in milliseconds, and their range over it."""
+    middle = statistics.median(seconds)
+    return {"ms": middle * 1e3, "spread": (max(seconds) - min(seconds)) / middle}
 
 
 @dataclass(frozen=True, kw_only=True)

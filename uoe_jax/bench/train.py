@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from uoe_jax.bench.sizes import Sizes
-from uoe_jax.bench.timing import Row
+from uoe_jax.bench.timing import Row, round_seconds
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.hardware.devices import peak_flops
@@ -80,23 +80,16 @@ def time_step(
     program: Any = make_step(config, graphdef, optimizer, mesh)
     step = program.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - start
-    for _ in range(2):
+    metrics: Any = None
+
+    def once() -> Any:
+        nonlocal state, metrics
         state, metrics = step(state, batch)
-    jax.block_until_ready(metrics["loss"])
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(steps):
-            state, metrics = step(state, batch)
-        jax.block_until_ready(metrics["loss"])
-        times.append((time.perf_counter() - start) / steps)
+        return metrics["loss"]
+
+    round_seconds(once, 1, calls=2)
+    times = round_seconds(once, rounds, steps)
     if inspect is not None:
-
-        def once() -> Any:
-            nonlocal state
-            state, metrics = step(state, batch)
-            return metrics["loss"]
-
         inspect(step, once)
     seconds = statistics.median(times)
     tokens = config.data.batch_size * config.seq_len

@@ -50,7 +50,7 @@ def test_default_tiles_are_the_compiled_ones_which_fit_and_spill_nothing(
 def test_kernels_compile_for_ada(tmp_path):
     """Without triton's interpreter, which other tests of this process use."""
     out = tmp_path / "record.json"
-    command = [sys.executable, BENCHMARKS / "triton_attention_compile.py"]
+    command = [sys.executable, BENCHMARKS / "triton_attention.py", "compile"]
     command += ["--only", "full H32, documents", "--capability", "89", "--out", out]
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
