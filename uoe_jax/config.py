@@ -265,7 +265,9 @@ class ModelConfig(Checked):
     image_channels: Count = 1  # vision: numbers of a pixel
     image_patch: Pixels = 2  # vision: pixels a side of one token
     # Activations computed again in the backward pass: none, all, or all but products.
-    remat: Literal["none", "full", "dots"] = "none"
+    # auto: none where that fits into a device's memory, which also settles scan_layers
+    # and train.accumulate as a run begins; else all.
+    remat: Literal["none", "full", "dots", "auto"] = "none"
     scan_layers: bool = True  # compile one layer of each kind, not all
     param_dtype: DType = "float32"  # of weights
     compute_dtype: DType = "float32"  # of activations and products
@@ -274,6 +276,11 @@ class ModelConfig(Checked):
     def causal(self) -> bool:
         """Whether a token sees only its predecessors."""
         return self.kind == "decoder"
+
+    @property
+    def recompute(self) -> Literal["none", "full", "dots"]:
+        """What is computed again; all where auto isn't settled."""
+        return "full" if self.remat == "auto" else self.remat
 
     @property
     def rotates(self) -> bool:

@@ -101,7 +101,7 @@ def _one_billion() -> ExperimentConfig:
             tie_embeddings=False,
             rope_theta=500_000.0,
             union=UnionConfig(num_experts=16, top_k=8),
-            remat="full",
+            remat="auto",
             compute_dtype="bfloat16",
         ),
         data=DataConfig(tokenizer="bpe", bpe_vocab_size=32_768, batch_size=16),

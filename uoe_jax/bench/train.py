@@ -20,6 +20,7 @@ from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh
 from uoe_jax.presets import get_preset
 from uoe_jax.runs.state import init_state
+from uoe_jax.train.memory import settle_memory
 from uoe_jax.train.step import make_step, put_batch
 
 _STEPS = 4  # back to back in a round
@@ -73,6 +74,7 @@ def time_step(
     the data sheet's dense rate; a union's are those of its chosen experts.
     """
     mesh = make_mesh(config.mesh, batch_size=config.data.batch_size)
+    config, _ = settle_memory(config, mesh)
     optimizer = make_optimizer(config.optim, config.train.steps)
     graphdef, state = init_state(config, optimizer, mesh)
     batch = put_batch(random_batch(config), mesh, config.train.accumulate)
@@ -101,7 +103,7 @@ def time_step(
         "batch": config.data.batch_size,
         "seq_len": config.seq_len,
         "accumulate": config.train.accumulate,
-        "remat": config.model.remat,
+        "remat": config.model.recompute,
         "scan_layers": config.model.scan_layers,
         "milliseconds": seconds * 1e3,
         "spread": (max(times) - min(times)) / seconds,

@@ -15,7 +15,7 @@ from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.escape import escape_line
 from uoe_jax.plan.layouts import read_layout
 from uoe_jax.runs.find import RUNS, find_run, with_teacher_found
-from uoe_jax.runs.folder import check_settings
+from uoe_jax.runs.folder import as_recorded, check_settings
 from uoe_jax.validation import validate
 
 
@@ -71,6 +71,7 @@ def train(args: list[str]) -> int:
     if options.init_partial and options.init_from is None:
         raise ConfigError("--init-partial says how to load: give --init-from RUN too")
     source = options.init_from and find_run(str(options.init_from))
+    config = as_recorded(run_dir, config)
     check_settings(run_dir, config)
 
     if not options.quiet:

@@ -303,7 +303,7 @@ def activation_bytes(model: ModelConfig, batch: int, seq_len: int | None = None)
     tokens = batch * num_tokens(model, seq_len)
     total = 0.0
     for own, attention, mlp, inside in model_layers(model):
-        if model.remat == "full":
+        if model.recompute == "full":
             total += d
             continue
         part = _attention(own, attention)

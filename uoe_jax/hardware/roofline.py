@@ -272,7 +272,7 @@ def _activations(config: ExperimentConfig, sizes: Mapping[str, int]) -> float:
         _layer_width(layer.own, (layer.attention, layer.mlp), tensor)
         for layer in model_layers(model)
     ]
-    if model.remat == "full":
+    if model.recompute == "full":
         kept, working = model.num_layers * held, max(widths)
     else:
         kept, working = sum(widths) + 4 * held * model.num_layers, 0.0

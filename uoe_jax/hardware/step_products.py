@@ -120,7 +120,7 @@ def step_products(
         return None
     steps = config.train.accumulate
     tokens = max(1, round(tokens_per_device(config, sizes) / steps))
-    again = 2.0 if model.remat == "full" else 1.0
+    again = 2.0 if model.recompute == "full" else 1.0
     found: list[Counted] = []
     for (own, attention, mlp), layers in kinds.items():
         count = float(layers * steps)
@@ -244,7 +244,7 @@ def moved_bytes(config: ExperimentConfig, sizes: Mapping[str, int]) -> float:
     size = DTYPE_BYTES[model.compute_dtype]
     tensor = sizes["tensor"]
     for (own, attention, mlp), layers in layer_groups(model).items():
-        again = 1 if model.remat == "full" else 0  # the forward pass once more
+        again = 1 if model.recompute == "full" else 0  # the forward pass once more
         numbers = (24 + 8 * again) * model.d_model
         union, heads = model.union_for("attention"), model.num_heads
         kept = union.top_k / union.num_experts if attention == "union" else 1.0

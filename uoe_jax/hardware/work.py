@@ -98,7 +98,7 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
     """
     model, tokens = config.model, tokens_per_device(config, sizes)
     length = num_tokens(model, config.seq_len)
-    again, passes = _PASSES[model.remat]
+    again, passes = _PASSES[model.recompute]
     # A layer's last product gives its output, which its backward pass doesn't need.
     last = 1 / (3 if model.gated else 2) if again > 3 else 0.0
     split = tokens / sizes["tensor"]
@@ -167,7 +167,7 @@ def _elementwise(group: LayerKind, sizes: Mapping[str, int]) -> float:
         total += 4 * model.d_model * model.union.top_k / tensor
     if router := MLPS[mlp].router(model):
         total += 4 * model.d_model * router.top_k / tensor
-    if model.scan_layers and model.remat != "full":
+    if model.scan_layers and model.recompute != "full":
         # A scan copies what the backward pass needs into a stack of all layers.
         total += (2 * model.d_model + heads + beside + wide * matrices) / tensor
     return total
@@ -261,7 +261,7 @@ def _tensor(
     tokens = tokens_per_device(config, sizes) / config.train.accumulate
     whole = tokens * model.d_model * size
     scattered = layout.scatters
-    again = 1 if model.remat == "full" else 0
+    again = 1 if model.recompute == "full" else 0
     parts = 2
     routed = MLPS[group.mlp].router(model)
     if layout.dispatches and routed is not None:
@@ -310,7 +310,7 @@ def _sequence(
         return
     size = DTYPE_BYTES[model.compute_dtype]
     tokens = tokens_per_device(config, sizes) / config.train.accumulate * sequence
-    again = 1 if model.remat == "full" else 0
+    again = 1 if model.recompute == "full" else 0
     if group.attention == "union":
         for kind in ("all_gather", "reduce_scatter"):
             yield Collective(

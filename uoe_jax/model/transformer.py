@@ -137,7 +137,8 @@ class Trunk(nnx.Module):
         # Layers none of which is like another are not scanned: XLA would undo a loop
         # of one turn, and then the recomputation in it.
         self.alike = config.widths == LayerWidths() or period < config.num_layers
-        self.remat, self.scan_layers = config.remat, config.scan_layers and self.alike
+        self.remat = config.recompute
+        self.scan_layers = config.scan_layers and self.alike
         self.blocks = nnx.List(
             [_stack(config, i, keys[i::period]) for i in range(period)]
         )

@@ -24,6 +24,7 @@ from uoe_jax.files import (
     read_json_lines,
     write_atomically,
 )
+from uoe_jax.hardware.recompute import adopt_recompute
 from uoe_jax.mixture import read_mix
 from uoe_jax.runs.lock import RunLock
 from uoe_jax.validation import parse_config
@@ -148,6 +149,13 @@ def check_settings(path: Path, config: ExperimentConfig) -> None:
         before = parse_config(path)
         data = {name for name in _flatten(config) if name.startswith("data.")}
         _refuse_others(path, before, config, FREE_FIELDS | data)
+
+
+def as_recorded(path: Path, config: ExperimentConfig) -> ExperimentConfig:
+    """Return a config with what auto settled in a folder's run, where it has begun."""
+    if (path / CONFIG).is_file() and has_begun(path):
+        return adopt_recompute(config, parse_config(path))
+    return config
 
 
 def _refuse_others(

@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from uoe_jax.runs.folder import (
     BEST,
     CHECKPOINTS,
     METRICS,
+    as_recorded,
     check_saved,
     has_begun,
     open_run_dir,
@@ -46,9 +48,9 @@ from uoe_jax.runs.state import (
 )
 from uoe_jax.train.clock import Clock, Rate
 from uoe_jax.train.diagnose import diagnose, write_dump
-from uoe_jax.train.feed import flop_share, train_batch
+from uoe_jax.train.feed import flop_share, train_batch, whole_batch
 from uoe_jax.train.header import describe_operations, describe_run
-from uoe_jax.train.memory import explain_memory
+from uoe_jax.train.memory import explain_memory, settle_memory
 from uoe_jax.train.metrics import MetricsLog, check_sinks
 from uoe_jax.train.peers import Votes, barrier, is_primary
 from uoe_jax.train.progress import Display
@@ -106,6 +108,7 @@ def train(
     run_dir = local_path(run_dir, "run_dir")
     order = config.layout.device_order
     mesh = mesh_for(config, recorded=read_order(run_dir, order) if resume else None)
+    config, settled = settle_memory(as_recorded(run_dir, config), mesh)
     with ExitStack() as stack:
         quiet = quiet or not is_primary()
         display = stack.enter_context(
@@ -127,7 +130,7 @@ def train(
                 )
             )
         told = describe_run(config, mesh, data[0].prepared.manifest, run_dir)
-        told += [line for line in [describe_stages(config)] if line is not None]
+        told += [line for line in (settled, describe_stages(config)) if line]
         told += [] if teacher is None else [teacher.describe(config)]
         for line in told:
             display.note(line)
@@ -172,7 +175,7 @@ class _Run:
         self.data, self.valid = data
         self.subject, self.state = subject, subject.state
         about = (mesh, subject.layout, subject.objective)
-        self.eval_fn = make_eval_step(config, subject.graphdef, *about)
+        self.eval_fn: Any = make_eval_step(config, subject.graphdef, *about)
         self.layout = subject.layout
         self.votes = Votes(mesh)
         self.checkpoints = Checkpoints(
@@ -317,9 +320,13 @@ class _Run:
         self.display.note("compiling the training step ...")
         start = time.perf_counter()
         batch = self.batch(self.step)
-        lowered = self.step_fn.lower(self.state, batch, self.subject.frozen)
-        self.tell_operations()
-        self.step_fn = lowered.compile()
+        with ThreadPoolExecutor(1) as beside:
+            waits = self.begin_validation(beside)
+            lowered = self.step_fn.lower(self.state, batch, self.subject.frozen)
+            self.tell_operations()
+            self.step_fn = lowered.compile()
+            if waits is not None:
+                self.eval_fn = waits.result()
         seconds = time.perf_counter() - start
         memory = self.step_fn.memory_analysis()
         self.compiled = {
@@ -327,6 +334,21 @@ class _Run:
             "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
         }
         self.display.note(f"compiled in {seconds:.1f} s")
+
+    def begin_validation(self, beside: ThreadPoolExecutor) -> Future | None:
+        """Compile the validation beside the step; None where that is for later.
+
+        It is if it is compiled, or nothing is validated. Of several processes each
+        compiles it when it comes to it, so that all do so in one order.
+        """
+        there = isinstance(self.eval_fn, jax.stages.Compiled)
+        if there or not self.valid.num_batches or jax.process_count() > 1:
+            return None
+        state = self.state
+        batch = whole_batch(self.valid.batch(0), self.mesh)
+        lower: Any = self.eval_fn.lower
+        lowered = lower(state.used, state.buffers, batch, self.subject.frozen)
+        return beside.submit(lowered.compile)
 
     def tell_operations(self) -> None:
         """Say which backend computes each operation, and write it down."""

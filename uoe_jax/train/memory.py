@@ -1,4 +1,4 @@
-"""What a run that doesn't fit into memory is told: the cause, and what would fit."""
+"""What a run takes of memory: what fits is chosen, what doesn't is told the causes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import OutOfMemory, first_line
 from uoe_jax.hardware.devices import find_device
+from uoe_jax.hardware.recompute import settle_recompute
 from uoe_jax.hardware.roofline import memory_bytes
 from uoe_jax.partition.legal import AXES
 
@@ -27,7 +28,7 @@ def explain_memory(
     predicted to help, those that fit first.
     """
     sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}
-    need, have = _predict(config, sizes), _device_bytes(mesh)
+    need, have = _predict(config, sizes), device_bytes(mesh)
     facts = [] if need is None else [f"about {_gigabytes(need)} a device predicted"]
     if have is not None:
         facts.append(f"{_gigabytes(have)} there")
@@ -58,7 +59,8 @@ def _ways_out(
             text = f"--train.accumulate {parts}, the same result in parts"
             yield text, change("train", accumulate=parts)
     for remat in ("dots", "full"):
-        if model.remat == "none" or (model.remat, remat) == ("dots", "full"):
+        now = model.recompute
+        if now == "none" or (now, remat) == ("dots", "full"):
             yield f"--model.remat {remat}, slower", change("model", remat=remat)
     for batch in (data.batch_size // 2, data.batch_size // 8):
         if batch and batch % (rows * train.accumulate) == 0:
@@ -75,7 +77,18 @@ def _predict(config: ExperimentConfig, sizes: dict[str, int]) -> float | None:
         return None
 
 
-def _device_bytes(mesh: Mesh) -> float | None:
+def settle_memory(
+    config: ExperimentConfig, mesh: Mesh
+) -> tuple[ExperimentConfig, str | None]:
+    """Return a config whose recomputation is settled for a mesh, and a line about it.
+
+    See `settle_recompute`; None if the config left nothing open.
+    """
+    sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}
+    return settle_recompute(config, sizes, device_bytes(mesh))
+
+
+def device_bytes(mesh: Mesh) -> float | None:
     """Return what one device has: by its own word, else by its data sheet."""
     device: Any = mesh.devices.flat[0]
     try:
