@@ -107,13 +107,18 @@ def prepare(*, joins: bool = False) -> None:
 
 
 def _keep_programs() -> None:
-    """Keep compiled programs in the user's cache, unless jax is told another place."""
+    """Keep compiled programs in the user's cache, unless jax is told another place.
+
+    Small ones too: a start has many of them.
+    """
     import jax
 
     # pyrefly: ignore[missing-attribute]
     if jax.config.jax_compilation_cache_dir is None:
         if os.environ.get(_CACHED, "").lower() not in ("false", "0", "off", "no"):
             jax.config.update("jax_compilation_cache_dir", str(programs_folder()))
+            if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def programs_folder() -> Path:

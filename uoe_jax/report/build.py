@@ -16,7 +16,7 @@ from uoe_jax.report import curves, overlay, page, routers, svg
 from uoe_jax.report.alarms import HEAVY, find_alarms
 from uoe_jax.report.overlay import Overlay
 from uoe_jax.report.read import BLOCKS, Run, experts_choose, flatten, read_runs
-from uoe_jax.report.style import LIGHT, THEMES, Theme, render
+from uoe_jax.report.style import LIGHT, render
 from uoe_jax.report.table import si
 
 _ABOUT_LOAD = (
@@ -64,7 +64,7 @@ def write_report(
     overlays = overlays or {}
     shared = _comparison(runs)
     for run in runs:
-        own = shared if len(runs) == 1 else _comparison([run], [LIGHT])
+        own = shared if len(runs) == 1 else _comparison([run])
         for name, pngs in own.items():
             _save(folders[run.path] / "plots", name, pngs)
     if len(runs) > 1:
@@ -90,10 +90,11 @@ def write_report(
     return page_file
 
 
-def _comparison(
-    runs: list[Run], themes: Sequence[Theme] = THEMES
-) -> dict[str, dict[str, bytes]]:
-    """Return the pictures that have all runs in them, by file name."""
+def _comparison(runs: list[Run]) -> dict[str, dict[str, bytes]]:
+    """Return the pictures that have all runs in them, by file name.
+
+    They are files only, the page has its own, so one theme of them is drawn.
+    """
     draw = {
         "loss": functools.partial(curves.loss_figure, runs),
         **{
@@ -102,7 +103,7 @@ def _comparison(
         },
         "optimizer": functools.partial(curves.health_figure, runs),
     }
-    pictures = {name: render(make, themes) for name, make in draw.items()}
+    pictures = {name: render(make, [LIGHT]) for name, make in draw.items()}
     return {name: pngs for name, pngs in pictures.items() if pngs}
 
 

@@ -18,7 +18,7 @@ _TOKENS = 384  # enough to read; more would only be small
 
 
 def collect_overlay(
-    module: nnx.Module, config: ExperimentConfig, dataset: Any
+    module: Any, config: ExperimentConfig, dataset: Any
 ) -> Overlay | None:
     """Return the experts chosen in a piece of validation data; None if none route.
 
@@ -35,6 +35,9 @@ def collect_overlay(
     options = {}
     if config.model.kind == "encoder":  # the rest of the row is padding
         options["segments"] = jnp.asarray(batch["segments"])
+    # Of the same arrays. One row costs little; to compile each layer costs much.
+    module = jax.tree.map(lambda leaf: leaf, module)
+    module.trunk.scan_layers = module.trunk.alike
     graphdef, state = nnx.split(module)
 
     @jax.jit

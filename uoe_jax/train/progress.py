@@ -93,10 +93,11 @@ class Display:
             self.note(f"step {line['step']}/{self._total}  {text}{eta}")
 
     def _seconds_left(self, line: Mapping[str, Any]) -> str:
-        if not line["seconds"]:
+        """Return the time left at the rate of the last steps, the first not in it."""
+        if not line["tokens_per_second"]:
             return ""
-        left = (self._total - line["step"]) * line["seconds"] / line["step"]
-        return f"  {left:.0f} s left"
+        tokens = (self._total - line["step"]) * line["tokens"] / line["step"]
+        return f"  {tokens / line['tokens_per_second']:.0f} s left"
 
 
 def describe(line: Mapping[str, Any]) -> str:
