@@ -43,6 +43,7 @@ DType = Literal["float32", "bfloat16"]
 Depth = Annotated[int, Bounds(least=1, most=10_000)]
 Length = Annotated[int, Bounds(least=1, most=2**24)]  # tokens; more fills any memory
 Pixels = Annotated[int, Bounds(least=1, most=2**16)]
+Taps = Annotated[int, Bounds(least=0, most=64)]
 PatchSize = Annotated[int, Bounds(least=1, most=128)]
 # Room beyond num_experts / top_k holds every token, whatever the router does.
 Capacity = Annotated[float, Bounds(above=0, least=1e-6, most=65_536)]
@@ -223,6 +224,9 @@ class ModelConfig(Checked):
     head_dim: Count = 16  # width of a head
     widths: LayerWidths = field(default_factory=LayerWidths)
     head_groups: HeadGroups = field(default_factory=HeadGroups)
+    # Tokens, its own among them, that a causal convolution mixes into each token before
+    # attention and its router; 0: none.
+    convolution: Taps = 0
     # Kinds of attention, cycled over the layers: dense union alternates.
     attention: tuple[AttentionKind, ...] = ("dense",)
     # Kinds of MLP, cycled likewise.
@@ -409,7 +413,10 @@ class ModelConfig(Checked):
 
         What cuts, measures or stores plain layers refuses these.
         """
-        found = {"model.head_groups": self.head_groups != HeadGroups()}
+        found = {
+            "model.head_groups": self.head_groups != HeadGroups(),
+            "model.convolution": self.convolution > 0,
+        }
         return tuple(name for name, given in found.items() if given)
 
     def union_for(self, part: Literal["attention", "mlp"]) -> UnionConfig:

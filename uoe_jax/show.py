@@ -162,6 +162,7 @@ def _layer_rows(model: ModelConfig, stack: int, length: int) -> Iterator[Row]:
         + flops.get("routers", 0.0) - sum(routers.values()),
         "mlp": flops["mlp"],
     }  # fmt: skip
+    told["convolution"] = flops.get("convolution", 0.0)
     for name in model.beside:
         heads = group_title(name)
         told[name] = flops[f"{heads} projections"] + flops[f"{heads} scores"]

@@ -140,6 +140,7 @@ def _model_rules(model: ModelConfig) -> Iterator[str]:
     yield from _model(model)
     yield from _positions(model)
     yield from _head_groups(model)
+    yield from _convolution(model)
     yield from _ends(model)
     yield from _union(model)
     yield from _moe(model)
@@ -270,6 +271,20 @@ def _head_groups(model: ModelConfig) -> Iterator[str]:
         yield (
             "model.head_groups are set with 'mod' blocks, in which only tokens that "
             "entered see each other; use 0 heads"
+        )
+
+
+def _convolution(model: ModelConfig) -> Iterator[str]:
+    """Yield what is wrong with the convolution before attention."""
+    if model.convolution == 1:
+        yield (
+            "model.convolution is 1, which mixes no other token in; use 0, or 2 and "
+            "more"
+        )
+    if model.convolution and "mod" in model.blocks:
+        yield (
+            f"model.convolution is {model.convolution} with 'mod' blocks, in which a "
+            "token's neighbours may be missing; use 0"
         )
 
 

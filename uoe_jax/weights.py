@@ -10,6 +10,7 @@ One letter an axis:
     x  experts that are scored    g  query heads of each   t  positions, types of tokens
     f  neurons                    h  width of a head       w  model width, going out
     r  rank of a product          n  pairs that are rotated
+    s  taps of a convolution
 """
 
 from __future__ import annotations
@@ -151,6 +152,8 @@ NORM = {
     "scale": Weight(axes="d", ins="", outs="d"),
     "bias": Weight(axes="d", ins="", outs="d"),
 }
+# Causal and depthwise: each channel for itself; small, so it stays whole.
+CONVOLUTION = {"weight": Weight(axes="sd", ins="", outs="", kernel="s")}
 HEAD_NORM = {"scale": Weight(axes="h", ins="", outs="h")}  # of every head
 _SQUARE = Weight(axes="dw", ins="d", outs="w", fsdp="d", cast=True)
 OUTER = {
@@ -183,7 +186,7 @@ def find_weight(name: str) -> Weight | None:
     folder, _, last = name.rpartition(".")
     part = folder.rpartition(".")[2]
     tables = {"attention": ATTENTION, "mlp": MLP, "router": ROUTER}
-    tables |= dict.fromkeys(GROUPS, ATTENTION)
+    tables |= dict.fromkeys(GROUPS, ATTENTION) | {"convolution": CONVOLUTION}
     table = NORM if part.endswith("norm") else tables.get(part, {})
     table = HEAD_NORM if part in ("q_norm", "k_norm") else table
     weight = table.get(last)
@@ -299,6 +302,10 @@ def _block(model: ModelConfig, number: int) -> dict[str, Param]:
     params |= _attention(model, attention)
     for name, group in model.beside.items():
         params |= _attention(group, "dense", name)
+    if model.convolution:
+        weight, taps = CONVOLUTION["weight"], {"s": model.convolution}
+        shape = _shape(weight, sizes | taps)
+        params["convolution.weight"] = Param(weight=weight, shape=shape)
     params |= _mlp(model, mlp)
     if block == "mod":
         params |= _router("router", {"weight": 1}, model.d_model)

@@ -28,6 +28,11 @@ OTHERS = {
         "union": UnionConfig(num_experts=4, top_k=2),
         "head_groups": HeadGroups(local=2, window=4, full=2),
     },
+    "convolution": {
+        "attention": ("union",),
+        "union": UnionConfig(num_experts=4, top_k=2),
+        "convolution": 4,
+    },
     "mod": {"blocks": ("mod",), "mod": ModConfig(capacity_factor=0.75)},
 }
 LENGTH = 12

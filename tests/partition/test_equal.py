@@ -41,6 +41,16 @@ CASES = {
         {"data": 2, "sequence": 2, "tensor": 2},
         EVERYTHING,
     ),
+    "convolution": (
+        "convolution",
+        {"sequence": 4, "tensor": 2},
+        {"tensor_reduce": "reduce_scatter"},
+    ),
+    "convolution union": (
+        "convolution union",
+        {"fsdp": 2, "sequence": 2, "tensor": 2},
+        EVERYTHING,
+    ),
     "groups": ("groups dense", {"fsdp": 2, "sequence": 2, "tensor": 2}, {}),
     "groups union": (
         "groups union",

@@ -52,6 +52,11 @@ KINDS |= {f"family {kind}": KINDS[kind] | FAMILY for kind in ("dense", "union")}
 # Local and full heads beside those of a layer's kind.
 GROUPS = {"head_groups": HeadGroups(local=4, window=5, full=4, full_kv=2)}
 KINDS |= {f"groups {kind}": KINDS[kind] | GROUPS for kind in ("dense", "union")}
+# A convolution before attention, whose first tokens lie on another device.
+KINDS |= {
+    "convolution": KINDS["dense"] | {"convolution": 4},
+    "convolution union": KINDS["union"] | GROUPS | {"convolution": 3},
+}
 
 
 def make_config(kind, mesh=None, layout=None, **model):
@@ -110,8 +115,16 @@ def first_state(kind):
         assert leaf.shape == (1, 4, 1)
         return np.array([[[0], [1], [1], [0]]], leaf.dtype)
 
+    def other_taps(path, leaf):
+        """Let convolutions, which start at 0, mix something."""
+        if not leaf_name(path).endswith("convolution.weight"):
+            return leaf
+        draw = np.random.default_rng(1)
+        return draw.normal(0, 0.5, leaf.shape).astype(leaf.dtype)
+
     buffers = jax.tree_util.tree_map_with_path(other_pairs, state.buffers)
-    return graphdef, dataclasses.replace(state, buffers=buffers)
+    params = jax.tree_util.tree_map_with_path(other_taps, state.params)
+    return graphdef, dataclasses.replace(state, buffers=buffers, params=params)
 
 
 def compute(config):

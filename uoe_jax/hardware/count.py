@@ -1,10 +1,10 @@
 """Parameters, FLOPs and bytes of a model, counted from its config. Imports no jax.
 
-One multiply-add is 2 FLOPs. Only matrix products are counted (projections, attention
-scores and their weighted sums, MLPs, routers, head), causal attention by the pairs it
-keeps. An expert that a token doesn't use isn't counted for that token: a saved FLOP is
-counted once, as absent. Norms, softmax and elementwise work are left out, as usual in
-model-FLOPs utilisation (MFU).
+One multiply-add is 2 FLOPs. Only products are counted (projections, attention scores
+and their weighted sums, convolutions, MLPs, routers, head), causal attention by the
+pairs it keeps. An expert that a token doesn't use isn't counted for that token: a saved
+FLOP is counted once, as absent. Norms, softmax and elementwise work are left out, as
+usual in model-FLOPs utilisation (MFU).
 """
 
 from __future__ import annotations
@@ -204,6 +204,8 @@ def flops_per_token(model: ModelConfig, seq_len: int | None = None) -> FlopCount
         for name, group in own.beside.items():
             title = group_title(name)
             layer |= _attention_flops(group, "dense", length * inside, title)
+        if own.convolution:
+            layer["convolution"] = 2.0 * own.convolution * own.d_model
         layer["mlp"] = 2 * _mlp_weights(own, _mlp_width(own, mlp)[1])
         columns = _scored(model, attention, mlp)
         layer["routers"] = layer.get("routers", 0.0) + 2.0 * model.d_model * columns
@@ -261,7 +263,7 @@ def cache_bytes(
     """Return the bytes of keys and values of `batch` sequences of `length` tokens.
 
     As they are allocated: a mixture-of-depths block needs room for every token, local
-    heads for those of their window.
+    heads for those of their window. With what convolutions keep.
     """
     size = DTYPE_BYTES[dtype or model.compute_dtype]
     token = sum(
@@ -275,6 +277,8 @@ def cache_bytes(
         for own, *_ in model_layers(model)
         for group in own.beside.values()
     )
+    # The tokens that convolutions read next.
+    beside += model.num_layers * max(model.convolution - 1, 0) * model.d_model
     return round(batch * size * (length * model.num_kv_heads * token + beside))
 
 
@@ -309,6 +313,7 @@ def activation_bytes(model: ModelConfig, batch: int, seq_len: int | None = None)
         part = _attention(own, attention)
         heads = model.num_heads * part.side + model.num_kv_heads * part.keys
         layer = 4 * d + heads * (own.key_dim + own.value_dim)
+        layer += d * (own.convolution > 0)
         for group in own.beside.values():
             layer += head_numbers(group)
         layer += _mlp_width(own, mlp)[1] * _mlp_matrices(model)

@@ -291,6 +291,7 @@ def _layer_width(model: Any, kinds: tuple[str, str], tensor: int) -> float:
     else:
         heads /= tensor
     heads += sum(map(head_numbers, model.beside.values())) / tensor
+    heads += model.d_model * (model.convolution > 0)
     router = MLPS[mlp].router(model)
     experts, width = MLPS[mlp].sizes(model)
     if router is None:

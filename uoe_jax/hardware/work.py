@@ -112,7 +112,7 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
             kind = ("routed " if routed else "") + (
                 "scores" if "scores" in name else "products"
             )
-            share = tokens if name == "routers" else split
+            share = tokens if name in ("routers", "convolution") else split
             times = passes if "scores" in name else again
             times -= last if name == "mlp" else 0.0
             work[kind] += layers * flops * share * times
@@ -128,10 +128,10 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
 
 
 def _gathers(group: LayerKind, part: str) -> bool:
-    """Whether a part of a layer works on gathered rows; heads beside its kind don't."""
+    """Whether a part of a layer works on gathered rows, as its kinds say."""
     if "attention" in part:
         return ATTENTIONS[group.attention].gathers
-    return "heads" not in part and MLPS[group.mlp].router(group.own) is not None
+    return part in ("mlp", "routers") and MLPS[group.mlp].router(group.own) is not None
 
 
 def loss_bytes(config: ExperimentConfig, tokens: float) -> float:
@@ -156,6 +156,7 @@ def _elementwise(group: LayerKind, sizes: Mapping[str, int]) -> float:
     keep = model.union.top_k / model.union.num_experts
     # Norms and residual sums: read and written by each of the two parts.
     total = 8.0 * model.d_model
+    total += 2.0 * model.d_model * (model.convolution > 0)
     heads = model.num_heads + model.num_kv_heads
     heads *= model.key_dim + model.value_dim
     beside = sum(map(head_numbers, model.beside.values()))

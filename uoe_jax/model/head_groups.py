@@ -1,5 +1,7 @@
 """Heads of a layer beside those of its kind: local and full ones that all tokens use.
 
+And what all heads of a layer read: its normed tokens, or a convolution of these.
+
 Their weights are those of dense attention. A local head sees the last `window` tokens,
 and a cache holds no more of it: token t lies in row t % window.
 """
@@ -16,8 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.model.attention import AttentionWeights, DenseAttention
-from uoe_jax.model.cache import Entry, Kept, Slot, written_rows
+from uoe_jax.model.cache import Entry, Kept, Slot, write_state, written_rows
 from uoe_jax.model.context import Context
+from uoe_jax.model.convolution import Convolution, last_tokens
 from uoe_jax.model.layers import Norm
 from uoe_jax.model.routing.balance import Stats
 from uoe_jax.varying import vary_over
@@ -79,11 +82,17 @@ def write_group(
     )
 
 
-def write_groups(
+def write_beside(
     entry: Entry, index: int | Array, kept: Kept, context: Context
 ) -> Entry:
-    """Return the entry with what prompts leave in the groups of layer `index`."""
+    """Return the entry with what prompts leave beside the kind of layer `index`.
+
+    In its groups of heads, and the tokens that its convolution reads next.
+    """
     new = dict(entry)
+    if "convolution" in kept:
+        state = {"tokens": kept["convolution"]}
+        new["convolution"] = write_state(entry["convolution"], index, state)
     for name in GROUPS:
         if name in kept:
             assert context.lengths is not None
@@ -100,6 +109,7 @@ class LayerHeads(NamedTuple):
 
     attention: Any
     groups: Mapping[str, HeadGroup]
+    convolution: Convolution | None  # of what all of them read
 
     @property
     def router(self) -> Any:
@@ -110,8 +120,13 @@ class LayerHeads(NamedTuple):
         self, x: Float[Array, "B T D"], context: Context
     ) -> tuple[Float[Array, "B T D"], Stats, Kept]:
         """Return the sum of all heads' outputs, statistics, keys and values by name."""
-        y, stats, key_value = self.attention(x, context)
-        kept: Kept = {"attention": key_value}
+        kept: Kept = {}
+        if self.convolution is not None:
+            if context.lengths is not None:
+                before = self.convolution.before
+                kept["convolution"] = last_tokens(x, context.lengths, before)
+            x = self.convolution(x, context)
+        y, stats, kept["attention"] = self.attention(x, context)
         if context.parallel is not None and context.parallel.has("tensor"):
             # Cast once for all products of x: their gradients take one sum together.
             x = vary_over(x, ("tensor",))
@@ -128,12 +143,15 @@ class TokenHeads:
 
     attention: Any  # in its form for decoding
     groups: dict[str, HeadGroup]
+    convolution: Convolution | None
 
     def add_to(
         self, x: Float[Array, "B D"], norm: Norm | None, slot: Slot
     ) -> tuple[Float[Array, "B D"], Slot]:
         """Return x plus all heads' outputs of norm(x), and its slot."""
         inner = x if norm is None else norm(x)
+        if self.convolution is not None:
+            inner, slot = self.convolution.decode(inner, slot)
         for name, group in self.groups.items():
             own = slot._replace(entry=slot.entry[name])
             y, own = group.decode(inner, own)

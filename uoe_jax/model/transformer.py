@@ -19,8 +19,9 @@ from uoe_jax.model.baselines.moe import MoeMlp
 from uoe_jax.model.baselines.moh import MohAttention
 from uoe_jax.model.cache import Cache, Entry, Kept, write_prompt
 from uoe_jax.model.context import Context, make_context, takes_images, takes_tokens
+from uoe_jax.model.convolution import Convolution
 from uoe_jax.model.decoding.step import prepare
-from uoe_jax.model.head_groups import HeadGroup, LayerHeads, write_groups
+from uoe_jax.model.head_groups import HeadGroup, LayerHeads, write_beside
 from uoe_jax.model.heads import Pooler, TokenHead
 from uoe_jax.model.layers import (
     PROJECTION,
@@ -81,6 +82,9 @@ class Block(nnx.Module):
         for name, group in own.beside.items():
             setattr(self, name, HeadGroup(group, own.layer_heads, rngs=rngs))
         self.groups = tuple(own.beside)
+        if config.convolution:
+            self.convolution = Convolution(config)
+        self.plain = not (own.beside or config.convolution)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, key: jax.Array | None = None
@@ -103,17 +107,18 @@ class Block(nnx.Module):
         y = dropout(y, self.rate, fold_key(key, 1))
         x = self.add(self.mlp_norm, x, y)
         parts = {"attention": attention, "mlp": mlp}
-        if not self.groups:
+        if self.plain:
             kept = {"attention": kept}
         return x, {name: part for name, part in parts.items() if part}, kept
 
     @property
     def heads(self) -> Any:
-        """The attention of the layer, with the groups of heads beside it if any."""
-        if not self.groups:
+        """The attention of the layer, with what is before it and beside it if any."""
+        if self.plain:
             return self.attention
         groups = {name: getattr(self, name) for name in self.groups}
-        return LayerHeads(self.attention, groups)
+        convolution = getattr(self, "convolution", None)
+        return LayerHeads(self.attention, groups, convolution)
 
     def before(self, norm: Norm, x: Array) -> Array:
         """Return what a part reads of the residual x."""
@@ -189,7 +194,7 @@ class Trunk(nnx.Module):
             x, layers = carry
             x, stats, kept = block(x, context)
             entry = write_prompt(layers[stack], index, kept, stats)
-            entry = write_groups(entry, index, kept, context)
+            entry = write_beside(entry, index, kept, context)
             return (x, _replace(layers, stack, entry)), None
 
         (x, layers), _ = scan_blocks(body, (x, layers), self.blocks, self.alike)
@@ -314,6 +319,9 @@ def _cache_entry(
             part: jnp.zeros((depth, batch, *shape), dtype)
             for part, (shape, _) in HeadGroup.cache_shapes(group, max_len).items()
         }
+    if config.convolution:
+        shape = (depth, batch, config.convolution - 1, config.d_model)
+        entry["convolution"] = {"tokens": jnp.zeros(shape, dtype)}
     for part in ("attention", "mlp"):
         router: Any = router_configs(config, part).get(stack)
         if router is not None:

@@ -190,6 +190,17 @@ def _sequence(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:
             f"{config.seq_len} tokens of a sequence; use a product of "
             f"{divisors(config.seq_len)}"
         )
+    share, before = config.seq_len // sequence, config.model.convolution - 1
+    if sequence > 1 and share < before:
+        fits = (
+            n for n in all_divisors(config.seq_len) if config.seq_len // n >= before
+        )
+        most = max(fits, default=1)
+        yield (
+            f"mesh.sequence {sequence} leaves a device {share} tokens of a sequence, "
+            f"and model.convolution {before + 1} reads {before} of the device before; "
+            f"use at most {most}"
+        )
 
 
 def _choices(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:

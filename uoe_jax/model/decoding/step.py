@@ -202,8 +202,9 @@ def prepare(model: Any, batch: int, looped: bool | None = None) -> TokenDecoder:
 def prepare_block(block: Any, dtype: Any, batch: int) -> TokenBlock:
     """Return one block as decoding of `batch` rows reads it."""
     attention = _prepare_part(block.attention, dtype, batch)
-    if block.groups:
-        attention = TokenHeads(attention, dict(block.heads.groups))
+    if not block.plain:
+        _, groups, convolution = block.heads
+        attention = TokenHeads(attention, dict(groups), convolution)
     return TokenBlock(
         attention_norm=block.attention_norm,
         attention=attention,
