@@ -477,6 +477,8 @@ class DataConfig(Checked):
         "digits",
         "listops",
         "pathfinder",
+        "recall",
+        "copying",
         "text",
         "jsonl",
         "parquet",
@@ -506,9 +508,10 @@ class DataConfig(Checked):
     valid_fraction: Fraction = 0.05  # held out for validation
     test_fraction: Fraction = 0.05  # held out for a test at the end
     max_bytes: Bytes | None = None  # use only the first so many bytes of text
-    num_examples: Count | None = None  # listops, pathfinder: of train; None: all
+    num_examples: Count | None = None  # generated tasks: of train; None: all
     min_length: Whole = 500  # listops: tokens of the shortest, excluded
     max_length: Whole = 2000  # listops: tokens of the longest, excluded
+    pairs: Count = 8  # recall: keys with a value, each asked for once
     cache_dir: str | None = None  # prepared arrays; None: a folder in the user's cache
     allow_changed: bool = False  # accept a source that differs from its manifest
     seed: Seed = 0  # of the split and the order of examples

@@ -80,7 +80,7 @@ DATA = {
     "seed": (5, "a.txt", lambda f: f["splits"]["train"]["examples"] > 0),
 }
 # Below, and of mixtures data/test_mix.py.
-ELSEWHERE = {"data_dir", "num_examples", "min_length", "max_length", "mix"}
+ELSEWHERE = {"data_dir", "num_examples", "min_length", "max_length", "pairs", "mix"}
 
 
 def test_no_option_of_the_data_is_forgotten():
@@ -109,6 +109,11 @@ def test_the_options_of_generated_tasks_are_used(files, capsys, monkeypatch):
             "--data.cache-dir", "cache"]  # fmt: skip
     found = json.loads(run(capsys, *args))
     assert found["splits"]["train"]["documents"] == 64
+    args = ["data", "tiny", "--data.source", "recall", "--data.seq-len", "48",
+            "--data.num-examples", "32", "--data.pairs", "5", "--json",
+            "--data.cache-dir", "cache"]  # fmt: skip
+    found = json.loads(run(capsys, *args))
+    assert found["splits"]["train"]["scored"] == 32 * 5
     said = refusal(capsys, "data", "tiny", "--data.num-examples", "64")
     assert "data.num_examples is 64, but data.source stdlib" in said
     said = refusal(

@@ -188,13 +188,14 @@ def test_ctrl_c_stops_bpe_at_once():
 
 
 SOURCES = {"stdlib": "decoder", "digits": "vision", "listops": "encoder",
-           "pathfinder": "vision", "text": "decoder", "jsonl": "decoder",
-           "parquet": "decoder", "npz": "vision", "tfds": "decoder"}  # fmt: skip
+           "pathfinder": "vision", "recall": "decoder", "text": "decoder",
+           "jsonl": "decoder", "parquet": "decoder", "npz": "vision",
+           "copying": "decoder", "tfds": "decoder"}  # fmt: skip
 OTHER = {"path": "x", "data_dir": "d", "encoding": "latin-1", "tokenizer": "bpe",
          "bpe_vocab_size": 999, "text_key": "body", "bad_records": "skip",
          "seq_len": 4, "pack": "documents", "bad_utf8": "skip", "valid_fraction": 0.2,
          "test_fraction": 0.2, "max_bytes": 99, "num_examples": 64, "min_length": 5,
-         "max_length": 99}  # fmt: skip
+         "max_length": 99, "pairs": 3}  # fmt: skip
 
 
 @pytest.mark.parametrize("source", SOURCES)

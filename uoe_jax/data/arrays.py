@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -32,7 +32,8 @@ class Ragged:
 
     tokens: np.ndarray
     starts: np.ndarray
-    ndim = 2
+    scored: np.ndarray | None = None  # 1: a token is trained on; None: all are
+    ndim: ClassVar[int] = 2
 
     def __len__(self) -> int:
         return len(self.starts) - 1

@@ -28,6 +28,8 @@ _USED = {
     "npz": _SPLITS | {"path"},
     "listops": _TASK | {"min_length", "max_length"},
     "pathfinder": _TASK,
+    "recall": _TASK | {"pairs"},
+    "copying": _TASK,
 }
 # Presets give these with their model's vocabulary, whatever the data will be.
 OF_PRESETS = {"tokenizer", "bpe_vocab_size", "seq_len", "pack"}

@@ -19,7 +19,7 @@ from uoe_jax.data.options import (
     used_options,
 )
 from uoe_jax.data.records import JsonSource, ParquetSource
-from uoe_jax.data.tasks.source import TASKS, task_source
+from uoe_jax.data.tasks.source import OF_DECODERS, TASKS, task_source
 from uoe_jax.data.text import (
     MANY_FILES,
     FileSource,
@@ -45,6 +45,11 @@ def make_source(config: DataConfig, kind: str) -> Source:
         made: Source = FileSource("stdlib", stdlib_files(), config)
     elif source == "digits":
         made = digits_source(config)
+    elif source in OF_DECODERS and kind != "decoder":
+        raise DataError(
+            f"{source} asks for next tokens but model.kind is {kind!r}; use model.kind "
+            "decoder"
+        )
     elif source in TASKS:
         made = task_source(source, config)
     elif source == "mix":

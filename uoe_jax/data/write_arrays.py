@@ -78,6 +78,9 @@ def _write_token_rows(splits: Pairs, labelled: bool, folder: Path) -> dict[str, 
             "tokens": int(flat.size),
             "exact_bytes": False,
         }
+        if (scored := rows[split].scored) is not None:
+            np.save(folder / f"{split}_scored.npy", scored, allow_pickle=False)
+            counts[split]["scored"] = int(scored.sum())
     return {
         "kind": "rows" if labelled else "text",
         "tokenizer": {

@@ -1,1 +1,1 @@
-"""Tasks whose examples are generated: ListOps and Pathfinder."""
+"""Tasks whose examples are generated: ListOps, Pathfinder, recall and copying."""

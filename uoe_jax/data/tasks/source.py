@@ -9,7 +9,7 @@ import numpy as np
 from uoe_jax.config import DataConfig
 from uoe_jax.data.arrays import ArraySource, Pairs, Ragged
 from uoe_jax.data.progress import note
-from uoe_jax.data.tasks import listops, pathfinder
+from uoe_jax.data.tasks import listops, pathfinder, recall
 from uoe_jax.errors import ConfigError
 
 _SEED = 0
@@ -23,15 +23,18 @@ class Sizes(NamedTuple):
     held_out: int  # of valid and of test
 
 
-# The Long Range Arena's sizes (Tay et al. 2020).
+# The Long Range Arena's sizes (Tay et al. 2020), and Zoology's.
 TASKS = {
     "listops": Sizes(96_000, 2000),
     "pathfinder": Sizes(160_000, 20_000),
+    "recall": Sizes(100_000, 3000),
+    "copying": Sizes(100_000, 3000),
 }
+OF_DECODERS = ("recall", "copying")  # tokens that predict the next one
 
 
 def task_source(name: str, config: DataConfig) -> ArraySource:
-    """Return ListOps expressions or Pathfinder images.
+    """Return ListOps expressions, Pathfinder images, recall or copying.
 
     Valid and test come first in the generator's order, then train: with more training
     examples they stay the same. Fewer than published shrink them to an eighth of train
@@ -44,8 +47,28 @@ def task_source(name: str, config: DataConfig) -> ArraySource:
             f"data.min_length is {config.min_length} and data.max_length "
             f"{config.max_length}; they must be at least 0 and 3 apart"
         )
-    load = {"listops": _load_listops, "pathfinder": _load_pathfinder}[name]
+    if name in OF_DECODERS:
+        _check_length(name, config)
+    load = {
+        "listops": _load_listops,
+        "pathfinder": _load_pathfinder,
+        "recall": _load_recall,
+        "copying": _load_copying,
+    }[name]
     return ArraySource(name, (), config, lambda: load(sizes, config))
+
+
+def _check_length(name: str, config: DataConfig) -> None:
+    """Raise ConfigError where an example's tokens aren't said, or are too few."""
+    if config.seq_len is None:
+        raise ConfigError(
+            f"data.source {name} needs data.seq_len, the tokens of an example; set it, "
+            "say to 128"
+        )
+    if name == "recall":
+        recall.check_recall(config.seq_len, config.pairs)
+    else:
+        recall.check_copying(config.seq_len)
 
 
 def task_sizes(name: str, config: DataConfig) -> Sizes:
@@ -65,6 +88,10 @@ def task_options(config: DataConfig) -> dict[str, int | list[int]]:
     }
     if config.source == "listops":
         options["lengths"] = [config.min_length, config.max_length]
+    if config.source in OF_DECODERS:
+        options["lengths"] = [config.seq_len or 0]
+    if config.source == "recall":
+        options["pairs"] = config.pairs
     return options
 
 
@@ -92,6 +119,31 @@ def _load_pathfinder(sizes: Sizes, config: DataConfig) -> Pairs:
         split: (images[first:last], labels[first:last])
         for split, (first, last) in _cuts(sizes).items()
     }
+
+
+def _load_recall(sizes: Sizes, config: DataConfig) -> Pairs:
+    total = _announce("examples of recall", sizes)
+    length = config.seq_len or 0
+    return _streams(recall.generate_recall(total, _SEED, length, config.pairs), sizes)
+
+
+def _load_copying(sizes: Sizes, config: DataConfig) -> Pairs:
+    total = _announce("examples of copying", sizes)
+    return _streams(recall.generate_copying(total, _SEED, config.seq_len or 0), sizes)
+
+
+def _streams(made: recall.Examples, sizes: Sizes) -> Pairs:
+    """Return examples end to end, so that a row of a stream is one of them.
+
+    A last token is the target of the last row's last place; nobody is asked for it.
+    """
+    found: Pairs = {}
+    for split, (first, last) in _cuts(sizes).items():
+        tokens = np.append(made.tokens[first:last], np.uint8(0))
+        scored = np.append(made.scored[first:last], np.uint8(0))
+        starts = np.arange(last - first + 1) * made.tokens.shape[1]
+        found[split] = (Ragged(tokens, starts, scored), None)
+    return found
 
 
 def _announce(what: str, sizes: Sizes) -> int:
