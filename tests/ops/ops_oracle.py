@@ -11,12 +11,13 @@ import numpy as np
 
 def segment_visible(offsets, num_rows, causal, window):
     """bool [M, M]: which rows each row sees; none past offsets[-1]."""
-    visible = np.zeros((num_rows, num_rows), bool)
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
-        for i in range(start, end):
-            for j in range(start, i + 1 if causal else end):
-                visible[i, j] = window is None or abs(i - j) < window
-    return visible
+    row = np.arange(num_rows)
+    segment = np.searchsorted(offsets[1:], row, side="right")
+    visible = (segment[:, None] == segment) & (row < offsets[-1])
+    distance = row[:, None] - row
+    if causal:
+        visible &= distance >= 0
+    return visible if window is None else visible & (np.abs(distance) < window)
 
 
 def attention(q, k, v, grad, visible, scale):

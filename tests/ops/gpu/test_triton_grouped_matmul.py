@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from tests.ops import ops_oracle
+from tests.ops.cases import AHEAD, TILE
 from uoe_jax.ops import measured, nvidia, pack_choices
 from uoe_jax.ops.grouped_matmul.nvidia import launch, triton
 from uoe_jax.ops.grouped_matmul.nvidia.tiles import Tiles
@@ -23,8 +24,6 @@ from uoe_jax.ops.packing import Packing
 ROWS, GROUPS, INS, OUTS = 40, 3, 20, 24
 # Three tf32 products in the interpreter are one of float32.
 TOLERANCE = 5e-6
-TILE = Tiles(16, 16, 16, 2, 4, 2)
-AHEAD = TILE._replace(in_turn=2, ahead=True)
 CHOOSE = launch.choose_tiles
 
 
@@ -59,31 +58,6 @@ def value_and_grads(fun, *args):
     *args, grad = args
     out, vjp = jax.vjp(fun, *args)
     return out, *vjp(grad)
-
-
-cuts = st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS).map(sorted)
-
-
-@pytest.mark.parametrize("in_turn", [0, 1])
-@settings(deadline=None, max_examples=3)
-@given(cuts=cuts, seed=st.integers(0, 2**32 - 1))
-# An empty group, two that end inside tiles, rows of none.
-@example(cuts=[0, 17, 33], seed=0)
-def test_value_and_gradients_match_float64(in_turn, cuts, seed):
-    tile = TILE._replace(in_turn=in_turn)
-    with mock.patch.object(launch, "choose_tiles", lambda op, shape: tile):
-        check_value_and_gradients(cuts, seed)
-
-
-def check_value_and_gradients(cuts, seed):
-    rng = np.random.default_rng(seed)
-    x, w, grad = draw(rng, (ROWS, INS), (GROUPS, INS, OUTS), (ROWS, OUTS))
-    offsets = [0, *cuts]
-    # What lies past the last group reaches nothing.
-    x, grad = (a.at[offsets[-1] :].set(jnp.nan) for a in (x, grad))
-    product = lambda x, w: triton.grouped_matmul(x, w, jnp.asarray(offsets))
-    got = value_and_grads(product, x, w, grad)
-    ops_oracle.assert_near(got, ops_oracle.grouped(x, w, offsets, grad), TOLERANCE)
 
 
 # Wider than most sides below, so cut to the power of two that holds them.
@@ -150,42 +124,6 @@ def routed(dtype, seed=0):
     garbage = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, jnp.nan], dtype)[:, None]
     grad, rows = (a.at[32:].set(garbage) for a in (grad, rows))
     return packing, matrix, (x, w, grad, rows, token_grad)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "dense", "cut", "tile", "tolerance"),
-    # The interpreter cuts bfloat16 off where a GPU rounds: a whole step of 2^-8 for
-    # each of two rows and their sum.
-    [
-        ("float32", False, True, TILE, TOLERANCE),
-        ("float32", True, True, AHEAD, TOLERANCE),
-        ("float32", True, False, TILE, TOLERANCE),
-        ("bfloat16", False, False, AHEAD, 3 * 2**-8),
-        ("bfloat16", True, False, TILE, 3 * 2**-8),
-    ],
-)
-def test_gather_and_scatter_match_float64(
-    monkeypatch, dtype, dense, cut, tile, tolerance
-):
-    monkeypatch.setattr(triton, "dense_pays", lambda *sizes: dense)
-    monkeypatch.setattr(launch, "choose_tiles", lambda op, shape: tile)
-    packing, matrix, (x, w, grad, rows, token_grad) = routed(dtype)
-    offsets = np.asarray(packing.group_offsets)
-    if cut:  # picks past M are rows 32 to 35 of 32
-        packing = packing._replace(token_ids=packing.token_ids[:32])
-        matrix, grad, rows = matrix[:32], grad[:32], rows[:32]
-    wide = lambda a: np.asarray(a, np.float64)
-
-    got = value_and_grads(lambda x, w: triton.gather_project(x, w, packing), x, w, grad)
-    out, dx, dw = ops_oracle.grouped(matrix @ wide(x), w, offsets, grad)
-    ops_oracle.assert_near(got, (out, matrix.T @ dx, dw), tolerance)
-
-    got = value_and_grads(
-        lambda x, w: triton.project_scatter(x, w, packing), rows, w, token_grad
-    )
-    out, dx, dw = ops_oracle.grouped(rows, w, offsets, matrix @ wide(token_grad))
-    ops_oracle.assert_near(got, (matrix.T @ out, dx, dw), tolerance)
-    assert {a.dtype for a in got} == {jnp.dtype(dtype)}
 
 
 @pytest.mark.parametrize(("tile", "share"), [(TILE, 0.6), (AHEAD, 0.6), (AHEAD, 1.0)])

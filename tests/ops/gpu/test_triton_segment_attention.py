@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from types import SimpleNamespace
-from unittest import mock
 
 from tests.ops.gpu import triton_on_cpu  # before anything that imports triton
 
@@ -13,13 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from triton.runtime import interpreter
 
-from tests.ops import ops_oracle
+from tests.ops import cases, ops_oracle
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import nvidia, segment_attention
 from uoe_jax.ops.segment_attention.call import Call, Mask
@@ -28,18 +24,7 @@ from uoe_jax.ops.segment_attention.nvidia import triton
 ROWS, SEGMENTS, SCALE = 44, 3, 0.3
 FLOAT16 = pytest.mark.float16
 
-TILES = {
-    "forward": triton.Tiles(32, 32, 4, 2),
-    "query_gradient": triton.Tiles(32, 16, 4, 2),  # the forward schedule does
-    "key_gradients": triton.Tiles(16, 32, 4, 2),
-}
-OTHERS = {
-    "forward": triton.Tiles(32, 16, 4, 2),
-    "query_gradient": triton.Tiles(16, 16, 4, 2),  # a schedule of its own
-    "key_gradients": triton.Tiles(32, 16, 4, 2),
-}
 backwards = False  # whether programs take the tiles in the opposite order
-cuts = st.lists(st.integers(0, ROWS), min_size=SEGMENTS, max_size=SEGMENTS).map(sorted)
 
 
 def run(kernel, grid, constants, shapes, *arrays):
@@ -48,30 +33,14 @@ def run(kernel, grid, constants, shapes, *arrays):
     if backwards:
         place = kernel.arg_names.index("tiles")
         arrays[place] = arrays[place][::-1]
-    with mock.patch.object(interpreter, "_patch_lang", patch_once()):
-        return triton_on_cpu.run(kernel, grid, constants, shapes, *arrays)
-
-
-def patch_once(patch=interpreter._patch_lang):
-    """The interpreter's patch of the language, but once a kernel and module.
-
-    It would be made anew, to the same effect, by every function that a kernel calls.
-    """
-    known = []
-
-    def wrapped(fun):
-        if any(fun.__globals__ is each for each in known):
-            return interpreter._LangPatchScope()  # nothing to restore
-        known.append(fun.__globals__)
-        return patch(fun)
-
-    return wrapped
+    return triton_on_cpu.run(kernel, grid, constants, shapes, *arrays)
 
 
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The kernels on numpy arrays, in tiles that no segment fills."""
-    monkeypatch.setattr(triton, "choose_tiles", lambda kernel, shape: TILES[kernel])
+    tiles = cases.ATTENTION_TILES
+    monkeypatch.setattr(triton, "choose_tiles", lambda kernel, shape: tiles[kernel])
     with nvidia.interpreted(run):
         yield
 
@@ -89,47 +58,6 @@ def value_and_grads(q, k, v, grad, offsets, bounds, causal, window):
 
     out, vjp = jax.vjp(attend, q, k, v)
     return out, *vjp(grad)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "groups", "width", "causal", "window", "documents", "tiles"),
-    [
-        pytest.param("float16", 2, 16, True, None, False, TILES, marks=FLOAT16),
-        ("bfloat16", 1, 32, False, None, False, OTHERS),
-        pytest.param("float16", 1, 16, False, 9, False, OTHERS, marks=FLOAT16),
-        pytest.param("float16", 1, 16, True, 20, True, TILES, marks=FLOAT16),
-    ],
-)
-def test_value_and_gradients_match_float64(
-    monkeypatch, on_cpu, dtype, groups, width, causal, window, documents, tiles
-):
-    monkeypatch.setattr(triton, "choose_tiles", lambda kernel, shape: tiles[kernel])
-
-    @settings(deadline=None, max_examples=1)
-    @given(cuts, st.integers(5, 30), st.integers(0, 2**32 - 1))
-    @example([5, 5, 40], 17, 0)  # an empty segment, one across tiles, rows of none
-    def check(cuts, document, seed):
-        arrays = draw(np.random.default_rng(seed), groups, width, dtype)
-        offsets, row = [0, *cuts], np.arange(ROWS)
-        first = row // document * document
-        bounds = (first, first + document - 1) if documents else None
-        # Rows past the end must neither be seen nor reach others as 0 * nan.
-        spoilt = [x.at[offsets[-1] :].set(jnp.nan) for x in arrays]
-        seen = None if bounds is None else tuple(map(jnp.asarray, bounds))
-        got = value_and_grads(*spoilt, jnp.asarray(offsets), seen, causal, window)
-        visible = ops_oracle.segment_visible(offsets, ROWS, causal, window)
-        if bounds is not None:
-            visible &= (row >= bounds[0][:, None]) & (row <= bounds[1][:, None])
-        want = ops_oracle.attention(*arrays, visible, SCALE)
-        assert {x.dtype for x in got} == {jnp.dtype(dtype)}
-        # Weights and results are rounded once each: two half-steps, and slack. The
-        # interpreter cuts bfloat16 off where a GPU rounds: whole steps.
-        steps = 3 if dtype == "bfloat16" else 1.5
-        ops_oracle.assert_near(got, want, steps * float(jnp.finfo(dtype).eps))
-        for x in got:
-            assert not np.asarray(x[offsets[-1] :]).any()
-
-    check()
 
 
 @FLOAT16

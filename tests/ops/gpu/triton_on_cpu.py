@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
@@ -71,6 +72,22 @@ def convert(data, source, target, rounding, convert=interpreter._convert_float):
 interpreter._convert_float = convert
 
 
+def patch_once(patch=interpreter._patch_lang):
+    """The interpreter's patch of the language, but once a kernel and module.
+
+    It would be made anew, to the same effect, by every function that a kernel calls.
+    """
+    known = []
+
+    def wrapped(fun):
+        if any(fun.__globals__ is each for each in known):
+            return interpreter._LangPatchScope()  # nothing to restore
+        known.append(fun.__globals__)
+        return patch(fun)
+
+    return wrapped
+
+
 _alone = threading.Lock()  # the interpreter serves one device at a time
 
 
@@ -88,7 +105,7 @@ def run(kernel, grid, constants, shape, *arrays, aliases=None):
         for a in (*arrays, *jax.tree.leaves(out))
     ]
     constants = {k: tl.constexpr(v) for k, v in constants.items()}
-    with _alone:
+    with _alone, mock.patch.object(interpreter, "_patch_lang", patch_once()):
         Executor(kernel.rewrite(), kernel.arg_names, (grid,))(*pointers, **constants)
     return out
 

@@ -1,12 +1,10 @@
-"""jax's splash kernel behind `dense_attention`, and which kernels a TPU is given."""
+"""Which kernels a TPU is given."""
 
 from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from tests.ops.tpu import tpu_oracle
@@ -19,51 +17,6 @@ from uoe_jax.ops import (
     segment_attention,
     tpu,
 )
-from uoe_jax.ops.dense_attention import reference, splash
-from uoe_jax.ops.dense_attention.call import Call
-from uoe_jax.ops.segment_attention.call import Mask
-
-LENGTH, WIDTH = 256, 64
-CASES = {
-    "causal, grouped": dict(causal=True, window=None, heads=2, documents=False),
-    "full window": dict(causal=False, window=70, heads=1, documents=False),
-    # An id that comes back is another document.
-    "causal documents": dict(causal=True, window=None, heads=1, documents=True),
-}
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.both_jax if options["heads"] == 1 else ())
-        for case, options in CASES.items()
-    ],
-)
-def test_value_and_gradients_match_float64(case):
-    options = dict(CASES[case])
-    heads = options.pop("heads")
-    segments = None
-    if options.pop("documents"):
-        segments = jnp.asarray(np.repeat([1, 2, 1], [100, 100, 56])[None])
-    rng = np.random.default_rng(0)
-    sides = (heads, 1, 1, heads)
-    q, k, v, grad = (
-        jnp.asarray(rng.normal(size=(1, LENGTH, n, WIDTH)), jnp.float32) for n in sides
-    )
-
-    def differentiated(attend, q, k, v, grad, segments):
-        more = Mask(**options), segments, 0.125
-        out, vjp = jax.vjp(lambda *qkv: attend(Call(*qkv, *more)), q, k, v)
-        return [out, *vjp(grad)]
-
-    kernels = jax.jit(functools.partial(differentiated, splash.dense_attention))
-    # Races aren't looked for: the kernel isn't ours, and its copies are the compiler's.
-    got, _ = tpu_oracle.interpreted(
-        kernels, q, k, v, grad, segments, detect_races=False, block=128
-    )
-    oracle = functools.partial(differentiated, reference.dense_attention)
-    want = tpu_oracle.in_float64(oracle, q, k, v, grad, segments)
-    tpu_oracle.assert_close(got, want, 5e-6)
 
 
 def kernels_of(function, *args):
