@@ -11,22 +11,25 @@ settings. Each set is written as soon as it is done, and what is there isn't don
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sklearn
-from sklearn import datasets
+from sklearn import __version__, datasets
 from sklearn.cluster import HDBSCAN, KMeans
 from sklearn.mixture import GaussianMixture
 
+from uoe_jax.bench.record import (
+    arguments,
+    header,
+    processor,
+    read_record,
+    write_record,
+)
 from uoe_jax.cluster import PPP
 from uoe_jax.cluster.metrics import adjusted_rand
 from uoe_jax.cluster.prepare import make_frame
-from uoe_jax.files import format_json, parse_json, write_atomically
 
 MOST = 12  # clusters that BIC and the gap statistic try; digits have ten
 Points = tuple[np.ndarray, np.ndarray]
@@ -44,14 +47,10 @@ def blobs(clusters: int, width: int, apart: float) -> Callable[[int], Points]:
     return make
 
 
-def gaussian(seed: int) -> Points:
-    points = np.random.default_rng(seed).normal(size=(600, 4))
-    return points, np.zeros(600, int)
-
-
-def cube(seed: int) -> Points:
-    points = np.random.default_rng(seed).uniform(size=(600, 3))
-    return points, np.zeros(600, int)
+def one(kind: str, width: int) -> Callable[[int], Points]:
+    """Return what draws 600 points of one cluster."""
+    draw = lambda seed: getattr(np.random.default_rng(seed), kind)(size=(600, width))
+    return lambda seed: (draw(seed), np.zeros(600, int))
 
 
 def parallel(seed: int) -> Points:
@@ -73,12 +72,7 @@ def unequal(seed: int) -> Points:
 
 
 def stored(load: Callable[[], Any]) -> Callable[[int], Points]:
-    def make(seed: int) -> Points:
-        del seed
-        found = load()
-        return found.data, found.target
-
-    return make
+    return lambda seed: ((found := load()).data, found.target)
 
 
 # name -> how it is made, the true number, whether it is drawn
@@ -87,8 +81,8 @@ SETS: dict[str, tuple[Callable[[int], Points], int, bool]] = {
     "5 round clusters, 16 dimensions": (blobs(5, 16, 8), 5, True),
     "8 round clusters, 16 dimensions": (blobs(8, 16, 8), 8, True),
     "4 clusters of unequal size": (unequal, 4, True),
-    "one Gaussian": (gaussian, 1, True),
-    "uniform cube": (cube, 1, True),
+    "one Gaussian": (one("normal", 4), 1, True),
+    "uniform cube": (one("uniform", 3), 1, True),
     "3 long parallel Gaussians": (parallel, 3, True),
     "iris": (stored(datasets.load_iris), 3, False),
     "wine": (stored(datasets.load_wine), 3, False),
@@ -142,13 +136,12 @@ METHODS = {"PPP": by_ppp, "BIC": by_bic, "gap": by_gap, "HDBSCAN": by_hdbscan}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=4)
     options = parser.parse_args()
-    results: dict[str, Any] = {"scikit-learn": sklearn.__version__, "sets": {}}
-    if options.out.exists():
-        results = dict(parse_json(options.out.read_text("utf-8"), str(options.out)))
+    results: dict[str, Any] = {"sets": read_record(options.out).get("sets", {})}
+    results |= header(stated=options.commit, device=processor())
+    results["scikit-learn"] = __version__
     for name, (make, true, drawn) in SETS.items():
         if name in results["sets"]:
             continue
@@ -165,7 +158,7 @@ def main() -> None:
             seconds = (time.perf_counter() - begun) / len(numbers)
             found[method] = {"found": numbers, "ari": scores, "seconds": seconds}
         results["sets"][name] = found
-        write_atomically(options.out, format_json(results, indent=1) + "\n")
+        write_record(options.out, results)
         row = {method: found[method]["found"] for method in METHODS}
         print(f"{name}: {true}, {row}", flush=True)
 

@@ -12,12 +12,12 @@ grids of 4 x 4 are tried, with and without joined ends.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from uoe_jax.bench.record import arguments, header, write_record
 from uoe_jax.files import format_json
 from uoe_jax.model.transformer import routing_choices
 from uoe_jax.runs.load import load_run, run_dataset
@@ -41,16 +41,16 @@ def choices_of(run, split, batches):
 
 def main():
     """Print and write the links of each layer and placement."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--batches", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=Path("placement.json"))
     options = parser.parse_args()
     run = load_run(options.run)
     experts = run.config.model.union.num_experts
     seen, unseen = (choices_of(run, split, options.batches)
                     for split in ("train", "valid"))  # fmt: skip
-    record = {"experts": experts, "step": run.step, "rows": []}
+    record = {**header(stated=options.commit), "experts": experts}
+    record |= {"step": run.step, "rows": []}
     for wrapped in (False, True):
         graph = box_graph(SIDES, SIDES if wrapped else (0, 0))
         for name, chosen in seen.items():
@@ -69,7 +69,7 @@ def main():
             }
             record["rows"].append(row)
             print(format_json(row), flush=True)
-    options.out.write_text(format_json(record, indent=1) + "\n")
+    write_record(options.out, record)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,16 @@ holds already aren't computed again.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from uoe_jax.bench.record import header
-from uoe_jax.files import format_json
+from uoe_jax.bench.record import arguments, header, read_record, write_record
 from uoe_jax.plan.layouts import describe_sizes, verdicts
 
 TOLERANCE = 1e-5
@@ -32,16 +28,13 @@ FLAGS = (
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
     "--xla_cpu_parallel_codegen_split_count=1"
 )
+ROUTED = {"dispatch": "all_to_all", "experts": "round_robin"}
 # In turn, where the mesh has the axes; the rest has no choice to make.
 CHOICES: tuple[dict[str, str], ...] = (
     {},
     {"tensor_reduce": "reduce_scatter", "sequence_attention": "gather"},
-    {"dispatch": "all_to_all", "experts": "round_robin"},
-    {
-        "tensor_reduce": "reduce_scatter",
-        "dispatch": "all_to_all",
-        "experts": "round_robin",
-    },
+    ROUTED,
+    {"tensor_reduce": "reduce_scatter", **ROUTED},
 )
 
 
@@ -88,25 +81,17 @@ def cases(kinds: list[str]) -> list[tuple[str, dict[str, int], dict[str, str]]]:
     return found
 
 
-def about(argv: list[str]) -> dict[str, Any]:
-    """Return what the results were made with."""
-    device = f"{jax.device_count()} simulated x {jax.devices()[0].device_kind}"
-    command = "python benchmarks/layout_matrix.py " + " ".join(argv)
-    return {**header(command, device=device), "tolerance": TOLERANCE}
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> int:
+    parser = arguments(__doc__)
     parser.add_argument("--kinds", nargs="+", default=["dense", "moe", "union"])
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     os.environ.setdefault("XLA_FLAGS", FLAGS)
     jax.config.update("jax_num_cpu_devices", 8)
     nnx.set_graph_mode(False)
     nnx.set_graph_updates(False)
-    rows: list[dict[str, Any]] = []
-    if args.out and args.out.exists():
-        rows = json.loads(args.out.read_text())["results"]
+    device = f"{jax.device_count()} simulated x {jax.devices()[0].device_kind}"
+    about = {**header(stated=args.commit, device=device), "tolerance": TOLERANCE}
+    rows: list[dict[str, Any]] = read_record(args.out).get("results", [])
     known = [(row["kind"], row["mesh"], row["layout"]) for row in rows]
     for case in cases(args.kinds):
         if case in known:
@@ -120,13 +105,11 @@ def main(argv: list[str]) -> int:
             f"{', '.join(row['layout'].values())}",
             flush=True,
         )
-        if args.out:
-            record = about(argv) | {"results": rows}
-            args.out.write_text(format_json(record, indent=1) + "\n")
+        write_record(args.out, about | {"results": rows})
     worst = max(max(r["gradient_difference"], r["loss_difference"]) for r in rows)
     print(f"{len(rows)} layouts, largest difference {worst:.1e}")
     return int(not worst <= TOLERANCE)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -8,32 +8,29 @@ standard library. Transformers, in the interpreter `--peer-python`, opens what `
 export` writes of the run and reads the same rows of tokens, in float32. On a GPU, set
 JAX_DEFAULT_MATMUL_PRECISION=highest, or products are of shorter numbers. The same line
 goes on where the last one ended; more `--tokens` go on too.
+
+The other interpreter runs this script with `--peer`: it has torch and transformers, and
+nothing of ours.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
-from experiments.e009_real_model.study import write_texts
-from uoe_jax.files import format_json, parse_json, write_atomically
-from uoe_jax.harness import Row, Scorer
-from uoe_jax.interop.exporting import export_run
-from uoe_jax.runs.load import load_run
+if TYPE_CHECKING:
+    from uoe_jax.harness import Scorer
 
 TEXTS = ("wikipedia", "python")
-PEER = Path(__file__).with_name("perplexity_transformers.py")
+Losses = dict[tuple[str, int], float]
 
 
 def make_rows(scorer: Scorer, folder: Path, tokens: int, length: int) -> Any:
@@ -61,33 +58,52 @@ def make_rows(scorer: Scorer, folder: Path, tokens: int, length: int) -> Any:
     return found, sizes
 
 
-def read_losses(file: Path) -> dict[tuple[str, int], float]:
+def read_losses(file: Path) -> Losses:
     """Return nats by text and row, of a file of JSON lines that may not be there."""
     lines = file.read_text("utf-8").splitlines() if file.exists() else []
-    entries = [parse_json(line, str(file)) for line in lines]
-    return {(e["text"], e["row"]): e["nats"] for e in entries}
+    return {(e["text"], e["row"]): e["nats"] for e in map(json.loads, lines)}
 
 
-def score_ours(scorer: Scorer, rows: dict[str, np.ndarray], file: Path) -> None:
+def score_rows(
+    score: Callable[[np.ndarray], float], rows: Mapping[str, np.ndarray], file: Path
+) -> None:
     """Append the loss of each row that has none yet."""
     done = read_losses(file)
     with file.open("a", encoding="utf-8") as out:
         for number in range(max(map(len, rows.values()))):
             for text in TEXTS:
-                if number >= len(rows[text]) or (text, number) in done:
-                    continue
-                row = rows[text][number]
-                ((nll, _),) = scorer.run([Row(row[:-1], row[1:], len(row) - 1)])
-                entry = {"text": text, "row": number, "nats": float(nll.sum())}
-                out.write(format_json(entry) + "\n")
-                out.flush()
+                if number < len(rows[text]) and (text, number) not in done:
+                    nats = score(rows[text][number])
+                    entry = {"text": text, "row": number, "nats": nats}
+                    out.write(json.dumps(entry, allow_nan=False) + "\n")
+                    out.flush()
+
+
+def score_peer(folder: str, rows: str, file: str) -> None:
+    """Score rows by transformers; print what did it."""
+    import torch
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    )
+    model = model.to(device).eval()
+
+    def score(row: np.ndarray) -> float:
+        tokens = torch.from_numpy(row).long()[None].to(device)
+        logits = model(tokens[:, :-1], use_cache=False).logits[0].double()
+        cross_entropy = torch.nn.functional.cross_entropy
+        return float(cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+
+    with np.load(rows) as texts, torch.inference_mode():
+        score_rows(score, dict(texts), Path(file))
+    versions = {m.__name__: m.__version__ for m in (torch, transformers)}
+    print(json.dumps({"parameters": model.num_parameters(), **versions}))
 
 
 def compare(
-    ours: dict[tuple[str, int], float],
-    theirs: dict[tuple[str, int], float],
-    sizes: dict[str, list[int]],
-    length: int,
+    ours: Losses, theirs: Losses, sizes: dict[str, list[int]], length: int
 ) -> dict[str, Any]:
     """Return both perplexities of each text over the rows that both have read."""
     found = {}
@@ -111,16 +127,24 @@ def compare(
     return found
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> None:
+    import jax
+
+    from experiments.e009_real_model.study import write_texts
+    from uoe_jax.bench.record import arguments, header, processor, write_record
+    from uoe_jax.files import format_json
+    from uoe_jax.harness import Row, Scorer
+    from uoe_jax.interop.exporting import export_run
+    from uoe_jax.runs.load import load_run
+
+    parser = arguments(__doc__)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--articles", type=Path, required=True)
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=200_000, help="of each text")
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     texts, exported = args.work / "texts", args.work / "exported"
     if not texts.exists():
@@ -129,37 +153,35 @@ def main(argv: list[str]) -> None:
         export_run(args.run, exported)
     run = load_run(args.run)
     scorer = Scorer(run, batch_size=1)
+
+    def score(row: np.ndarray) -> float:
+        ((nll, _),) = scorer.run([Row(row[:-1], row[1:], len(row) - 1)])
+        return float(nll.sum())
+
     rows, sizes = make_rows(scorer, texts, args.tokens, args.length)
     np.savez(args.work / "rows.npz", **rows)
     files = [args.work / f"{side}-{args.length}.jsonl" for side in ("ours", "theirs")]
-    score_ours(scorer, rows, files[0])
-    command = [args.peer_python, str(PEER), str(exported), str(args.work / "rows.npz")]
-    count = max(map(len, rows.values()))
+    score_rows(score, rows, files[0])
     said = subprocess.run(
-        [*command, str(files[1]), str(count)],
+        [args.peer_python, __file__, "--peer"]
+        + [str(path) for path in (exported, args.work / "rows.npz", files[1])],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
     )
-    ours, theirs = map(read_losses, files)
+    device = processor() if jax.default_backend() == "cpu" else None
     report = {
-        "command": "python benchmarks/perplexity_peers.py",
+        **header(stated=args.commit, device=device),
         "model": run.config.name,
         "compute_dtype": run.config.model.compute_dtype,
         "length": args.length,
-        "device": device
-        if (device := jax.devices()[0].device_kind) != "cpu"
-        else f"CPU, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "jax": version("jax"),
         "peer": json.loads(said.stdout.splitlines()[-1]),
-        "texts": compare(ours, theirs, sizes, args.length),
+        "texts": compare(*map(read_losses, files), sizes, args.length),
     }
     print(format_json(report, indent=1))
-    if args.out:
-        write_atomically(args.out, format_json(report, indent=1) + "\n")
+    write_record(args.out, report)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    score_peer(*sys.argv[2:]) if sys.argv[1:2] == ["--peer"] else main()

@@ -10,9 +10,6 @@ latency of a T4 that the published ratio needs, and the ratio to its memory band
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -20,6 +17,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from uoe_jax.bench.record import arguments, command_line, read_record, write_record
 from uoe_jax.config import ModelConfig, from_json
 from uoe_jax.files import format_json, write_atomically
 from uoe_jax.hardware import pim
@@ -53,16 +51,9 @@ Row = dict[str, Any]
 
 
 def gpt(layers: int, width: int, heads: int, head_dim: int) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=50257,
-        max_seq_len=1024,
-        d_model=width,
-        d_ff=4 * width,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=head_dim,
-    )
+    sizes = {"num_heads": heads, "num_kv_heads": heads, "head_dim": head_dim}
+    sizes |= {"num_layers": layers, "d_model": width, "d_ff": 4 * width}
+    return ModelConfig(vocab_size=50257, max_seq_len=1024, **sizes)
 
 
 def published() -> list[Row]:
@@ -89,7 +80,7 @@ def trained() -> list[Row]:
     """Return the models of the language experiment that the device maps."""
     losses, models = defaultdict(list), {}
     for path in sorted(RESULTS.glob("*-[012].json")):
-        found = json.loads(path.read_text())
+        found = read_record(path)
         losses[found["case"]].append(found["test"]["bits_per_byte"])
         models[found["case"]] = from_json(format_json(found["config"])).model
     rows = []
@@ -131,24 +122,12 @@ def show(found: Row) -> str:
         for row in found["trained"]
     ]
     ends = f"{LATENCIES[0] * 1e3:.0f}-{LATENCIES[1] * 1e3:.0f} ms"
-    return "\n\n".join(
-        [
-            format_table(
-                (
-                    *("model", "ms a token", "slower timing", "mJ", "row hits %"),
-                    *("times T4's bandwidth", f"times a T4 of {ends}"),
-                ),
-                first,
-            ),
-            format_table(
-                (
-                    *("model", "bits/byte", "us in memory", "H200", "T4"),
-                    *("mJ in memory", "H200 board", "T4 board"),
-                ),
-                second,
-            ),
-        ]
-    )
+    head = ("model", "ms a token", "slower timing", "mJ", "row hits %")
+    ratios = ("times T4's bandwidth", f"times a T4 of {ends}")
+    columns = ("model", "bits/byte", "us in memory", "H200", "T4")
+    energy = ("mJ in memory", "H200 board", "T4 board")
+    tables = format_table(head + ratios, first), format_table(columns + energy, second)
+    return "\n\n".join(tables)
 
 
 def draw(rows: list[Row], theme: Theme) -> Figure:
@@ -171,25 +150,23 @@ def draw(rows: list[Row], theme: Theme) -> Figure:
     return figure
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
+def main() -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--plot", type=Path)
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     found = {
-        "command": "python benchmarks/pim_decode.py",
+        "command": command_line(),
         "context": CONTEXT,
         "device": "closed form; nothing is run",
         "published": published(),
         "trained": trained(),
     }
     print(show(found))
-    if args.out:
-        write_atomically(args.out, format_json(found, indent=1) + "\n")
+    write_record(args.out, found)
     if args.plot:
         picture = render(lambda theme: draw(found["trained"], theme), (LIGHT,))
         write_atomically(args.plot, picture["light"])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

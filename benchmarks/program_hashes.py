@@ -66,14 +66,8 @@ def write_texts_of(commit: str, folder: Path) -> None:
         with tarfile.open(fileobj=BytesIO(packed)) as files:
             files.extractall(there, filter="data")
         run = [sys.executable, __file__, "--out", str(folder)]
-        done = subprocess.run(
-            run,
-            cwd=there,
-            env=os.environ | {"PYTHONPATH": there},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        env = os.environ | {"PYTHONPATH": there}
+        done = subprocess.run(run, cwd=there, env=env, capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         sys.exit(f"the package of {commit} can't be traced by this script: {why}")

@@ -8,18 +8,14 @@ baselines are scikit-learn's FeatureHasher of the same settings.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,9 +24,17 @@ import numpy as np
 from scipy.stats import spearmanr
 from sklearn.feature_extraction import FeatureHasher
 
-from uoe_jax.bench.record import commit
+from uoe_jax.bench.record import (
+    ROOT,
+    arguments,
+    header,
+    processor,
+    read_record,
+    write_record,
+)
+from uoe_jax.bench.timing import timed
 from uoe_jax.config import to_json
-from uoe_jax.files import format_json
+from uoe_jax.files import format_json, read_json
 from uoe_jax.presets import get_preset
 from uoe_jax.runs.index import INDEX, RunIndex, open_index
 from uoe_jax.runs.leaves import leaves_of, settings_of, show_path
@@ -38,36 +42,7 @@ from uoe_jax.runs.read import RunRecord
 from uoe_jax.runs.search import ABSENT, History, _expect, differing, like
 from uoe_jax.runs.vector import JsonVector
 
-ROOT = Path(__file__).parents[1]
 LEVELS = (0.5, 0.8, 0.9)
-
-
-def about(packages: Sequence[str] = ("numpy",)) -> dict[str, Any]:
-    """Return what made a result: command, commit, processor, versions, load."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((l.split(":")[1].strip() for l in lines if "model name" in l), "")
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit(),
-        "device": f"{model}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def timed(act: Callable[[], Any], times: int = 1) -> tuple[Any, dict[str, float]]:
-    """Return what an act returns, and the median seconds of doing it."""
-    clock, processor, found = [], [], None
-    for _ in range(times):
-        start = time.perf_counter(), time.process_time()
-        found = act()
-        clock.append(time.perf_counter() - start[0])
-        processor.append(time.process_time() - start[1])
-    return found, {
-        "seconds": statistics.median(clock),
-        "processor_seconds": statistics.median(processor),
-    }
 
 
 def experiment_of(record: RunRecord) -> str:
@@ -77,9 +52,7 @@ def experiment_of(record: RunRecord) -> str:
 
 def case_of(record: RunRecord) -> str:
     """Return the experiment and the case that a run is a seed of."""
-    return (
-        f"{experiment_of(record)}/{json.loads(Path(record.path).read_text())['case']}"
-    )
+    return f"{experiment_of(record)}/{read_json(Path(record.path))['case']}"
 
 
 def key_of(record: RunRecord) -> str:
@@ -90,14 +63,10 @@ def key_of(record: RunRecord) -> str:
 def nearest(index: RunIndex) -> dict[str, Any]:
     """Section 4, line 1: other seeds first, then what differs least."""
     cases = {record.path: case_of(record) for record in index.records}
-    repeated = [
-        r for r in index.records if list(cases.values()).count(cases[r.path]) > 1
-    ]
-    seeds = [
-        cases[index.nearest(r.settings, 1, exclude=[r.path])[0][0].path]
-        == cases[r.path]
-        for r in repeated
-    ]
+    count = Counter(cases.values())
+    repeated = [r for r in index.records if count[cases[r.path]] > 1]
+    first = lambda r: index.nearest(r.settings, 1, exclude=[r.path])[0][0]
+    seeds = [cases[first(r).path] == cases[r.path] for r in repeated]
     firsts = {key_of(record): record for record in index.records}
     small, right = 0, 0
     for record in firsts.values():
@@ -126,23 +95,19 @@ def speed(index: RunIndex) -> dict[str, Any]:
     _, found["query"] = timed(lambda: index.nearest(next(settings), 5), 50)
     _, found["like_with_differences"] = timed(lambda: like(index, record, 5), 5)
     fresh = JsonVector(2048, weights=index.encoder.weights)
-    _, found["first_encoding_of_a_process"] = timed(
-        lambda: fresh.encode(record.settings)
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        make_runs(Path(folder), 1000)
-        file = Path(folder) / INDEX
-        built, found["index_1000_runs"] = timed(
-            lambda: open_index([Path(folder)], file)
-        )
-        found["index_1000_runs"]["bytes"] = file.stat().st_size
-        found["index_1000_runs"]["runs"] = len(built)
-        _, found["open_1000_runs_again"] = timed(
-            lambda: open_index([Path(folder)], file)
-        )
+    encode = lambda: fresh.encode(record.settings)
+    _, found["first_encoding_of_a_process"] = timed(encode)
+    with tempfile.TemporaryDirectory() as name:
+        folder, file = Path(name), Path(name) / INDEX
+        make_runs(folder, 1000)
+        read = lambda: open_index([folder], file)
+        built, spent = timed(read)
+        about = {"bytes": file.stat().st_size, "runs": len(built)}
+        found["index_1000_runs"] = spent | about
+        _, found["open_1000_runs_again"] = timed(read)
         wanted = built.records[500].settings
         _, found["query_1000_runs"] = timed(lambda: built.nearest(wanted, 5), 20)
-        found["recall"] = recall_seconds(Path(folder))
+        found["recall"] = recall_seconds(folder)
     return found
 
 
@@ -196,7 +161,7 @@ def recall_seconds(folder: Path) -> dict[str, float]:
 
 
 def hashed(
-    records: Sequence[RunRecord], weights: Any, *, numbers: bool, dim: int = 2048
+    records: Sequence[RunRecord], weights: Any, numbers: bool, dim: int = 2048
 ) -> np.ndarray:
     """Return scikit-learn's hashed settings, rows of length one."""
     rows = []
@@ -224,36 +189,31 @@ def prediction(index: RunIndex) -> dict[str, Any]:
     groups = np.array([experiment_of(r) for r in firsts])
     settings = [r.settings for r in firsts]
     weights = index.encoder.weights
-    vectors = {
-        "MBAT as in the paper, thermometers": JsonVector(
-            weights="paper", number="thermometer"
-        ).encode_many(settings),
-        "MBAT as in the paper, Fourier numbers": JsonVector(
-            weights="paper"
-        ).encode_many(settings),
-        "MBAT per leaf": JsonVector().encode_many(settings),
-        "MBAT per leaf, diversity weights": JsonVector(weights=weights).encode_many(
-            settings
-        ),
-        "FeatureHasher path=value": hashed(firsts, None, numbers=False),
-        "FeatureHasher path=value, diversity weights": hashed(
-            firsts, weights, numbers=False
-        ),
-        "FeatureHasher, numbers as values, diversity weights": hashed(
-            firsts, weights, numbers=True
-        ),
+    encoders = {
+        "MBAT as in the paper, thermometers": {"number": "thermometer"}
+        | {"weights": "paper"},
+        "MBAT as in the paper, Fourier numbers": {"weights": "paper"},
+        "MBAT per leaf": {},
+        "MBAT per leaf, diversity weights": {"weights": weights},
     }
+    hashes = {
+        "FeatureHasher path=value": (None, False),
+        "FeatureHasher path=value, diversity weights": (weights, False),
+        "FeatureHasher, numbers as values, diversity weights": (weights, True),
+    }
+    vectors = {
+        name: JsonVector(**how).encode_many(settings) for name, how in encoders.items()
+    } | {name: hashed(firsts, *how) for name, how in hashes.items()}
     counts = _counts(settings)
     upper = np.triu_indices(len(firsts), 1)
     table = {}
     for name, rows in vectors.items():
         cosines = np.asarray(rows @ rows.T, float)
+        where = cosines, means, groups
         table[name] = {
-            "k=1": _error(cosines, means, groups, 1, False),
-            "k=3": _error(cosines, means, groups, 3, False),
-            "k=3, weighted by 1 / (1 - cosine)": _error(
-                cosines, means, groups, 3, True
-            ),
+            "k=1": _error(*where, 1, False),
+            "k=3": _error(*where, 3, False),
+            "k=3, weighted by 1 / (1 - cosine)": _error(*where, 3, True),
             "rank correlation with differing leaves": float(
                 -spearmanr(cosines[upper], counts[upper]).statistic
             ),
@@ -326,28 +286,21 @@ def coverage(index: RunIndex) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--speed", action="store_true")  # that part of --out anew
+    parser = arguments(__doc__)
+    parser.add_argument("--speed", action="store_true", help="that part of --out anew")
     options = parser.parse_args()
     index = open_index([ROOT / "experiments"])
     index.records = [r for r in index.records if r.outcome.get("loss") is not None]
+    about: dict[str, Any] = header(stated=options.commit, device=processor())
+    about["versions"] = {n: version(n) for n in ("numpy", "scipy", "scikit-learn")}
+    about["load_average"] = os.getloadavg()[0]
     if options.speed:
-        old = json.loads(options.out.read_text())
-        part = {"about": about(), **speed(index)}
-        options.out.write_text(format_json(old | {"speed": part}, indent=1) + "\n")
-        return
-    found = {
-        "about": about(("numpy", "scipy", "scikit-learn")),
-        "nearest": nearest(index),
-        "prediction": prediction(index),
-        "intervals": coverage(index),
-        "speed": speed(index),
-    }
-    text = format_json(found, indent=1) + "\n"
-    print(text)
-    if options.out:
-        options.out.write_text(text)
+        found = read_record(options.out) | {"speed": {**about, **speed(index)}}
+    else:
+        found = about | {"nearest": nearest(index), "prediction": prediction(index)}
+        found |= {"intervals": coverage(index), "speed": speed(index)}
+    print(format_json(found, indent=1))
+    write_record(options.out, found)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,17 @@ the processor's unless they are the clock's.
 
 from __future__ import annotations
 
-import argparse
-import time
+import os
+from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from run_search import about
 
+from uoe_jax.bench.record import arguments, header, processor, write_record
+from uoe_jax.bench.timing import timed
 from uoe_jax.errors import MissingExtra
 from uoe_jax.files import format_json
 from uoe_jax.runs.approximate import CANDIDATES, NeighbourGraph
@@ -63,19 +64,19 @@ def changed(number: int) -> dict[str, Any]:
 
 def exact(rows: np.ndarray, queries: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
     """Return recall and seconds of the whole product, and the ten nearest of each."""
-    nearest, seconds, clock = [], [], []
-    for query in queries:
-        start = time.process_time(), time.perf_counter()
+
+    def ten(query: np.ndarray) -> np.ndarray:
         cosines = similarities(rows, query)
         best = np.argpartition(-cosines, 10)[:10]
-        nearest.append(best[np.argsort(-cosines[best])])
-        seconds.append(time.process_time() - start[0])
-        clock.append(time.perf_counter() - start[1])
+        return best[np.argsort(-cosines[best])]
+
+    nearest, spent = zip(*(timed(partial(ten, q)) for q in queries), strict=True)
     found = np.stack(nearest)
+    middle = lambda clock: float(np.median([one[clock] for one in spent]))
     return {
         "recall_at_1": float((found[:, 0] == wanted).mean()),
-        "seconds_a_query": float(np.median(seconds)),
-        "clock_seconds_a_query": float(np.median(clock)),
+        "seconds_a_query": middle("processor_seconds"),
+        "clock_seconds_a_query": middle("seconds"),
         "nearest": found,
     }
 
@@ -84,28 +85,24 @@ def approximate(
     rows: np.ndarray, queries: np.ndarray, wanted: np.ndarray, truth: np.ndarray
 ) -> dict[str, Any]:
     """Return recall, seconds and bytes of usearch's graph."""
-    start = time.process_time(), time.perf_counter()
     try:
-        graph = NeighbourGraph(rows, threads=1)
+        graph, built = timed(lambda: NeighbourGraph(rows, threads=1))
     except MissingExtra as error:
         return {"missing": str(error)}
-    built = time.process_time() - start[0], time.perf_counter() - start[1]
     searches = {}
     for candidates in (64, 256, CANDIDATES, 4 * CANDIDATES):
         graph.candidates = candidates
-        began = time.process_time()
-        found = graph.nearest(queries, 10)
-        spent = (time.process_time() - began) / len(queries)
+        found, spent = timed(lambda: graph.nearest(queries, 10))
         shared = [len(set(a) & set(b)) for a, b in zip(found, truth, strict=True)]
         searches[str(candidates)] = {
-            "seconds_a_query": spent,
+            "seconds_a_query": spent["processor_seconds"] / len(queries),
             "recall_at_1": float((found[:, 0] == wanted).mean()),
             "recall_at_10_of_exact": float(np.mean(shared) / 10),
         }
     return {
         "version": version("usearch"),
-        "build_seconds": built[0],
-        "build_clock_seconds": built[1],
+        "build_seconds": built["processor_seconds"],
+        "build_clock_seconds": built["seconds"],
         "bytes": graph.nbytes,
         "candidates": searches,
     }
@@ -113,43 +110,39 @@ def approximate(
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--objects", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     count = options.objects
 
-    start = time.process_time()
-    for _ in make_objects(2000):
-        pass
-    making = (time.process_time() - start) / 2000
-
-    start = time.process_time()
+    _, spent = timed(lambda: deque(make_objects(2000), maxlen=0))
+    making = spent["processor_seconds"] / 2000
     seen = Diversity()
-    for value in make_objects(min(count, _SAMPLE)):
-        seen.add(leaves_of(value))
-    counting = time.process_time() - start
+    _, counting = timed(
+        lambda: [seen.add(leaves_of(x)) for x in make_objects(min(count, _SAMPLE))]
+    )
     encoder = JsonVector(options.dim, weights=seen.weights())
-    start = time.process_time(), time.perf_counter()
-    rows = encode_rows(encoder, make_objects(count), count, True)
-    spent = time.process_time() - start[0], time.perf_counter() - start[1]
+    encode = lambda: encode_rows(encoder, make_objects(count), count, True)
+    rows, spent = timed(encode)
 
     wanted = np.random.default_rng(1).integers(count, size=options.queries)
     queries = encoder.encode_many(changed(int(i)) for i in wanted)
     found = exact(rows, queries, wanted)
     truth = found.pop("nearest")
     result = {
-        "about": about(("numpy",)),
+        **header(stated=options.commit, device=processor()),
+        "load_average": os.getloadavg()[0],
         "objects": count,
         "leaves": len(leaves_of(make_object(0))),
         "dim": options.dim,
         "weights_from_objects": min(count, _SAMPLE),
-        "weights_seconds": counting,
-        "encode_seconds": spent[0] - making * count,
-        "encode_clock_seconds": spent[1],
-        "encode_milliseconds_an_object": 1e3 * (spent[0] / count - making),
+        "weights_seconds": counting["processor_seconds"],
+        "encode_seconds": spent["processor_seconds"] - making * count,
+        "encode_clock_seconds": spent["seconds"],
+        "encode_milliseconds_an_object": 1e3
+        * (spent["processor_seconds"] / count - making),
         "make_milliseconds_an_object": 1e3 * making,
         "vector_bytes": rows.nbytes,
         "exact": found,
@@ -157,14 +150,11 @@ def main() -> None:
     }
     for dim in (512, 2048):
         fresh = JsonVector(dim, weights=seen.weights())
-        start = time.process_time()
-        fresh.encode_many(make_objects(2000))
-        each = 1e3 * ((time.process_time() - start) / 2000 - making)
+        _, spent = timed(partial(fresh.encode_many, make_objects(2000)))
+        each = 1e3 * (spent["processor_seconds"] / 2000 - making)
         result[f"encode_milliseconds_an_object_dim_{dim}_of_2000"] = each
-    text = format_json(result, indent=1) + "\n"
-    print(text)
-    if options.out:
-        options.out.write_text(text)
+    print(format_json(result, indent=1))
+    write_record(options.out, result)
 
 
 if __name__ == "__main__":

@@ -191,11 +191,7 @@ def test_json_is_written_and_read_in_one_place(path):
 
 
 # They run `uoe` or peers as users do, and import nothing of it.
-APART = (
-    "benchmarks/perplexity_transformers.py",
-    "benchmarks/process_chain.py",
-    "benchmarks/run_search_depth.py",
-)
+APART = ("benchmarks/perplexity_peers.py",)
 
 
 @pytest.mark.parametrize("folder", ["benchmarks", "experiments"])

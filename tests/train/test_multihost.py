@@ -59,9 +59,8 @@ def config_of(tiny, **train_options):
     return dataclasses.replace(config, model=model, mesh=MeshConfig(data=1, fsdp=2))
 
 
-def start(config, folder, run_dir):
-    """Start two workers, joined over a free local port."""
-    count = 2
+def start(config, folder, run_dir, count=2, code=WORKER):
+    """Start some workers, joined over a free local port."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
@@ -76,7 +75,7 @@ def start(config, folder, run_dir):
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(index),
         }
-        command = [sys.executable, "-c", WORKER, str(file), str(run_dir)]
+        command = [sys.executable, "-c", code, str(file), str(run_dir)]
         workers.append(
             subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         )

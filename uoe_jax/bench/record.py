@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -42,6 +43,14 @@ def command_line() -> str:
     if script.is_relative_to(ROOT):
         script = script.relative_to(ROOT)
     return shlex.join(["python", script.as_posix(), *sys.argv[1:]])
+
+
+def processor() -> str:
+    """Return the processor by name, for what is timed on it, and its cores."""
+    info = Path("/proc/cpuinfo")  # Linux only
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = (line.split(":")[1].strip() for line in lines if "model name" in line)
+    return f"{next(named, platform.processor())}, {os.cpu_count()} cores"
 
 
 def made_with(device: str | None = None) -> dict[str, Any]:

@@ -82,6 +82,21 @@ def first_and_median(run: Callable[[], Any], rounds: int) -> tuple[float, float]
     return first, statistics.median(round_seconds(run, rounds))
 
 
+def timed(act: Callable[[], Any], times: int = 1) -> tuple[Any, dict[str, float]]:
+    """Return what an act returns, and its median seconds: the clock's, the processor's.
+
+    The processor's are of this process: other work may run on the machine.
+    """
+    clock, spent, found = [], [], None
+    for _ in range(times):
+        start = time.perf_counter(), time.process_time()
+        found = act()
+        clock.append(time.perf_counter() - start[0])
+        spent.append(time.process_time() - start[1])
+    median = statistics.median
+    return found, {"seconds": median(clock), "processor_seconds": median(spent)}
+
+
 def summarise(seconds: Sequence[float]) -> dict[str, float]:
     """Return the median of rounds in milliseconds, and their range over it."""
     middle = statistics.median(seconds)
