@@ -73,6 +73,7 @@ class UnionConfig(Checked):
     segment_size: Count = 64  # selection: tokens between a causal model's decisions
     selected: Whole = 0  # hierarchical: experts a segment keeps for its tokens' top_k
     shared_kv: bool = False  # attention: route queries, keys and values of all tokens
+    gated_values: bool = False  # attention: a key's value times the key's own gate
     # Training: rows a part takes, over T*X/E; documents packed in a row share them.
     capacity_factor: Capacity | None = None
     gate: Gate = "sigmoid"  # what a part's output is multiplied with
@@ -103,6 +104,7 @@ class UnionOverrides(Checked):
     # Parts of attention that a segment keeps for its tokens.
     selected: Whole | None = None
     shared_kv: bool | None = None  # route queries alone
+    gated_values: bool | None = None  # values times their gates
     gate: Gate | None = None  # of attention's parts
     balance_loss: NotNegative | None = None  # weight of attention's balance loss
 

@@ -324,15 +324,21 @@ def _union(model: ModelConfig) -> Iterator[str]:
                 f"{near}"
             )
         yield from _router(model, model.union, "model.union")
-        if model.union.shared_kv and "union" not in model.attention:
-            yield (
-                "model.union.shared_kv is on and no attention is a union; switch it "
-                "off or set model.attention union"
-            )
+        for option in ("shared_kv", "gated_values"):
+            if getattr(model.union, option) and "union" not in model.attention:
+                yield (
+                    f"model.union.{option} is on and no attention is a union; switch "
+                    "it off or set model.attention union"
+                )
     if any(ATTENTIONS[kind].router(model) is not None for kind in model.attention):
         union = model.union_for("attention")
         own = model.union_attention != type(model.union_attention)()
         name = "model.union_attention" if own else "model.union"
+        if union.gated_values and (union.shared_kv or "moh" in model.attention):
+            yield (
+                f"{name}.gated_values is on and keys and values are everybody's "
+                "(shared_kv, or 'moh'), so they have no gate; switch one off"
+            )
         if model.num_kv_heads % union.num_experts:
             yield (
                 f"{name}.num_experts {union.num_experts} doesn't divide "

@@ -14,6 +14,7 @@ CAUSAL = {
     "selection": {"router": "selection", "segment_size": 3},
     "hierarchical": {"router": "hierarchical", "segment_size": 3, "selected": 3},
     "shared keys": {"shared_kv": True},
+    "gated values": {"gated_values": True, "num_shared": 1},
 }
 LOOKING = {"expert choice": {"router": "expert_choice"}}
 # Baselines that choose something else than experts of a union.

@@ -39,7 +39,7 @@ ROUTERS = {
     )
     for causal, names in ((True, CAUSAL), (False, LOOKING))
     for name, options in names.items()
-    if name != "shared keys"
+    if name not in ("shared keys", "gated values")  # of attention, not of routers
 }
 
 

@@ -17,6 +17,7 @@ from uoe_jax.config import (
     MoeConfig,
     RopeScaling,
     UnionConfig,
+    UnionOverrides,
 )
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import mesh_for
@@ -52,6 +53,10 @@ KINDS |= {f"family {kind}": KINDS[kind] | FAMILY for kind in ("dense", "union")}
 # Local and full heads beside those of a layer's kind.
 GROUPS = {"head_groups": HeadGroups(local=4, window=5, full=4, full_kv=2)}
 KINDS |= {f"groups {kind}": KINDS[kind] | GROUPS for kind in ("dense", "union")}
+# Values times the gates of their own keys.
+KINDS["gated values"] = KINDS["union"] | {
+    "union_attention": UnionOverrides(gated_values=True)
+}
 # A convolution before attention, whose first tokens lie on another device.
 KINDS |= {
     "convolution": KINDS["dense"] | {"convolution": 4},

@@ -250,6 +250,7 @@ class UnionAttention(AttentionWeights):
         union = config.union_for("attention")
         super().__init__(config, union.num_experts, rngs=rngs)
         self.router = make_router(config.d_model, union, config.causal, rngs=rngs)
+        self.gated_values = union.gated_values
 
     @staticmethod
     def cache_shapes(config: ModelConfig, max_len: int) -> dict[str, Any]:
@@ -271,6 +272,7 @@ class UnionAttention(AttentionWeights):
         routing = self.router(x, context)
         packing = pack_local(self.router, routing, context, self.wq.shape[0])
         q, k, v = self.project_rows(x, packing, context.positions)
+        v = self.weigh(v, routing, packing)
         bounds = None
         if context.segments is not None:
             bounds = document_bounds(packing, context.segments)
@@ -296,7 +298,8 @@ class UnionAttention(AttentionWeights):
         routing, slot = route_token(self.router, x, slot, "attention")
         choices = routing.choices[:, 0]
         packing = self.router.pack(routing)
-        heads = self.project_rows(x[:, None], packing, slot.lengths[:, None])
+        q, k, v = self.project_rows(x[:, None], packing, slot.lengths[:, None])
+        heads = (q, k, self.weigh(v, routing, packing))
         q, k, v = (head_picks(part, packing) for part in heads)
         first = slot.lengths * choices.shape[1]
         slot, (keys, values, experts) = slot.append(first, k=k, v=v, experts=choices)
@@ -304,6 +307,19 @@ class UnionAttention(AttentionWeights):
         out = attend_log(q, choices, *log, slot.lengths, self.window)
         y = self.project_picks(pick_heads(out, packing), routing, packing)
         return y, slot
+
+    def weigh(
+        self, values: Float[Array, "J M H"], routing: Routing, packing: Packing
+    ) -> Float[Array, "J M H"]:
+        """Return values times their tokens' gates, where these are gated.
+
+        A gate of what a token asks has no gradient of how useful it is to later ones;
+        with its value gated it has.
+        """
+        if not self.gated_values:
+            return values
+        gates = row_gates(routing.gates, packing)[None, :, None]
+        return scale_rows(values, gates)
 
     def project_rows(
         self, x: Float[Array, "B T D"], packing: Packing, positions: Int[Array, "B T"]

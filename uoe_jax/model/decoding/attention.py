@@ -25,6 +25,7 @@ from uoe_jax.ops.rotary import cosines_and_sines, frequencies, rotate_pairs
 from uoe_jax.ops.token_products.api import (
     Addition,
     Parts,
+    Picks,
     Projection,
     add,
     project,
@@ -59,6 +60,7 @@ class TokenAttention:
     rotation: Rotation
     outputs: Addition
     router: TokenRouter | None = None
+    gated_values: bool = static(False)
 
     @classmethod
     def of(cls, layer: Any, dtype: Any) -> TokenAttention:
@@ -70,6 +72,7 @@ class TokenAttention:
             rotation=Rotation(layer.wq.shape[-1], layer.theta, layer.scaling),
             outputs=_outputs(layer, dtype),
             router=None if router is None else TokenRouter.of(router, "attention"),
+            gated_values=getattr(layer, "gated_values", False),
         )
 
     def add_to(
@@ -83,6 +86,8 @@ class TokenAttention:
         to = x if to is None else to
         inner, scale, picks, slot = enter(self.router, x, norm, slot)
         token = project(inner, self.inputs, scale, picks)
+        if self.gated_values and picks is not None:
+            token = self.weigh(token, picks)
         # A log counts all tokens, a cache those that entered: the same but in a
         # mixture of depths, which has no log.
         stored = slot.row if picks is None else slot.lengths
@@ -95,6 +100,14 @@ class TokenAttention:
             new["experts"] = store.experts
         slot = slot._replace(entry={**entry, **new})
         return add(parts, self.outputs, to, picks), slot
+
+    def weigh(self, token: Float[Array, "B S W"], picks: Picks) -> Array:
+        """Return a token's projections with its values times their gates."""
+        values = self.heads.kv_heads * self.heads.width
+        rest, values = jnp.split(token, [token.shape[2] - values], axis=2)
+        gates = picks.gates if picks.by_pick else picks.table
+        values = values * gates[..., None].astype(values.dtype)
+        return jnp.concatenate([rest, values], axis=2)
 
 
 @jax.tree_util.register_dataclass
