@@ -11,7 +11,6 @@ static cache, in bfloat16.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from typing import Any
 
@@ -28,21 +27,18 @@ from uoe_jax.hardware.decoding import short_names
 from uoe_jax.model import init_cache, make_model
 from uoe_jax.model.decoding.step import prepare
 from uoe_jax.ops.dispatch import served
-from uoe_jax.presets import get_preset
+from uoe_jax.presets import dense_control, get_preset
 
 BYTES = 2  # of a weight or a number of the cache in bfloat16
 
 
 def models() -> dict[str, ModelConfig]:
-    dense = get_preset("1b").model
-    half = dataclasses.replace(
-        dense,
-        num_heads=dense.num_heads // 2,
-        num_kv_heads=dense.num_kv_heads // 2,
-        d_ff=dense.d_ff // 2,
-        union=dataclasses.replace(dense.union, num_experts=8, top_k=4),
-    )
-    return {"dense": dense, "union": get_preset("1b-union").model, "half": half}
+    union = get_preset("1b-union").model
+    return {
+        "dense": get_preset("1b").model,
+        "union": union,
+        "half": dense_control(union),
+    }
 
 
 def floor_ms(model: ModelConfig, batch: int, context: int, device: str) -> float | None:

@@ -4,7 +4,8 @@
 
 A run is PRESET:BATCH[,OPTION=VALUE ...]; options: seq_len, accumulate, loss_chunk,
 remat, scan_layers, mlp_experts and attention_experts (a union's, at the same share of
-them chosen; an attention expert may be several heads). Random tokens, resident on the
+them chosen; an attention expert may be several heads). Beside each union stands its
+control, the plain dense model of its FLOPs. Random tokens, resident on the
 device; medians over rounds of back-to-back steps. A run that fails (memory, say) is
 recorded with its reason, and the next one goes on.
 """
@@ -27,7 +28,7 @@ from uoe_jax.bench.record import arguments, header, write_record
 from uoe_jax.bench.train import time_step
 from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.errors import ConfigError
-from uoe_jax.presets import get_preset
+from uoe_jax.presets import as_control, get_preset
 from uoe_jax.validation import validate
 
 PARTS = ("mlp", "attention")
@@ -148,10 +149,16 @@ def main() -> None:
         try:
             config = configure(run)
             row = {"run": run, **time_step(config, args.rounds, args.steps, look)}
+            if {"union"} & {*config.model.attention, *config.model.mlp}:
+                control = time_step(as_control(config), args.rounds, args.steps)
+                row["control"] = {"run": "  dense of its FLOPs", **control}
         except (ConfigError, jax.errors.JaxRuntimeError) as error:
             row = {"run": run, "failed": str(error).strip().splitlines()[0][:300]}
         record["results"].append(row)
         print(show(row), flush=True)
+        if "control" in row:
+            ratio = row["tokens_per_second"] / row["control"]["tokens_per_second"]
+            print(f"{show(row['control'])}   union {ratio:.3f} of it", flush=True)
         write_record(args.out, record)
 
 

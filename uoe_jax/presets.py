@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from uoe_jax.config import (
     DataConfig,
@@ -15,6 +15,7 @@ from uoe_jax.config import (
     OptimConfig,
     TrainConfig,
     UnionConfig,
+    UnionOverrides,
 )
 from uoe_jax.errors import ConfigError, nearest
 
@@ -155,6 +156,38 @@ def as_union(config: ExperimentConfig) -> ExperimentConfig:
     """Return the experiment with every attention and MLP block a union."""
     model = dataclasses.replace(config.model, attention=("union",), mlp=("union",))
     return dataclasses.replace(config, name=f"{config.name}-union", model=model)
+
+
+def as_control(config: ExperimentConfig) -> ExperimentConfig:
+    """Return the plain dense experiment of a union's FLOPs, what unions are held to."""
+    model = dense_control(config.model)
+    return dataclasses.replace(config, name=f"{config.name}-control", model=model)
+
+
+def dense_control(model: ModelConfig) -> ModelConfig:
+    """Return the dense model whose products cost what a union's chosen experts cost.
+
+    It has that share of the heads and of the MLP, over all layers; products of tokens
+    with weights then differ by the router and by what doesn't divide. Its scores cost
+    more: a union's shrink with the square of the share, a dense model's with the share.
+    """
+
+    def share(kinds: Sequence[str], part: Literal["attention", "mlp"]) -> float:
+        keep = model.union_for(part).keep
+        return sum(keep if kind == "union" else 1.0 for kind in kinds) / len(kinds)
+
+    attention, mlp = zip(*model.layer_kinds, strict=True)
+    heads = max(1, round(model.num_kv_heads * share(attention, "attention")))
+    return dataclasses.replace(
+        model,
+        num_heads=heads * model.num_query_groups,
+        num_kv_heads=heads,
+        d_ff=max(1, round(model.d_ff * share(mlp, "mlp"))),
+        attention=("dense",),
+        mlp=("dense",),
+        union=UnionConfig(num_experts=1, top_k=1),
+        union_attention=UnionOverrides(),
+    )
 
 
 def as_moe(config: ExperimentConfig, **moe: Any) -> ExperimentConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,9 @@ from uoe_jax.model.context import make_context
 from uoe_jax.model.mlp import DenseMlp, UnionMlp
 from uoe_jax.ops import grouped_matmul
 from uoe_jax.ops.grouped_matmul.api import GROUPED_MATMUL
+from uoe_jax.presets import dense_control
 
+CONTROL = "dense of its FLOPs"  # the control: a union's share of heads and of the MLP
 _REFERENCE_ROWS = 4096  # the oracle does E times the work
 
 
@@ -71,6 +74,11 @@ def layer_config(
     )
 
 
+def as_union_model(config: ModelConfig) -> ModelConfig:
+    """Return a layer's config with both of its parts unions."""
+    return dataclasses.replace(config, attention=("union",), mlp=("union",))
+
+
 def layer_program(
     kind: Callable, config: ModelConfig, *, shape: tuple[int, int], dtype: str,
     **labels: Any,
@@ -100,7 +108,8 @@ def _mlp(case: tuple, dtype: str) -> list[Program]:
         layer_program, config=config, shape=(batch, length), dtype=dtype,
         op="MLP layer", case=name,
     )  # fmt: skip
-    return [run(DenseMlp, name="dense"), run(UnionMlp, name="union")]
+    half = run(DenseMlp, config=dense_control(as_union_model(config)), name=CONTROL)
+    return [run(DenseMlp, name="dense"), run(UnionMlp, name="union"), half]
 
 
 def _smha(case: tuple, dtype: str) -> list[Program]:
@@ -111,7 +120,12 @@ def _smha(case: tuple, dtype: str) -> list[Program]:
         layer_program, config=config, shape=(batch, length), dtype=dtype,
         op="attention layer", case=name,
     )  # fmt: skip
-    return [run(DenseAttention, name="dense"), run(UnionAttention, name="union")]
+    half = dense_control(as_union_model(config))
+    return [
+        run(DenseAttention, name="dense"),
+        run(UnionAttention, name="union"),
+        run(DenseAttention, config=half, name=CONTROL),
+    ]
 
 
 def uneven_offsets(rows: int, groups: int) -> np.ndarray:
