@@ -12,6 +12,7 @@ LAYERS = (
     ("escape", "terminal", "tree", "varying"),
     ("errors",),
     ("appearing", "checks", "files", "kinds"),
+    ("stores",),
     ("rules", "options", "given"),
     ("fields",),
     ("config",),
@@ -52,6 +53,7 @@ NO_JAX = (
     "topology",
     "rules",
     "splits",
+    "stores",
     "weights",
 )
 

@@ -54,6 +54,7 @@ class NonFiniteError(UoeError, FloatingPointError):
 # Which extra of pyproject.toml brings a package.
 EXTRAS = {
     "array_record": "data",
+    "gcsfs": "gs",
     "gguf": "gguf",
     "huggingface_hub": "hf",
     "importlib_resources": "data",
@@ -63,6 +64,7 @@ EXTRAS = {
     "matplotlib": "report",
     "PIL": "data",
     "pyarrow": "data",
+    "s3fs": "s3",
     "scipy": "data",
     "sklearn": "data",
     "tensorboardX": "tensorboard",

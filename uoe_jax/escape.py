@@ -12,6 +12,15 @@ _STEERING = re.compile(
 )
 
 
+# What texts name by where it lies on this machine, and what it is called there.
+_NAMES: dict[str, str] = {}
+
+
+def show_as(text: str, name: str) -> None:
+    """Let messages say `name` where they would say `text`, such as a copy's folder."""
+    _NAMES[text] = name
+
+
 def escape(text: str) -> str:
     r"""Return a text whose control characters are written out, as `\x1b`.
 
@@ -25,8 +34,11 @@ def escape_line(text: str) -> str:
     r"""Return a name or message as one line of characters that can be seen.
 
     Line ends are written out too, and what has no picture, such as a zero-width joiner:
-    a name can't forge a second line, or look like another.
+    a name can't forge a second line, or look like another. What `show_as` was told of
+    goes by its name.
     """
+    for told, name in _NAMES.items():
+        text = text.replace(told, name)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 
 from uoe_jax.errors import ConfigError, shown
 from uoe_jax.files import local_path
+from uoe_jax.stores.objects import address_of
 
 INT32_MAX = 2**31 - 1  # sizes and ids are 32-bit integers on a device
 FLOAT_MAX, FLOAT_MIN = 1e30, 1e-30  # well within float32
@@ -203,7 +204,9 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
             return text
     elif hint is Path:
         if isinstance(value, (str, os.PathLike)):
-            return local_path(value, where)
+            # A run may lie in a store; who reads files refuses that by `local_path`.
+            stored = address_of(value) is not None
+            return Path(value) if stored else local_path(value, where)
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
     raise ConfigError(f"{where} is {shown(value)}; expected {describe(hint)}")

@@ -16,12 +16,13 @@ import numpy as np
 
 from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.data.record import DataRecord, carried_record
-from uoe_jax.files import local_path
 from uoe_jax.model import flat_buffers, flat_params, with_params
 from uoe_jax.runs.batches import Batch, calibration_batch, count_scored, probe_batch
 from uoe_jax.runs.load import LoadedRun, load_run, run_dataset
 from uoe_jax.runs.probe import TOLERANCE, in_float32, probe_each
+from uoe_jax.runs.stored import run_folder
 from uoe_jax.runs.write import Origin, check_free, write_run
+from uoe_jax.stores.mirror import named
 from uoe_jax.tree import Arrays
 from uoe_jax.validation import validate
 
@@ -96,7 +97,8 @@ def operate(
     Raises ConfigError if `out` holds something or the run can't be changed so,
     CheckpointError or DataError if the run or its data can't be read.
     """
-    folder, out = local_path(folder, "the run"), local_path(out, "out")
+    folder = run_folder(folder, "the run")
+    out = run_folder(out, "out", writes=True)
     run = load(folder, which=which)
     check_free(out)
     params, buffers = flat_params(run.model), flat_buffers(run.model)
@@ -105,7 +107,7 @@ def operate(
     validate(changed.config)
     report = {
         "did": changed.did,
-        "run": str(folder),
+        "run": named(folder),
         "step": run.step,
         **changed.report,
     }
@@ -116,7 +118,7 @@ def operate(
         report |= _compare(Form(run.config.model, params, buffers), changed, batch)
     origin = Origin(
         made_by=verb,
-        source=str(folder),
+        source=named(folder),
         step=run.step,
         spent=run.progress.spent(),
         data=changed.data or carried_record(folder, changed.config),

@@ -70,7 +70,7 @@ def test_distributed_without_a_cluster_is_refused(train, tmp_path, monkeypatch, 
     assert "set JAX_COORDINATOR_ADDRESS" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--run-dir", "--data.path", "--data.cache-dir"])
+@pytest.mark.parametrize("option", ["--data.path", "--data.data-dir", "--layout"])
 def test_addresses_are_refused(option, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for address in ("gs://bucket/run", "s3://b/x", "hdfs://h/x", "file:///x"):

@@ -26,6 +26,7 @@ from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import BEST
 from uoe_jax.runs.load import load_run
 from uoe_jax.runs.result import read_result
+from uoe_jax.runs.stored import run_folder
 
 _TASKS = {"decoder": "CAUSAL_LM", "encoder": None, "vision": None}
 
@@ -41,7 +42,7 @@ def export_adapter(
     tensor with others, for the best of an adapter that keeps no checkpoints, and if
     `out` holds anything.
     """
-    folder, out = Path(folder), local_path(out, "out")
+    folder, out = run_folder(folder, "the run"), local_path(out, "out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} isn't empty; choose another folder")
     base = _find_base(folder)

@@ -36,7 +36,7 @@ from uoe_jax.config import ExperimentConfig, LayerWidths, MeshConfig
 from uoe_jax.data import Dataset
 from uoe_jax.data.record import record_of
 from uoe_jax.errors import ConfigError, MissingExtra
-from uoe_jax.files import format_json, local_path, write_atomically
+from uoe_jax.files import format_json, write_atomically
 from uoe_jax.interop.adapter_folder import WEIGHTS, read_config
 from uoe_jax.interop.families import FAMILIES
 from uoe_jax.interop.modules import module_places
@@ -45,6 +45,8 @@ from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS, METRICS
 from uoe_jax.runs.load import LoadedRun, run_dataset
 from uoe_jax.runs.result import read_result
+from uoe_jax.runs.stored import publish, run_folder
+from uoe_jax.stores.mirror import named
 from uoe_jax.surgery import operate
 from uoe_jax.train.loop import train
 from uoe_jax.train.metrics import read_metrics
@@ -67,7 +69,8 @@ def adapt_run(
     NonFiniteError when training diverges, StopRun after a signal.
     """
     check_request(request)
-    folder, out = local_path(folder, "the run"), local_path(out, "out")
+    folder = run_folder(folder, "the run")
+    out = run_folder(out, "out", writes=True)
     run = open_run(folder, which=request.which, cut=request.cut)
     config = adapted_experiment(run, request)
     graphdef, params, buffers = nnx.split(run.model, nnx.Param, ...)
@@ -88,7 +91,7 @@ def adapt_run(
         make = functools.partial(adapter_subject, path=request.path)
         subject = make(adapters, base, config, optimizer, mesh)
         sizes.update(_sizes(subject))
-        return dataclasses.replace(subject, about={"adapter_of": str(folder)})
+        return dataclasses.replace(subject, about={"adapter_of": named(folder)})
 
     try:
         summary = train(config, out, quiet=quiet, make_subject=make_subject)
@@ -96,7 +99,7 @@ def adapt_run(
         raise ConfigError(str(error).replace("--run-dir", "--out")) from None
     trained = read_trained(out, adapters)
     report: dict[str, Any] = {
-        "run": str(folder),
+        "run": named(folder),
         "step": run.step,
         "cut": request.cut,
         "method": adapter.method,
@@ -107,11 +110,12 @@ def adapt_run(
     }
     if request.merge:
         report |= _merge(run, out, config, trained, request, sets[0])
-    save_adapters(out, trained, adapter, base=str(folder), digest=digest)
+    save_adapters(out, trained, adapter, base=named(folder), digest=digest)
     report["file_bytes"] = (out / WEIGHTS).stat().st_size
     write_atomically(out / REPORT, format_json(report, indent=2) + "\n")
     if request.steps:
         _draw(report, out / CURVE)
+    publish(out)
     return report
 
 

@@ -17,6 +17,7 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape, escape_line
 from uoe_jax.files import format_json
 from uoe_jax.runs.find import RUNS, find_run
+from uoe_jax.runs.stored import run_folder
 from uoe_jax.validation import read_config
 
 
@@ -53,7 +54,7 @@ def adapt(args: list[str]) -> int:
     mesh = options.mesh if any(n.startswith("--mesh.") for n in typed) else None
     request = part_of(options, Adaptation, AdaptRequest, adapter=adapter, mesh=mesh)
     name = f"{read_config(folder).name}-{options.method}{options.rank}"
-    out = options.out or RUNS / name
+    out = run_folder(options.out or RUNS / name, "--out", writes=True)
 
     from uoe_jax.cli.device import prepare
 

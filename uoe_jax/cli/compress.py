@@ -16,6 +16,8 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
 from uoe_jax.files import format_json
 from uoe_jax.runs.find import RUNS, find_run
+from uoe_jax.runs.stored import run_folder
+from uoe_jax.stores.mirror import named
 from uoe_jax.validation import read_config
 
 
@@ -39,6 +41,7 @@ def compress(args: list[str]) -> int:
     folder = find_run(options.run)
     check_opened(folder, typed_options(args, CompressOptions))
     out = options.out or RUNS / f"{read_config(folder).name}-{_ending(options)}"
+    out = run_folder(out, "--out", writes=True)
 
     from uoe_jax.cli.device import prepare
 
@@ -55,7 +58,7 @@ def compress(args: list[str]) -> int:
     if options.json:
         print(format_json(found, indent=2))
     else:
-        print(escape("\n".join(_lines(found, out))))
+        print(escape("\n".join(_lines(found, named(out)))))
     return 0
 
 
@@ -78,7 +81,7 @@ def _ending(options: CompressOptions) -> str:
     return f"{options.chosen}{size}"
 
 
-def _lines(found: dict[str, Any], out: Path) -> list[str]:
+def _lines(found: dict[str, Any], out: str) -> list[str]:
     """Return what was found as lines of text."""
     from uoe_jax.compress.curve import table
 
@@ -103,7 +106,7 @@ def _lines(found: dict[str, Any], out: Path) -> list[str]:
     return lines
 
 
-def _lines_of_anytime(found: dict[str, Any], out: Path) -> list[str]:
+def _lines_of_anytime(found: dict[str, Any], out: str) -> list[str]:
     same = "the same function" if found["exact"] else "not the same function"
     return [
         f"blocks: {found['block_bytes'] / 1e6:,.1f} MB, beside them "

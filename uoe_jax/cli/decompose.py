@@ -18,6 +18,8 @@ from uoe_jax.fields import Count
 from uoe_jax.files import format_json
 from uoe_jax.report.table import format_table
 from uoe_jax.runs.find import RUNS, find_run
+from uoe_jax.runs.stored import run_folder
+from uoe_jax.stores.mirror import named
 from uoe_jax.validation import read_config
 
 
@@ -55,6 +57,7 @@ def decompose(args: list[str]) -> int:
     folder = find_run(options.run)
     ending = "dense" if options.merge else f"union{options.num_experts}"
     out = options.out or RUNS / f"{read_config(folder).name}-{ending}"
+    out = run_folder(out, "--out", writes=True)
 
     from uoe_jax.cli.device import prepare
 
@@ -69,7 +72,7 @@ def decompose(args: list[str]) -> int:
     if options.json:
         print(format_json(found, indent=2))
     else:
-        print(escape("\n".join(_lines(found, out))))
+        print(escape("\n".join(_lines(found, named(out)))))
     return 0 if found["exact"] or options.merge else 1
 
 
@@ -88,7 +91,7 @@ def _check(options: DecomposeOptions, typed: set[str]) -> None:
         )
 
 
-def _lines(found: dict[str, Any], out: Path) -> list[str]:
+def _lines(found: dict[str, Any], out: str) -> list[str]:
     """Return what was found as lines of text."""
     split = found["did"] == "split"
     verdict = "exact" if found["exact"] else "not the same function"

@@ -14,6 +14,8 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
 from uoe_jax.files import format_json
 from uoe_jax.runs.find import RUNS, find_run
+from uoe_jax.runs.stored import run_folder
+from uoe_jax.stores.mirror import named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +53,14 @@ def import_model(args: list[str]) -> int:
 
     source = options.source
     out = options.run_dir or RUNS / run_name(source)
+    out = run_folder(out, "--run-dir", writes=True)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} isn't empty; choose another --run-dir")
     path = hub.fetch(source) if source.startswith(hub.MARK) else Path(source)
     found = import_run(path, out, dtype=options.dtype, source=source)
     _show(found, options.json)
     if not options.json:
-        print(f"run: {escape(str(out))}")
+        print(f"run: {escape(named(out))}")
     return 0
 
 

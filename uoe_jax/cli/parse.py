@@ -30,6 +30,7 @@ from uoe_jax.fields import out_of_bounds
 from uoe_jax.files import check_path
 from uoe_jax.presets import PRESETS, get_preset
 from uoe_jax.rules import Rules, read_rules
+from uoe_jax.stores.objects import address_of
 
 # Fields of text that name files or folders; those of type Path do anyway.
 _PATHS = (
@@ -43,6 +44,9 @@ _PATHS = (
     "gemm",
     "calibrate",
 )
+_STORED = ("run_dir", "init_from")  # runs, which may lie in a store
+# Verbs whose --out is a run.
+_MAKE_RUNS = ("DecomposeOptions", "AdaptOptions", "CompressOptions", "ImportOptions")
 _RUNS = ("run", "runs", "target")  # names of runs too, which `find_run` looks for
 _UNNAMED = (*_RUNS, "file")  # typed without an option's name
 
@@ -273,14 +277,20 @@ def _check_numbers(found: typing.Any) -> None:
 
 
 def _check_paths(options: typing.Any) -> None:
-    """Raise ConfigError for "" and addresses such as gs://... where paths belong."""
+    """Raise ConfigError for "" and addresses such as gs://... where paths belong.
+
+    Runs may lie in a store.
+    """
     for field in option_fields(type(options)):
         value = functools.reduce(getattr, field.path, options)
         runs = field.name in _RUNS
+        made = field.name == "out" and field.owner.__name__ in _MAKE_RUNS
+        stored = runs or made or field.name in _STORED
         for item in value if isinstance(value, tuple) else (value,):
             named = isinstance(item, str) and field.name in _PATHS
             if isinstance(item, Path) or named or (runs and item):
-                check_path(item, _typed_as(field))
+                if not stored or address_of(item) is None:
+                    check_path(item, _typed_as(field))
 
 
 def take_preset(

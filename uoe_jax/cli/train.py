@@ -16,6 +16,8 @@ from uoe_jax.escape import escape_line
 from uoe_jax.plan.layouts import read_layout
 from uoe_jax.runs.find import RUNS, find_run, with_teacher_found
 from uoe_jax.runs.folder import as_recorded, check_settings
+from uoe_jax.runs.stored import run_folder
+from uoe_jax.stores.mirror import mirror_of
 from uoe_jax.validation import validate
 
 
@@ -71,6 +73,7 @@ def train(args: list[str]) -> int:
     if options.init_partial and options.init_from is None:
         raise ConfigError("--init-partial says how to load: give --init-from RUN too")
     source = options.init_from and find_run(str(options.init_from))
+    run_dir = run_folder(run_dir, "--run-dir", writes=True)
     config = as_recorded(run_dir, config)
     check_settings(run_dir, config)
 
@@ -111,7 +114,7 @@ def train(args: list[str]) -> int:
         resume_step=options.resume_step,
         quiet=options.quiet,
     )
-    if recalls:
+    if recalls and mirror_of(run_dir) is None:  # another command has another copy
         remember(run_dir)
     if options.report and is_primary():
         from uoe_jax.cli.runs import write

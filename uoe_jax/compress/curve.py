@@ -19,14 +19,16 @@ from uoe_jax.compress.options import LOW_RANK, Compress, Curve
 from uoe_jax.data.progress import note
 from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.fields import check_ranges
-from uoe_jax.files import format_json, local_path
+from uoe_jax.files import format_json
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.interop.padding import pad_layers
 from uoe_jax.model import flat_buffers, flat_params, with_params
 from uoe_jax.runs.batches import count_scored, probe_batch
 from uoe_jax.runs.load import load_run, run_dataset
 from uoe_jax.runs.probe import in_float32, mean_loss
+from uoe_jax.runs.stored import publish, run_folder
 from uoe_jax.runs.write import check_free
+from uoe_jax.stores.mirror import named
 from uoe_jax.surgery import Source, Which
 
 DATA, TABLE, PICTURE = "curve.json", "curve.txt", "curve.png"
@@ -41,7 +43,7 @@ def compare_run(
     """
     check_ranges(options, "compress.")
     options.check()
-    folder, out = local_path(folder, "the run"), local_path(out, "out")
+    folder, out = run_folder(folder, "the run"), run_folder(out, "out", writes=True)
     run = load_run(folder, which=which)
     check_free(out)
     params, buffers = flat_params(run.model), flat_buffers(run.model)
@@ -51,7 +53,7 @@ def compare_run(
     dense = Smaller(run.config.model, params, buffers)
     found: dict[str, Any] = {
         "did": "curve",
-        "run": str(folder),
+        "run": named(folder),
         "step": run.step,
         "allocate": options.allocate,
         "probe_tokens": count_scored(batch),
@@ -64,6 +66,7 @@ def compare_run(
         note(f"compress: {row['method']}, cut {row['cut']:g}: {said}")
         found["rows"].append(row)
     _write(out, found)
+    publish(out)
     return found
 
 

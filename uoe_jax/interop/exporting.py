@@ -26,6 +26,7 @@ from uoe_jax.interop.padding import pad_layers
 from uoe_jax.interop.safetensors import INDEX, WEIGHTS
 from uoe_jax.runs.load import read_weights
 from uoe_jax.runs.result import read_result
+from uoe_jax.runs.stored import run_folder
 from uoe_jax.validation import read_config
 
 SHARD_BYTES = 5_000_000_000
@@ -52,7 +53,7 @@ def export_run(
     if dtype not in (None, *DTYPES):
         known = ", ".join(DTYPES)
         raise ConfigError(f"dtype is {shown(dtype)}; written are {known}")
-    folder, out = Path(folder), local_path(out, "out")
+    folder, out = run_folder(folder, "the run"), local_path(out, "out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} isn't empty; choose another folder")
     config = read_config(folder)

@@ -21,6 +21,7 @@ from uoe_jax.files import local_path
 from uoe_jax.interop.folder import Foreign, open_foreign
 from uoe_jax.interop.read import read_params
 from uoe_jax.interop.tokenizer import TOKENIZER, usable
+from uoe_jax.runs.stored import run_folder
 from uoe_jax.runs.write import Origin, check_free, write_run
 
 _USUAL_LENGTH = 1024  # tokens of a row of data, where a model takes more
@@ -34,7 +35,7 @@ def import_run(
     `source` is the name it goes by in the run's files. Raises DataError for what can't
     be read, ConfigError if `out` holds anything.
     """
-    path, out = local_path(path, "path"), local_path(out, "out")
+    path, out = local_path(path, "path"), run_folder(out, "out", writes=True)
     check_free(out)
     found = open_foreign(path, dtype)
     params = read_params(found.files, found.sources, found.match, found.model)

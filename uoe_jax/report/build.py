@@ -18,6 +18,8 @@ from uoe_jax.report.overlay import Overlay
 from uoe_jax.report.read import BLOCKS, Run, experts_choose, flatten, read_runs
 from uoe_jax.report.style import LIGHT, render
 from uoe_jax.report.table import si
+from uoe_jax.runs.stored import publish, run_folder
+from uoe_jax.stores.mirror import mirror_of
 
 _ABOUT_LOAD = (
     "Load is the fraction of all picks that went to an expert, times the number of "
@@ -57,7 +59,7 @@ def write_report(
         raise ConfigError(
             f"{out} is a folder; name the page, such as {out / 'report.html'}"
         )
-    runs = read_runs([local_path(d, "a run") for d in run_dirs])
+    runs = read_runs([run_folder(d, "a run") for d in run_dirs])
     folders = _folders(runs, out)
     page_file = out or _default_page(runs)
     shared_folder = page_file.parent if out else page_file.with_suffix("")
@@ -87,6 +89,8 @@ def write_report(
     names = ", ".join(run.name for run in runs)
     text = page.page(title or names, _subtitle(runs), sections)
     _write(page_file, text.encode("utf-8"))
+    for run in runs:
+        publish(Path(run.path))
     return page_file
 
 
@@ -279,7 +283,9 @@ def _default_page(runs: Sequence[Run]) -> Path:
     if len(names) > 80:
         digest = hashlib.sha256(names.encode()).hexdigest()[:8]
         names = f"{names[:70]}-{digest}"
-    return runs[0].path.parent / f"compare-{names}.html"
+    stored = mirror_of(runs[0].path) is not None
+    place = Path() if stored else runs[0].path.parent
+    return place / f"compare-{names}.html"
 
 
 def _folders(runs: Sequence[Run], out: Path | None) -> dict[Path, Path]:

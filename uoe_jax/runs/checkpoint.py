@@ -15,6 +15,7 @@ import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,14 @@ from jaxtyping import PyTree
 from uoe_jax.errors import CheckpointError
 from uoe_jax.files import read_json
 from uoe_jax.runs import integrity
+from uoe_jax.runs.stored import stored_steps
+from uoe_jax.stores.mirror import named
 from uoe_jax.tree import named_leaves
 
 _LEAST_SHARE = 0.8  # of an array's bytes: compression saves less of trained weights
 _FILE_BYTES = 2 * 4096  # of blocks for an array's two files
 _AT_ONCE = 64 << 20  # bytes of arrays that are written together, uncompressed
+_MEET_SECONDS = 24 * 3600  # for the slowest process's part to reach a store
 _SHOWN = 6  # problems spelled out in one message
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
@@ -215,6 +219,7 @@ class Checkpoints:
 
     # Of all stores: Orbax's barriers between processes allow one save at a time.
     _together: Future[None] | None = None
+    _sent = 0  # steps that processes have sent to a store together
 
     def __init__(
         self,
@@ -227,6 +232,7 @@ class Checkpoints:
         _check_name(folder)
         self._compress = compress
         self.folder, self.keep, self._about = folder, keep, dict(about or {})
+        self._stored = stored_steps(folder)  # where the run lies in a store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._pending_step = -1
@@ -241,6 +247,7 @@ class Checkpoints:
     def discard_unfinished(self) -> list[int]:
         """Delete what an interrupted save left behind; return the steps concerned."""
         found = {s for s in self._directories() if not self._complete(s)}
+        found |= self._stored.unfinished() if self._stored else set()
         for step in found:
             self._remove(step)
         for path in self.folder.glob(f"*{_TEMPORARY}*"):
@@ -356,6 +363,7 @@ class Checkpoints:
         if step not in steps:
             have = ", ".join(map(str, steps))
             raise CheckpointError(f"{self.folder} has no step {step}; it has {have}")
+        self._fetch(step, template)
         if problems := self._problems(step, template):
             raise CheckpointError(self._refusal(step, problems, template))
         manifest = integrity.read_manifest(self.folder / str(step))
@@ -383,18 +391,28 @@ class Checkpoints:
         return (self.folder / str(step) / integrity.MANIFEST).is_file()
 
     def _manager(self, background: bool = False) -> ocp.CheckpointManager:
+        # Of a run in a store each process has a folder of its own.
+        alone = self._stored is not None and jax.process_count() > 1
+        processes = ocp.options.MultiprocessingOptions(
+            primary_host=None if alone else 0
+        )
         # One file tree per array (no OCDBT), so a damaged file names its array.
         return ocp.CheckpointManager(
             self.folder.absolute(),
-            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=background),
+            options=ocp.CheckpointManagerOptions(
+                enable_async_checkpointing=background, multiprocessing_options=processes
+            ),
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(
                     use_ocdbt=False,
                     use_compression=self._compress,
+                    multiprocessing_options=processes,
                     **_without_copies(self._compress),
                 ),
-                "config": ocp.JsonCheckpointHandler(),
-                "progress": ocp.JsonCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+                "progress": ocp.JsonCheckpointHandler(
+                    multiprocessing_options=processes
+                ),
             },
         )
 
@@ -413,7 +431,18 @@ class Checkpoints:
         with self._manager() as manager:
             manager.save(step, args=_items(arrays, config, progress), force=True)
             integrity.write_manifest(folder, described, step=step, **self._about)
+        self._send(step)
         self._prune(step)
+
+    def _send(self, step: int) -> None:
+        """Send a step to the run's store; one that fails isn't kept here either."""
+        if self._stored is None:
+            return
+        try:
+            self._stored.push(step)
+        except Exception:
+            shutil.rmtree(self.folder / str(step), ignore_errors=True)
+            raise
 
     def _write_together(
         self,
@@ -430,23 +459,49 @@ class Checkpoints:
         primary = jax.process_index() == 0
         if Checkpoints._together is not None:
             futures.wait([Checkpoints._together])
-        if primary and (self.folder / str(step)).exists():
+        folder = self.folder / str(step)
+        if primary and folder.exists():
             self._remove(step)
-        multihost_utils.sync_global_devices(f"checkpoint {self.folder} {step}")
+        elif self._stored is not None:  # what a pull brought
+            shutil.rmtree(folder, ignore_errors=True)
+        multihost_utils.sync_global_devices(f"checkpoint {named(self.folder)} {step}")
         manager = self._manager(background=True)
         manager.save(step, args=_items(arrays, config, progress), force=True)
 
         def finish() -> None:
             with manager:
                 manager.wait_until_finished()
+            if self._stored is not None:
+                self._send_together(step, described)
+            elif primary:
+                integrity.write_manifest(folder, described, step=step, **self._about)
             if primary:
-                integrity.write_manifest(
-                    self.folder / str(step), described, step=step, **self._about
-                )
                 self._prune(step)
 
         Checkpoints._together = self._pool.submit(finish)
         return Checkpoints._together
+
+    def _send_together(self, step: int, described: Mapping[str, Any]) -> None:
+        """Send this process's part of a step; the first one completes it."""
+        assert self._stored is not None
+        folder, index = self.folder / str(step), jax.process_index()
+        Checkpoints._sent += 1
+        # Whoever fails comes too: nobody is waited for in vain.
+        name = f"sent {self.folder.name} {step} {Checkpoints._sent}"
+        meet = lambda: ocp.multihost.sync_global_processes(name, timeout=_MEET_SECONDS)
+        try:
+            self._stored.push_part(step, index, meet)
+            if index == 0:
+                files = self._stored.take_parts(step, jax.process_count())
+                integrity.write_manifest(
+                    folder, described, files, step=step, **self._about
+                )
+                self._stored.complete(step)
+        except Exception:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if index:  # a part alone is of no use here
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _prune(self, step: int) -> None:
         """Delete complete steps before the newest `keep` ones, and all after `step`.
@@ -462,8 +517,12 @@ class Checkpoints:
 
     def _remove(self, step: int) -> None:
         # Without its manifest a step half removed doesn't pass for a whole one.
-        (self.folder / str(step) / integrity.MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / str(step))
+        if self._stored is not None:
+            self._stored.remove(step)
+        folder = self.folder / str(step)
+        (folder / integrity.MANIFEST).unlink(missing_ok=True)
+        if folder.exists() or self._stored is None:
+            shutil.rmtree(folder)
 
     def _read(
         self, step: int, template: Mapping[str, Any]
@@ -494,6 +553,16 @@ class Checkpoints:
         except CheckpointError as error:
             return [str(error)]
         return integrity.check_files(folder, manifest, wanted=template)
+
+    def _fetch(self, step: int, template: Mapping[str, Any]) -> None:
+        """Bring the files of a stored step that aren't here as its manifest says."""
+        if self._stored is None:
+            return
+        folder = self.folder / str(step)
+        with suppress(CheckpointError):  # a damaged manifest is refused later
+            manifest = integrity.read_manifest(folder)
+            wrong = integrity.find_wrong(folder, manifest, wanted=template)
+            self._stored.fetch(step, list(wrong))
 
     def _refusal(
         self, step: int, problems: list[str], template: Mapping[str, Any]

@@ -8,6 +8,8 @@ from pathlib import Path
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.presets import PRESETS, get_preset
+from uoe_jax.runs.stored import run_folder
+from uoe_jax.stores.objects import address_of
 from uoe_jax.validation import check_own, read_config
 
 RUNS = Path("runs")  # where runs go when no folder is named
@@ -20,6 +22,12 @@ def find_run(name: str) -> Path:
     """
     if not name:
         raise ConfigError(f"no run is named; {_known_runs(name)}")
+    if (address := address_of(name)) is not None:
+        folder = run_folder(name, "the run")
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"no run at {address} (no config.json there)")
+        check_own(folder)
+        return folder
     for folder in (Path(name), RUNS / name):
         if (folder / "config.json").is_file():
             check_own(folder)
@@ -31,13 +39,17 @@ def with_teacher_found(config: ExperimentConfig) -> ExperimentConfig:
     """Return a config whose `train.distill_from` is a folder, if it names any run."""
     if config.train.distill_from is None:
         return config
-    folder = str(find_run(config.train.distill_from))
+    teacher = config.train.distill_from
+    folder = str(find_run(teacher))
+    folder = address_of(teacher) or folder  # from elsewhere the copy isn't seen
     train = dataclasses.replace(config.train, distill_from=folder)
     return dataclasses.replace(config, train=train)
 
 
 def is_run(name: str) -> bool:
     """Return whether `find_run` would find it."""
+    if address_of(name) is not None:  # `find_run` says what isn't there
+        return True
     places = (Path(name), RUNS / name) if name else ()  # Path("") is where we stand
     return any((folder / "config.json").is_file() for folder in places)
 

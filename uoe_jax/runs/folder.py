@@ -26,7 +26,10 @@ from uoe_jax.files import (
 )
 from uoe_jax.hardware.recompute import adopt_recompute
 from uoe_jax.mixture import read_mix
-from uoe_jax.runs.lock import RunLock
+from uoe_jax.runs.lock import FolderLost, RunLock
+from uoe_jax.runs.store_lock import make_lock
+from uoe_jax.runs.stored import publish
+from uoe_jax.stores.objects import address_of
 from uoe_jax.validation import parse_config
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "env.json", "metrics.jsonl"
@@ -99,7 +102,7 @@ def open_run_dir(
     config = absolute_settings(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(path, note)
+        lock = make_lock(path, note)
     except OSError as error:
         raise _unwritable(path, error) from None
     try:
@@ -110,7 +113,15 @@ def open_run_dir(
             write_settings(path, config, data)
         except OSError as error:
             raise _unwritable(path, error) from None
-        yield lock
+        ours = True
+        try:
+            yield lock
+        except FolderLost:
+            ours = False
+            raise
+        finally:
+            if ours:  # the last metrics, and what a failure left written
+                publish(path)
     finally:
         lock.release()
 
@@ -127,7 +138,7 @@ def write_settings(
 def absolute_settings(config: ExperimentConfig) -> ExperimentConfig:
     """Return a config that means the same files from every working folder."""
     train, teacher = config.train, config.train.distill_from
-    if teacher is not None:
+    if teacher is not None and address_of(teacher) is None:
         teacher = str(Path(teacher).expanduser().absolute())
         train = dataclasses.replace(train, distill_from=teacher)
     return dataclasses.replace(config, data=absolute_paths(config.data), train=train)

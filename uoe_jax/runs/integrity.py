@@ -50,20 +50,32 @@ def describe_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any
 
 
 def write_manifest(
-    folder: Path, arrays: Mapping[str, dict[str, Any]], **about: Any
+    folder: Path,
+    arrays: Mapping[str, dict[str, Any]],
+    others: Mapping[str, dict[str, Any]] | None = None,
+    **about: Any,
 ) -> None:
-    """Write `integrity.json` of a finished folder, atomically and durably."""
-    files = {
+    """Write `integrity.json` of a finished folder, atomically and durably.
+
+    `others` are files of it that lie elsewhere, as `describe_files` has them.
+    """
+    found = describe_files(folder) | dict(others or {})
+    files = {name: found[name] for name in sorted(found)}
+    content = {"format": 1, **about, "arrays": dict(arrays), "files": files}
+    content["blake2b"] = _digest_content(content)
+    write_atomically(folder / MANIFEST, format_json(content, indent=1))
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return bytes and digest of every file by name, the manifest left out."""
+    return {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
             "blake2b": digest_file(path),
         }
-        for path in sorted(folder.rglob("*"))
+        for path in folder.rglob("*")
         if path.is_file() and path.name != MANIFEST
     }
-    content = {"format": 1, **about, "arrays": dict(arrays), "files": files}
-    content["blake2b"] = _digest_content(content)
-    write_atomically(folder / MANIFEST, format_json(content, indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -87,23 +99,30 @@ def check_files(
 
     Files of arrays that aren't `wanted` stay unread.
     """
-    problems = []
+    return list(find_wrong(folder, manifest, wanted=wanted).values())
+
+
+def find_wrong(
+    folder: Path, manifest: Mapping[str, Any], *, wanted: Container[str]
+) -> dict[str, str]:
+    """Return what `check_files` does, by the names of the files."""
+    problems: dict[str, str] = {}
     for name, stated in manifest["files"].items():
         path, array = folder / name, _array_of(name, manifest["arrays"])
         if array is not None and array not in wanted:
             continue
         if not path.is_file():
-            problems.append(f"{path} is missing")
+            problems[name] = f"{path} is missing"
         elif path.stat().st_size != stated["bytes"]:
-            problems.append(
+            problems[name] = (
                 f"{path} has {path.stat().st_size} bytes, not {stated['bytes']}"
             )
         elif digest_file(path) != stated["blake2b"]:
-            problems.append(f"{path} has changed bytes")
+            problems[name] = f"{path} has changed bytes"
         else:
             continue
         if array is not None:
-            problems[-1] += f" (array {array})"
+            problems[name] += f" (array {array})"
     return problems
 
 

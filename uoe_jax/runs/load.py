@@ -23,11 +23,11 @@ from uoe_jax.data.record import (
     with_run_tokenizer,
 )
 from uoe_jax.errors import CheckpointError, DataError
-from uoe_jax.files import local_path
 from uoe_jax.model import split_model
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import BEST, CHECKPOINTS, CONFIG, check_saved
 from uoe_jax.runs.state import Progress, check_buffers
+from uoe_jax.runs.stored import run_folder
 from uoe_jax.tree import fill_leaves, named_leaves
 from uoe_jax.validation import read_config
 
@@ -65,7 +65,7 @@ def load_run(
     Raises CheckpointError if `run_dir` isn't a run, has no such checkpoint or the
     checkpoint's checksums don't match, ConfigError if its config can't be.
     """
-    run_dir = local_path(run_dir, "the run")
+    run_dir = run_folder(run_dir, "the run")
     file = run_dir / CONFIG
     if not file.is_file():
         raise CheckpointError(
@@ -118,7 +118,8 @@ def run_dataset(
     is what it was, unless `allow_changed`, or if other data was prepared with another
     tokenizer.
     """
-    run_dir, record = Path(run_dir), read_record(Path(run_dir))
+    run_dir = run_folder(run_dir, "the run")
+    record = read_record(run_dir)
     data, other = data or config.data, False
     if data != config.data and other_data(config, data):
         other = True

@@ -58,10 +58,10 @@ class RunLock:
         """Take the lock; raise Locked where its holder may live."""
         locked = _flock(self._file)
         owner = _read(self._file)
-        who = _name(owner)
+        who = owner_name(owner)
         busy = f"{who} is training in {self._folder}; stop it or choose another "
         busy += "--run-dir"
-        if locked is False or (owner and locked is None and _is_alive(owner)):
+        if locked is False or (owner and locked is None and is_alive(owner)):
             raise Locked(busy)
         if owner and not self._is_gone(owner, locked is True):
             if "beat" in owner:
@@ -102,8 +102,8 @@ class RunLock:
             )
         elif owner and owner.get("token") != self._me["token"]:
             self._lost = (
-                f"{_name(owner)} has taken {self._folder} over, as this one gave no "
-                f"sign of life for {GONE_SECONDS:.0f} s"
+                f"{owner_name(owner)} has taken {self._folder} over, as this one gave "
+                f"no sign of life for {GONE_SECONDS:.0f} s"
             )
 
     def release(self) -> None:
@@ -126,7 +126,7 @@ class RunLock:
         age = self._age()
         if age < GONE_SECONDS:
             self._note(
-                f"{_name(owner)} was training in {self._folder}: waiting "
+                f"{owner_name(owner)} was training in {self._folder}: waiting "
                 f"{GONE_SECONDS - age:.0f} s for a sign of life"
             )
         end = time.monotonic() + GONE_SECONDS - age
@@ -168,8 +168,8 @@ def holder(folder: Path) -> str | None:
         return None
     try:
         locked, owner = _flock(file), _read(file)
-        busy = locked is False or (owner and locked is None and _is_alive(owner))
-        return _name(owner) if busy else None
+        busy = locked is False or (owner and locked is None and is_alive(owner))
+        return owner_name(owner) if busy else None
     finally:
         os.close(file)
 
@@ -193,7 +193,8 @@ def _read(file: int) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _name(owner: dict[str, Any]) -> str:
+def owner_name(owner: dict[str, Any]) -> str:
+    """Return who holds a lock, by its content: "process 7 on host"."""
     return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
 
 
@@ -215,7 +216,7 @@ def _started(pid: int) -> str:
     return stat.rpartition(")")[2].split()[19]  # field 22, counted from the pid
 
 
-def _is_alive(owner: dict[str, Any]) -> bool:
+def is_alive(owner: dict[str, Any]) -> bool:
     """Whether the process that a lock names runs on this machine."""
     pid = owner.get("pid")
     if owner.get("host") != socket.gethostname() or type(pid) is not int or pid < 1:

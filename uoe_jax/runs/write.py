@@ -17,13 +17,14 @@ from uoe_jax.config import ExperimentConfig
 from uoe_jax.data.progress import note_once
 from uoe_jax.data.record import DataRecord
 from uoe_jax.errors import CheckpointError, ConfigError
-from uoe_jax.files import local_path, write_atomically
+from uoe_jax.files import write_atomically
 from uoe_jax.model import check_params, split_model, whole_buffers
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS, write_environment, write_settings
 from uoe_jax.runs.lock import NAME, RunLock
 from uoe_jax.runs.result import write_result
 from uoe_jax.runs.state import Progress
+from uoe_jax.runs.stored import publish, run_folder
 from uoe_jax.tree import named_leaves
 
 
@@ -69,7 +70,7 @@ def write_run(
     Raises ConfigError if the folder isn't free or can't be written, or the parameters
     aren't the config's; CheckpointError if there is no room.
     """
-    folder = local_path(folder, "out")
+    folder = run_folder(folder, "out", writes=True)
     check_free(folder)
     arrays = _arrays(config, params, buffers or {}, origin.step)
     with _appearing(folder) as unfinished:
@@ -97,6 +98,7 @@ def write_run(
             with suppress(CheckpointError):
                 checkpoints.close()
             raise
+    publish(folder)
 
 
 def _arrays(

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.hardware.count import count_params, flops_per_token, num_tokens
+from uoe_jax.stores.mirror import mirror_of
 
 
 def describe_run(
@@ -30,13 +31,14 @@ def describe_run(
     )
     if "scored" in split:
         amount += f", {split['scored']:,} of them"
+    stored = mirror_of(run_dir) is not None
     return [
         f"{config.name}: {model.kind}, {kinds}; {size:,} parameters, "
         f"{flops / 1e6:,.3g} MFLOP a token; {config.train.steps:,} steps of "
         f"{config.data.batch_size} x {length} tokens",
         f"devices: {count} x {kind}" + (f" ({axes})" if axes else ""),
         f"data: {manifest['source']}, {amount} to train on",
-        f"folder: {run_dir}",
+        f"folder: {run_dir}" + stored * ", sent there at each checkpoint",
     ]
 
 

@@ -21,11 +21,13 @@ from uoe_jax.data.prepare import prepare
 from uoe_jax.data.progress import note_once
 from uoe_jax.data.record import TOKENIZER, read_record, record_of
 from uoe_jax.errors import CheckpointError, ConfigError
-from uoe_jax.files import format_json, local_path, read_json, write_atomically
+from uoe_jax.files import format_json, read_json, write_atomically
 from uoe_jax.model import param_shapes
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS
 from uoe_jax.runs.state import check_buffers, first_mean
+from uoe_jax.runs.stored import run_folder
+from uoe_jax.stores.mirror import named
 from uoe_jax.train.peers import is_primary
 from uoe_jax.train.subject import MakeSubject, Subject, whole_model
 from uoe_jax.tree import named_leaves, replace_leaves
@@ -68,9 +70,10 @@ def start_from(
     both shapes), none does, or the source can't be read; ConfigError if the run in
     `run_dir` didn't start so, or if the source had another tokenizer.
     """
-    source, run_dir = local_path(source, "source"), local_path(run_dir, "run_dir")
+    source = run_folder(source, "source")
+    run_dir = run_folder(run_dir, "run_dir", writes=True)
     record = _read_record(run_dir)
-    asked = {"source": str(source.absolute()), "partial": partial}
+    asked = {"source": named(source.absolute()), "partial": partial}
     begun = bool(Checkpoints(run_dir / CHECKPOINTS).steps())
     if begun or record is not None:
         had = {key: (record or {}).get(key) for key in asked}
@@ -94,7 +97,8 @@ def start_from(
 
 def recorded_start(run_dir: Path, config: ExperimentConfig) -> MakeSubject:
     """Return how the run in a folder starts: fresh, or as its record says."""
-    record = _read_record(Path(run_dir))
+    run_dir = run_folder(run_dir, "run_dir", writes=True)
+    record = _read_record(run_dir)
     if record is None:
         return whole_model
     source, partial = Path(str(record.get("source"))), record.get("partial") is True
@@ -250,8 +254,10 @@ def _make_subject(start: Start, run_dir: Path) -> MakeSubject:
         typed = {n: np.asarray(a).astype(leaves[n].dtype) for n, a in arrays.items()}
         placed = layout.place(layout.to_memory(typed))
         if is_primary():
-            source = str(start.source.absolute())
-            record = {**dataclasses.asdict(start), "source": source}
+            record = {
+                **dataclasses.asdict(start),
+                "source": named(start.source.absolute()),
+            }
             text = format_json(record, indent=2) + "\n"
             write_atomically(run_dir / RECORD, text)
         state = replace_leaves(state, placed)

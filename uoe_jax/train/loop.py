@@ -21,7 +21,6 @@ from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import Dataset, make_dataset, prefetch
 from uoe_jax.data.record import record_of
 from uoe_jax.errors import NonFiniteError, out_of_memory
-from uoe_jax.files import local_path
 from uoe_jax.hardware.devices import peak_flops
 from uoe_jax.ops.dispatch import served
 from uoe_jax.optim import make_optimizer
@@ -46,6 +45,8 @@ from uoe_jax.runs.state import (
     from_saved,
     to_saved,
 )
+from uoe_jax.runs.stored import publish, refresh, run_folder
+from uoe_jax.stores.mirror import named
 from uoe_jax.train.clock import Clock, Rate
 from uoe_jax.train.diagnose import diagnose, write_dump
 from uoe_jax.train.feed import flop_share, train_batch, whole_batch
@@ -105,7 +106,7 @@ def train(
     validate(config)
     check_32_bits()
     check_sinks(config)
-    run_dir = local_path(run_dir, "run_dir")
+    run_dir = run_folder(run_dir, "run_dir", writes=True)
     order = config.layout.device_order
     mesh = mesh_for(config, recorded=read_order(run_dir, order) if resume else None)
     config, settled = settle_memory(as_recorded(run_dir, config), mesh)
@@ -129,6 +130,8 @@ def train(
                     data=record_of(data[0].prepared),
                 )
             )
+        else:
+            stack.callback(publish, run_dir)  # its own metrics
         told = describe_run(config, mesh, data[0].prepared.manifest, run_dir)
         told += [line for line in (settled, describe_stages(config)) if line]
         told += [] if teacher is None else [teacher.describe(config)]
@@ -230,6 +233,8 @@ class _Run:
             for number in unfinished if store is self.checkpoints else ():
                 self.display.note(f"step {number} was unfinished, ignored")
         barrier("unfinished checkpoints are gone")
+        if not is_primary():
+            refresh(self.run_dir)
         if not self.checkpoints.steps() and step is None:
             return
         fresh = named_leaves(self.state)
@@ -570,7 +575,7 @@ class _Run:
     def summary(self) -> dict[str, Any]:
         """Return where the run stands."""
         return {
-            "run_dir": str(self.run_dir),
+            "run_dir": named(self.run_dir),
             "step": self.step,
             **self.progress.as_json(),
             **self.compiled,

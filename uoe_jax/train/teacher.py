@@ -27,6 +27,7 @@ from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS, CONFIG
 from uoe_jax.runs.load import ADAPTATION, read_weights
 from uoe_jax.runs.state import layout_of
+from uoe_jax.runs.stored import run_folder
 from uoe_jax.train.initial import compare_tokenizers
 from uoe_jax.train.loss import Taught, output_layer
 from uoe_jax.train.step import example_weights, hidden_states, loss_tokens
@@ -70,7 +71,7 @@ def find_teacher(config: ExperimentConfig, run_dir: Path) -> Teacher | None:
     """
     if config.train.distill_from is None:
         return None
-    folder = Path(config.train.distill_from).expanduser()
+    folder = run_folder(config.train.distill_from, "train.distill_from").expanduser()
     model = _check_kind(folder, run_dir, config)
     store = Checkpoints(folder / CHECKPOINTS)
     steps, record = store.steps(), _read_record(run_dir)
