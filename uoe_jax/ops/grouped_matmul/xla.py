@@ -10,6 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.ops.grouped_matmul import batched, serial
+from uoe_jax.ops.grouped_matmul.derivative import (
+    Products,
+    gathered,
+    grouped,
+    scattered,
+)
 from uoe_jax.ops.packing import Packing, combine_rows
 from uoe_jax.varying import vary_together
 
@@ -27,7 +33,7 @@ def grouped_matmul(
     """
     if x.shape[0] == 0:
         return jnp.zeros((0, w.shape[2]), x.dtype)
-    return _grouped(_choose(blocks), *vary_together(x, w, offsets))
+    return grouped(_backend(_choose(blocks)), *vary_together(x, w, offsets))
 
 
 def gather_project(
@@ -38,7 +44,7 @@ def gather_project(
     blocks: ModuleType | None = None,
 ) -> Float[Array, "M O"]:
     """Return each row's token times the row's expert weight; keeps only x and w."""
-    return _gather_project(_choose(blocks), *packing.together(x, w))
+    return gathered(_backend(_choose(blocks)), *packing.together(x, w))
 
 
 def project_scatter(
@@ -49,7 +55,7 @@ def project_scatter(
     blocks: ModuleType | None = None,
 ) -> Float[Array, "N O"]:
     """Return each token's sum of its rows times their expert weights."""
-    return _project_scatter(_choose(blocks), *packing.together(rows, w))
+    return scattered(_backend(_choose(blocks)), *packing.together(rows, w))
 
 
 def _choose(blocks: ModuleType | None) -> ModuleType:
@@ -58,58 +64,11 @@ def _choose(blocks: ModuleType | None) -> ModuleType:
     return serial if jax.default_backend() == "cpu" else batched
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(blocks, x, w, offsets):
-    return blocks.products(x, w, offsets, None, transpose=False)
+@functools.cache
+def _backend(blocks: ModuleType) -> Products:
+    def sums(rows, w, packing, *, transpose):
+        offsets = packing.group_offsets
+        out = blocks.products(rows, w, offsets, None, transpose=transpose)
+        return combine_rows(out, packing)
 
-
-def _grouped_fwd(blocks, x, w, offsets):
-    return _grouped(blocks, x, w, offsets), (x, w, offsets)
-
-
-def _grouped_bwd(blocks, saved, grad):
-    x, w, offsets = saved
-    dx = blocks.products(grad, w, offsets, None, transpose=True)
-    dw = blocks.weight_grads(x, grad, offsets, None, None)
-    return dx, dw.astype(w.dtype), None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather_project(blocks, x, w, packing):
-    offsets, ids = packing.group_offsets, packing.token_ids
-    return blocks.products(x, w, offsets, ids, transpose=False)
-
-
-def _gather_project_fwd(blocks, x, w, packing):
-    return _gather_project(blocks, x, w, packing), (x, w, packing)
-
-
-def _gather_project_bwd(blocks, saved, grad):
-    x, w, packing = saved
-    offsets, ids = packing.group_offsets, packing.token_ids
-    rows = blocks.products(grad, w, offsets, None, transpose=True)
-    dw = blocks.weight_grads(x, grad, offsets, ids, None)
-    return combine_rows(rows, packing), dw.astype(w.dtype), None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project_scatter(blocks, rows, w, packing):
-    out = blocks.products(rows, w, packing.group_offsets, None, transpose=False)
-    return combine_rows(out, packing)
-
-
-def _project_scatter_fwd(blocks, rows, w, packing):
-    return _project_scatter(blocks, rows, w, packing), (rows, w, packing)
-
-
-def _project_scatter_bwd(blocks, saved, grad):
-    rows, w, packing = saved
-    offsets, ids = packing.group_offsets, packing.token_ids
-    drows = blocks.products(grad, w, offsets, ids, transpose=True)
-    dw = blocks.weight_grads(rows, grad, offsets, None, ids)
-    return drows, dw.astype(w.dtype), None
-
-
-_grouped.defvjp(_grouped_fwd, _grouped_bwd)
-_gather_project.defvjp(_gather_project_fwd, _gather_project_bwd)
-_project_scatter.defvjp(_project_scatter_fwd, _project_scatter_bwd)
+    return Products(blocks.products, sums, blocks.weight_grads)

@@ -16,6 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.ops import nvidia
+from uoe_jax.ops.grouped_matmul.derivative import (
+    Products,
+    gathered,
+    grouped,
+    scattered,
+)
 from uoe_jax.ops.grouped_matmul.nvidia.launch import products, sum_rows, weight_grads
 from uoe_jax.ops.grouped_matmul.nvidia.tiles import dense_pays
 from uoe_jax.ops.packing import Packing, take_rows
@@ -32,7 +38,7 @@ def grouped_matmul(
     """
     require(x, w)
     x, w, offsets = vary_together(x, w, offsets)
-    return _grouped(x, w, offsets.astype(jnp.int32))
+    return grouped(TRITON, x, w, offsets.astype(jnp.int32))
 
 
 def gather_project(
@@ -44,7 +50,7 @@ def gather_project(
       NotImplementedError: as `grouped_matmul`.
     """
     require(x, w, packing.token_ids)
-    return _gather_project(*packing.together(x, w))
+    return gathered(TRITON, *packing.together(x, w))
 
 
 def project_scatter(
@@ -56,7 +62,7 @@ def project_scatter(
       NotImplementedError: as `grouped_matmul`.
     """
     require(rows, w, packing.row_ids)
-    return _project_scatter(*packing.together(rows, w))
+    return scattered(TRITON, *packing.together(rows, w))
 
 
 def require(x: jax.Array, w: jax.Array, *ids: jax.Array) -> None:
@@ -119,55 +125,11 @@ def _project_sum(rows, w, packing, transpose):
     return run(rows, w, packing, transpose=transpose)
 
 
-@jax.custom_vjp
-def _grouped(x, w, offsets):
-    return products(x, w, offsets, None, transpose=False)
+def _sums(rows, w, packing, *, transpose):
+    out = _project_sum(rows, w, packing, transpose)
+    # Forward, XLA adds the residual inside a dense product, for which it copies it
+    # first; behind the barrier the next norm adds it while it reads.
+    return out if transpose else jax.lax.optimization_barrier(out)
 
 
-def _grouped_fwd(x, w, offsets):
-    return _grouped(x, w, offsets), (x, w, offsets)
-
-
-def _grouped_bwd(saved, grad):
-    x, w, offsets = saved
-    dx = products(grad, w, offsets, None, transpose=True)
-    return dx, weight_grads(x, grad, offsets, None, None), None
-
-
-@jax.custom_vjp
-def _gather_project(x, w, packing):
-    return products(x, w, packing.group_offsets, packing.token_ids, transpose=False)
-
-
-def _gather_project_fwd(x, w, packing):
-    return _gather_project(x, w, packing), (x, w, packing)
-
-
-def _gather_project_bwd(saved, grad):
-    x, w, packing = saved
-    offsets, ids = packing.group_offsets, packing.token_ids
-    dw = weight_grads(x, grad, offsets, ids, None)
-    return _project_sum(grad, w, packing, True), dw, None
-
-
-@jax.custom_vjp
-def _project_scatter(rows, w, packing):
-    # XLA adds the residual inside a dense product, for which it copies it first; behind
-    # the barrier the next norm adds it while it reads.
-    return jax.lax.optimization_barrier(_project_sum(rows, w, packing, False))
-
-
-def _project_scatter_fwd(rows, w, packing):
-    return _project_scatter(rows, w, packing), (rows, w, packing)
-
-
-def _project_scatter_bwd(saved, grad):
-    rows, w, packing = saved
-    offsets, ids = packing.group_offsets, packing.token_ids
-    drows = products(grad, w, offsets, ids, transpose=True)
-    return drows, weight_grads(rows, grad, offsets, None, ids), None
-
-
-_grouped.defvjp(_grouped_fwd, _grouped_bwd)
-_gather_project.defvjp(_gather_project_fwd, _gather_project_bwd)
-_project_scatter.defvjp(_project_scatter_fwd, _project_scatter_bwd)
+TRITON = Products(products, _sums, weight_grads)

@@ -222,13 +222,13 @@ def weight_gradients(
     x: jax.Array,
     grad: jax.Array,
     offsets: jax.Array,
-    w: jax.Array,
+    w: jax.ShapeDtypeStruct,
     tiles: Tiles,
     *,
     ids: jax.Array | None = None,
     picks_grad: bool = False,
 ) -> jax.Array:
-    """Return `x[rows of e].T @ grad[rows of e]` for each group e; zero if empty.
+    """Return `x[rows of e].T @ grad[rows of e]` of each group e, like w; 0 if empty.
 
     With `ids` row m of x (with `picks_grad` of grad) is row ids[m] of what is given.
     """
@@ -284,7 +284,9 @@ def weight_gradients(
     return call(items.pack(), *sources)
 
 
-def _cost(num_rows: int, w: jax.Array, *moved: int) -> pl.CostEstimate:
+def _cost(
+    num_rows: int, w: jax.Array | jax.ShapeDtypeStruct, *moved: int
+) -> pl.CostEstimate:
     """Return the work told to the compiler, which can't see the offsets.
 
     `moved` are elements of rows, read or written.

@@ -7,7 +7,7 @@ multiples of 128 are gathered by XLA.
 
 from __future__ import annotations
 
-from functools import partial
+import functools
 from typing import Literal
 
 import jax
@@ -15,6 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.ops import tpu
+from uoe_jax.ops.grouped_matmul.derivative import (
+    Products,
+    gathered,
+    grouped,
+    scattered,
+)
 from uoe_jax.ops.grouped_matmul.tpu.kernels import (
     Tiles,
     products,
@@ -40,7 +46,7 @@ def grouped_matmul(
     x, w, offsets = vary_together(x, w, offsets)
     padded = tpu.pad_rows(x, round_up(x.shape[0], LANES))
     check_tiles(target, padded.shape[0], w, PLAIN)
-    return _grouped(target, padded, w, offsets)[: x.shape[0]]
+    return grouped(_backend(target), padded, w, offsets)[: x.shape[0]]
 
 
 def gather_project(
@@ -53,8 +59,11 @@ def gather_project(
     """
     target = _target(x)
     x, w, packing = packing.together(x, w)
-    if fits(target, _padded_rows(packing), w, PICKED) and x.shape[1] % LANES == 0:
-        return _gather_project(target, x, w, packing)
+    if (
+        fits(target, _padded_rows(packing.token_ids), w, PICKED)
+        and x.shape[1] % LANES == 0
+    ):
+        return gathered(_backend(target), x, w, packing)
     return grouped_matmul(gather_rows(x, packing), w, packing.group_offsets)
 
 
@@ -68,8 +77,11 @@ def project_scatter(
     """
     target = _target(rows)
     rows, w, packing = packing.together(rows, w)
-    if fits(target, _padded_rows(packing), w, SUMMED) and w.shape[2] % LANES == 0:
-        return _project_scatter(target, rows, w, packing)
+    if (
+        fits(target, _padded_rows(packing.token_ids), w, SUMMED)
+        and w.shape[2] % LANES == 0
+    ):
+        return scattered(_backend(target), rows, w, packing)
     return combine_rows(grouped_matmul(rows, w, packing.group_offsets), packing)
 
 
@@ -201,98 +213,59 @@ def _bytes(op: str, sides: dict[str, int], dtype, rows: Rows) -> int:
     return total
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(target, x, w, offsets):
-    return _products(target, x, w, offsets)
+@functools.cache
+def _backend(target: Target) -> Products:
+    run = lambda function: functools.partial(function, target)
+    return Products(run(_products), run(_sums), run(_weight_grads))
 
 
-def _products(target, x, w, offsets, *, transpose=False, ids=None, apart=False):
-    depth, width = w.shape[1:][::-1] if transpose else w.shape[1:]
-    num_rows = x.shape[0] if ids is None else ids.shape[0]
-    rows = "apart" if apart else "plain" if ids is None else "pick x"
-    tiles = choose_tiles(
-        target, "grouped_matmul", num_rows, depth, width, x.dtype, rows
-    )
-    how = dict(transpose=transpose, ids=ids, rows_apart=apart)
-    return products(x, w, offsets, tiles, **how)
+def _products(target, x, w, offsets, ids, *, transpose):
+    if ids is None:
+        return _multiply(target, x, w, offsets, "plain", transpose=transpose)
+    padded = _pad_ids(ids)
+    how = {"transpose": transpose, "ids": padded}
+    return _multiply(target, x, w, offsets, "pick x", **how)[: ids.shape[0]]
 
 
-def _weights(target, x, grad, offsets, w, *, ids=None, picks_grad=False):
-    num_rows = x.shape[0] if picks_grad else grad.shape[0]
-    rows = "plain" if ids is None else "pick grad" if picks_grad else "pick x"
-    _, depth, width = w.shape
-    tiles = choose_tiles(
-        target, "grouped_matmul_dw", num_rows, depth, width, x.dtype, rows
-    )
+def _sums(target, rows, w, packing, *, transpose):
+    rows = tpu.pad_rows(rows, _padded_rows(packing.token_ids))
+    offsets = packing.group_offsets
+    out = _multiply(target, rows, w, offsets, "apart", transpose=transpose)
+    # Picks without a row take the first row of no group.
+    row_ids = jnp.minimum(packing.row_ids, packing.token_ids.shape[0])
+    return sum_rows(out, row_ids, target)
+
+
+def _weight_grads(target, x, grad, offsets, x_ids, grad_ids):
+    rows, ids = "plain", None
+    if x_ids is not None:
+        rows, ids = "pick x", _pad_ids(x_ids)
+        grad = tpu.pad_rows(grad, _padded_rows(x_ids))
+    if grad_ids is not None:
+        rows, ids = "pick grad", _pad_ids(grad_ids)
+        x = tpu.pad_rows(x, _padded_rows(grad_ids))
+    num_rows = x.shape[0] if rows == "pick grad" else grad.shape[0]
+    sides = x.shape[1], grad.shape[1]
+    tiles = choose_tiles(target, "grouped_matmul_dw", num_rows, *sides, x.dtype, rows)
+    w = jax.ShapeDtypeStruct((offsets.shape[0] - 1, *sides), x.dtype)
+    picks_grad = rows == "pick grad"
     return weight_gradients(x, grad, offsets, w, tiles, ids=ids, picks_grad=picks_grad)
 
 
-def _grouped_fwd(target, x, w, offsets):
-    return _grouped(target, x, w, offsets), (x, w, offsets)
+def _multiply(target, x, w, offsets, rows, *, transpose, ids=None):
+    depth, width = w.shape[1:][::-1] if transpose else w.shape[1:]
+    num_rows = x.shape[0] if ids is None else ids.shape[0]
+    tiles = choose_tiles(
+        target, "grouped_matmul", num_rows, depth, width, x.dtype, rows
+    )
+    how = dict(transpose=transpose, ids=ids, rows_apart=rows == "apart")
+    return products(x, w, offsets, tiles, **how)
 
 
-def _grouped_bwd(target, saved, grad):
-    x, w, offsets = saved
-    dx = _products(target, grad, w, offsets, transpose=True)
-    return dx, _weights(target, x, grad, offsets, w), None
-
-
-def _padded_rows(packing: Packing) -> int:
+def _padded_rows(ids: Int[Array, " M"]) -> int:
     """Return M in whole grains, with at least one row of no group: it stays zero."""
-    return round_up(packing.token_ids.shape[0] + 1, LANES)
+    return round_up(ids.shape[0] + 1, LANES)
 
 
-def _token_ids(packing: Packing) -> Int[Array, " M2"]:
-    return tpu.pad_rows(packing.token_ids.astype(jnp.int32), _padded_rows(packing))
-
-
-def _sum(target, rows, packing):
-    """Return each token's sum; picks without a row take the first row of no group."""
-    row_ids = jnp.minimum(packing.row_ids, packing.token_ids.shape[0])
-    return sum_rows(rows, row_ids, target)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather_project(target, x, w, packing):
-    ids = _token_ids(packing)
-    out = _products(target, x, w, packing.group_offsets, ids=ids)
-    return out[: packing.token_ids.shape[0]]
-
-
-def _gather_project_fwd(target, x, w, packing):
-    return _gather_project(target, x, w, packing), (x, w, packing)
-
-
-def _gather_project_bwd(target, saved, grad):
-    x, w, packing = saved
-    offsets, ids = packing.group_offsets, _token_ids(packing)
-    grad = tpu.pad_rows(grad, _padded_rows(packing))
-    dw = _weights(target, x, grad, offsets, w, ids=ids)
-    drows = _products(target, grad, w, offsets, transpose=True, apart=True)
-    return _sum(target, drows, packing), dw, None
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project_scatter(target, rows, w, packing):
-    rows = tpu.pad_rows(rows, _padded_rows(packing))
-    out = _products(target, rows, w, packing.group_offsets, apart=True)
-    return _sum(target, out, packing)
-
-
-def _project_scatter_fwd(target, rows, w, packing):
-    return _project_scatter(target, rows, w, packing), (rows, w, packing)
-
-
-def _project_scatter_bwd(target, saved, grad):
-    rows, w, packing = saved
-    offsets, ids = packing.group_offsets, _token_ids(packing)
-    num_rows = rows.shape[0]
-    rows = tpu.pad_rows(rows, _padded_rows(packing))
-    dw = _weights(target, rows, grad, offsets, w, ids=ids, picks_grad=True)
-    drows = _products(target, grad, w, offsets, transpose=True, ids=ids)
-    return drows[:num_rows], dw, None
-
-
-_grouped.defvjp(_grouped_fwd, _grouped_bwd)
-_gather_project.defvjp(_gather_project_fwd, _gather_project_bwd)
-_project_scatter.defvjp(_project_scatter_fwd, _project_scatter_bwd)
+def _pad_ids(ids: Int[Array, " M"]) -> Int[Array, " M2"]:
+    return tpu.pad_rows(ids.astype(jnp.int32), _padded_rows(ids))
