@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from tests.ops.suite import Case, changed
 from uoe_jax.ops import nvidia, tpu
 from uoe_jax.ops.as_segments import packed_attention
-from uoe_jax.ops.cache_attention import triton as cache_attention
+from uoe_jax.ops.cache_attention.nvidia import triton as cache_attention
 from uoe_jax.ops.dense_attention import api as dense_attention
 from uoe_jax.ops.grouped_matmul import batched, serial, xla
 from uoe_jax.ops.grouped_matmul.nvidia import launch
@@ -24,7 +24,7 @@ from uoe_jax.ops.segment_attention import api
 from uoe_jax.ops.segment_attention import xla as plain_segments
 from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
 from uoe_jax.ops.segment_attention.nvidia import triton as segment_attention
-from uoe_jax.ops.token_products import triton as token_products
+from uoe_jax.ops.token_products.nvidia import triton as token_products
 
 BOTH_JAX, NIGHTLY = pytest.mark.both_jax, pytest.mark.nightly
 FLOAT16 = pytest.mark.float16

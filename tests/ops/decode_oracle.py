@@ -19,7 +19,7 @@ from uoe_jax.ops.token_products.api import (
     project,
 )
 from uoe_jax.ops.token_products.xla import join
-from uoe_jax.ops.token_router.api import RouterWeights, route
+from uoe_jax.ops.token_router import RouterWeights, route
 
 EPS = 1e-5
 

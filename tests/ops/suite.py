@@ -26,10 +26,10 @@ from uoe_jax.ops.cache_attention import api as cache_attention
 from uoe_jax.ops.dense_attention import api as dense_attention
 from uoe_jax.ops.grouped_matmul import api as grouped_matmul
 from uoe_jax.ops.segment_attention import api as segment_attention
-from uoe_jax.ops.split_heads import api as split_heads
-from uoe_jax.ops.swiglu import api as swiglu
+from uoe_jax.ops.split_heads import BACKENDS as SPLIT_HEADS
+from uoe_jax.ops.swiglu import BACKENDS as SWIGLU
 from uoe_jax.ops.token_products import api as token_products
-from uoe_jax.ops.token_router import api as token_router
+from uoe_jax.ops.token_router import BACKENDS as TOKEN_ROUTER
 
 # The backends that each operation's own table names.
 TABLES = {
@@ -39,11 +39,11 @@ TABLES = {
     "grouped_matmul": grouped_matmul.GROUPED_MATMUL,
     "gather_project": grouped_matmul.GATHER_PROJECT,
     "project_scatter": grouped_matmul.PROJECT_SCATTER,
-    "swiglu": swiglu.BACKENDS,
-    "split_heads": split_heads.BACKENDS,
+    "swiglu": SWIGLU,
+    "split_heads": SPLIT_HEADS,
     "token_project": token_products.BACKENDS,
     "token_add": token_products.ADD_BACKENDS,
-    "token_router": token_router.BACKENDS,
+    "token_router": TOKEN_ROUTER,
     "cache_attention": cache_attention.BACKENDS,
 }
 # Those that only their device runs, and what they say here.

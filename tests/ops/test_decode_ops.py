@@ -16,7 +16,7 @@ from uoe_jax.ops.token_products.api import (
     add,
     project,
 )
-from uoe_jax.ops.token_router.api import RouterWeights, Scale, route
+from uoe_jax.ops.token_router import RouterWeights, Scale, route
 
 
 def test_wrong_calls_are_refused_in_one_line():

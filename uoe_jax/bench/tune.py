@@ -30,10 +30,10 @@ from uoe_jax.ops.grouped_matmul.api import call_shape as matmul_shape
 from uoe_jax.ops.grouped_matmul.nvidia.launch import products, weight_grads
 from uoe_jax.ops.grouped_matmul.nvidia.tiles import CANDIDATES, Tiles
 from uoe_jax.ops.grouped_matmul.nvidia.triton import require
-from uoe_jax.ops.split_heads.api import BACKENDS as SPLIT_HEADS
-from uoe_jax.ops.split_heads.api import call_shape as heads_shape
-from uoe_jax.ops.swiglu.api import BACKENDS as SWIGLU
-from uoe_jax.ops.swiglu.api import call_shape as swiglu_shape
+from uoe_jax.ops.split_heads import BACKENDS as SPLIT_HEADS
+from uoe_jax.ops.split_heads import call_shape as heads_shape
+from uoe_jax.ops.swiglu import BACKENDS as SWIGLU
+from uoe_jax.ops.swiglu import call_shape as swiglu_shape
 
 
 def tune(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> Path:

@@ -49,7 +49,7 @@ from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
 from uoe_jax.ops.packing import Packing
 from uoe_jax.ops.rotary import frequencies, rotate, rotate_pairs
 from uoe_jax.ops.segment_attention.api import segment_attention
-from uoe_jax.ops.split_heads.api import split_heads
+from uoe_jax.ops.split_heads import split_heads
 
 UNUSED = 1024  # rows of a segment that nothing reads
 

@@ -33,7 +33,7 @@ from uoe_jax.model.routing.token import Router, Routing
 from uoe_jax.model.sharded import pack_local, route
 from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
 from uoe_jax.ops.packing import Packing
-from uoe_jax.ops.swiglu.api import swiglu
+from uoe_jax.ops.swiglu import swiglu
 
 
 def activate(

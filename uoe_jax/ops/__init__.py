@@ -8,8 +8,8 @@ from uoe_jax.ops.grouped_matmul.api import (
 )
 from uoe_jax.ops.packing import Packing, combine_rows, gather_rows, pack_choices
 from uoe_jax.ops.segment_attention.api import segment_attention
-from uoe_jax.ops.split_heads.api import split_heads
-from uoe_jax.ops.swiglu.api import swiglu
+from uoe_jax.ops.split_heads import split_heads
+from uoe_jax.ops.swiglu import swiglu
 
 __all__ = [
     "Packing",

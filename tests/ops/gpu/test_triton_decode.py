@@ -10,7 +10,7 @@ import pytest
 
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import nvidia
-from uoe_jax.ops.cache_attention import triton as attention
+from uoe_jax.ops.cache_attention.nvidia import triton as attention
 from uoe_jax.ops.token_products.api import Projection, project
 
 

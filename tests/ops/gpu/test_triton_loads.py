@@ -179,18 +179,18 @@ def head_loads(kernel, width, groups):
     import jax
     import jax.numpy as jnp
 
-    from uoe_jax.ops.split_heads import triton
+    from uoe_jax.ops.split_heads import join, split
 
     shape, size = jax.ShapeDtypeStruct, 1000
     table, ids = shape((500, width), jnp.float32), shape((size,), jnp.int32)
     key = shape((2, size, width), jnp.bfloat16)
     if kernel == "split":
         rows = shape((size, 2 * (groups + 2) * width), key.dtype)
-        call = lambda *arrays: triton.split(*arrays, 2, groups)
+        call = lambda *arrays: split(*arrays, 2, groups)
         made = compiled(call, rows, table, ids)
     else:
         query = shape((2, size, groups, width), key.dtype)
-        made = compiled(triton.join, query, key, key, table, ids)
+        made = compiled(join, query, key, key, table, ids)
     text = made.asm["ptx"]
     return {
         "loads": words(text, "ld"),
@@ -204,13 +204,13 @@ def swiglu_loads(kernel, width):
     import jax
     import jax.numpy as jnp
 
-    from uoe_jax.ops.swiglu import triton
+    from uoe_jax.ops.swiglu import backward, forward
 
     shape, size = jax.ShapeDtypeStruct, 1000
     rows = shape((size, 2 * width), jnp.bfloat16)
     factors, grad = shape((size,), jnp.float32), shape((size, width), rows.dtype)
     arrays = (rows, factors) if kernel == "forward" else (rows, factors, grad)
-    made = compiled(getattr(triton, kernel), *arrays)
+    made = compiled({"forward": forward, "backward": backward}[kernel], *arrays)
     text = made.asm["ptx"]
     return {
         "loads": words(text, "ld"),

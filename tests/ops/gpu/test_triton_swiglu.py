@@ -16,15 +16,17 @@ from jax.sharding import PartitionSpec as P
 from tests.ops import ops_oracle
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import nvidia, swiglu
-from uoe_jax.ops.swiglu import triton
+from uoe_jax.ops.swiglu import columns
 
 
 def test_a_program_takes_columns_that_divide_a_side_or_little_more():
     widths = 128, 384, 192, 24, 7, 682, 2048, 1500, 3072
     blocks = [128, 128, 256, 32, 16, 1024, 1024, 1024, 1024]
-    assert [triton.columns(width) for width in widths] == blocks
+    assert [columns(width) for width in widths] == blocks
 
 
+# Of a shut gate; numpy says so, GPUs don't.
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
 @pytest.mark.parametrize("own", ["rows", "factors"])
 def test_one_varies_over_the_mesh_and_the_other_does_not(implementation, own):

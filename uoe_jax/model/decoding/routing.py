@@ -14,8 +14,7 @@ from uoe_jax.model.cache import Slot, route_token
 from uoe_jax.model.layers import Norm
 from uoe_jax.model.routing.token import PatchRouter
 from uoe_jax.ops.token_products.api import Picks, Scale, static
-from uoe_jax.ops.token_router.api import RouterWeights, route
-from uoe_jax.ops.token_router.xla import gate_table
+from uoe_jax.ops.token_router import RouterWeights, gate_table, route
 
 # Rows whose products with all experts are still as fast as the weights are read.
 MOST_ROWS = 64

@@ -14,7 +14,8 @@ import jax
 from jaxtyping import Array, Float, Float32, Int
 
 from uoe_jax.errors import ConfigError
-from uoe_jax.ops.cache_attention import triton, xla
+from uoe_jax.ops.cache_attention import xla
+from uoe_jax.ops.cache_attention.nvidia import triton
 from uoe_jax.ops.dispatch import dispatch
 from uoe_jax.ops.token_products.api import Parts, Picks, Scale, static
 

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.ops.dispatch import dispatch
-from uoe_jax.ops.token_products import triton, xla
+from uoe_jax.ops.token_products import xla
+from uoe_jax.ops.token_products.nvidia import triton
 
 BACKENDS = {"triton": triton.project, "xla": xla.project}
 ADD_BACKENDS = {"triton": triton.add, "xla": xla.add}

@@ -72,7 +72,7 @@ def power(number: int, least: int = 1) -> int:
 
 
 def _project(x, projection, norm, picks, dtype):
-    from uoe_jax.ops.token_products import triton_kernels
+    from uoe_jax.ops.token_products.nvidia import kernels
 
     weight, bias = projection.weight, projection.bias
     _, sides, outputs, inputs = weight.shape
@@ -81,7 +81,7 @@ def _project(x, projection, norm, picks, dtype):
     block = max(1, area // power(inputs))
     # An argument that isn't there is never read: anything stands for it.
     return nvidia.launch(
-        triton_kernels.project,
+        kernels.project,
         x,
         x if norm is None else norm.scale,
         weight,
@@ -108,7 +108,7 @@ def _project(x, projection, norm, picks, dtype):
 
 
 def _add(parts, addition, residual, picks):
-    from uoe_jax.ops.token_products import triton_kernels
+    from uoe_jax.ops.token_products.nvidia import kernels
 
     values, weight = parts.values, addition.weight
     batch, splits, chosen, inputs = values.shape
@@ -124,7 +124,7 @@ def _add(parts, addition, residual, picks):
     block = min(power(outputs), block)
     bias = addition.bias
     return nvidia.launch(
-        triton_kernels.add,
+        kernels.add,
         values,
         values if parts.sums is None else parts.sums,
         residual if picks is None else picks.gates,

@@ -68,7 +68,7 @@ def shares(rows: int, block: int, programs: int, cores: int) -> tuple[int, int]:
 
 
 def _attend(token, store, place, heads, picks):
-    from uoe_jax.ops.cache_attention import triton_kernels
+    from uoe_jax.ops.cache_attention.nvidia import kernels
     from uoe_jax.ops.token_products.api import Parts
 
     _, batch, rows, kv_heads, width = store.keys.shape
@@ -88,7 +88,7 @@ def _attend(token, store, place, heads, picks):
     aliases = {7: 2, 8: 3} | ({} if picks is None else {9: 4})
     written = ((1,), jnp.int32) if picks is None else (log.shape, log.dtype)
     values, sums, keys, stored_values, new_log = nvidia.launch(
-        triton_kernels.attend,
+        kernels.attend,
         token,
         token if place.cosines is None else place.cosines,
         token if place.sines is None else place.sines,

@@ -1,0 +1,1 @@
+"""Cached attention of single tokens on NVIDIA GPUs."""

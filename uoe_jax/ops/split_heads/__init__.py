@@ -1,1 +1,0 @@
-"""Projected rows to queries, keys and values of their heads, by backend."""

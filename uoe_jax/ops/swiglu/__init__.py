@@ -1,1 +1,0 @@
-"""Gated activations of rows times a factor of each, by backend."""

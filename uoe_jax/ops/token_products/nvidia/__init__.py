@@ -1,0 +1,1 @@
+"""Products of single tokens on NVIDIA GPUs."""

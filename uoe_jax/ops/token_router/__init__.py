@@ -1,1 +1,0 @@
-"""Norm, scores, picks and gates of one token a row, by backend."""
