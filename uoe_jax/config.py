@@ -33,10 +33,11 @@ from uoe_jax.rules import NO_RULES, Rules
 AttentionKind = Annotated[Literal["dense", "union", "moba", "moh"], Known(ATTENTIONS)]
 MlpKind = Annotated[Literal["dense", "union", "moe"], Known(MLPS)]
 BlockKind = Literal["all", "mod"]
-Gate = Literal["sigmoid", "softmax", "straight_through"]
+Gate = Literal["sigmoid", "softmax", "straight_through", "relu"]
 MoeGate = Literal["softmax", "softmax_all", "sigmoid"]
 RouterKind = Annotated[
-    Literal["token", "expert_choice", "selection", "hierarchical"], Known(ROUTERS)
+    Literal["token", "expert_choice", "selection", "hierarchical", "threshold"],
+    Known(ROUTERS),
 ]
 DType = Literal["float32", "bfloat16"]
 
@@ -72,6 +73,10 @@ class UnionConfig(Checked):
     num_shared: Whole = 0  # always-on parts, counted in num_experts and in top_k
     segment_size: Count = 64  # selection: tokens between a causal model's decisions
     selected: Whole = 0  # hierarchical: experts a segment keeps for its tokens' top_k
+    # threshold: experts that a token takes at most, top_k is their mean; 0: twice it.
+    most_picks: Whole = 0
+    # threshold: of the way to the score that top_k / num_experts exceed, each step.
+    threshold_rate: UpToOne = 0.1
     shared_kv: bool = False  # attention: route queries, keys and values of all tokens
     gated_values: bool = False  # attention: a key's value times the key's own gate
     # Training: rows a part takes, over T*X/E; documents packed in a row share them.
@@ -81,6 +86,13 @@ class UnionConfig(Checked):
     router_z_loss: NotNegative = 0.001  # weight of log(sum exp scores)^2
     bias_update_rate: NotNegative = 0.0  # loss-free balancing; 0 switches it off
     router_init_std: NotNegative = 0.02  # deviation of the router's first weights
+
+    @property
+    def most(self) -> int:
+        """Experts that a token takes at most, always-on ones among them."""
+        if not ROUTERS[self.router].varies:
+            return self.top_k
+        return self.most_picks or min(2 * self.top_k, self.num_experts)
 
     @property
     def keep(self) -> float:
@@ -101,6 +113,7 @@ class UnionOverrides(Checked):
     patch_size: PatchSize | None = None  # tokens that share a decision of attention
     num_shared: Whole | None = None  # always-on parts of attention
     segment_size: Count | None = None  # tokens between decisions of attention
+    most_picks: Whole | None = None  # parts of attention that a token takes at most
     # Parts of attention that a segment keeps for its tokens.
     selected: Whole | None = None
     shared_kv: bool | None = None  # route queries alone

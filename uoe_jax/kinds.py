@@ -57,6 +57,8 @@ class RouterFacts:
     sees_one_token: Callable[[Any], bool] = lambda router: False
     # Tokens between two decisions, which a check of leaks has to span.
     span: Callable[[Any], int] = lambda router: 1
+    # How many experts a token takes follows its scores, up to the union's `most`.
+    varies: bool = False
     # Columns of each parameter; see `weights.ROUTER` for the names.
     columns: Callable[[Any], dict[str, int]] = score_columns
     # Routed experts over which the tokens of one sample are spread, for the cost.
@@ -132,6 +134,20 @@ def _hierarchical_problems(router: Any, path: str) -> Iterator[str]:
         )
 
 
+def _threshold_problems(router: Any, path: str) -> Iterator[str]:
+    if router.gate == "softmax":
+        yield (
+            f"{path}.gate is 'softmax' and with router 'threshold' tokens have unlike "
+            "numbers of experts; use sigmoid, relu or straight_through"
+        )
+    if not router.top_k <= router.most <= router.num_experts:
+        yield (
+            f"{path}.most_picks is {router.most_picks}; a token takes {path}.top_k "
+            f"{router.top_k} experts in the mean, use {router.top_k} to "
+            f"{router.num_experts}"
+        )
+
+
 ROUTERS: dict[str, RouterFacts] = {
     "token": RouterFacts(
         sees="the token itself (causal: the first token of its patch)",
@@ -153,6 +169,12 @@ ROUTERS: dict[str, RouterFacts] = {
         columns=_hierarchical_columns,
         experts_in_use=lambda router: router.selected - router.num_shared,
         problems=_hierarchical_problems,
+    ),
+    "threshold": RouterFacts(
+        sees="the token itself, and thresholds that training has set",
+        sees_one_token=lambda router: True,
+        varies=True,
+        problems=_threshold_problems,
     ),
 }
 

@@ -387,6 +387,16 @@ def _router(model: ModelConfig, union: UnionConfig, name: str) -> Iterator[str]:
             f"{name}.router {union.router!r} sees {facts.sees} and the model is "
             f"causal; use {_with('causal')}"
         )
+    if union.gate == "relu" and not facts.varies:
+        yield (
+            f"{name}.gate is 'relu' with router {union.router!r}, whose scores have no "
+            f"threshold; relu is for router {_with('varies')}, use sigmoid"
+        )
+    if union.most_picks and not facts.varies:
+        yield (
+            f"{name}.most_picks is {union.most_picks} with router {union.router!r}, "
+            f"which takes top_k experts; it is for router {_with('varies')}, use 0"
+        )
     yield from facts.problems(union, name)
     yield from _capacity(union.capacity_factor, union.router, name)
 

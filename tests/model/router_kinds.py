@@ -13,6 +13,8 @@ CAUSAL = {
     "capacity": {"capacity_factor": 0.75},
     "selection": {"router": "selection", "segment_size": 3},
     "hierarchical": {"router": "hierarchical", "segment_size": 3, "selected": 3},
+    "threshold": {"router": "threshold", "num_shared": 1},
+    "relu": {"router": "threshold", "gate": "relu", "most_picks": 3},
     "shared keys": {"shared_kv": True},
     "gated values": {"gated_values": True, "num_shared": 1},
 }

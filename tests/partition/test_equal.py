@@ -51,6 +51,11 @@ CASES = {
         {"fsdp": 2, "sequence": 2, "tensor": 2},
         EVERYTHING,
     ),
+    "threshold": (
+        "threshold",
+        {"data": 2, "sequence": 2, "tensor": 2},
+        EVERYTHING,
+    ),
     "gated values": (
         "gated values",
         {"data": 2, "sequence": 2, "tensor": 2},

@@ -57,6 +57,9 @@ KINDS |= {f"groups {kind}": KINDS[kind] | GROUPS for kind in ("dense", "union")}
 KINDS["gated values"] = KINDS["union"] | {
     "union_attention": UnionOverrides(gated_values=True)
 }
+KINDS["threshold"] = KINDS["union"] | {
+    "union": UnionConfig(num_experts=4, top_k=2, router="threshold", num_shared=1)
+}
 # A convolution before attention, whose first tokens lie on another device.
 KINDS |= {
     "convolution": KINDS["dense"] | {"convolution": 4},
@@ -70,13 +73,16 @@ def make_config(kind, mesh=None, layout=None, **model):
         max_seq_len=16,
         d_model=16,
         d_ff=32,
-        **{"num_layers": 1, **KINDS[kind]},
+        **{
+            "num_layers": 1,
+            "union": UnionConfig(num_experts=4, top_k=2),
+            **KINDS[kind],
+        },
         num_heads=8,
         num_kv_heads=4,
         head_dim=4,
         use_bias=True,
         activation="swiglu",
-        union=UnionConfig(num_experts=4, top_k=2),
         moe=MoeConfig(num_experts=4, top_k=2),
     )
     return ExperimentConfig(

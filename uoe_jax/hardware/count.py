@@ -267,7 +267,7 @@ def cache_bytes(
     """
     size = DTYPE_BYTES[dtype or model.compute_dtype]
     token = sum(
-        (own.key_dim + own.value_dim) * _attention(own, attention).keys
+        (own.key_dim + own.value_dim) * _logged(own, attention)
         for own, attention, _, _ in model_layers(model)
     )
     beside = sum(
@@ -280,6 +280,14 @@ def cache_bytes(
     # The tokens that convolutions read next.
     beside += model.num_layers * max(model.convolution - 1, 0) * model.d_model
     return round(batch * size * (length * model.num_kv_heads * token + beside))
+
+
+def _logged(model: ModelConfig, kind: str) -> float:
+    """Return the share of a token's keys that a cache has room for."""
+    share = _attention(model, kind).keys
+    router = ATTENTIONS[kind].router(model)
+    # A log has a place for every expert that a token may take.
+    return share if router is None or share == 1 else share * router.most / router.top_k
 
 
 def state_bytes(model: ModelConfig) -> dict[str, int]:

@@ -51,6 +51,7 @@ from uoe_jax.ops.rotary import frequencies, rotate, rotate_pairs
 from uoe_jax.ops.segment_attention.api import segment_attention
 from uoe_jax.ops.split_heads import split_heads
 
+NO_EXPERT = -1  # in a log, of picks that don't count
 UNUSED = 1024  # rows of a segment that nothing reads
 
 
@@ -256,7 +257,7 @@ class UnionAttention(AttentionWeights):
     def cache_shapes(config: ModelConfig, max_len: int) -> dict[str, Any]:
         """Return what a row of the cache holds: the log of picks and their experts."""
         union = config.union_for("attention")
-        rows = max_len * union.top_k
+        rows = max_len * union.most
         shape = (rows, config.num_kv_heads // union.num_experts, config.head_dim)
         return {"k": (shape, None), "v": (shape, None), "experts": ((rows,), "int32")}
 
@@ -286,10 +287,20 @@ class UnionAttention(AttentionWeights):
             )
         out = self._attend(q, k, v, packing.segment_offsets, bounds)
         y = self.project_picks(out, routing, packing).reshape(x.shape)
-        log = lambda a: head_picks(a, packing).reshape(
+        log = lambda a: self.log_rows(a, routing, packing).reshape(
             x.shape[0], -1, k.shape[0], k.shape[2]
         )
         return y, routing.stats, (log(k), log(v))
+
+    def log_rows(
+        self, heads: Float[Array, "J M *H"], routing: Routing, packing: Packing
+    ) -> Float[Array, "N X J *H"]:
+        """Return the heads' rows as picks; those of no expert, with nothing in them."""
+        picks = head_picks(heads, packing)
+        if not self.router.varies or routing.kept is None:
+            return picks
+        kept = routing.kept.reshape(-1, picks.shape[1], *[1] * (picks.ndim - 2))
+        return jnp.where(kept, picks, jnp.zeros_like(picks))
 
     def decode(
         self, x: Float[Array, "B D"], slot: Slot
@@ -300,11 +311,18 @@ class UnionAttention(AttentionWeights):
         packing = self.router.pack(routing)
         q, k, v = self.project_rows(x[:, None], packing, slot.lengths[:, None])
         heads = (q, k, self.weigh(v, routing, packing))
-        q, k, v = (head_picks(part, packing) for part in heads)
+        q, k, v = (self.log_rows(part, routing, packing) for part in heads)
         first = slot.lengths * choices.shape[1]
-        slot, (keys, values, experts) = slot.append(first, k=k, v=v, experts=choices)
+        kept = routing.kept if self.router.varies else None
+        written = choices
+        if kept is not None:
+            written = jnp.where(kept[:, 0], choices, NO_EXPERT)
+        slot, (keys, values, experts) = slot.append(first, k=k, v=v, experts=written)
         log = (keys, values, experts)
         out = attend_log(q, choices, *log, slot.lengths, self.window)
+        if kept is not None:  # what sees nothing, not even itself, is no number
+            kept = kept.reshape(*choices.shape, *[1] * (out.ndim - 2))
+            out = jnp.where(kept, out, jnp.zeros_like(out))
         y = self.project_picks(pick_heads(out, packing), routing, packing)
         return y, slot
 

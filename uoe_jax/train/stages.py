@@ -57,11 +57,13 @@ def with_more_experts(model: ModelConfig, gone: int) -> ModelConfig:
         model.union_attention,
         top_k=experts_on(own, gone),
         selected=_selected(own, gone),
+        most_picks=_most(own, gone),
     )
     union = dataclasses.replace(
         model.union,
         top_k=experts_on(model.union, gone),
         selected=_selected(model.union, gone),
+        most_picks=_most(model.union, gone),
     )
     return dataclasses.replace(model, union=union, union_attention=attention)
 
@@ -75,6 +77,11 @@ def experts_on(union: UnionConfig, gone: int) -> int:
 def _selected(union: UnionConfig, gone: int) -> int:
     """Return how many experts a segment keeps: no fewer than a token uses of them."""
     return max(union.selected, experts_on(union, gone)) if union.selected else 0
+
+
+def _most(union: UnionConfig, gone: int) -> int:
+    """Return how many experts a token takes at most, by its own thresholds."""
+    return max(union.most_picks, experts_on(union, gone)) if union.most_picks else 0
 
 
 def describe_stages(config: ExperimentConfig) -> str | None:

@@ -13,7 +13,7 @@ from uoe_jax.config import ModelConfig
 from uoe_jax.model.cache import Kept, Slot
 from uoe_jax.model.context import Context
 from uoe_jax.model.layers import truncated_normal
-from uoe_jax.model.routing.balance import Stats, token_means
+from uoe_jax.model.routing.balance import Stats, exceeded_by, token_means
 from uoe_jax.model.routing.token import (
     RouterBias,
     gate_values,
@@ -86,29 +86,6 @@ class DepthRouter(nnx.Module):
         if context.collect_choices:
             stats["choices"] = jnp.where(entered, 0, 1)[..., None]
         return stats
-
-
-def exceeded_by(
-    scores: Float[Array, "B T"], share: float, context: Context
-) -> Float[Array, ""]:
-    """Return the score that a share of the counted tokens exceed; 0: one token.
-
-    With an `axis_name` of all that mesh axis' tokens.
-    """
-    scores = jax.lax.stop_gradient(scores)
-    valid = jnp.ones(scores.shape, bool)
-    if (counted := context.counted) is not None:
-        valid = counted
-    own = jnp.where(valid, scores, jnp.inf).reshape(-1)
-    if (axes := context.axis_name) is not None:
-        # A sum, not a gather: the same on every device also to shard_map's checks.
-        all_ranks = jnp.zeros((jax.lax.axis_size(axes), own.size))
-        own = jax.lax.psum(all_ranks.at[jax.lax.axis_index(axes)].set(own), axes)
-    ordered = jnp.sort(own.reshape(-1))
-    count = jnp.sum(jnp.isfinite(ordered))
-    first = jnp.floor((1 - share) * count).astype(jnp.int32)  # of those that enter
-    first = jnp.clip(first, 1, jnp.maximum(count - 1, 1))
-    return jnp.where(count > 1, (ordered[first - 1] + ordered[first]) / 2, 0.0)
 
 
 def run_around(

@@ -239,8 +239,8 @@ def _prepare_part(part: Any, dtype: Any, batch: int) -> Any:
     if form is None:
         return OwnPart(part)
     if router is not None:
-        picks = router.top_k + router.num_shared
-        if not serves(batch, router.num_experts, picks):
+        logs_some = router.varies and isinstance(part, UnionAttention)
+        if logs_some or not serves(batch, router.num_experts, router.picks):
             return OwnPart(part)
     return form(part, dtype)
 

@@ -9,6 +9,7 @@ from flax import nnx
 from uoe_jax.config import UnionConfig
 from uoe_jax.model.routing.expert_choice import ExpertChoiceRouter
 from uoe_jax.model.routing.selection import HierarchicalRouter, SelectionRouter
+from uoe_jax.model.routing.threshold import ThresholdRouter
 from uoe_jax.model.routing.token import PatchRouter
 
 ROUTERS: dict[str, Any] = {
@@ -16,6 +17,7 @@ ROUTERS: dict[str, Any] = {
     "expert_choice": ExpertChoiceRouter,
     "selection": SelectionRouter,
     "hierarchical": HierarchicalRouter,
+    "threshold": ThresholdRouter,
 }
 
 

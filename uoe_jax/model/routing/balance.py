@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from uoe_jax.config import ModConfig, ModelConfig, MoeConfig, UnionConfig
-from uoe_jax.kinds import router_of
+from uoe_jax.kinds import ROUTERS, router_of
 from uoe_jax.model.context import Context
 from uoe_jax.weights import layer_period
 
@@ -82,14 +82,38 @@ def token_means(values: dict[str, Array], context: Context) -> dict[str, Array]:
     return {name: value / count for name, value in sums.items()}
 
 
+def exceeded_by(
+    scores: Float[Array, "B T"], share: float, context: Context
+) -> Float[Array, ""]:
+    """Return the score that a share of the counted tokens exceed; 0: one token.
+
+    With an `axis_name` of all that mesh axis' tokens.
+    """
+    scores = jax.lax.stop_gradient(scores)
+    valid = jnp.ones(scores.shape, bool)
+    if (counted := context.counted) is not None:
+        valid = counted
+    own = jnp.where(valid, scores, jnp.inf).reshape(-1)
+    if (axes := context.axis_name) is not None:
+        # A sum, not a gather: the same on every device also to shard_map's checks.
+        all_ranks = jnp.zeros((jax.lax.axis_size(axes), own.size))
+        own = jax.lax.psum(all_ranks.at[jax.lax.axis_index(axes)].set(own), axes)
+    ordered = jnp.sort(own.reshape(-1))
+    count = jnp.sum(jnp.isfinite(ordered))
+    first = jnp.floor((1 - share) * count).astype(jnp.int32)  # of those that enter
+    first = jnp.clip(first, 1, jnp.maximum(count - 1, 1))
+    return jnp.where(count > 1, (ordered[first - 1] + ordered[first]) / 2, 0.0)
+
+
 # "attention", "mlp" and "depth", each only where some layer of it is routed. Each
 # holds, for the L routed layers in order: load [L, E], entropy [L], dropped [L],
-# balance_loss [L], z_loss [L], of depth threshold [L], and choices [L, B, T, X] when
+# balance_loss [L], z_loss [L], of depth threshold [L] (of threshold routers [L, E], 0
+# in a part's other layers), and choices [L, B, T, X] when
 # they were asked for.
 Aux = dict[str, dict[str, Array]]
 
 PARTS = ("attention", "mlp", "depth")
-_PADDING = {"load": 0, "choices": -1}
+_PADDING = {"load": 0, "choices": -1, "threshold": 0}
 
 
 def stack_stats(outs: Sequence[dict[str, dict[str, Array]]], num_layers: int) -> Aux:
@@ -105,10 +129,13 @@ def stack_stats(outs: Sequence[dict[str, dict[str, Array]]], num_layers: int) ->
         if stacks:
             layers = [n for i in stacks for n in range(i, num_layers, period)]
             order = np.argsort(np.array(layers))
-            names = outs[stacks[0]][part]
+            found = [outs[i][part] for i in stacks]
+            if any("threshold" in one for one in found):
+                # Other routers beside threshold ones have none.
+                found = [{"threshold": 0 * one["load"], **one} for one in found]
             aux[part] = {
-                name: _interleave([outs[i][part][name] for i in stacks], order, name)
-                for name in names
+                name: _interleave([one[name] for one in found], order, name)
+                for name in found[0]
             }
     return aux
 
@@ -159,7 +186,8 @@ def update_router_bias(buffers: PyTree, aux: Aux, config: ModelConfig) -> PyTree
 
     Adds `rate * sign(1/E - load)` to each expert's bias, which only selection sees
     (Wang et al. 2024, auxiliary-loss-free load balancing, algorithm 1). That of a
-    mixture of depths goes the `rate` of the way to where `keep` of the tokens enter.
+    mixture of depths goes the `rate` of the way to where `keep` of the tokens enter,
+    that of a threshold router to where X/E of them do.
     """
     flat, period = [], layer_period(config)
     for path, variable in nnx.to_flat_state(buffers):
@@ -175,9 +203,19 @@ def update_router_bias(buffers: PyTree, aux: Aux, config: ModelConfig) -> PyTree
         router: Any = routers[stack]
         if part == "depth":
             error = -aux[part]["threshold"][np.array(rows), None] - bias
+        elif ROUTERS[router.router].varies:
+            wanted = aux[part]["threshold"][np.array(rows), : bias.shape[-1]]
+            flat.append((path, _toward(variable, -wanted, router.threshold_rate)))
+            continue
         else:
             load = aux[part]["load"][np.array(rows), : bias.shape[-1]]
             error = jnp.sign(1.0 / bias.shape[-1] - load)
         step = router.bias_update_rate * error
         flat.append((path, variable.replace(bias + step.astype(bias.dtype))))
     return nnx.from_flat_state(flat)
+
+
+def _toward(variable: Any, wanted: Array, rate: float) -> Any:
+    """Return a variable `rate` of the way to what is wanted."""
+    value = variable[...]
+    return variable.replace(value + (rate * (wanted - value)).astype(value.dtype))

@@ -41,6 +41,8 @@ class Router(nnx.Module):
     statistics are of the others, E' = E - num_shared, of which X' are picked.
     """
 
+    varies = False  # whether tokens have unlike numbers of experts
+
     def __init__(
         self,
         d_model: int,
@@ -63,6 +65,11 @@ class Router(nnx.Module):
     def sees_one_token(self) -> bool:
         """Whether a token's routing depends on nothing but that token."""
         return False
+
+    @property
+    def picks(self) -> int:
+        """Places for the experts of a token, always-on ones among them."""
+        return self.top_k + self.num_shared
 
     @staticmethod
     def state_shapes(config: Any, batch: int) -> dict[str, tuple[Any, str]]:
@@ -219,7 +226,9 @@ def gate_values(scores: Float[Array, "*N X"], gate: Gate | str) -> Float[Array, 
     """Return what multiplies each chosen expert's output.
 
     sigmoid: `2 sigmoid(score)`, 1 at score 0. softmax: softmax over the chosen, times
-    X. straight_through: exactly 1, with the gradient of `2 sigmoid(score)`.
+    X. straight_through: exactly 1, with the gradient of `2 sigmoid(score)`. relu: 4
+    times the score where it is positive, so about 1 at the start (Wang et al. 2024,
+    ReMoE): no step where an expert comes in.
     """
     return choose("gate", gate, _GATES)(scores)
 
@@ -237,7 +246,12 @@ def _straight_through(scores: Array) -> Array:
     return 1.0 + (value - jax.lax.stop_gradient(value))
 
 
+def _relu(scores: Array) -> Array:
+    return 4.0 * jax.nn.relu(scores)
+
+
 _GATES = {
+    "relu": _relu,
     "softmax": _softmax,
     "sigmoid": _sigmoid,
     "straight_through": _straight_through,
