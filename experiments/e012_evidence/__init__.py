@@ -1,0 +1,1 @@
+"""Experiment 012: what evidence says at equal seconds, on clean text, by size."""

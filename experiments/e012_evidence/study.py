@@ -1,0 +1,245 @@
+"""The study's blocks: which models are trained where, in which order, at what rate."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.e012_evidence.models import SIZES, dense, make
+from experiments.shared.case import change
+from uoe_jax.config import DataConfig, ExperimentConfig
+
+PLANNED = Path(__file__).parent / "planned.json"
+
+FULL = (400, 800, 1600, 3200, 6400)  # steps: 13, 26, 52, 105, 210 MB
+PROBE = (920, 1840)  # 30, 60 MB
+QUARTER = (1600,)
+TINY = (20, 40, 80)
+GRID = 1.4  # between two rates of a search
+_REACH = 2  # rates on each side of the middle one
+_FURTHER = 2  # more of them where the best is at an edge
+SEARCH_SEED = 100  # none that is reported
+
+Row = dict[str, Any]  # a run's entry of the results file
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a named model of a size on rows of `length` tokens."""
+
+    block: str
+    kind: Literal["mlp", "attention", "whole"]
+    name: str
+    size: str
+    length: int  # T
+    seed: int
+    steps: tuple[int, ...]
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    rate: float | None = None  # None: the family's, by its search
+    task: Literal["text", "recall"] = "text"
+
+    @property
+    def setting(self) -> str:
+        """Size, T and task: what is compared is alike in these."""
+        plain = f"{self.size}, T {self.length}"
+        return plain if self.task == "text" else f"{plain}, {self.task}"
+
+    def config(self, data: DataConfig) -> tuple[str, ExperimentConfig]:
+        """Return the model's family and what is trained, but for the rate."""
+        start = dense(self.size, self.length, data)
+        family, config = make(start, self.kind, self.name)
+        changed = {"kind": self.optimizer}
+        return family, change(config, optim=changed, train={"steps": self.steps[-1]})
+
+
+ATTENTION = (
+    "dense + conv",
+    "local + conv",
+    "local + full + conv",
+    "local + 2 full + conv",  # has the cache of a few routed ones
+    "local + few routed + conv",
+    "local + routed + conv",
+    "SMHA + conv",
+)
+# Figure g, beside those.
+LADDER = (
+    "local + few routed, gated values + conv",
+    "SMHA, gated values + conv",
+    "SMHA",
+    "dense",
+    "local + routed",
+)
+MLP = (
+    "dense",
+    "MoE 2 of 8",
+    "MoE 8 of 32 + shared",
+    "MoE 8 of 64 + shared",
+    "UoME 2 of 16 lean",
+    "UoME 1 of 8 lean",
+    "UoME 8 of 32",
+    "UoME 4 of 32 lean",
+)
+# A family's rate is searched with its first model here.
+FAMILIES = (
+    ("mlp", "dense"),
+    ("mlp", "MoE 2 of 8"),
+    ("mlp", "MoE 8 of 32 + shared"),
+    ("mlp", "UoME 8 of 32"),
+    ("mlp", "UoME 2 of 16 lean"),
+    ("attention", "local + full + conv"),
+    ("attention", "local + routed + conv"),
+)
+MUON = (("mlp", "dense"), ("mlp", "MoE 2 of 8"), ("mlp", "UoME 2 of 16 lean"))
+WHOLE = (
+    "dense + conv",
+    "MoE 2 of 8 + conv",
+    "MoE 2 of 8, local + full",
+    "UoME 2 of 16 lean + conv",
+    "UoME 2 of 16 lean, local + full",
+    "UoME 8 of 32, local + few routed",
+)
+FITTED = (WHOLE[0], WHOLE[1], WHOLE[3])  # of which a law predicts XL
+BLOCKS = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "recall")
+
+
+def jobs(block: str, rows: Sequence[Row], tiny: bool) -> list[Job]:
+    """Return a block's trainings in order: every model's first seed first.
+
+    `rows` are the runs so far: block 2 looks further where a best rate is at an edge,
+    block 4 has what block 3 left.
+    """
+    made = list(_jobs(block, rows))
+    if tiny:
+        made = [_shrink(job) for job in made]
+    return sorted(dict.fromkeys(made), key=lambda job: job.seed)
+
+
+def _jobs(block: str, rows: Sequence[Row]) -> Iterator[Job]:
+    if block == "1":
+        yield from _each(block, "attention", ATTENTION + LADDER, "M", 4096, 3, PROBE)
+    elif block == "2":
+        yield from _search(rows)
+    elif block == "3":
+        yield from _each(block, "mlp", MLP, "S", 1024, 3, FULL)
+    elif block == "4":
+        yield from _each(block, "mlp", survivors(rows), "M", 1024, 3, FULL)
+    elif block == "5":
+        names = (ATTENTION[0], "GQA + conv", *ATTENTION[2:6])
+        yield from _each(block, "attention", names, "M", 4096, 2, FULL)
+    elif block == "6":
+        yield from _each(block, "whole", WHOLE, "M", 4096, 3, FULL)
+    elif block == "7":
+        yield from _each(block, "whole", WHOLE, "L", 4096, 2, FULL)
+    elif block == "8":
+        yield from _each(block, "whole", FITTED, "S", 4096, 3, FULL)
+    elif block == "9":
+        yield from _each(block, "whole", FITTED, "XL", 4096, 1, FULL)
+    elif block == "recall":
+        for job in _each(block, "attention", ATTENTION, "R", 1024, 3, QUARTER):
+            yield Job(**(vars(job) | {"task": "recall"}))
+
+
+def _each(
+    block: str,
+    kind: Any,
+    names: Sequence[str],
+    size: str,
+    length: int,
+    seeds: int,
+    steps: tuple[int, ...],
+) -> Iterator[Job]:
+    for seed in range(seeds):
+        for name in names:
+            yield Job(block, kind, name, size, length, seed, steps)
+
+
+def _search(rows: Sequence[Row]) -> Iterator[Job]:
+    """Yield the rates of each family and size, and further ones beyond an edge."""
+    for size in ("S", "M"):
+        for kind, name in FAMILIES:
+            yield from _rates(rows, kind, name, size, "adamw")
+        for kind, name in MUON:
+            yield from _rates(rows, kind, name, size, "muon")
+
+
+def _rates(
+    rows: Sequence[Row], kind: Any, name: str, size: str, optimizer: Any
+) -> Iterator[Job]:
+    length = 1024 if kind == "mlp" else 4096
+    made = lambda place: Job(
+        "2", kind, name, size, length, SEARCH_SEED, QUARTER, optimizer,
+        round(SIZES[size].rate * GRID**place, 7),
+    )  # fmt: skip
+    places = list(range(-_REACH, _REACH + 1))
+    for _ in range(_FURTHER):
+        losses = [rated(rows, made(place)) for place in places]
+        if None in losses:
+            break  # first what is there already
+        best = min(range(len(places)), key=lambda i: losses[i] or 0.0)
+        if 0 < best < len(places) - 1:
+            break
+        places = [places[0] - 1, *places] if best == 0 else [*places, places[-1] + 1]
+    for place in places:
+        yield made(place)
+
+
+def rated(rows: Sequence[Row], job: Job) -> float | None:
+    """Return what a search's run reached on valid; inf: it diverged; None: no run."""
+    for row in rows:
+        same = row["case"] == job.name and row["optimizer"] == job.optimizer
+        if same and row["block"] == "2" and row["rate"] == job.rate:
+            if row["size"] in (job.size, "tiny") and row["kind"] == job.kind:
+                return validated(row)
+    return None
+
+
+def validated(row: Row) -> float:
+    """Return the mean of a run's valid bits/byte over its corpora; inf: it diverged."""
+    if not row["lengths"] or row["lengths"][-1]["steps"] != row["steps"]:
+        return float("inf")
+    scores = row["lengths"][-1]["valid"].values()
+    return statistics.fmean(scores)
+
+
+def best_rate(rows: Sequence[Row], job: Job, family: str) -> float | None:
+    """Return the rate that a family's search found for a size; None: none was searched.
+
+    A size without a search of its own takes that of the nearest searched one, scaled
+    by the middles of both grids.
+    """
+    searched = [
+        row for row in rows
+        if row["block"] == "2" and row["family"] == family
+        and row["optimizer"] == job.optimizer
+    ]  # fmt: skip
+    for size in (job.size, "M", "S", "tiny"):
+        mine = [row for row in searched if row["size"] == size]
+        if mine:
+            found = min(mine, key=validated)["rate"]
+            return round(found * SIZES[job.size].rate / SIZES[size].rate, 7)
+    return None
+
+
+def survivors(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Return dense, the best mixture and the three best unions of block 3 on valid."""
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        if row["block"] == "3":
+            scores.setdefault(row["case"], []).append(validated(row))
+    mean = {name: statistics.fmean(losses) for name, losses in scores.items()}
+    order = sorted(mean, key=mean.__getitem__)
+    mixtures = [name for name in order if name.startswith("MoE")]
+    unions = [name for name in order if name.startswith("UoME")]
+    return ("dense", *mixtures[:1], *unions[:3])
+
+
+def _shrink(job: Job) -> Job:
+    steps = TINY if len(job.steps) > 1 else TINY[-1:]
+    seeds = {"size": "tiny", "length": 64, "steps": steps}
+    if job.rate is not None:
+        scale = SIZES["tiny"].rate / SIZES[job.size].rate
+        seeds["rate"] = round(job.rate * scale, 7)
+    return Job(**(vars(job) | seeds))

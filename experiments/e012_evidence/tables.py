@@ -1,0 +1,294 @@
+"""Tables of the study, from its results alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from experiments.e012_evidence.study import SEARCH_SEED, Row, validated
+from experiments.shared.compare import (
+    Comparison,
+    Difference,
+    Plan,
+    Spread,
+    Verdict,
+    differ,
+    judge,
+    pooled,
+)
+from experiments.shared.fronts import Equal, equal_spending
+from experiments.shared.results import causality
+from uoe_jax.report.table import si
+
+AXES = ("tokens", "flops", "seconds")
+BEST_MIXTURE = "best mixture"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that are alike in size, T, task and lengths: by model, a run a seed."""
+
+    setting: str
+    steps: tuple[int, ...]
+    models: dict[str, list[Row]]
+
+    @property
+    def corpora(self) -> list[str]:
+        """Names of the texts that all are measured on; the first one decides."""
+        return list(next(iter(self.models.values()))[0]["lengths"][-1]["test"])
+
+    @property
+    def title(self) -> str:
+        """What stands above the group's tables."""
+        row = next(iter(self.models.values()))[0]
+        return f"{self.setting}, {si(row['tokens_per_step'] * self.steps[-1])} tokens"
+
+    def losses(self, model: str, corpus: str, length: int = -1) -> list[float]:
+        """Return the test bits/byte of a model's seeds."""
+        rows = self.models[model]
+        return [row["lengths"][length]["test"][corpus] for row in rows]
+
+    def spread(self, corpus: str, length: int = -1) -> Spread | None:
+        """Return the seeds' spread pooled over the models; None: one seed each."""
+        if all(len(rows) < 2 for rows in self.models.values()):
+            return None
+        return pooled({m: self.losses(m, corpus, length) for m in self.models})
+
+    def fronts(self, model: str, axis: str, corpus: str) -> list[list[tuple]]:
+        """Return (spent, loss) of each length, a list a seed."""
+        return [
+            [(spent(row, axis, line["steps"]), line["test"][corpus])
+             for line in row["lengths"]]
+            for row in self.models[model]
+        ]  # fmt: skip
+
+    def resolve(self, name: str) -> str | None:
+        """Return a model's name; the best mixture's by validation; None: not here."""
+        if name != BEST_MIXTURE:
+            return name if name in self.models else None
+        mixtures = [m for m in self.models if m.startswith("MoE")]
+        mean = lambda m: statistics.fmean(map(validated, self.models[m]))
+        return min(mixtures, key=mean, default=None)
+
+
+def spent(row: Row, axis: str, steps: int) -> float:
+    """Return what so many steps of a run take: tokens, training FLOPs or seconds."""
+    step = {
+        "tokens": row["tokens_per_step"],
+        "flops": row["training_flops_per_step"],
+        "seconds": row["step_seconds"],
+    }
+    return steps * step[axis]
+
+
+def find_groups(rows: Sequence[Row]) -> list[Group]:
+    """Return the groups of runs that came to their end, the search left out."""
+    found: dict[tuple, dict[str, dict[int, Row]]] = {}
+    for row in rows:
+        steps = tuple(row["planned_steps"])
+        if row["seed"] == SEARCH_SEED or len(row["lengths"]) < len(steps):
+            continue
+        models = found.setdefault((row["setting"], steps), {})
+        models.setdefault(row["case"], {})[row["seed"]] = row
+    return [
+        Group(setting, steps, {m: list(r.values()) for m, r in models.items()})
+        for (setting, steps), models in found.items()
+    ]
+
+
+def equal_points(group: Group, first: str, second: str, axis: str) -> list[Equal]:
+    """Return both models' test losses where they spent as much, by the first corpus."""
+    corpus = group.corpora[0]
+    fronts = [group.fronts(model, axis, corpus) for model in (first, second)]
+    return equal_spending(*fronts)
+
+
+def measured(group: Group, comparison: Comparison) -> Difference | None:
+    """Return a planned difference: at the longest length by tokens, else the worst one.
+
+    By seconds and FLOPs that is of the lengths that both models reach.
+    """
+    names = [group.resolve(n) for n in (comparison.first, comparison.second)]
+    if None in names:
+        return None
+    first, second = (str(name) for name in names)
+    points = equal_points(group, first, second, comparison.at)
+    if comparison.at == "tokens":
+        points = points[-1:]
+    found = []
+    for point in points:
+        spread = group.spread(group.corpora[0], point.length)
+        if spread is not None:
+            found.append(differ(point.first, point.second, spread))
+    return max(found, key=lambda difference: difference.mean, default=None)
+
+
+def verdicts(plan: Plan, groups: Sequence[Group]) -> list[Verdict]:
+    """Return what became of each planned comparison, of the longest runs that have it.
+
+    Raises ConfigError for a comparison that isn't in the plan.
+    """
+    found = {}
+    for one in plan.comparisons:
+        mine = [g for g in groups if g.setting == one.size]
+        for group in sorted(mine, key=lambda g: g.steps[-1], reverse=True):
+            if (difference := measured(group, one)) is not None:
+                found[one.name] = difference
+                break
+    return judge(plan, found)
+
+
+def plan_table(judged: Sequence[Verdict]) -> str:
+    """Return the planned comparisons as Markdown; what failed says its sentence."""
+    lines = [
+        "| planned | claim | difference, bits/byte (95%) | p, adjusted | holds |",
+        "|---|---|---|---|---|",
+    ]
+    for one in judged:
+        c, claim = one.comparison, f"{one.comparison.claim} {one.comparison.margin:g}"
+        if one.difference is None or one.adjusted is None:
+            lines.append(f"| {c.name} | {claim} | not measured | | |")
+            continue
+        d = one.difference
+        word = "yes" if one.holds else f"no: {c.failed}"
+        lines.append(
+            f"| {c.name} | {claim} | {d.mean:+.4f} ± {d.half:.4f} | "
+            f"{one.adjusted:.2g} | {word} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def model_table(group: Group) -> str:
+    """Return a group's models as Markdown: losses at the longest length, costs."""
+    base = group.models.get("dense") or group.models.get("dense + conv")
+    first = (base or next(iter(group.models.values())))[0]
+    head = ["model", "parameters", "FLOPs", "cache", "rate", "seeds"]
+    head += [f"test {name}" for name in group.corpora]
+    head += ["later half" if "recall" not in group.setting else "right", "copied"]
+    head += ["seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for model, rows in group.models.items():
+        row = rows[0]
+        flops, cache = (
+            row[name] / first[name]
+            for name in ("forward_flops_per_token", "cache_bytes")
+        )
+        cells = [model, si(row["parameters"]), f"{flops:.0%}", f"{cache:.0%}"]
+        cells += [f"{row['rate']:g}", str(len(rows))]
+        for corpus in group.corpora:
+            cells.append(_mean(group, model, corpus))
+        cells += [_late(rows, group.corpora[0]), _copied(rows)]
+        seconds = [spent(r, "seconds", group.steps[-1]) for r in rows]
+        lines.append("| " + " | ".join([*cells, f"{min(seconds):.0f}"]) + " |")
+    return "\n".join(lines) + "\n" + _leaks(group)
+
+
+def _mean(group: Group, model: str, corpus: str) -> str:
+    losses, spread = group.losses(model, corpus), group.spread(corpus)
+    text = f"{statistics.fmean(losses):.4f}"
+    if spread is None:
+        return text
+    error = spread.deviation / math.sqrt(len(losses))
+    return f"{text} ± {Difference(0.0, error, spread.freedom).half:.4f}"
+
+
+def _late(rows: Sequence[Row], corpus: str) -> str:
+    """Return the later half's loss, or of recall the share of right answers."""
+    if "recall" in rows[0]["lengths"][-1]:
+        right = [_answered(row) for row in rows]
+        return f"{statistics.fmean(right):.1%}"
+    late = [row["lengths"][-1]["positions"][corpus][-1]["bits"] for row in rows]
+    return f"{statistics.fmean(late):.4f}"
+
+
+def _answered(row: Row) -> float:
+    bins = row["lengths"][-1]["recall"]
+    asked = sum(b["tokens"] for b in bins)
+    return sum(b["tokens"] * b["right"] for b in bins) / asked
+
+
+def _copied(rows: Sequence[Row]) -> str:
+    copies = [row["lengths"][-1].get("copy") for row in rows]
+    if None in copies:
+        return ""
+    return f"{statistics.fmean(copy['right'] for copy in copies):.1%}"
+
+
+def _leaks(group: Group) -> str:
+    probed = {
+        model: [{"seed": r["seed"], "leak": r["lengths"][-1]["leak"]} for r in rows]
+        for model, rows in group.models.items()
+    }
+    return causality(probed)
+
+
+def equal_table(group: Group, axis: str, against: str) -> str:
+    """Return every model less another where both spent as much, by length."""
+    other = group.resolve(against)
+    if other is None or axis == "tokens":
+        return ""
+    unit = {"seconds": "s", "flops": "FLOPs"}[axis]
+    rows: dict[str, list[str]] = {}
+    for model in group.models:
+        if model == other:
+            continue
+        cells = [""] * len(group.steps)
+        for point in equal_points(group, model, other, axis):
+            spread = group.spread(group.corpora[0], point.length)
+            mean = statistics.fmean(point.first) - statistics.fmean(point.second)
+            text = f"{mean:+.4f}"
+            if spread is not None:
+                text += f" ± {differ(point.first, point.second, spread).half:.4f}"
+            cells[point.length] = f"{text} at {si(point.spent)}{unit}"
+        rows[model] = cells
+    if not rows:
+        return ""
+    head = " | ".join(f"length {n + 1}" for n in range(len(group.steps)))
+    lines = [f"| at equal {axis}, less {other} | {head} |"]
+    lines.append("|---" * (len(group.steps) + 1) + "|")
+    lines += [f"| {model} | {' | '.join(cells)} |" for model, cells in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def rate_table(rows: Sequence[Row]) -> str:
+    """Return what the searches found: valid bits/byte by rate, the best one marked."""
+    found: dict[tuple[str, str, str], dict[float, float]] = {}
+    for row in rows:
+        if row["seed"] == SEARCH_SEED:
+            key = (row["setting"], row["case"], row["optimizer"])
+            found.setdefault(key, {})[row["rate"]] = validated(row)
+    if not found:
+        return ""
+    lines = [
+        "| setting | model | optimizer | rate: valid bits/byte |",
+        "|---|---|---|---|",
+    ]
+    for (setting, case, optimizer), losses in found.items():
+        best = min(losses, key=losses.__getitem__)
+        ends = best in (min(losses), max(losses))
+        cells = [
+            f"**{rate:g}: {losses[rate]:.4f}**" if rate == best
+            else f"{rate:g}: {losses[rate]:.4f}"
+            for rate in sorted(losses)
+        ]  # fmt: skip
+        text = ", ".join(cells) + (" (at the edge)" if ends else "")
+        lines.append(f"| {setting} | {case} | {optimizer} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def all_tables(rows: Sequence[Row], plan: Plan) -> str:
+    """Return the whole page of tables."""
+    groups = find_groups(rows)
+    parts = ["# 012: tables\n", "## Planned comparisons\n"]
+    parts.append(plan_table(verdicts(plan, groups)))
+    for group in groups:
+        parts += [f"## {group.title}\n", model_table(group)]
+        for axis in ("seconds", "flops"):
+            bases = [group.resolve(n) for n in ("dense", "dense + conv", BEST_MIXTURE)]
+            for base in dict.fromkeys(filter(None, bases)):
+                parts.append(equal_table(group, axis, base))
+    if rates := rate_table(rows):
+        parts += ["## Rates\n", rates]
+    return "\n".join(part for part in parts if part)

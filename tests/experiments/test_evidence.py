@@ -1,0 +1,339 @@
+"""The study of evidence: what it trains, measures, and says of its results."""
+
+import argparse
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+
+from experiments.e012_evidence import measure, tables
+from experiments.e012_evidence.figures import figures
+from experiments.e012_evidence.models import MODELS, SIZES, dense, make
+from experiments.e012_evidence.report import report
+from experiments.e012_evidence.run import Session, main
+from experiments.e012_evidence.study import (
+    BLOCKS,
+    FULL,
+    GRID,
+    PLANNED,
+    SEARCH_SEED,
+    best_rate,
+    jobs,
+    survivors,
+)
+from experiments.shared.branches import plan_legs
+from experiments.shared.case import change
+from experiments.shared.compare import read_plan
+from tests.compare import assert_close
+from uoe_jax.config import DataConfig
+from uoe_jax.data.tasks.recall import generate_recall
+from uoe_jax.errors import ConfigError
+from uoe_jax.files import format_json
+from uoe_jax.hardware.count import flops_per_token
+from uoe_jax.validation import validate
+
+TEXT = DataConfig(source="stdlib")
+
+
+def row(case, seed, losses, setting="M, T 4096", **more):
+    """Return a run's entry whose lengths end at some test bits/byte."""
+    steps = [400 * 2**n for n in range(len(losses))]
+    line = lambda n, loss: {
+        "steps": n,
+        "valid": {"wikipedia": loss, "python": loss - 0.5},
+        "test": {"wikipedia": loss, "python": loss - 0.5},
+        "positions": {
+            name: [
+                {"first": a, "last": b, "tokens": 9, "bits": loss + 1 / b, "right": 0.5}
+                for a, b in ((0, 16), (16, 32), (32, 64))
+            ]
+            for name in ("wikipedia", "python")
+        },
+        "copy": {"bits": 4.7, "right": 0.04},
+        "leak": {"before": 0.0, "after": 1.0, "noise": 0.0},
+    }
+    size, _, length = setting.partition(", T ")
+    return {
+        "block": "6",
+        "case": case,
+        "family": case,
+        "kind": "attention",
+        "size": size,
+        "setting": setting,
+        "seed": seed,
+        "optimizer": "adamw",
+        "rate": 0.002,
+        "steps": steps[-1],
+        "planned_steps": steps,
+        "parameters": 1000,
+        "forward_flops_per_token": 100.0,
+        "training_flops_per_step": 300.0,
+        "tokens_per_step": 8,
+        "step_seconds": 0.1,
+        "cache_bytes": 4096,
+        "lengths": [line(n, loss) for n, loss in zip(steps, losses, strict=True)],
+    } | more
+
+
+def falling(end, count=5):
+    return [end * 1.1 ** (count - 1 - n) for n in range(count)]
+
+
+def test_every_model_of_every_size_is_legal_and_costs_what_it_says():
+    for kind, models in MODELS.items():
+        for size in SIZES:
+            start = dense(size, 64 if size == "tiny" else 4096, TEXT)
+            whole = flops_per_token(start.model).forward
+            for name in models(start):
+                family, config = make(start, kind, name)
+                validate(change(config, train={"steps": FULL[-1]}))
+                share = flops_per_token(config.model).forward / whole
+                # Routers and a convolution come on top.
+                most = 0.95 if "lean" in name else 1.08 if size in "ML" else 1.3
+                assert family and share < most, (kind, size, name, share)
+    with pytest.raises(ConfigError, match="no model 'dence'"):
+        make(dense("S", 64, TEXT), "mlp", "dence")
+
+
+def test_what_is_planned_is_trained():
+    plan = read_plan(PLANNED)
+    rows = [row(f"UoME {n} of 8", 0, [n], block="3") for n in (1, 2, 3)]
+    rows += [row(n, 0, [2.0], block="3") for n in ("MoE 2 of 8", "UoME 2 of 16 lean")]
+    trained = {(j.setting, j.name) for b in BLOCKS for j in jobs(b, rows, False)}
+    for one in plan.comparisons:
+        assert one.failed
+        for name in (one.first, one.second):
+            if name == tables.BEST_MIXTURE:
+                assert any(s == one.size and n[:3] == "MoE" for s, n in trained)
+            else:
+                assert (one.size, name) in trained, one.name
+    assert {c.headline for c in plan.comparisons} == {1, 2, 3, 4}
+
+
+def test_lengths_of_every_block_can_branch_after_the_warm_up():
+    for block in BLOCKS:
+        for job in jobs(block, [], False):
+            config = job.config(TEXT)[1]
+            assert plan_legs(job.steps)[0].last >= config.optim.warmup_steps
+            assert config.data.batch_size * job.length == 32_768
+
+
+def searched(job, loss):
+    return row(job.name, SEARCH_SEED, [loss], block="2", setting=job.setting,
+               rate=job.rate, kind=job.kind, family="dense", size=job.size)  # fmt: skip
+
+
+def test_rates_are_searched_further_where_the_best_is_at_the_edge():
+    mine = lambda rows: [
+        j for j in jobs("2", rows, False)
+        if (j.name, j.size, j.optimizer) == ("dense", "S", "adamw")
+    ]  # fmt: skip
+    first = mine([])
+    rates = sorted(j.rate for j in first)
+    assert len(rates) == 5 and {j.seed for j in first} == {SEARCH_SEED}
+    assert_close(np.diff(np.log(rates)), math.log(GRID), 1e-3)
+    inside = [searched(j, abs(j.rate - rates[2]) + 2.0) for j in first]
+    assert sorted(j.rate for j in mine(inside)) == rates
+    rising = [searched(j, 2.0 - j.rate) for j in first]
+    more = mine(rising)
+    assert len(more) == 6 and max(j.rate for j in more) > rates[-1]
+    rising.append(searched(max(more, key=lambda j: j.rate), 1.9))
+    assert len(mine(rising)) == 7
+    rising.append(searched(max(mine(rising), key=lambda j: j.rate), 1.8))
+    assert len(mine(rising)) == 7  # that far and no further
+    found = best_rate(inside, first[0], "dense")
+    assert found == rates[2] and best_rate(inside, first[0], "mixture") is None
+    large = jobs("7", [], False)[0]
+    assert_close(best_rate(inside, large, "dense"), rates[2] / 2, 1e-6)
+
+
+def test_block_four_has_what_block_three_left():
+    losses = {"dense": 2.0, "MoE a": 1.9, "MoE b": 1.8, "UoME a": 1.7, "UoME b": 2.5}
+    losses |= {"UoME c": 1.6, "UoME d": 1.75}
+    rows = [row(name, s, [x + s / 50], block="3") for name, x in losses.items()
+            for s in (0, 1)]  # fmt: skip
+    assert survivors(rows) == ("dense", "MoE b", "UoME c", "UoME a", "UoME d")
+    rows.append(row("UoME c", 2, [9.0], block="3") | {"lengths": []})  # diverged
+    assert survivors(rows)[2:] == ("UoME a", "UoME d", "UoME b")
+
+
+def results(tmp_path, rows):
+    file = tmp_path / "results.json"
+    noted = {"planned": read_plan(PLANNED).digests(), "runs": rows}
+    file.write_text(format_json(noted))
+    return file
+
+
+def full_rows():
+    """Return runs of every figure: attentions at M, sizes of the law, recall."""
+    rows = []
+    ends = {"dense + conv": 1.500, "local + conv": 1.56, "local + 2 full + conv": 1.52}
+    ends |= {"local + few routed + conv": 1.501, "SMHA + conv": 1.6, "SMHA": 1.7}
+    for seed, off in ((0, -0.0003), (1, 0.0003)):
+        for name, end in ends.items():
+            rows.append(row(name, seed, [x + off for x in falling(end)]))
+        fast = {"step_seconds": 0.08, "training_flops_per_step": 240.0}
+        for name, end in (("dense + conv", 1.5), ("MoE 2 of 8 + conv", 1.46)):
+            for size, less in (("S", 0.3), ("L", -0.2), ("XL", -0.3)):
+                ten = {"S": 30.0, "L": 3000.0, "XL": 9000.0}[size]
+                losses = falling(end + less + off)
+                rows.append(row(name, seed, losses, f"{size}, T 4096",
+                                training_flops_per_step=ten))  # fmt: skip
+        for size, less in (("S", 0.3), ("M", 0.0), ("L", -0.2)):
+            ten = {"S": 24.0, "M": 240.0, "L": 2400.0}[size]
+            losses = falling(1.45 + less + off)
+            rows.append(row("UoME 2 of 16 lean + conv", seed, losses,
+                            f"{size}, T 4096",
+                            **fast | {"training_flops_per_step": ten}))  # fmt: skip
+        for name, right in (("local + conv", 0.1), ("local + few routed + conv", 0.8)):
+            asked = row(name, seed, [4 * (1 - right) + off], "R, T 1024, recall")
+            for line in asked["lengths"]:
+                del line["copy"]
+                line |= {"valid": {"recall": 1}, "positions": {"recall": [{"bits": 1}]}}
+                line["test"] = {"recall": 4 * (1 - right) + off}
+                line["recall"] = [
+                    {"first": 2, "last": 4, "tokens": 5, "bits": 1, "right": right},
+                    {
+                        "first": 4,
+                        "last": 8,
+                        "tokens": 15,
+                        "bits": 1,
+                        "right": right / 2,
+                    },
+                ]
+            rows.append(asked)
+    return rows
+
+
+def test_tables_and_figures_come_from_the_results_alone(tmp_path):
+    text = report([results(tmp_path, full_rows())], tmp_path / "out")
+    lines = {line.split(" | ")[0][2:]: line for line in text.splitlines()}
+    # 0.001 above with an error of some 4e-4: below the margin of 0.005.
+    assert lines["3a: routed heads beside local ones within 0.005 of dense"].endswith(
+        "| yes |"
+    )
+    assert (
+        "+0.0010 ± "
+        in lines["3a: routed heads beside local ones within 0.005 of dense"]
+    )
+    assert lines["3c: routed heads add to local ones"].endswith("| yes |")
+    assert lines["3d: routed heads add recall to local ones"].endswith("| yes |")
+    assert "| not measured |" in lines["1a: lean union below dense at equal seconds, S"]
+    assert "1c: lean union below dense at equal seconds, L" in lines
+    assert lines["1c: lean union below dense at equal seconds, L"].endswith("| yes |")
+    assert "nothing leaks" in text and "| 5.0% |" not in text
+    assert "45.0%" not in text and "50.0%" in text  # recall: (5 * .8 + 15 * .4) / 20
+    names = sorted(path.name for path in (tmp_path / "out" / "figures").iterdir())
+    assert names == [
+        "a_flops.png", "b_seconds.png", "c_law.png", "d_positions.png", "e_recall.png",
+        "f_cache.png", "g_ladder.png",
+    ]  # fmt: skip
+    assert set(figures(full_rows()[:1])) == {"a_flops.png", "b_seconds.png"}
+
+
+def test_claims_that_fail_say_their_sentence(tmp_path):
+    rows = full_rows()
+    for one in rows:
+        if one["case"] == "local + few routed + conv":
+            for line in one["lengths"]:
+                line["test"] = {name: x + 0.1 for name, x in line["test"].items()}
+    text = report([results(tmp_path, rows)], tmp_path / "out")
+    assert "no: Local heads with two routed ones of sixteen are 0.005 bits" in text
+    assert "no: Routed heads add nothing to local ones." in text
+
+
+def test_a_plan_that_was_changed_after_the_runs_is_refused(tmp_path, capsys):
+    from experiments.e012_evidence import report as module
+
+    file = results(tmp_path, full_rows())
+    noted = json.loads(file.read_text())
+    noted["planned"] = noted["planned"][1:]
+    file.write_text(json.dumps(noted))
+    args = ["--results", str(file), "--out", str(tmp_path)]
+    assert module.main(args) == 2
+    assert "isn't planned: it was written or changed" in capsys.readouterr().err
+    assert module.main(["--results", "no.json", "--out", str(tmp_path)]) == 2
+
+
+def test_equal_seconds_are_read_off_the_slower_fronts(tmp_path):
+    law = lambda a: [a * (400 * 2**n) ** -0.1 for n in range(5)]
+    rows = [row("dense", 0, law(3.0), step_seconds=0.1)]
+    rows += [row("slow", 0, law(2.9), step_seconds=0.15)]
+    (group,) = tables.find_groups(rows)
+    points = tables.equal_points(group, "slow", "dense", "seconds")
+    assert [p.length for p in points] == [1, 2, 3, 4]
+    for point in points:
+        steps = point.spent / 0.15
+        assert_close(point.first, [2.9 * steps**-0.1], 1e-6)
+        assert_close(point.second, [3.0 * (point.spent / 0.1) ** -0.1], 1e-6)
+
+
+def test_recall_is_counted_by_its_distance():
+    made = generate_recall(30, 0, 64, 4)
+    arrays = {"tokens": made.tokens[:, :-1], "targets": made.tokens[:, 1:]}
+    weight = made.scored[:, 1:].astype(np.float32)
+    # Right where the value is less than 16 tokens back.
+    rows = made.tokens.tolist()
+    correct = np.zeros_like(weight, bool)
+    for r, t in zip(*np.nonzero(weight), strict=True):
+        correct[r, t] = t - rows[r].index(rows[r][t]) < 16
+    tokens = {"nll": np.where(correct, 0.0, 1.0), "correct": correct, "weight": weight}
+    found = measure.by_distance(tokens, arrays)
+    assert sum(part["tokens"] for part in found) == 120
+    for part in found:
+        assert part["right"] == (1.0 if part["last"] <= 16 else 0.0)
+        assert_close(part["bits"], 0.0 if part["last"] <= 16 else 1 / math.log(2), 1e-6)
+
+
+def test_positions_are_binned_by_doublings():
+    nll = np.broadcast_to(np.arange(64.0), (3, 64)) * math.log(2)
+    tokens = {"nll": nll, "correct": nll > 0, "weight": np.ones((3, 64), np.float32)}
+    found = measure.by_position(tokens)
+    assert [(p["first"], p["last"]) for p in found] == [(0, 16), (16, 32), (32, 64)]
+    assert_close([p["bits"] for p in found], [7.5, 23.5, 47.5], 1e-6)
+
+
+@pytest.mark.parametrize("length", [33, 64])
+def test_the_copy_test_asks_for_the_second_string(length):
+    rows = {n: np.asarray(a) for n, a in measure.copy_rows(length, 5).items()}
+    half = (length + 1) // 2
+    for tokens, targets, mask in zip(*rows.values(), strict=True):
+        (asked,) = np.nonzero(mask)
+        assert len(asked) >= half - measure._FIRST - 1
+        assert all(targets[t] == tokens[t + 1 - half] for t in asked)
+        assert asked[0] == half - 1 + measure._FIRST
+
+
+def test_blocks_run_tiny_to_their_end_and_go_on(tmp_path, capsys):
+    options = argparse.Namespace(
+        out=tmp_path, minutes=60.0, articles=None, python=None, tiny=True,
+        only=["dense + conv"], seeds=[0],
+    )  # fmt: skip
+    session = Session(options)
+    session.run_block("1")
+    (made,) = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [line["steps"] for line in made["lengths"]] == [20, 40, 80]
+    last = made["lengths"][-1]
+    assert last["leak"]["before"] < 1e-5 < last["leak"]["after"]
+    assert 1 < last["test"]["stdlib"] < 6 and 0 <= last["copy"]["right"] <= 1
+    assert made["training_flops_per_step"] > 0 and made["device"] and made["commit"]
+    assert made["config"]["model"]["convolution"] == 4
+    again = Session(options)
+    start = time.perf_counter()
+    again.run_block("1")
+    again.run_block("5")  # has the same model with the same lengths
+    assert time.perf_counter() - start < 5 and len(again.rows) == 1
+    again.rows[0]["key"] = "another"
+    with pytest.raises(ConfigError, match="of another configuration"):
+        again.run_block("1")
+    assert "1 runs to go" in capsys.readouterr().out
+
+
+def test_without_text_or_with_a_wrong_path_nothing_begins(tmp_path, capsys):
+    assert main(["--block", "1", "--out", str(tmp_path)]) == 2
+    assert "no text is given; give --articles" in capsys.readouterr().err
+    args = ["--block", "1", "--out", str(tmp_path), "--articles", "gone.jsonl"]
+    assert main(args) == 2
+    assert "wikipedia: gone.jsonl doesn't exist" in capsys.readouterr().err
