@@ -5,12 +5,13 @@ and the control, a dense model of the union's FLOPs (half of the heads, half of 
 MLP). A token's time is that of all new tokens but the first, which the prompt's pass
 gives, over their number; medians. Beside it is the floor that `uoe cost` predicts: the
 bytes a token must read at the device's bandwidth. `--peers` adds transformers with a
-static cache, in bfloat16.
+static cache, in bfloat16; `--weights compute int8` adds weights of eight bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from typing import Any
 
@@ -25,7 +26,7 @@ from uoe_jax.generate import generate
 from uoe_jax.hardware.count import cache_bytes, count_active_params, count_params
 from uoe_jax.hardware.decoding import short_names
 from uoe_jax.model import init_cache, make_model
-from uoe_jax.model.decoding.step import prepare
+from uoe_jax.model.decoding.step import prepare, with_decode_weights
 from uoe_jax.ops.dispatch import served
 from uoe_jax.presets import dense_control, get_preset
 
@@ -41,16 +42,18 @@ def models() -> dict[str, ModelConfig]:
     }
 
 
-def floor_ms(model: ModelConfig, batch: int, context: int, device: str) -> float | None:
+def floor_ms(
+    model: ModelConfig, batch: int, context: int, device: str, size: int = BYTES
+) -> float | None:
     """Milliseconds of the bytes that a step reads; of many rows all experts'."""
     known = short_names()
     if device not in known:
         return None
     whole = sum(count_params(model).values())
     params = count_active_params(model) if batch == 1 else whole
-    weights = params * BYTES
+    weights = params * size
     if not model.tie_embeddings:
-        weights -= model.vocab_size * model.d_model * BYTES
+        weights -= model.vocab_size * model.d_model * size
     rows = cache_bytes(model, batch, context, "bfloat16")
     return (weights + rows) / known[device].memory_bandwidth * 1e3
 
@@ -140,6 +143,9 @@ def time_peer(batch: int, args: argparse.Namespace) -> dict[str, Any]:
 def main():
     parser = arguments(__doc__)
     parser.add_argument("--models", nargs="*", choices=[*models()], default=[*models()])
+    parser.add_argument(
+        "--weights", nargs="*", choices=["compute", "int8"], default=["compute"]
+    )
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 32])
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=128)
@@ -176,9 +182,11 @@ def main():
     for name in args.models:
         config = models()[name]
         model = jax.jit(make_model, static_argnums=0)(config, jax.random.key(0))
-        for batch in args.batches:
-            row = time_ours(model, batch, args)
-            keep(name, row, floor_ms(config, batch, context, args.device))
+        for weights, batch in itertools.product(args.weights, args.batches):
+            row = time_ours(with_decode_weights(model, weights), batch, args)
+            size = 1 if weights == "int8" else BYTES
+            floor = floor_ms(config, batch, context, args.device, size)
+            keep(name if weights == "compute" else f"{name} int8", row, floor)
         del model
     for batch in args.batches if args.peers else []:
         row = time_peer(batch, args)

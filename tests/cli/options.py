@@ -97,6 +97,7 @@ TESTED: dict[str, dict[str, str]] = {
         "--temperature": "cli/test_data_options.py",
         "--top-k": "cli/test_data_options.py",
         "--top-p": "cli/test_data_options.py",
+        "--weights": "cli/test_data_options.py",
     },
     "runs": {
         "--sort": "cli/test_search.py",

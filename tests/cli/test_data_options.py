@@ -195,6 +195,7 @@ def test_each_option_of_generate(union_run, capfdbinary):
         "greedy": ["--greedy"],
         "seed": ["--seed", "7"],
         "raw": ["--raw"],
+        "weights": ["--weights", "int8"],
         "run": [],
     }
     # interop/test_chat.py, compress/test_anytime.py

@@ -341,21 +341,27 @@ def elementwise_cases():
     yield at("bfloat16", two, dtype="bfloat16", **rounded)
 
 
-# rows, experts, picks (0: one expert), inputs, outputs, activation, bias, norm
+# rows, experts, picks (0: one expert), inputs, outputs, activation, bias, norm, int8
 PROJECT = [
-    (1, 1, 0, 32, 48, "none", False, True),
-    (1, 1, 0, 20, 7, "swiglu", True, True),
-    (1, 4, 2, 32, 24, "swiglu", False, False),
-    (3, 16, 2, 24, 10, "gelu", True, False),
-    (2, 5, 3, 16, 8, "gelu_erf", False, True),
+    (1, 1, 0, 32, 48, "none", False, True, False),
+    (1, 1, 0, 20, 7, "swiglu", True, True, False),
+    (1, 4, 2, 32, 24, "swiglu", False, False, False),
+    (3, 16, 2, 24, 10, "gelu", True, False, False),
+    (2, 5, 3, 16, 8, "gelu_erf", False, True, False),
+    (1, 1, 0, 20, 7, "swiglu", True, True, True),
+    (3, 16, 2, 24, 10, "gelu", True, False, True),
+    (2, 5, 3, 16, 8, "none", False, True, True),
 ]
-# rows, experts, picks, inputs of a pick, outputs, parts, head width, gated, bias
+# rows, experts, picks, inputs of a pick, outputs, parts, head width, gated, bias, int8
 ADD = [
-    (1, 1, 0, 48, 20, 1, 48, False, True),
-    (1, 1, 0, 64, 20, 3, 16, False, False),
-    (1, 4, 2, 32, 24, 2, 16, True, True),
-    (3, 16, 2, 24, 10, 1, 24, True, False),
-    (2, 5, 3, 21, 8, 1, 21, False, False),
+    (1, 1, 0, 48, 20, 1, 48, False, True, False),
+    (1, 1, 0, 64, 20, 3, 16, False, False, False),
+    (1, 4, 2, 32, 24, 2, 16, True, True, False),
+    (3, 16, 2, 24, 10, 1, 24, True, False, False),
+    (2, 5, 3, 21, 8, 1, 21, False, False, False),
+    (1, 1, 0, 64, 20, 3, 16, False, True, True),
+    (3, 16, 2, 24, 10, 1, 24, True, False, True),
+    (2, 5, 3, 21, 8, 1, 21, False, False, True),
 ]
 # rows, width, experts, picks, always on, rule, bias of the sigmoid
 ROUTE = [

@@ -18,6 +18,7 @@ from uoe_jax.ops.token_products.api import (
     add,
     project,
 )
+from uoe_jax.ops.token_products.eight_bits import in_int8
 from uoe_jax.ops.token_products.xla import join
 from uoe_jax.ops.token_router import RouterWeights, route
 
@@ -62,8 +63,17 @@ def draw_picks(draw, batch, experts, chosen, by_pick):
     )
 
 
+def of_eight_bits(part, int8):
+    """A part, of eight bits if asked for, and the weights that it then has."""
+    if not int8:
+        return part, np.asarray(part.weight, np.float64)
+    part = in_int8(part, part.weight.dtype)
+    scales = np.asarray(part.scales, np.float64)
+    return part, np.asarray(part.weight, np.float64) * scales[..., None]
+
+
 def check_project(seed, case, implementation, dtype, tolerance):
-    batch, experts, chosen, inputs, outputs, activation, biased, normed = case
+    batch, experts, chosen, inputs, outputs, activation, biased, normed, int8 = case
     draw = np.random.default_rng(seed)
     array = lambda *shape: jnp.asarray(draw.normal(size=shape), dtype)
     sides = 2 if activation == "swiglu" else 1
@@ -72,9 +82,10 @@ def check_project(seed, case, implementation, dtype, tolerance):
     bias = array(experts, sides, outputs) if biased else None
     scale = array(inputs) if normed else None
     picks = draw_picks(draw, batch, experts, chosen, True) if chosen else None
+    projection, whole = of_eight_bits(Projection(weight, bias, activation), int8)
     got = project(
         x,
-        Projection(weight, bias, activation),
+        projection,
         None if scale is None else Scale(scale, EPS),
         picks,
         implementation=implementation,
@@ -84,7 +95,7 @@ def check_project(seed, case, implementation, dtype, tolerance):
     if normed:
         value = norm64(x, np.asarray(scale, np.float64))
     index = np.zeros((batch, 1), int) if picks is None else np.asarray(picks.experts)
-    w = np.asarray(weight, np.float64)[index]
+    w = whole[index]
     sums = np.einsum("bi,bxsoi->bxso", value, w)
     if biased:
         sums = sums + np.asarray(bias, np.float64)[index]
@@ -95,7 +106,7 @@ def check_project(seed, case, implementation, dtype, tolerance):
 
 
 def check_add(seed, case, implementation, dtype, tolerance):
-    batch, experts, chosen, inputs, outputs, splits, width, gated, biased = case
+    batch, experts, chosen, inputs, outputs, splits, width, gated, biased, int8 = case
     draw = np.random.default_rng(seed)
     array = lambda *shape: jnp.asarray(draw.normal(size=shape), dtype)
     picks = draw_picks(draw, batch, experts, chosen, True) if chosen else None
@@ -110,9 +121,10 @@ def check_add(seed, case, implementation, dtype, tolerance):
     weight = array(outputs, experts, inputs) * (slots * inputs) ** -0.5
     bias = array(outputs) if biased else None
     residual = array(batch, outputs)
+    addition, whole = of_eight_bits(Addition(weight, bias, gated), int8)
     got = add(
         Parts(values, sums, width),
-        Addition(weight, bias, gated),
+        addition,
         residual,
         picks,
         implementation=implementation,
@@ -127,7 +139,7 @@ def check_add(seed, case, implementation, dtype, tolerance):
     index = np.zeros((batch, 1), int) if picks is None else np.asarray(picks.experts)
     if picks is not None and gated:
         value = value * np.asarray(picks.gates, np.float64)[..., None]
-    w = np.asarray(weight, np.float64)[:, index]
+    w = whole[:, index]
     want = np.asarray(residual, np.float64) + np.einsum("bxi,obxi->bo", value, w)
     if biased:
         want = want + np.asarray(bias, np.float64)

@@ -16,7 +16,21 @@ from uoe_jax.ops.token_products.api import (
     add,
     project,
 )
+from uoe_jax.ops.token_products.eight_bits import to_int8
 from uoe_jax.ops.token_router import RouterWeights, Scale, route
+
+
+def test_eight_bits_are_half_a_scale_off_at_most():
+    weight = np.random.default_rng().normal(size=(3, 2, 5, 40)).astype(np.float32)
+    weight[1, 0, 2] = 0  # an output without weights
+    weight[2] *= 1e-3  # each output has its own scale
+    numbers, scales = to_int8(jnp.asarray(weight))
+    assert numbers.dtype == jnp.int8 and scales.shape == weight.shape[:-1]
+    back = np.asarray(numbers, np.float64) * np.asarray(scales, np.float64)[..., None]
+    room = np.asarray(scales)[..., None] * (0.5 + 1e-5)
+    assert np.all(np.abs(back - weight) <= room)
+    most = np.abs(np.asarray(numbers, int)).max(-1)
+    assert np.all((most == 127) | (most == 0)) and most[1, 0, 2] == 0
 
 
 def test_wrong_calls_are_refused_in_one_line():

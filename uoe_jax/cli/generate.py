@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -20,6 +20,9 @@ from uoe_jax.fields import NotNegative, Seed
 from uoe_jax.files import format_json, local_path, parse_json
 from uoe_jax.generate.sampling import TEMPERATURE, Sampling
 from uoe_jax.runs.find import find_run
+
+if TYPE_CHECKING:  # which imports jax
+    from uoe_jax.runs.load import LoadedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,8 @@ class GenerateOptions(Sampling):
     max_new_tokens: int = 128  # made after the prompt
     temperature: NotNegative = TEMPERATURE  # 0: the likeliest; 1: as the model has it
     seed: Seed = 0  # the same one samples the same text
+    # What new tokens are multiplied with: weights as the model computes, or of 8 bits.
+    weights: Literal["compute", "int8"] = "compute"
     cut: Share | None = None  # open a run of compress --anytime without this share
     raw: bool = False  # control characters and broken UTF-8 as they are, not escaped
 
@@ -130,10 +135,9 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
 
 def stream(folder: Path, prompt: str, options: GenerateOptions) -> Iterator[bytes]:
     """Return pieces of a prompt and its continuation, or of the answer to it."""
-    from uoe_jax.compress.anytime import open_run
     from uoe_jax.generate import stream_reply, stream_text
 
-    run, sampling = open_run(folder, cut=options.cut), part_of(options, Sampling)
+    run, sampling = _open(folder, options), part_of(options, Sampling)
     count, seed = options.max_new_tokens, options.seed
     if not options.chat:
         return stream_text(run, prompt, count, sampling, seed=seed)
@@ -151,11 +155,10 @@ def complete(
 
     In their order, each as soon as it is there. What can't be raises here.
     """
-    from uoe_jax.compress.anytime import open_run
     from uoe_jax.data.record import run_tokenizer
     from uoe_jax.generate import generate_each, need_decoder
 
-    run = open_run(folder, cut=options.cut)
+    run = _open(folder, options)
     model = need_decoder(run)
     tokenizer = run_tokenizer(folder, run.config)
     encoded = _encode_chats if options.chat else _encode_prompts
@@ -170,6 +173,17 @@ def complete(
         eos=eos,
     )
     return ((records[n], finish(n, ids)) for n, ids in in_order(made))
+
+
+def _open(folder: Path, options: GenerateOptions) -> LoadedRun:
+    """Return a run whose model decodes as the options say."""
+    from uoe_jax.compress.anytime import open_run
+    from uoe_jax.generate import need_decoder
+    from uoe_jax.model.decoding.step import with_decode_weights
+
+    run = open_run(folder, cut=options.cut)
+    model = with_decode_weights(need_decoder(run), options.weights)
+    return run._replace(model=model)
 
 
 def in_order(found: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:

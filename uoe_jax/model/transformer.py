@@ -350,6 +350,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.decode_weights = "compute"  # int8: see decoding.step.with_decode_weights
         self.embed = TokenEmbedding(config, rngs=rngs)
         self.trunk = Trunk(config, rngs=rngs)
         tied, vocab = config.tie_embeddings, config.vocab_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from uoe_jax.model.decoding.routing import scale_of, serves
 from uoe_jax.model.head_groups import TokenHeads
 from uoe_jax.model.layers import Norm
 from uoe_jax.model.mlp import DenseMlp, UnionMlp
-from uoe_jax.ops.token_products.api import Projection, project, static
+from uoe_jax.ops.token_products.api import Addition, Projection, project, static
+from uoe_jax.ops.token_products.eight_bits import in_int8
 
 # Parts that have a form for decoding; of other classes the part's own `decode` is used.
 FORMS: dict[type, Callable[[Any, Any], Any]] = {
@@ -38,6 +39,31 @@ FORMS: dict[type, Callable[[Any, Any], Any]] = {
     UnionMlp: TokenMlp.of,
     MoeMlp: TokenMlp.of,
 }
+
+
+class Form(NamedTuple):
+    """In what form weights are read: their dtype, for how many rows, of eight bits."""
+
+    dtype: Any
+    batch: int
+    int8: bool = False
+
+    @property
+    def read_as(self) -> Any:
+        """The dtype of weights before they are rounded to eight bits."""
+        return jnp.dtype("float32") if self.int8 else self.dtype
+
+    def of_weights(self, parts: Any) -> Any:
+        """Return projections and additions, alone or within a part, in this form."""
+        if not self.int8:
+            return parts
+        change = lambda p: in_int8(p, self.dtype) if is_product(p) else p
+        return jax.tree.map(change, parts, is_leaf=is_product)
+
+
+def is_product(part: Any) -> bool:
+    """Whether something holds weights that tokens are multiplied with."""
+    return isinstance(part, (Projection, Addition))
 
 
 @jax.tree_util.register_dataclass
@@ -166,8 +192,9 @@ class TokenDecoder:
 def prepare(model: Any, batch: int, looped: bool | None = None) -> TokenDecoder:
     """Return a decoder's weights as decoding of `batch` rows reads them.
 
-    In the compute dtype, what is read together side by side; routers stay float32. Of
-    parts without such a form the weights are the model's own.
+    In the compute dtype, or of eight bits where the model's `decode_weights` say so,
+    what is read together side by side; routers stay float32. Of parts without such a
+    form the weights are the model's own.
 
     Args:
       model: a decoder.
@@ -179,29 +206,27 @@ def prepare(model: Any, batch: int, looped: bool | None = None) -> TokenDecoder:
     if looped is None:
         looped = model.trunk.alike and jax.default_backend() not in ("gpu", "cuda")
     stacks = model.trunk.blocks
-    dtype = jnp.dtype(config.compute_dtype)
+    form = Form(jnp.dtype(config.compute_dtype), batch, model.decode_weights == "int8")
     if looped:
-        layers = tuple(_prepare_stack(stack, dtype, batch) for stack in stacks)
+        layers = tuple(_prepare_stack(stack, form) for stack in stacks)
     else:
         layers = tuple(
-            _prepare_layer(
-                stacks[number % len(stacks)], number // len(stacks), dtype, batch
-            )
+            _prepare_layer(stacks[number % len(stacks)], number // len(stacks), form)
             for number in range(config.num_layers)
         )
     return TokenDecoder(
         embed=model.embed,
         layers=layers,
         norm=model.trunk.norm,
-        head=_head(model, dtype),
+        head=_head(model, form),
         depth=config.num_layers,
         looped=looped,
     )
 
 
-def prepare_block(block: Any, dtype: Any, batch: int) -> TokenBlock:
-    """Return one block as decoding of `batch` rows reads it."""
-    attention = _prepare_part(block.attention, dtype, batch)
+def prepare_block(block: Any, form: Form) -> TokenBlock:
+    """Return one block in the form in which decoding reads it."""
+    attention = _prepare_part(block.attention, form)
     if not block.plain:
         _, groups, convolution = block.heads
         attention = TokenHeads(attention, dict(groups), convolution)
@@ -209,26 +234,25 @@ def prepare_block(block: Any, dtype: Any, batch: int) -> TokenBlock:
         attention_norm=block.attention_norm,
         attention=attention,
         mlp_norm=block.mlp_norm,
-        mlp=_prepare_part(block.mlp, dtype, batch),
+        mlp=_prepare_part(block.mlp, form),
         router=block.router,
         post_norm=block.post_norm,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "batch"))
-def _prepare_layer(stack: Any, index: Any, dtype: Any, batch: int) -> TokenBlock:
+@functools.partial(jax.jit, static_argnames=("form",))
+def _prepare_layer(stack: Any, index: Any, form: Form) -> TokenBlock:
     """Return a layer of a stack: one program for all of them."""
-    block = jax.tree.map(lambda a: a[index], stack)
-    return prepare_block(block, dtype, batch)
+    return prepare_block(jax.tree.map(lambda a: a[index], stack), form)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "batch"))
-def _prepare_stack(stack: Any, dtype: Any, batch: int) -> TokenBlock:
+@functools.partial(jax.jit, static_argnames=("form",))
+def _prepare_stack(stack: Any, form: Form) -> TokenBlock:
     """Return a stack of layers, with their axis in front as before."""
-    return jax.vmap(lambda block: prepare_block(block, dtype, batch))(stack)
+    return jax.vmap(lambda block: prepare_block(block, form))(stack)
 
 
-def _prepare_part(part: Any, dtype: Any, batch: int) -> Any:
+def _prepare_part(part: Any, wanted: Form) -> Any:
     """Return a part in its form for decoding, or as it is."""
     form = FORMS.get(type(part))
     router = getattr(part, "router", None)
@@ -240,23 +264,44 @@ def _prepare_part(part: Any, dtype: Any, batch: int) -> Any:
         return OwnPart(part)
     if router is not None:
         logs_some = router.varies and isinstance(part, UnionAttention)
-        if logs_some or not serves(batch, router.num_experts, router.picks):
+        few = serves(wanted.batch, router.num_experts, router.picks)
+        if logs_some or not few:
             return OwnPart(part)
-    return form(part, dtype)
+    return wanted.of_weights(form(part, wanted.read_as))
 
 
-def _head(model: Any, dtype: Any) -> Projection:
+def _head(model: Any, form: Form) -> Projection:
     """Return the weights of the logits, a row for each token of the vocabulary."""
     if model.head is None:
-        return _rows(model.embed.embedding[...], None, dtype, turned=False)
+        return _rows(model.embed.embedding[...], None, form, turned=False)
     bias = None if model.head.bias is None else model.head.bias[...]
-    return _rows(model.head.weight[...], bias, dtype, turned=True)
+    return _rows(model.head.weight[...], bias, form, turned=True)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "turned"))
-def _rows(weight: Array, bias: Array | None, dtype: Any, turned: bool) -> Projection:
+@functools.partial(jax.jit, static_argnames=("form", "turned"))
+def _rows(weight: Array, bias: Array | None, form: Form, turned: bool) -> Projection:
     rows = weight.T if turned else weight
-    return Projection(
-        rows.astype(dtype)[None, None],
-        None if bias is None else bias.astype(dtype)[None, None],
+    dtype = form.read_as
+    return form.of_weights(
+        Projection(
+            rows.astype(dtype)[None, None],
+            None if bias is None else bias.astype(dtype)[None, None],
+        )
     )
+
+
+def with_decode_weights(model: Any, weights: Literal["compute", "int8"]) -> Any:
+    """Return a decoder that decodes with weights of eight bits, or of its dtype.
+
+    Prompts are read with the model's own weights. The arrays are the same ones.
+    """
+    model = jax.tree.map(lambda leaf: leaf, model)
+    model.decode_weights = weights
+    return model
+
+
+def product_bytes(decoder: TokenDecoder) -> int:
+    """Return the bytes of the weights that tokens are multiplied with, and scales."""
+    parts = jax.tree.leaves((decoder.layers, decoder.head), is_leaf=is_product)
+    held = [a for p in parts if is_product(p) for a in jax.tree.leaves(p)]
+    return sum(a.size * a.dtype.itemsize for a in held)

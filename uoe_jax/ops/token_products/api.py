@@ -68,12 +68,13 @@ class Projection:
     """Weights that read the model's width, and what is done with their products.
 
     weight [E, side, O, I] and bias [E, side, O]; several layers' have a further axis
-    in front.
+    in front. Where weights have eight bits, scales [E, side, O] multiply their sums.
     """
 
     weight: Any
     bias: Any = None
     activation: str = static("none")
+    scales: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -81,12 +82,14 @@ class Projection:
 class Addition:
     """Weights whose products are added to the residual; `gated`: times the gates.
 
-    weight [O, E, I] and bias [O]; several layers' have a further axis in front.
+    weight [O, E, I] and bias [O]; several layers' have a further axis in front. Where
+    weights have eight bits, scales [O, E] multiply their sums.
     """
 
     weight: Any
     bias: Any = None
     gated: bool = static(False)
+    scales: Any = None
 
 
 def project(

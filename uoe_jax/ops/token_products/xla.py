@@ -21,17 +21,21 @@ def project(
     """Return act(norm(x) weight + bias) of each row's slots."""
     if norm is not None:
         x = rms_norm(x, norm.scale, norm.eps)
-    weight, bias = projection.weight, projection.bias
+    weight, bias, scales = projection.weight, projection.bias, projection.scales
     wide = accumulator_dtype(x.dtype)
     chosen = None if picks is None or not picks.by_pick else picks.experts
     if chosen is not None and chosen.size * ALL < weight.shape[0]:
         sums = _contract("bi,bxsoi->bxso", x, weight[chosen])
+        if scales is not None:
+            sums = sums * scales[chosen]
         if bias is not None:
             sums = sums + bias[chosen].astype(wide)
     else:
         # One product of two matrices, as they are.
         flat = weight.reshape(-1, weight.shape[-1])
         sums = _contract("bi,oi->bo", x, flat).reshape(-1, *weight.shape[:-1])
+        if scales is not None:
+            sums = sums * scales[None]
         if bias is not None:
             sums = sums + bias.astype(wide)[None]
         if chosen is not None:
@@ -48,7 +52,7 @@ def add(
 ) -> Float[Array, "B O"]:
     """Return the residual plus the bias plus the products of all picks, summed."""
     value = join(parts, residual.dtype)
-    weight = addition.weight
+    weight, scales = addition.weight, addition.scales
     if picks is not None:
         gates = picks.gates if picks.by_pick else picks.table
         if addition.gated:
@@ -57,9 +61,17 @@ def add(
             value = jnp.where(gates[..., None] != 0, value, 0)
     if picks is not None and picks.by_pick and weight.shape[1] > 1:
         if picks.experts.size * ALL < weight.shape[1]:
-            found = _contract("bxi,obxi->bo", value, weight[:, picks.experts])
+            weight = weight[:, picks.experts]
+            if scales is None:
+                found = _contract("bxi,obxi->bo", value, weight)
+            else:
+                sums = _contract("bxi,obxi->obx", value, weight)
+                found = jnp.sum(sums * scales[:, picks.experts], axis=2).T
             return _finish(found, addition.bias, residual)
         value = spread(value, picks.experts, weight.shape[1])
+    if scales is not None:
+        found = jnp.sum(_contract("bei,oei->boe", value, weight) * scales[None], axis=2)
+        return _finish(found, addition.bias, residual)
     flat = value.reshape(value.shape[0], -1)
     found = _contract("bi,oi->bo", flat, weight.reshape(weight.shape[0], -1))
     return _finish(found, addition.bias, residual)
@@ -104,6 +116,7 @@ def rms_norm(
 
 
 def _contract(form: str, a: Array, b: Array) -> Array:
+    b = b.astype(a.dtype)  # eight bits are whole numbers of every dtype
     return jnp.einsum(form, a, b, preferred_element_type=accumulator_dtype(a.dtype))
 
 

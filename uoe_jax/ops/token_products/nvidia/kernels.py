@@ -44,11 +44,21 @@ def biased(total, bias, at, inside, BIAS: tl.constexpr):
 
 @jit
 @no_type_check
+def scaled(total, scales, at, inside, SCALED: tl.constexpr):
+    """Sums times their scales, if they have any."""
+    if SCALED:
+        total *= tl.load(scales + at, mask=inside, other=0)
+    return total
+
+
+@jit
+@no_type_check
 def project(
     x,
     scale,
     weight,
     bias,
+    scales,
     experts,
     gates,
     out,
@@ -59,6 +69,7 @@ def project(
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
     GATED: tl.constexpr,
     ROUTED: tl.constexpr,
     NORM: tl.constexpr,
@@ -67,6 +78,7 @@ def project(
     """out [B, X, O] = act(norm(x) weight[expert] + bias) * gate of x [B, I].
 
     Weights are [E, S, O, I], S = 2 where the activation is "swiglu": up, then gate.
+    If SCALED, each output's sum is multiplied by its scale.
     A program makes BLOCK outputs of one pick.
     """
     blocks: tl.constexpr = (O + BLOCK - 1) // BLOCK
@@ -87,9 +99,11 @@ def project(
     value = normed(x + (pick // X).to(tl.int64) * I, scale, i, I, NORM, EPS)[None, :]
     dtype = out.dtype.element_ty
     found = tl.sum(up.to(tl.float32) * value, axis=1)
+    found = scaled(found, scales, row, o < O, SCALED)
     found = biased(found, bias, row, o < O, BIAS)
     if ACTIVATION == "swiglu":
         gate = tl.sum(side.to(tl.float32) * value, axis=1)
+        gate = scaled(gate, scales, row + O, o < O, SCALED)
         gate = biased(gate, bias, row + O, o < O, BIAS)
         found *= gate * tl.sigmoid(gate)
     elif ACTIVATION != "none":
@@ -129,6 +143,7 @@ def add(
     gates,
     weight,
     bias,
+    scales,
     experts,
     residual,
     out,
@@ -142,6 +157,7 @@ def add(
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
     BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
     GATED: tl.constexpr,
     ROUTED: tl.constexpr,
 ):
@@ -149,7 +165,8 @@ def add(
 
     y [B, SPLITS, X, I] and weight [O, E, I]. With SPLITS > 1 y are parts of heads of
     width H, a multiple of WIDTH, whose log2 sums are `weights`. A program makes BLOCK
-    outputs and takes PIECES pieces of WIDTH inputs at a time.
+    outputs and takes PIECES pieces of WIDTH inputs at a time. If SCALED, an expert's
+    weights of an output are multiplied by scales [O, E].
     """
     blocks: tl.constexpr = (O + BLOCK - 1) // BLOCK
     each: tl.constexpr = (I + WIDTH - 1) // WIDTH  # pieces of a pick
@@ -193,7 +210,12 @@ def add(
             gate = tl.load(gates + b * X + pick, mask=inside, other=0)
             value *= gate.to(dtype).to(tl.float32)[:, None]
             value = value.to(dtype).to(tl.float32)
-        total += w.to(tl.float32) * value[None, :, :]
+        w = w.to(tl.float32)
+        if SCALED:
+            place = (o.to(tl.int64) * E)[:, None] + expert[None, :]
+            inner = (o < O)[:, None] & inside[None, :]
+            w *= tl.load(scales + place, mask=inner, other=0)[:, :, None]
+        total += w * value[None, :, :]
     found = tl.sum(tl.sum(total, axis=2), axis=1).to(dtype).to(tl.float32)
     found = biased(found, bias, o, o < O, BIAS).to(dtype).to(tl.float32)
     found += tl.load(residual + b * O + o, mask=o < O, other=0).to(tl.float32)
