@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from uoe_jax.cli import main
 from uoe_jax.data import describe, make_dataset, prepare
 from uoe_jax.data.chat import CHATML
 from uoe_jax.data.mix import mixed_order
 from uoe_jax.data.order import permute
 from uoe_jax.data.prepare import find_prepared
+from uoe_jax.data.split import hold_out_together
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.mixture import BLOCK, block_counts, read_mix
 from uoe_jax.validation import validate
@@ -263,3 +265,77 @@ def test_one_file_under_two_names_is_one_source(tmp_path, monkeypatch):
 def test_an_address_is_refused_before_anything_is_read(make_config):
     with pytest.raises(ConfigError, match="a source of data.mix is s3://bucket/a"):
         validate(make_config(mix=("a=1", "s3://bucket/a=1")))
+
+
+def held_out_where(make_config, *options, **more):
+    """The texts of each split of a prepared mixture, by their first words."""
+    prepared = prepare(make_config(mix=options, **more))
+    found = {}
+    for split in ("train", "valid", "test"):
+        tokens, starts = (prepared.array(split, name) for name in ("tokens", "starts"))
+        pieces = zip(starts[:-1], starts[1:], strict=True)
+        found[split] = [bytes(tokens[a:b].astype(np.uint8)) for a, b in pieces]
+    return found
+
+
+def test_a_text_of_two_sources_is_never_trained_on_and_held_out(
+    make_config, tmp_path, capsys
+):
+    lines = [json.dumps({"text": f"text {n} " * 8}) for n in range(300)]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines) + "\n")
+    # A file alone is cut by place: other texts of it are held out.
+    some = [f"text {n} " * 8 for n in range(0, 300, 3)]
+    (tmp_path / "some.txt").write_text("\n\n".join(some))
+    mix = (f"{tmp_path / 'all.jsonl'}=1", f"{tmp_path / 'some.txt'}=1")
+    found = held_out_where(make_config, *mix, valid_fraction=0.2, test_fraction=0.1)
+    words = {
+        split: {text.split(b"\0")[0].strip() for text in texts}
+        for split, texts in found.items()
+    }
+    for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        # The text at a cut of the file may be in two pieces.
+        assert not words[one] & words[other], (one, other)
+    assert "texts of the mixture are in several sources" in capsys.readouterr().err
+    assert all(words.values())
+
+
+def test_contents_of_one_source_stay_where_they_are():
+    rng = np.random.default_rng()
+    for _ in range(50):
+        count = int(rng.integers(1, 60))
+        splits = rng.integers(0, 3, count)
+        contents = rng.integers(0, 20, count).astype(np.uint64)
+        members = rng.integers(0, 3, count)
+        found = hold_out_together(splits, contents, members)
+        for content in np.unique(contents):
+            mine = contents == content
+            if len(set(members[mine])) == 1:
+                assert (found[mine] == splits[mine]).all()
+            else:
+                assert (found[mine] == splits[mine].max()).all()
+
+
+def test_a_source_that_is_wholly_held_out_in_another_is_refused(make_config, tmp_path):
+    texts = [f"text {n} " * 8 for n in range(60)]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    held = texts[-3:]  # the end of a file is its test split
+    records = [json.dumps({"text": text}) for text in held]
+    (tmp_path / "b.jsonl").write_text("\n".join(records))
+    mix = (f"{tmp_path / 'a.txt'}=1", f"{tmp_path / 'b.jsonl'}=1")
+    with pytest.raises(DataError, match="every text of b.jsonl that is trained on"):
+        held_out_where(make_config, *mix, valid_fraction=0.0, test_fraction=0.2)
+
+
+def test_a_description_has_the_weights_and_their_shares(make_config, texts, capsys):
+    mix = (f"{texts / 'a.txt'}=3", f"{texts / 'code'}=1")
+    told = describe(make_config(mix=mix))
+    first, second = told["mix"]
+    assert (first["weight"], first["rows"]) == (3.0, 0.75)
+    assert (second["weight"], second["rows"]) == (1.0, 0.25)
+    tokens = first["tokens"]["train"] + second["tokens"]["train"]
+    assert tokens == told["splits"]["train"]["tokens"]
+    assert describe(make_config(texts / "a.txt"))["mix"] is None
+    typed = ["data", "tiny", "--data.mix", *mix, "--data.seq-len", "32"]
+    assert main(typed) == 0
+    out = capsys.readouterr().out
+    assert "75.00%" in out and "25.00%" in out and "train tokens" in out

@@ -97,7 +97,7 @@ def data(args: list[str]) -> int:
     words = {
         key: ", ".join(map(str, value)) if isinstance(value, list) else value
         for key, value in found.items()
-        if key not in ("splits", "sample", "sample_scored", "bad_utf8") and value
+        if key not in ("splits", "mix", "sample", "sample_scored", "bad_utf8") and value
     }
     width = max(map(len, words))
     for key, value in words.items():
@@ -111,6 +111,8 @@ def data(args: list[str]) -> int:
         for name, split in found["splits"].items()
     ]
     print("\n" + format_table(("split", *columns), rows))
+    if found["mix"]:
+        _print_mix(found["mix"])
     for name, split in found["splits"].items():
         if split.get("lost_share"):
             print(
@@ -124,6 +126,26 @@ def data(args: list[str]) -> int:
         print("\nof which is trained on:")
         _print_sample(found["sample_scored"], options.raw)
     return 0
+
+
+def _print_mix(sources: list[dict]) -> None:
+    """Print what each source of a mixture has, and its share of what is trained on."""
+    from uoe_jax.report.table import format_table, si
+
+    total = sum(source["tokens"]["train"] for source in sources)
+    rows = [
+        (
+            escape_line(source["source"]),
+            f"{source['weight']:g}",
+            f"{source['rows']:.2%}",
+            *(si(source["tokens"][split]) for split in ("train", "valid", "test")),
+            f"{source['rows'] * total / max(source['tokens']['train'], 1):.2f}",
+        )
+        for source in sources
+    ]
+    header = ("source", "weight", "rows", "train tokens", "valid", "test", "passes")
+    print("\n" + format_table(header, rows))
+    print("passes: over each source, in as many rows as one pass over all has")
 
 
 def _print_sample(text: str, raw: bool) -> None:

@@ -9,6 +9,7 @@ from uoe_jax.data.batches import ImageDataset, open_dataset
 from uoe_jax.data.prepare import prepare
 from uoe_jax.data.split import SPLITS
 from uoe_jax.errors import DataError
+from uoe_jax.mixture import BLOCK, block_counts, read_mix
 
 _SHADES = " .:-=+*#%@"
 _SAMPLE_CHARACTERS = 400
@@ -19,8 +20,10 @@ def describe(config: ExperimentConfig) -> dict[str, Any]:
 
     Keys: source, kind, folder, manifest (hash), files, tokenizer, vocab_size, classes,
     bad_utf8, bad_records, splits {name: documents, bytes, tokens, examples, batches,
-    bytes_per_token, lost_share, scored where not all is trained on}, sample (the first
-    training example as text), sample_scored (what of it is trained on; None: all).
+    bytes_per_token, lost_share, scored where not all is trained on}, mix (of each
+    source: its weight, its share of the rows, its tokens; None without a mixture),
+    sample (the first training example as text), sample_scored (what of it is trained
+    on; None: all).
     """
     prepared = prepare(config, thorough=True)
     manifest = prepared.manifest
@@ -38,10 +41,26 @@ def describe(config: ExperimentConfig) -> dict[str, Any]:
         "classes": manifest["classes"],
         "bad_utf8": manifest.get("bad_utf8"),
         "bad_records": manifest.get("bad_records", 0),
+        "mix": _describe_mix(config, manifest),
         "splits": {split: _describe_split(config, split, prepared) for split in SPLITS},
         "sample": _draw_sample(batch, train),
         "sample_scored": _draw_scored(batch, train),
     }
+
+
+def _describe_mix(
+    config: ExperimentConfig, manifest: dict[str, Any]
+) -> list[dict[str, Any]] | None:
+    if not config.data.mix:
+        return None
+    shares = read_mix(config.data.mix)
+    rows = block_counts([share.weight for share in shares])
+    found = []
+    for number, (share, count) in enumerate(zip(shares, rows, strict=True)):
+        tokens = {s: manifest["splits"][s]["members"][number] for s in SPLITS}
+        about = {"source": share.path, "weight": share.weight}
+        found.append({**about, "rows": count / BLOCK, "tokens": tokens})
+    return found
 
 
 def _describe_split(config: ExperimentConfig, split: str, prepared: Any) -> dict:

@@ -9,16 +9,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt64
 
 from uoe_jax.config import DataConfig
-from uoe_jax.data.progress import note_once
+from uoe_jax.data.mix import MixSource
+from uoe_jax.data.progress import note, note_once
 from uoe_jax.data.split import (
     SPLITS,
     assign_splits,
     find_articles,
     find_cut,
     hash_fraction,
+    hold_out_together,
     range_cuts,
 )
 from uoe_jax.data.text import Document, TextSource
@@ -132,6 +134,7 @@ def plan_documents(
 ) -> Plan:
     """Read every document once and decide its split; equal contents stay together."""
     given, fractions, sizes, labels, members = [], [], [], set(), []
+    mixed, contents = isinstance(source, MixSource), []
     seen: dict[bytes, float] = {}
     has_parts = False
     for document in documents:
@@ -149,6 +152,10 @@ def plan_documents(
         labels.add(document.label)
         has_parts |= bool(document.parts)
         members.append(document.member)
+        if mixed:
+            # Files of texts keep the blank lines between them, records have none.
+            digest = hashlib.sha256(bytes(document.data).strip()).digest()[:8]
+            contents.append(int.from_bytes(digest, "big"))
     counts = count()
     if not sizes:
         why = "it is empty"
@@ -169,9 +176,36 @@ def plan_documents(
             config.valid_fraction,
             config.test_fraction,
         )
+    if mixed:
+        of_content = np.array(contents, np.uint64)
+        splits = _held_out_together(source, splits, of_content, member_of)
     classes = _number_classes(labels, source.name) if source.labelled else {}
     arrays = (given_of, fraction_of, np.array(sizes))
     return Plan(splits, *arrays, classes, counts, has_parts)
+
+
+def _held_out_together(
+    source: TextSource,
+    splits: Int[np.ndarray, " D"],
+    contents: UInt64[np.ndarray, " D"],
+    members: Int[np.ndarray, " D"],
+) -> Int[np.ndarray, " D"]:
+    """Return splits in which no text of two sources is trained on and validated on."""
+    result = hold_out_together(splits, contents, members)
+    moved = int((result != splits).sum())
+    for number, member in enumerate(getattr(source, "members", ())):
+        mine = members == number
+        if (splits[mine] == 0).any() and not (result[mine] == 0).any():
+            raise DataError(
+                f"every text of {member.name} that is trained on is held out in "
+                "another source of data.mix; leave one of the two out"
+            )
+    if moved:
+        note(
+            f"{moved:,} texts of the mixture are in several sources and held out in "
+            "one: they are held out in all"
+        )
+    return result
 
 
 def too_few(plan: Plan, config: DataConfig) -> bool:

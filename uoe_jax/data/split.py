@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt64
 
 SPLITS = ("train", "valid", "test")
 
@@ -50,6 +50,25 @@ def assign_splits(
         values, low = values[~taken], high
     result[result < 0] = 0
     return result
+
+
+def hold_out_together(
+    splits: Int[np.ndarray, " D"],
+    contents: UInt64[np.ndarray, " D"],
+    members: Int[np.ndarray, " D"],
+) -> Int[np.ndarray, " D"]:
+    """Return splits in which a content that several sources have is in one split.
+
+    What one of them holds out all do; between valid and test it is test. Contents of
+    one source alone stay where they are.
+    """
+    values, group = np.unique(contents, return_inverse=True)
+    first = np.full(len(values), np.iinfo(np.int64).max)
+    last, held = np.full(len(values), -1), np.zeros(len(values), splits.dtype)
+    np.minimum.at(first, group, members)
+    np.maximum.at(last, group, members)
+    np.maximum.at(held, group, splits)
+    return np.where((first < last)[group], held[group], splits)
 
 
 def find_articles(text: bytes | mmap.mmap) -> Int[np.ndarray, " A"]:
