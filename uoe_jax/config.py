@@ -73,6 +73,9 @@ class UnionConfig(Checked):
     num_shared: Whole = 0  # always-on parts, counted in num_experts and in top_k
     segment_size: Count = 64  # selection: tokens between a causal model's decisions
     selected: Whole = 0  # hierarchical: experts a segment keeps for its tokens' top_k
+    # Training: each step draws for each layer how many experts are on, from this to
+    # top_k; 0: always top_k. The model can then be used with any of them.
+    least_top_k: Whole = 0
     # threshold: experts that a token takes at most, top_k is their mean; 0: twice it.
     most_picks: Whole = 0
     # threshold: of the way to the score that top_k / num_experts exceed, each step.
@@ -113,6 +116,7 @@ class UnionOverrides(Checked):
     patch_size: PatchSize | None = None  # tokens that share a decision of attention
     num_shared: Whole | None = None  # always-on parts of attention
     segment_size: Count | None = None  # tokens between decisions of attention
+    least_top_k: Whole | None = None  # parts of attention that training has on at least
     most_picks: Whole | None = None  # parts of attention that a token takes at most
     # Parts of attention that a segment keeps for its tokens.
     selected: Whole | None = None
@@ -433,6 +437,12 @@ class ModelConfig(Checked):
             "model.convolution": self.convolution > 0,
         }
         return tuple(name for name, given in found.items() if given)
+
+    @property
+    def draws(self) -> bool:
+        """Whether training draws how many experts are on."""
+        parts = (self.union, self.union_attention)
+        return any(part.least_top_k for part in parts)
 
     def union_for(self, part: Literal["attention", "mlp"]) -> UnionConfig:
         """Return the union of a part: attention may override `union`."""

@@ -59,6 +59,9 @@ class RouterFacts:
     span: Callable[[Any], int] = lambda router: 1
     # How many experts a token takes follows its scores, up to the union's `most`.
     varies: bool = False
+    # The first of a token's experts are those that it would have with a smaller top_k:
+    # takes `least_top_k`.
+    ordered: bool = False
     # Columns of each parameter; see `weights.ROUTER` for the names.
     columns: Callable[[Any], dict[str, int]] = score_columns
     # Routed experts over which the tokens of one sample are spread, for the cost.
@@ -132,6 +135,11 @@ def _hierarchical_problems(router: Any, path: str) -> Iterator[str]:
             f"many experts for its tokens, use {router.top_k} (top_k) to "
             f"{router.num_experts}"
         )
+    if router.least_top_k and router.gate == "softmax":
+        yield (
+            f"{path}.least_top_k is {router.least_top_k} with gate 'softmax', which "
+            "the hierarchical router multiplies with the selection's; use sigmoid"
+        )
 
 
 def _threshold_problems(router: Any, path: str) -> Iterator[str]:
@@ -153,18 +161,21 @@ ROUTERS: dict[str, RouterFacts] = {
         sees="the token itself (causal: the first token of its patch)",
         capacity=True,
         patches=True,
+        ordered=True,
         sees_one_token=lambda router: _token_span(router) == 1,
         span=_token_span,
     ),
     "expert_choice": RouterFacts(sees="every token of the sample", causal=False),
     "selection": RouterFacts(
         sees="in a causal model earlier segments only, otherwise the whole sample",
+        ordered=True,
         span=lambda router: router.segment_size,
         columns=_selection_columns,
         experts_in_use=lambda router: router.top_k - router.num_shared,
     ),
     "hierarchical": RouterFacts(
         sees="as selection, then the token itself",
+        ordered=True,
         span=lambda router: router.segment_size,
         columns=_hierarchical_columns,
         experts_in_use=lambda router: router.selected - router.num_shared,

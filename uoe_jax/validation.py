@@ -392,6 +392,8 @@ def _router(model: ModelConfig, union: UnionConfig, name: str) -> Iterator[str]:
             f"{name}.gate is 'relu' with router {union.router!r}, whose scores have no "
             f"threshold; relu is for router {_with('varies')}, use sigmoid"
         )
+    if union.least_top_k:
+        yield from _least(union, name)
     if union.most_picks and not facts.varies:
         yield (
             f"{name}.most_picks is {union.most_picks} with router {union.router!r}, "
@@ -399,6 +401,20 @@ def _router(model: ModelConfig, union: UnionConfig, name: str) -> Iterator[str]:
         )
     yield from facts.problems(union, name)
     yield from _capacity(union.capacity_factor, union.router, name)
+
+
+def _least(union: UnionConfig, name: str) -> Iterator[str]:
+    """Yield what is wrong with the fewest experts that training has on."""
+    if not ROUTERS[union.router].ordered:
+        yield (
+            f"{name}.least_top_k is {union.least_top_k} with router {union.router!r}, "
+            f"whose picks have no order; it is for router {_with('ordered')}, use 0"
+        )
+    if not union.num_shared < union.least_top_k <= union.top_k:
+        yield (
+            f"{name}.least_top_k is {union.least_top_k}; training draws from it to "
+            f"{name}.top_k {union.top_k}, use {union.num_shared + 1} to {union.top_k}"
+        )
 
 
 def _capacity(factor: float | None, router: str, name: str) -> Iterator[str]:

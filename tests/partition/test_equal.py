@@ -56,6 +56,7 @@ CASES = {
         {"data": 2, "sequence": 2, "tensor": 2},
         EVERYTHING,
     ),
+    "drawn": ("drawn", {"data": 2, "sequence": 2, "tensor": 2}, EVERYTHING),
     "gated values": (
         "gated values",
         {"data": 2, "sequence": 2, "tensor": 2},

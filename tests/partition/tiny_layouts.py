@@ -60,6 +60,9 @@ KINDS["gated values"] = KINDS["union"] | {
 KINDS["threshold"] = KINDS["union"] | {
     "union": UnionConfig(num_experts=4, top_k=2, router="threshold", num_shared=1)
 }
+KINDS["drawn"] = KINDS["union"] | {
+    "union": UnionConfig(num_experts=4, top_k=4, least_top_k=1)
+}
 # A convolution before attention, whose first tokens lie on another device.
 KINDS |= {
     "convolution": KINDS["dense"] | {"convolution": 4},

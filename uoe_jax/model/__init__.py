@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -55,6 +56,7 @@ __all__ = [
     "update_router_bias",
     "whole_buffers",
     "with_params",
+    "with_top_k",
 ]
 
 KINDS = {"decoder": Decoder, "encoder": Encoder, "vision": VisionTransformer}
@@ -158,6 +160,23 @@ def with_params(
         fill_leaves(biases, cast(biases, whole_buffers(config, buffers or {}))),
     )
     return nnx.merge(graphdef, *filled)
+
+
+def with_top_k(model: Any, top_k: int) -> Any:
+    """Return a model with the same weights whose unions have `top_k` experts on.
+
+    One that was trained with `least_top_k` is good at each number from there to its
+    `top_k`. Raises ConfigError for a number that its unions can't have.
+    """
+    config: ModelConfig = model.config
+    union = dataclasses.replace(config.union, top_k=top_k, least_top_k=0)
+    own = config.union_attention
+    attention = dataclasses.replace(
+        own, top_k=own.top_k and top_k, least_top_k=own.least_top_k and 0
+    )
+    config = dataclasses.replace(config, union=union, union_attention=attention)
+    validate_model(config)
+    return nnx.merge(split_model(config)[0], *nnx.split(model, nnx.Param, ...)[1:])
 
 
 def whole_buffers(config: ModelConfig, given: Mapping[str, Any]) -> Arrays:

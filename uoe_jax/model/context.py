@@ -15,6 +15,8 @@ from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError, nearest
 from uoe_jax.partition.collectives import Parallel
 
+_DRAW = 2**31 - 1  # by which the key of draws differs from those of layers
+
 
 class Context(NamedTuple):
     """Positions, documents, randomness and the mesh axes of a call.
@@ -24,6 +26,8 @@ class Context(NamedTuple):
     when a cache is filled: routers then add what decoding needs to their statistics.
     `parallel` has the collectives of weights and tokens that are spread over devices.
     `scored` are the tokens that routers' statistics are of; None means all but padding.
+    `draw` is the key by which training draws how many experts are on: the same on all
+    devices.
     """
 
     positions: Int[Array, "B T"]
@@ -35,6 +39,7 @@ class Context(NamedTuple):
     lengths: Int[Array, " B"] | None = None
     parallel: Parallel | None = None
     scored: Bool[Array, "B T"] | None = None
+    draw: jax.Array | None = None
 
     @property
     def counted(self) -> Bool[Array, "B T"] | None:
@@ -119,6 +124,9 @@ def make_context(
     if positions is None:
         first = 0 if parallel is None else parallel.first_position(length)
         positions = jnp.broadcast_to(first + jnp.arange(length)[None], shape)
+    draw = None
+    if train and key is not None and config.draws:
+        draw = jax.random.fold_in(key, _DRAW)
     if not train or config.dropout == 0.0:
         key = None
     if key is not None and axis_name is not None:
@@ -136,6 +144,7 @@ def make_context(
         lengths,
         parallel,
         scored,
+        draw,
     )
 
 

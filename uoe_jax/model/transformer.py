@@ -100,10 +100,11 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], dict[str, Stats], Kept]:
         """Return what the call does, with every token inside."""
         normed = self.before(self.attention_norm, x)
-        y, attention, kept = run_part(self.heads, normed, context)
+        drawn = [context._replace(draw=fold_key(context.draw, n)) for n in range(2)]
+        y, attention, kept = run_part(self.heads, normed, drawn[0])
         y = dropout(y, self.rate, fold_key(key, 0))
         x = self.add(self.attention_norm, x, y)
-        y, mlp = run_part(self.mlp, self.before(self.mlp_norm, x), context)
+        y, mlp = run_part(self.mlp, self.before(self.mlp_norm, x), drawn[1])
         y = dropout(y, self.rate, fold_key(key, 1))
         x = self.add(self.mlp_norm, x, y)
         parts = {"attention": attention, "mlp": mlp}
@@ -165,17 +166,21 @@ class Trunk(nnx.Module):
             x = parallel.enter(x)
         x = dropout(x, self.dropout, fold_key(context.key, self.num_layers))
 
-        def apply(x: Array, block: Block, key: jax.Array | None) -> tuple[Array, Any]:
+        def apply(
+            x: Array, block: Block, key: jax.Array | None, draw: jax.Array | None
+        ) -> tuple[Array, Any]:
             if parallel is not None:
                 block = parallel.gather_block(block)
-            x, stats, _ = block(x, context, key)
+            x, stats, _ = block(x, context._replace(draw=draw), key)
             return x, stats
 
         gathers = parallel is not None and parallel.has("fsdp")
         apply = _remat(apply, self.remat, self.scan_layers, gathers)
 
         def body(x: Array, block: Block, stack: int, index: Any) -> tuple[Array, Any]:
-            return apply(x, block, fold_key(context.key, index * period + stack))
+            keys = (context.key, context.draw)
+            number = index * period + stack
+            return apply(x, block, *(fold_key(key, number) for key in keys))
 
         x, outs = self.scan(body, x)
         return self.finish(x), stack_stats(outs, self.num_layers)

@@ -26,23 +26,28 @@ def router_stats(
     picks: Int[Array, "B T X"],
     context: Context,
     kept: Bool[Array, "B T X"] | None = None,
+    on: Bool[Array, "B T X"] | None = None,
 ) -> Stats:
     """Return load, entropy, drop rate and the two losses over the counted tokens.
 
     load [E]: fraction of picks, sums to 1. balance_loss: `E * sum_e load_e * prob_e`,
     1 when balanced (Fedus et al. 2021, Switch Transformer, eq. 4). z_loss: mean squared
     log-partition of the scores (Zoph et al. 2022, ST-MoE, eq. 5). entropy: of the
-    router's softmax, nats. dropped: fraction of picks that are not `kept`. With an
-    `axis_name` the sums run over that mesh axis too.
+    router's softmax, nats. dropped: fraction of picks that are not `kept`. Of picks
+    that are not `on` nothing is counted. With an `axis_name` the sums run over that
+    mesh axis too.
     """
     num_experts = scores.shape[-1]
     log_probs = jax.nn.log_softmax(decision, axis=-1)
     probs = jnp.exp(log_probs)
     one_hot = jax.nn.one_hot(picks, num_experts, dtype=jnp.float32)
+    if on is not None:
+        one_hot = one_hot * on[..., None]
     counts = jnp.sum(one_hot, axis=-2)
     lost = jnp.zeros(picks.shape[:2])
     if kept is not None:
-        lost = jnp.sum(~kept, axis=-1).astype(jnp.float32)
+        missing = ~kept if on is None else on & ~kept
+        lost = jnp.sum(missing, axis=-1).astype(jnp.float32)
     sums = {
         "picks": counts,
         "probs": probs,
@@ -55,10 +60,18 @@ def router_stats(
     return {
         "load": load,
         "entropy": means["entropy"],
-        "dropped": means["dropped"] / picks.shape[-1],
+        "dropped": means["dropped"] / _picks(picks, on),
         "balance_loss": num_experts * jnp.sum(load * means["probs"]),
         "z_loss": means["z"],
     }
+
+
+def _picks(
+    picks: Int[Array, "B T X"], on: Bool[Array, "B T X"] | None
+) -> int | Float[Array, ""]:
+    """Return how many picks a token has: as many in all of them."""
+    count = picks.shape[-1]
+    return count if on is None else jnp.sum(on[0, 0]).astype(jnp.float32)
 
 
 def token_means(values: dict[str, Array], context: Context) -> dict[str, Array]:
@@ -132,7 +145,10 @@ def stack_stats(outs: Sequence[dict[str, dict[str, Array]]], num_layers: int) ->
             found = [outs[i][part] for i in stacks]
             if any("threshold" in one for one in found):
                 # Other routers beside threshold ones have none.
-                found = [{"threshold": 0 * one["load"], **one} for one in found]
+                found = [
+                    one if "threshold" in one else {**one, "threshold": 0 * one["load"]}
+                    for one in found
+                ]
             aux[part] = {
                 name: _interleave([one[name] for one in found], order, name)
                 for name in found[0]

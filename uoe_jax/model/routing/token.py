@@ -54,6 +54,9 @@ class Router(nnx.Module):
         routed = config.num_experts - config.num_shared
         self.num_experts, self.num_shared = config.num_experts, config.num_shared
         self.top_k = config.top_k - config.num_shared
+        # Of the routed experts, that training has on at least; 0: all of top_k.
+        least = getattr(config, "least_top_k", 0)
+        self.least = max(least - config.num_shared, 0)
         self.capacity_factor = config.capacity_factor
         self.gate: str = config.gate
         self.causal = causal
@@ -101,12 +104,16 @@ class Router(nnx.Module):
         context: Context,
     ) -> Routing:
         """Return the routing with statistics, always-on experts and capacity."""
-        kept = None
+        kept = on = None
         if self.capacity_factor is not None and context.train:
             share = self.capacity_factor * self.top_k / scores.shape[-1]
             room = room_of(share, scores.shape[1], context.segments)
             kept = within_capacity(picks, scores.shape[-1], room, context.segments)
-        stats = router_stats(scores, decision, picks, context, kept)
+        if self.least and context.draw is not None:
+            on = drawn_picks(context.draw, self.least, picks)
+            gates = gates_of_some(gates, on, self.gate)
+            kept = on if kept is None else kept & on
+        stats = router_stats(scores, decision, picks, context, kept, on)
         return self.finish(picks, gates, kept, stats, context.collect_choices)
 
     def finish(
@@ -202,6 +209,30 @@ class PatchRouter(Router):
             state = {"picks": picks}
         gates = self.gates(scores, picks)
         return self.finish(picks[:, None], gates[:, None], None, {}, False), state
+
+
+def drawn_picks(
+    key: jax.Array, least: int, picks: Int[Array, "B T X"]
+) -> Bool[Array, "B T X"]:
+    """Return which picks are on where `least` to X experts are drawn for all tokens.
+
+    The first ones: they are what a router of so small a `top_k` picks (Matryoshka
+    MoE, Wang et al. 2025).
+    """
+    most = picks.shape[-1]
+    count = jax.random.randint(key, (), least, most + 1)
+    return jnp.broadcast_to(jnp.arange(most) < count, picks.shape)
+
+
+def gates_of_some(
+    gates: Float[Array, "B T X"], on: Bool[Array, "B T X"], gate: str
+) -> Float[Array, "B T X"]:
+    """Return the gates as they are where only the picks that are `on` were chosen."""
+    gates = jnp.where(on, gates, jnp.zeros_like(gates))
+    if gate != "softmax":
+        return gates
+    count = jnp.sum(on, axis=-1, keepdims=True).astype(gates.dtype)
+    return gates * count / jnp.sum(gates, axis=-1, keepdims=True)
 
 
 def router_scores(
