@@ -169,3 +169,14 @@ def test_the_base_trains_and_only_the_report_is_missing(tmp_path):
     assert "no report: this needs matplotlib, which isn't installed" in done.stderr
     assert "pip install 'uoe_jax[report]'" in done.stderr
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
+def test_attention_of_others_is_in_one_extra_and_a_backend_each():
+    from uoe_jax.ops.dense_attention import api, peers
+
+    modules = {"linear_attention": "jax-linear-attention", "tokamax": "tokamax"}
+    functions = (peers.tokamax, peers.linear_attention)
+    theirs = {name for name, run in api.BACKENDS.items() if run in functions}
+    assert theirs == set(modules) and OF_EXTRA["peers"] == set(modules.values())
+    # They come last: only a measurement chooses them.
+    assert set([*api.BACKENDS][-len(theirs) :]) == theirs
