@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 from experiments.e012_evidence.study import FITTED, Row
 from experiments.e012_evidence.tables import Group, find_groups, spent
@@ -92,6 +93,22 @@ def _looks(theme: Theme, number: int) -> dict:
     }
 
 
+def _log(axes: Axes) -> None:
+    """Make x logarithmic with few numbers, in units."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _doublings(axes: Axes, ends: Sequence[int]) -> None:
+    """Make x logarithmic with a number for each doubling."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(ends))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.tick_params(axis="x", labelsize=8)
+
+
 def _half(group: Group, seeds: int, length: int) -> float:
     """Return half of the 95% interval of a model's mean."""
     spread = group.spread(group.corpora[0], length)
@@ -119,10 +136,7 @@ def _fronts(theme: Theme, groups: Sequence[Group], axis: str) -> Figure:
             axes.plot(x, y, label=model, **_looks(theme, number))
             color = theme.colors[number % len(theme.colors)]
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-        axes.xaxis.set_minor_formatter(EngFormatter(sep=" "))
-        axes.tick_params(axis="x", which="minor", labelsize=7)
+        _log(axes)
         axes.set(title=group.title, xlabel=_LABELS[axis])
         axes.set_ylabel(f"test bits/byte, {corpus}")
         axes.legend(fontsize=7.5)
@@ -186,7 +200,8 @@ def _draw_law(
                 axes.plot([x], [y], linestyle="none", label=label, **ring)
         xs = np.geomspace(min(x for x, _ in pairs), largest, 50)
         axes.plot(xs, [law.loss(model, x) for x in xs], color=looks["color"])
-    axes.set(xscale="log", xlabel=_LABELS["flops"], ylabel="test bits/byte", title=text)
+    _log(axes)
+    axes.set(xlabel=_LABELS["flops"], ylabel="test bits/byte", title=text)
     axes.title.set_fontsize(8.5)
     axes.legend(fontsize=8)
     return figure
@@ -205,10 +220,11 @@ def _positions(theme: Theme, group: Group) -> Figure:
             ends = [end for end, _ in losses]
             less = [a - b for (_, a), (_, b) in zip(losses, zero, strict=True)]
             axes.plot(ends, less, label=model, **_looks(theme, number))
-        axes.set_xscale("log", base=2)
+        _doublings(axes, [end for end, _ in zero])
         axes.set(title=f"{group.title}, {corpus}", xlabel="position, up to")
         axes.set_ylabel(f"test bits/byte, less {base}")
-        axes.legend(fontsize=7.5)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
@@ -233,7 +249,7 @@ def _recall(theme: Theme, group: Group) -> Figure:
             for parts in zip(*seeds, strict=True)
         ]
         axes.plot(ends, mean, label=model, **_looks(theme, number))
-    axes.set_xscale("log", base=2)
+    _doublings(axes, ends)
     axes.set(title=group.title, xlabel="tokens back, up to", ylabel="right answers")
     axes.set_ylim(0, 1)
     axes.legend(fontsize=7.5)
@@ -249,10 +265,7 @@ def _cache(theme: Theme, group: Group) -> Figure:
         looks = _looks(theme, number) | {"linestyle": "none", "capsize": 3}
         error = _half(group, len(runs), -1)
         axes.errorbar(runs[0]["cache_bytes"], loss, yerr=error, label=model, **looks)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.xaxis.set_minor_formatter(EngFormatter(sep=" "))
-    axes.tick_params(axis="x", which="minor", labelsize=7)
+    _log(axes)
     axes.set(title=group.title, xlabel="bytes of cache, a sequence of T")
     axes.set_ylabel(f"test bits/byte, {group.corpora[0]}")
     axes.legend(fontsize=7.5)

@@ -21,6 +21,7 @@ from experiments.shared.branches import Measure
 from experiments.shared.case import change
 from experiments.shared.programs import Programs
 from uoe_jax.config import DataConfig, ExperimentConfig
+from uoe_jax.data import make_dataset
 from uoe_jax.data.tasks.recall import recall_distances
 from uoe_jax.errors import ConfigError
 
@@ -71,8 +72,10 @@ class Measures:
         self.names = tuple(parts)
         limit = max(_VALID_BYTES // config.seq_len, 1)
         arrays = {"train": load_split(config, "train")}
+        self.contents: dict[str, str] = {}  # what identifies each text as it is
         for name, data in parts.items():
             own = change(config, data=vars(data))
+            self.contents[name] = make_dataset(own, "test").manifest
             arrays[f"valid {name}"] = load_split(own, "valid", limit)
             # All of it, but for a trial of the program.
             arrays[f"test {name}"] = load_split(own, "test", 64 if tiny else 0)

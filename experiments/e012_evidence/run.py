@@ -124,6 +124,7 @@ class Session:
         if place not in self.measures:
             parts = corpora(job, self.options)
             self.measures[place] = Measures(config, parts, self.options.tiny)
+            self._note(place, self.measures[place].contents)
         measures = self.measures[place]
         key = f"{place} {job.steps} {job.optimizer} {program_key(config)}"
         if key not in self.programs:
@@ -133,6 +134,19 @@ class Session:
             say(f"compiled in {made.compile():.0f} s")
             self.programs[key] = made
         return measures, self.programs[key]
+
+    def _note(self, place: str, contents: dict[str, str]) -> None:
+        """Note what identifies the texts; ConfigError if they aren't those of before.
+
+        An environment with other packages makes another corpus of Python.
+        """
+        noted = self.results.setdefault("texts", {}).setdefault(place, contents)
+        for name in contents:
+            if noted.get(name) != contents[name]:
+                raise ConfigError(
+                    f"{self.file} was made with another text of {name}; give that one, "
+                    "or another --out"
+                )
 
     def _say(self, text: str) -> None:
         print(text, flush=True)

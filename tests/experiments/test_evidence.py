@@ -328,7 +328,20 @@ def test_blocks_run_tiny_to_their_end_and_go_on(tmp_path, capsys):
     again.rows[0]["key"] = "another"
     with pytest.raises(ConfigError, match="of another configuration"):
         again.run_block("1")
+    again.rows.clear()
+    again.results["texts"]["text 64"]["stdlib"] = "another"
+    again.measures.clear()
+    with pytest.raises(ConfigError, match="made with another text of stdlib"):
+        again.run_block("1")
     assert "1 runs to go" in capsys.readouterr().out
+
+
+def test_the_page_of_the_protocol_names_what_is_planned():
+    page = (PLANNED.parents[2] / "docs" / "evidence.md").read_text()
+    assert len(page.splitlines()) < 90  # two screens
+    for one in read_plan(PLANNED).comparisons:
+        sides = f"| {one.first} | {one.second} | {one.size} | {one.at} |"
+        assert sides in page, one.name
 
 
 def test_without_text_or_with_a_wrong_path_nothing_begins(tmp_path, capsys):
