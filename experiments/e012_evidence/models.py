@@ -95,6 +95,8 @@ def mlp_models(config: ExperimentConfig) -> dict[str, tuple[str, dict[str, Any]]
         parts = {"num_experts": experts, "top_k": top_k, "d_expert": f // top_k} | more
         return {"mlp": ("moe",), "moe": parts}
 
+    # On average as many experts a token, balanced without a loss.
+    roam = {"router": "threshold", "balance_loss": 0.0}
     fine = {"num_shared": 1, "gate": "sigmoid", "balance_loss": 0.0}
     fine |= {"bias_update_rate": 0.001}
     return {
@@ -106,6 +108,11 @@ def mlp_models(config: ExperimentConfig) -> dict[str, tuple[str, dict[str, Any]]
         "UoME 4 of 32 lean": ("fine union", union(32, 4, f // 8)),
         "UoME 2 of 16 lean": ("coarse union", union(16, 2, d)),
         "UoME 1 of 8 lean": ("coarse union", union(8, 1, f // 2)),
+        "UoME 8 of 32, thresholds": ("fine union", union(32, 8, f // 8, **roam)),
+        "UoME 8 of 32, thresholds, relu": (
+            "fine union",
+            union(32, 8, f // 8, gate="relu", **roam),
+        ),
     }
 
 
@@ -146,6 +153,10 @@ def attention_models(config: ExperimentConfig) -> dict[str, tuple[str, dict[str,
         "local + few routed, gated values + conv": (
             "routed",
             routed(2 * heads, 2, heads - 2, gated_values=True) | conv,
+        ),
+        "local + few routed, thresholds + conv": (
+            "routed",
+            routed(2 * heads, 2, heads - 2, router="threshold") | conv,
         ),
         "local + routed + conv": ("routed", routed(3 * half, half, half) | conv),
         "local + routed": ("routed", routed(3 * half, half, half)),

@@ -67,6 +67,7 @@ ATTENTION = (
 # Figure g, beside those.
 LADDER = (
     "local + few routed, gated values + conv",
+    "local + few routed, thresholds + conv",
     "SMHA, gated values + conv",
     "SMHA",
     "dense",
@@ -81,6 +82,8 @@ MLP = (
     "UoME 1 of 8 lean",
     "UoME 8 of 32",
     "UoME 4 of 32 lean",
+    "UoME 8 of 32, thresholds",
+    "UoME 8 of 32, thresholds, relu",
 )
 # A family's rate is searched with its first model here.
 FAMILIES = (

@@ -243,7 +243,7 @@ def equal_table(group: Group, axis: str, against: str) -> str:
                 text += f" ± {differ(point.first, point.second, spread).half:.4f}"
             cells[point.length] = f"{text} at {si(point.spent)}{unit}"
         rows[model] = cells
-    if not rows:
+    if not any(any(cells) for cells in rows.values()):
         return ""
     head = " | ".join(f"length {n + 1}" for n in range(len(group.steps)))
     lines = [f"| at equal {axis}, less {other} | {head} |"]
