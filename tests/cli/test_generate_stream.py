@@ -31,6 +31,34 @@ def test_pieces_are_whole_characters_and_all_of_the_text():
         piece.decode()  # no broken character
 
 
+def decode_fallback(ids):
+    """Tokens of bytes as Llama's tokenizers decode them: to text, whole or replaced."""
+    from tokenizers import decoders
+
+    tokens = [f"<0x{i:02X}>" if i > 127 else chr(i) for i in ids]
+    decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return decoder.decode(tokens).encode()
+
+
+def test_a_decoder_that_makes_text_of_single_bytes_is_waited_for():
+    text = "größe 日本語 😀".encode()
+    found = list(pieces(decode_fallback, as_steps(text)))
+    assert b"".join(found) == text
+    # What never becomes a character is shown at the end, or once others follow.
+    for ids in (b"a \xe6\x97", b"\xe6 b", b"\xf0\x9f\xff c \xc3\xa9 d"):
+        said = b"".join(pieces(decode_fallback, as_steps(ids)))
+        assert said == decode_fallback(ids)
+    # A whole character that a broken one behind it takes back is said already.
+    said = b"".join(pieces(decode_fallback, as_steps("日".encode() + b"\xe6 and on")))
+    assert said == "日���� and on".encode()
+
+
+def test_a_text_said_otherwise_goes_on_from_where_it_differs():
+    texts = [text.encode() for text in ("", "a b", "a é", "a è c", "a")]
+    said = list(pieces(lambda ids: texts[len(ids)], as_steps(range(4))))
+    assert said == [text.encode() for text in ("a b", "é", "è c")]
+
+
 @pytest.mark.parametrize("tail", [b"", b" and more<|", b"<|end|>", b"<|e<|end|>x"])
 def test_an_end_is_neither_shown_nor_gone_beyond(tail):
     asked = []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 from jaxtyping import Int
 from numpy import array, ndarray
 
 Decode = Callable[[Int[ndarray, " O"]], bytes]  # the text of tokens so far
+# What decoders that make text, not bytes, write for bytes that aren't a character yet.
+_REPLACED = "\N{REPLACEMENT CHARACTER}".encode()
 
 
 def pieces(
@@ -20,8 +23,10 @@ def pieces(
     """Yield what each token of a stream's first row adds to the text.
 
     It ends before the token `eos`, and before the text `end` where that isn't empty.
-    What the next token may change is held back: a character that lacks bytes, and the
-    beginning of an `end`.
+    What the next token may change is held back: a character that lacks bytes, what
+    stands in its place, and the beginning of an `end`. A decoder may change its mind
+    about more than that: what was yielded stays, and what it says now follows from
+    where the two differ.
     """
     said, found = b"", []
     for token in steps:
@@ -30,15 +35,25 @@ def pieces(
         found.append(int(token[0]))
         whole, ends, _ = _split(decode(array(found)), end)
         if ends:
-            yield whole[len(said) :]
-            return
+            break
         settled = settled_bytes(whole[: len(whole) - _begun(whole, end)])
-        if settled.startswith(said) and settled != said:
-            yield settled[len(said) :]
+        if new := _after(said, settled):
+            yield new
             said = settled
-    whole = decode(array(found)) if found else said
-    if whole.startswith(said) and whole != said:
-        yield whole[len(said) :]
+    whole = _split(decode(array(found)), end)[0] if found else said
+    if new := _after(said, whole):
+        yield new
+
+
+def _after(said: bytes, text: bytes) -> bytes:
+    """Return what of a text, in whole characters, isn't said."""
+    if said.startswith(text):
+        return b""
+    same = len(os.path.commonprefix([said, text]))
+    if same < len(said):
+        while same and text[same] & 0xC0 == 0x80:  # within a character
+            same -= 1
+    return text[same:]
 
 
 def _split(text: bytes, end: bytes) -> tuple[bytes, bytes, bytes]:
@@ -53,7 +68,12 @@ def _begun(text: bytes, end: bytes) -> int:
 
 
 def settled_bytes(text: bytes) -> bytes:
-    """Return text without a character at its end that lacks bytes."""
+    """Return text without a character at its end that lacks bytes.
+
+    Nor with what a decoder that makes text writes in place of it.
+    """
+    while text.endswith(_REPLACED):
+        text = text.removesuffix(_REPLACED)
     for count in range(1, min(len(text), 4) + 1):
         first = text[-count]
         if first & 0xC0 != 0x80:  # begins a character, or is none
