@@ -57,6 +57,6 @@ def test_each_way_out_takes_less_than_was_predicted(tiny):
 def test_a_device_that_says_what_it_has_is_believed(tiny, monkeypatch):
     from uoe_jax.train import memory
 
-    monkeypatch.setattr(memory, "_device_bytes", lambda mesh: 8e9)
+    monkeypatch.setattr(memory, "device_bytes", lambda mesh: 8e9)
     config = tiny()
     assert "8 GB there" in str(explain_memory(config, mesh_for(config), ERROR))

@@ -4,7 +4,10 @@ import dataclasses
 
 import pytest
 
+from tests.train.test_multihost import start
+from uoe_jax.config import MeshConfig
 from uoe_jax.errors import ConfigError
+from uoe_jax.hardware.recompute import with_settings
 from uoe_jax.runs.folder import as_recorded
 from uoe_jax.train import memory, train
 from uoe_jax.validation import read_config
@@ -41,3 +44,49 @@ def test_on_a_cpu_all_is_computed_again(tiny, tmp_path, capsys):
     train(auto(tiny(), steps=0), tmp_path / "run")
     assert "memory of this device isn't known" in capsys.readouterr().out
     assert read_config(tmp_path / "run").model.remat == "full"
+
+
+SETTLES = """
+import sys
+from pathlib import Path
+import jax
+from uoe_jax.config import from_json
+from uoe_jax.partition.mesh import mesh_for
+from uoe_jax.train import memory
+from uoe_jax.train.peers import join
+
+jax.config.update("jax_num_cpu_devices", 1)
+join()
+config = from_json(Path(sys.argv[1]).read_text())
+mesh = mesh_for(config)
+assert memory.device_bytes(mesh) is None  # its own device is asked
+for known in ([1e12, 1e12], [1e12, 1e3], [1e12, None]):
+    memory.device_bytes = lambda mesh: known[jax.process_index()]
+    model = memory.settle_memory(config, mesh)[0].model
+    print("settled", model.remat, model.scan_layers, flush=True)
+"""
+
+
+def test_processes_whose_devices_say_otherwise_settle_alike(tiny, tmp_path):
+    workers = start(auto(tiny()), tmp_path, tmp_path / "run", code=SETTLES)
+    try:
+        codes = [worker.wait(timeout=300) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    logs = [(tmp_path / f"worker-{index}.log").read_text() for index in range(2)]
+    assert codes == [0, 0], logs
+    for log in logs:
+        said = [line for line in log.splitlines() if line.startswith("settled")]
+        assert said == ["settled none False", "settled full True", "settled full True"]
+
+
+def test_what_a_run_began_with_is_checked_against_these_devices(
+    tiny, tmp_path, monkeypatch
+):
+    asked = dataclasses.replace(auto(tiny(), steps=0), mesh=MeshConfig(data=1))
+    begun = with_settings(asked, 0, 0, asked.data.batch_size)  # one row a part
+    train(begun, tmp_path / "run", quiet=True)
+    wide = dataclasses.replace(asked, mesh=MeshConfig(data=2))
+    with pytest.raises(ConfigError, match="doesn't divide"):
+        train(wide, tmp_path / "run", quiet=True)

@@ -1,8 +1,9 @@
 """What is computed again in the backward pass, chosen by a device's memory.
 
-A config with `model.remat` auto leaves three things open that give the same model:
-what is recomputed, whether layers are scanned, and in how many parts a batch is taken.
-Imports no jax.
+A config with `model.remat` auto leaves three things open: what is recomputed, whether
+layers are scanned, and in how many parts a batch is taken. The model is the same up to
+rounding; but with dropout a part has its own draws, and routers are balanced over
+each part. Imports no jax.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from uoe_jax.hardware.roofline import memory_bytes
 # Of a device's memory, what a step may be predicted to take: predictions of steps
 # without recomputation were up to 7% too low.
 SHARE = 0.9
+REMATS = ("none", "full", "dots", "auto")
 # Tokens of a device in one part of a batch: kernels are slower with fewer.
 LEAST_TOKENS = 16_384
 
@@ -90,6 +92,19 @@ def adopt_recompute(
         return config
     scans = config.model.scan_layers and model.scan_layers
     return _with(config, parts, remat=model.remat, scan_layers=scans)
+
+
+def open_settings(config: ExperimentConfig) -> tuple[int, int, int]:
+    """Return what auto settles as numbers, that processes can compare."""
+    model = config.model
+    return REMATS.index(model.remat), model.scan_layers, config.train.accumulate
+
+
+def with_settings(
+    config: ExperimentConfig, remat: int, scans: int, parts: int
+) -> ExperimentConfig:
+    """Return a config with what another's `open_settings` are."""
+    return _with(config, parts, remat=REMATS[remat], scan_layers=bool(scans))
 
 
 def _with(

@@ -107,9 +107,9 @@ def train(
     check_32_bits()
     check_sinks(config)
     run_dir = run_folder(run_dir, "run_dir", writes=True)
-    order = config.layout.device_order
+    config, order = as_recorded(run_dir, config), config.layout.device_order
     mesh = mesh_for(config, recorded=read_order(run_dir, order) if resume else None)
-    config, settled = settle_memory(as_recorded(run_dir, config), mesh)
+    config, settled = settle_memory(config, mesh)
     with ExitStack() as stack:
         quiet = quiet or not is_primary()
         display = stack.enter_context(

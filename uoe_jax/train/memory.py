@@ -12,9 +12,14 @@ from jax.sharding import Mesh
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import OutOfMemory, first_line
 from uoe_jax.hardware.devices import find_device
-from uoe_jax.hardware.recompute import settle_recompute
+from uoe_jax.hardware.recompute import (
+    open_settings,
+    settle_recompute,
+    with_settings,
+)
 from uoe_jax.hardware.roofline import memory_bytes
 from uoe_jax.partition.legal import AXES
+from uoe_jax.train.peers import gather
 
 _SHOWN = 3  # ways out, or as many as there are
 
@@ -82,15 +87,26 @@ def settle_memory(
 ) -> tuple[ExperimentConfig, str | None]:
     """Return a config whose recomputation is settled for a mesh, and a line about it.
 
-    See `settle_recompute`; None if the config left nothing open.
+    See `settle_recompute`; None if the config left nothing open. All processes of a run
+    settle alike, as they compile one program: by the least memory that one of them
+    has, and by what the first one read of the run. All of them must call it.
     """
     sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}
-    return settle_recompute(config, sizes, device_bytes(mesh))
+    memory = device_bytes(mesh)
+    # 0: unknown. Float32 rounds it, alike in all.
+    found = gather(*open_settings(config), memory or 0.0)
+    if len(found) > 1:
+        config = with_settings(config, *map(int, found[0, :3]))
+        memory = float(found[:, 3].min()) or None
+    return settle_recompute(config, sizes, memory)
 
 
 def device_bytes(mesh: Mesh) -> float | None:
-    """Return what one device has: by its own word, else by its data sheet."""
-    device: Any = mesh.devices.flat[0]
+    """Return what a device of this process has: by its own word, else its data sheet.
+
+    Those of others say nothing here.
+    """
+    device: Any = mesh.local_devices[0]
     try:
         limit = (device.memory_stats() or {}).get("bytes_limit")
     except jax.errors.JaxRuntimeError:
