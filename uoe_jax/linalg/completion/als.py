@@ -118,6 +118,7 @@ def gauge(
         axes, energy = principal_axes(fixed)
         return matmul(fixed, axes), matmul(other, axes), energy / fixed.shape[0]
     q, r = orthonormalise(fixed)
+    # Squares of a column of q add up to 1, so they are 1 / M on average.
     return q, matmul(other, r.T), jnp.full(r.shape[0], 1 / fixed.shape[0], q.dtype)
 
 
@@ -137,7 +138,7 @@ def solve_factor(
     def one_chunk(block: Block) -> tuple[Array, ...]:
         ids, index, values, weights = block
         a, b = gather(fixed.design, index), values - gather(fixed.shift, index)
-        if weights is not None:
+        if weights is not None:  # by their roots: a^T a squares them
             root = jnp.sqrt(weights)
             a, b = a * root[..., None], b * root
         known = gather(side.degree, ids)
@@ -154,8 +155,9 @@ def solve_factor(
     solution = jnp.zeros_like(start)
     totals = []
     for block in side.blocks:
+        # One after the other: the gathered rows of one chunk are in memory at a time.
         x, *stats = jax.lax.map(one_chunk, block)
-        ids = block.ids.reshape(-1)
+        ids = block.ids.reshape(-1)  # of padding one past the end, and dropped
         solution = solution.at[ids].set(x.reshape(ids.size, -1), mode="drop")
         totals.append(stats)
     # Devices hold disjoint unknowns, so summing gathers them.

@@ -45,6 +45,7 @@ def conjugate_gradient(
         step, x, residual, direction, gamma, count = state
         image = matvec(direction)
         curvature = dot(direction, image)
+        # Of a singular problem rounding can leave a direction no curvature, or less.
         active = (gamma > target) & (curvature > 0)
         alpha = jnp.where(active, gamma / jnp.where(active, curvature, 1), 0)[:, None]
         x = x + alpha * direction
@@ -58,6 +59,7 @@ def conjugate_gradient(
 
     z = precondition(rhs)
     gamma = dot(rhs, z)
+    # Times 0, not new zeros: the loop's state must vary over the mesh axes rhs does.
     count = (0 * gamma).astype(jnp.int32)
     state = (0, 0 * rhs, rhs, z, gamma, count)
     _, x, _, _, _, count = jax.lax.while_loop(unfinished, advance, state)
@@ -93,6 +95,8 @@ class Equations(NamedTuple):
 
 def times(a: Float[Array, "C S R"], x: Float[Array, "C R"]) -> Float[Array, "C S"]:
     """Return a @ x of each problem; 2 C S R FLOPs."""
+    # A sum, not a product: those round float32 to TF32 or bfloat16 on accelerators,
+    # and the residual is what the answer's accuracy comes from.
     return jnp.sum(a * x[:, None, :], axis=2)
 
 
@@ -121,7 +125,8 @@ def _cholesky_solve(equations: Equations, solver: Solver) -> Callable:
     a, _, ridge, _ = equations
     gram, rounding = _gram(a, solver)
     trace = jnp.trace(gram, axis1=1, axis2=2)
-    # Relative shift: a singular Gram matrix must survive its own rounding.
+    # Relative shift: a singular Gram matrix must survive its own rounding. That of a
+    # problem without entries is zero, and any share of it too: it is shifted by 1.
     shift = rounding * trace + jnp.where(trace > 0, 0, 1)
     diagonal = ridge + shift[:, None]
     lower = jnp.linalg.cholesky(
@@ -146,6 +151,8 @@ def sketch_triangle(
     rank = a.shape[2]
     short = sketch_rows(a, solver.sketch_factor * rank, key, solver.sketch)
     energy = jnp.sum(short * short, axis=(1, 2))
+    # Rows below the sketch that keep its triangle invertible where equations are fewer
+    # than unknowns: the ridge's, or what is lost in rounding anyway.
     floor = jnp.finfo(a.dtype).eps * energy + jnp.where(energy > 0, 0, 1)
     tail = (
         jnp.sqrt(ridge + floor[:, None])[:, :, None]
@@ -156,6 +163,7 @@ def sketch_triangle(
 
 def _by_triangle(triangle: Float[Array, "C R R"]) -> Matvec:
     def apply(g: Array) -> Array:
+        # (R^T R)^-1 g: R^T R is near a^T a + ridge, which is never made.
         y = jax.lax.linalg.triangular_solve(
             triangle, g[..., None], left_side=True, lower=False, transpose_a=True
         )
@@ -167,6 +175,7 @@ def _by_triangle(triangle: Float[Array, "C R R"]) -> Matvec:
 
 
 def _by_diagonal(diagonal: Float[Array, "C R"]) -> Matvec:
+    # Where it is zero no equation has the unknown, and g is zero as well.
     diagonal = jnp.where(diagonal > 0, diagonal, 1)
     return lambda g: g / diagonal
 
@@ -181,6 +190,7 @@ def _iterative_solve(
     """Return CG on the equations themselves, or on their Gram matrices."""
     a, b, ridge, scale = equations
     short = a.astype(jnp.bfloat16) if solver.low_precision else a
+    # By the expected diagonal: a's own would take another pass over the entries.
     precondition = _by_diagonal(scale + ridge)
     if kind == "sketch":
         precondition = _by_triangle(sketch_triangle(a, ridge, solver, key))
@@ -200,6 +210,7 @@ def _iterative_solve(
     square = jnp.broadcast_to(tol**2, whole.shape[:1]) + 0 * whole[:, 0]
 
     def solve(rhs: Array, reference: Array | None) -> tuple[Array, Array]:
+        # Relative to A^T b, not to what the start left: a good start takes few steps.
         scale = whole if reference is None else reference
         target = square * jnp.sum(scale * precondition(scale), axis=-1)
         return conjugate_gradient(matvec, rhs, precondition, target, solver.max_steps)
@@ -225,6 +236,7 @@ def solve_batch(
     def matvec(x: Array) -> Array:
         return transpose_times(a, times(a, x)) + ridge * x
 
+    # The solver only has to come near: derivatives are those of `matvec` and `rhs`.
     frozen = jax.tree.map(jax.lax.stop_gradient, equations)
     kind = solver.choose(a.shape[1], a.shape[2])
     if kind == "exact":

@@ -47,6 +47,8 @@ def solve_run(
     def times(a: Array, x: Array) -> Array:
         return jnp.sum(a * gather(x, unknown), axis=1)
 
+    # Every unknown's CG in one loop: it ends with the slowest, while those that are done
+    # are frozen, but none is padded to the entries of another.
     residual = b - times(a, start)
     rhs = transpose_times(a, residual) - ridge * start
     frozen, frozen_b, frozen_ridge = jax.lax.stop_gradient((a, b, ridge))
@@ -73,6 +75,7 @@ def solve_run(
         x, steps = solve(rhs, None)
     entries = jax.ops.segment_sum(jnp.ones_like(values), unknown, num_unknown)
     entries = summed(entries * 1.0, axis_name)
+    # An unknown without entries keeps nothing of its start.
     known = (degree > 0)[:, None]
     stats = Stats(
         summed(jnp.sum(residual * residual), axis_name),

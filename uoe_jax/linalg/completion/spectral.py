@@ -84,6 +84,7 @@ def start_biases(
     col_bias = total[:, 0] / (cols + damping)
     ones = jnp.ones((cols.size, 1), cols.dtype)
     total = sparse_times(problem.rows, ones, zero_rows, col_bias, axis_name)
+    # Damped: the mean of a row's few entries says more of their noise than of the row.
     return total[:, 0] / (rows + damping), col_bias
 
 
@@ -111,6 +112,7 @@ def spectrum(
         return row_scale[:, None] * y
 
     def transpose_multiply(x: Array) -> Array:
+        # By the columns' own order of entries: the terms of a sum are neighbours.
         y = sparse_times(
             problem.cols, row_scale[:, None] * x, col_bias, row_bias, axis_name
         )
@@ -125,6 +127,7 @@ def spectrum(
         passes=passes,
         dtype=row_scale.dtype,
     )
+    # Zeros stand for the unknown entries: values are low by the share that is known.
     return u, s / density, v
 
 
@@ -151,6 +154,8 @@ def spectral_start(
         row_bias, col_bias = start_biases(problem, method.axis_name)
     rank, clip_mu, passes = start
     u, s, v = spectrum(problem, row_bias, col_bias, rank, key, passes, method.axis_name)
+    # Clipped rows leave the columns no longer orthonormal. v is solved for first, from
+    # whatever it is.
     u = orthonormalise(clip_rows(u, clip_mu))[0]
     v = clip_rows(v, clip_mu)
     root = jnp.sqrt(s)[None, :]

@@ -73,6 +73,8 @@ def weight_grads(
     """Return every group's sum of x (outer) grad over its rows, float32 or wider."""
     num_rows, num_groups = count_rows(x, x_ids), offsets.shape[0] - 1
     dtype = accumulator_dtype(x.dtype)
+    # A block makes a gradient of a whole weight, whatever its rows: they are larger
+    # here, and fewer at a time.
     block = min(4 * _BLOCK, num_rows)
     blocks = cut_groups(offsets, num_rows, block)
 
@@ -80,6 +82,7 @@ def weight_grads(
         at, own = _own_rows(blocks, index, block, num_rows)
         rows = jax.vmap(lambda a: read_rows(x, x_ids, a, block))(at)
         grads = jax.vmap(lambda a: read_rows(grad, grad_ids, a, block))(at)
+        # Rows of others are masked on both sides: 0 * nan is nan.
         update = jnp.einsum(
             "cpi,cpo->cio",
             jnp.where(own, rows, 0),

@@ -45,6 +45,7 @@ def products(
             contract,
             preferred_element_type=accumulator_dtype(x.dtype),
         )
+        # Beside its own a block has rows of others: what is written there must stay.
         old = lax.dynamic_slice_in_dim(out, at, block)
         new = jnp.where(own, y.astype(out.dtype), old)
         return lax.dynamic_update_slice_in_dim(out, new, at, 0)
@@ -69,6 +70,7 @@ def weight_grads(
 
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
         at, own = own_rows(blocks, i, block, num_rows)
+        # Rows of others are masked on both sides: 0 * nan is nan.
         update = lax.dot_general(
             jnp.where(own, read_rows(x, x_ids, at, block), 0),
             jnp.where(own, read_rows(grad, grad_ids, at, block), 0),

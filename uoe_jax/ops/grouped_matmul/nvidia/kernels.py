@@ -65,6 +65,7 @@ def operands(
     if O % OUTER:
         at = wrapped(at, O, OUTER)
     i = tl.arange(0, INNER)
+    # In 64 bits: rows times width passes 2**31 where batches are large.
     x_at = x + source.to(tl.int64)[:, None] * I + i[None, :]
     w_at = w + group.to(tl.int64) * (I * O)
     if TRANSPOSE:
@@ -261,6 +262,7 @@ def weight_grads(
     """
     high: tl.constexpr = (I + INNER - 1) // INNER
     wide: tl.constexpr = (O + OUTER - 1) // OUTER
+    # All tiles of a share follow each other: they read the same rows, which stay in L2.
     share = tl.program_id(0) // (high * wide)
     group = share // SPLITS
     up, column = swizzle(tl.program_id(0) % (high * wide), high, wide, BAND)
@@ -290,9 +292,11 @@ def weight_grads(
         if AHEAD:
             x_row = named_rows(x_ids, first + ROWS, stop, GATHER_X, ROWS)
             grad_row = named_rows(grad_ids, first + ROWS, stop, GATHER_GRAD, ROWS)
+        # Rows past the share are zero on both sides: 0 * nan is nan.
         a = tl.load(x_at, mask=inside[:, None], other=0)
         b = tl.load(grad_at, mask=inside[:, None], other=0)
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
+    # Each share has a place of its own: they are added up later, in their order.
     out_at = out + share.to(tl.int64) * (I * O) + i[:, None] * O + o[None, :]
     value = total.to(out.dtype.element_ty)
     if (I % INNER) or (O % OUTER):
@@ -317,7 +321,7 @@ def sum_rows(
     """out[n] = sum over x of rows[row_ids[n, x]], in order; ids past M add nothing."""
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     d = tl.arange(0, WIDTH)
-    token = tl.where(n < N, n, 0)
+    token = tl.where(n < N, n, 0)  # its ids are loaded without a mask
     total = tl.zeros((TOKENS, WIDTH), tl.float32)
     for x in tl.static_range(X):
         row = tl.load(row_ids + token * X + x)

@@ -66,6 +66,7 @@ def _product_kernel(items, *refs, tiles, steps, transpose, picked):
         here, ahead, x_hbm, w_ref, out_ref, acc_ref, *buffers = refs
         gather = Gather(x_hbm, here, ahead, *buffers)
 
+        # Once a tile, at the first of its items: the others find the rows there.
         @pl.when(first_visit)
         def _():
             gather.advance(item.tile, first=index == 0, last=item.tile == picked - 1)
@@ -79,6 +80,7 @@ def _product_kernel(items, *refs, tiles, steps, transpose, picked):
         total = matmul(read(rows), w_ref[0], (1, 1 if transpose else 0))
         if steps == 1:
             return total
+        # Chosen, not zeroed beforehand: other items' sums of the tile may be there.
         return total + jnp.where(step == 0, 0.0, acc_ref[rows])
 
     def whole():
@@ -92,11 +94,14 @@ def _product_kernel(items, *refs, tiles, steps, transpose, picked):
         total = product(rows)
         if steps > 1:
             acc_ref[rows] = total
+        # A tile's items follow each other, so its block is still in VMEM, with what
+        # the groups before wrote.
         others = out_ref[rows]
         mine = _inside(item, tiles.rows, offset, others.shape)
         total = total.astype(others.dtype).reshape(others.shape)
         out_ref[rows] = jnp.where(mine, total, others)
 
+    # Grains that no item writes are of no group: they must be zero, not what was there.
     @pl.when(first_visit & (step == 0))
     def _():
         out_ref[...] = jnp.zeros_like(out_ref)
@@ -126,6 +131,7 @@ def _weight_kernel(items, *refs, tiles, last_index, picked, picks_grad):
         reads = (lambda rows: x_ref[rows]), lambda rows: grad_ref[rows]
     read_x, read_grad = reads[::-1] if picks_grad else reads
 
+    # Each group has an item, if without rows: the gradient of its weight is zero then.
     @pl.when((index == 0) | (before.group != item.group))
     def _():
         acc_ref[...] = jnp.zeros_like(acc_ref)
@@ -170,6 +176,8 @@ def products(
     items = work_items(offsets, num_rows, tiles.rows)
     num_tiles = pl.cdiv(num_rows, tiles.rows)
     steps = depth // tiles.inner
+    # Columns outermost: with one step all items of a group find its weight in VMEM, for
+    # a block whose index stays isn't copied again.
     grid = (pl.cdiv(width, tiles.outer), items.tile.shape[0], steps)
 
     def weight_block(column, index, step, scalars):
@@ -192,6 +200,7 @@ def products(
         )
     out_index = lambda *i: (tile_of(*i), i[0], 0)[: len(out_block)]
     sides = (tiles.outer, tiles.inner) if transpose else (tiles.inner, tiles.outer)
+    # Of one step nothing is kept between: the smallest block there is.
     scratch = (tiles.rows, tiles.outer) if steps > 1 else (8, LANES)
     call = tpu.call(
         lambda *refs: _product_kernel(
@@ -203,6 +212,7 @@ def products(
         ),
         tiles.target,
         vmem=tiles.vmem,
+        # Items in order: they share tiles, and a gather runs one tile ahead.
         parallel=(True, False, False),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -237,6 +247,7 @@ def weight_gradients(
     items = work_items(offsets, num_rows, tiles.rows)
     count = items.tile.shape[0]
     num_tiles = pl.cdiv(num_rows, tiles.rows)
+    # Items innermost: a group's follow each other, and its sum stays in VMEM.
     grid = (pl.cdiv(depth, tiles.inner), pl.cdiv(width, tiles.outer), count)
     tile_of = lambda i, o, n, scalars: read_item(scalars, n).tile
     x_spec = pl.BlockSpec((tiles.rows, tiles.inner), lambda *i: (tile_of(*i), i[0]))

@@ -52,8 +52,12 @@ class Gather:
         """
         slot = lax.rem(tile, 2)
         pl.when(first)(lambda: self._start(self.here, slot))
+        # One wait for all rows: a semaphore counts bytes, and the copy that is named
+        # here, but never started, has as many.
         whole = self.buffers.at[slot]
         pltpu.make_async_copy(whole, whole, self.sems.at[slot]).wait()
+        # The other buffer is free: the last item of its tile was an earlier grid step.
+        # After the last tile nobody would wait for the copies.
         pl.when(~last)(lambda: self._start(self.ahead, 1 - slot))
 
     def read(self, tile: Any, rows: Any) -> jax.Array:
