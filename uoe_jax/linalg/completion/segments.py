@@ -47,8 +47,8 @@ def solve_run(
     def times(a: Array, x: Array) -> Array:
         return jnp.sum(a * gather(x, unknown), axis=1)
 
-    # Every unknown's CG in one loop: it ends with the slowest, while those that are done
-    # are frozen, but none is padded to the entries of another.
+    # Every unknown's CG in one loop: it ends with the slowest (those that are done are
+    # frozen), but none is padded to the entries of another.
     residual = b - times(a, start)
     rhs = transpose_times(a, residual) - ridge * start
     frozen, frozen_b, frozen_ridge = jax.lax.stop_gradient((a, b, ridge))
