@@ -78,7 +78,7 @@ def swiglu(
 
 
 @jax.custom_vjp
-def _plain(
+def _plain_swiglu(
     rows: Float[Array, "M O"], factors: Float[Array, " M"]
 ) -> Float[Array, "M F"]:
     """Return it by plain JAX, computed in the factors' dtype."""
@@ -86,11 +86,11 @@ def _plain(
     return (jax.nn.silu(gate) * up * factors[:, None]).astype(rows.dtype)
 
 
-def _plain_fwd(rows, factors):
-    return _plain(rows, factors), (rows, factors)
+def _plain_swiglu_fwd(rows, factors):
+    return _plain_swiglu(rows, factors), (rows, factors)
 
 
-def _plain_bwd(saved, grad):
+def _plain_swiglu_bwd(saved, grad):
     rows, factors = saved
     up, gate = jnp.split(rows.astype(factors.dtype), 2, axis=-1)
     grad = grad.astype(factors.dtype)
@@ -102,7 +102,7 @@ def _plain_bwd(saved, grad):
     return d_rows.astype(rows.dtype), jnp.sum(grad * silu * up, axis=-1)
 
 
-_plain.defvjp(_plain_fwd, _plain_bwd)
+_plain_swiglu.defvjp(_plain_swiglu_fwd, _plain_swiglu_bwd)
 
 
 def _on_triton(
@@ -116,23 +116,23 @@ def _on_triton(
     nvidia.require(rows.dtype)
     if 0 in rows.shape:
         raise NotImplementedError("it takes no empty arrays")
-    return _kernels(rows, factors)
+    return _swiglu(rows, factors)
 
 
 @jax.custom_vjp
-def _kernels(rows, factors):
+def _swiglu(rows, factors):
     return forward(rows, factors)
 
 
-def _kernels_fwd(rows, factors):
-    return _kernels(rows, factors), (rows, factors)
+def _swiglu_fwd(rows, factors):
+    return _swiglu(rows, factors), (rows, factors)
 
 
-def _kernels_bwd(saved, grad):
+def _swiglu_bwd(saved, grad):
     return tuple(backward(*saved, grad))
 
 
-_kernels.defvjp(_kernels_fwd, _kernels_bwd)
+_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 @jax.jit
@@ -197,4 +197,4 @@ def _constants(count, width):
 
 # In order of preference where nothing was measured near a call's shape: the first that
 # can serve.
-BACKENDS = {"xla": _plain, "triton": _on_triton}
+BACKENDS = {"xla": _plain_swiglu, "triton": _on_triton}

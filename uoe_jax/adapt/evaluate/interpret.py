@@ -28,12 +28,14 @@ from uoe_jax.adapt.evaluate.products import (
     routed_product,
     take_rows,
 )
+from uoe_jax.ops.grouped_matmul.derivative import gathered, grouped, scattered
 from uoe_jax.ops.packing import Packing
 
+# By the names that their derivative rules give them in programs.
 ROUTED = {
-    "_gather_project": "gather_project",
-    "_project_scatter": "project_scatter",
-    "_grouped": "grouped_matmul",
+    gathered.__name__: "gather_project",
+    scattered.__name__: "project_scatter",
+    grouped.__name__: "grouped_matmul",
 }
 
 

@@ -34,8 +34,7 @@ class Products:
     weight_grads: Callable[..., jax.Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def grouped(
+def _grouped(
     backend: Products,
     x: Float[Array, "M I"],
     w: Float[Array, "E I O"],
@@ -56,8 +55,7 @@ def _grouped_bwd(backend, saved, grad):
     return dx, dw.astype(w.dtype), None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gathered(
+def _gather_project(
     backend: Products,
     x: Float[Array, "N I"],
     w: Float[Array, "E I O"],
@@ -68,11 +66,11 @@ def gathered(
     return backend.products(x, w, offsets, ids, transpose=False)
 
 
-def _gathered_fwd(backend, x, w, packing):
+def _gather_project_fwd(backend, x, w, packing):
     return gathered(backend, x, w, packing), (x, w, packing)
 
 
-def _gathered_bwd(backend, saved, grad):
+def _gather_project_bwd(backend, saved, grad):
     x, w, packing = saved
     offsets, ids = packing.group_offsets, packing.token_ids
     dw = backend.weight_grads(x, grad, offsets, ids, None)
@@ -80,8 +78,7 @@ def _gathered_bwd(backend, saved, grad):
     return dx, dw.astype(w.dtype), None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scattered(
+def _project_scatter(
     backend: Products,
     rows: Float[Array, "M I"],
     w: Float[Array, "E I O"],
@@ -91,11 +88,11 @@ def scattered(
     return backend.sums(rows, w, packing, transpose=False)
 
 
-def _scattered_fwd(backend, rows, w, packing):
+def _project_scatter_fwd(backend, rows, w, packing):
     return scattered(backend, rows, w, packing), (rows, w, packing)
 
 
-def _scattered_bwd(backend, saved, grad):
+def _project_scatter_bwd(backend, saved, grad):
     rows, w, packing = saved
     offsets, ids = packing.group_offsets, packing.token_ids
     drows = backend.products(grad, w, offsets, ids, transpose=True)
@@ -103,6 +100,10 @@ def _scattered_bwd(backend, saved, grad):
     return drows, dw.astype(w.dtype), None
 
 
+# Named by their functions in programs: adapters know them by these names.
+_form = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+grouped, gathered = _form(_grouped), _form(_gather_project)
+scattered = _form(_project_scatter)
 grouped.defvjp(_grouped_fwd, _grouped_bwd)
-gathered.defvjp(_gathered_fwd, _gathered_bwd)
-scattered.defvjp(_scattered_fwd, _scattered_bwd)
+gathered.defvjp(_gather_project_fwd, _gather_project_bwd)
+scattered.defvjp(_project_scatter_fwd, _project_scatter_bwd)
