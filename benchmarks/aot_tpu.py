@@ -10,9 +10,7 @@ kernels (see tpu_schedule.py for what that leaves out). Nothing here was run on 
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
 import os
 import subprocess
 import sys
@@ -32,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import tpu_schedule
 
-from uoe_jax.files import format_json
+from uoe_jax.bench.record import arguments, command_line, read_record, write_record
 from uoe_jax.ops import Packing, tpu
 from uoe_jax.ops.dense_attention import splash
 from uoe_jax.ops.dense_attention.call import Call as DenseCall
@@ -129,13 +127,8 @@ def compile_attention(case: Attention, name: str, dumps: Path) -> dict[str, Any]
         out = attention.segment_attention(call)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
-    rows = shape(num_rows, case.width)
-    args = (
-        shape(num_rows, case.groups, case.width),
-        rows,
-        rows,
-        shape(len(offsets), dtype=jnp.int32),
-    )
+    rows, ends = shape(num_rows, case.width), shape(len(offsets), dtype=jnp.int32)
+    args = (shape(num_rows, case.groups, case.width), rows, rows, ends)
     tpu_schedule.clear_dump(dumps)
     result = compiled(jax.grad(objective, (0, 1, 2)), args, name, mesh)
     target = tpu.Target(mesh.devices.flat[0].device_kind)
@@ -144,9 +137,8 @@ def compile_attention(case: Attention, name: str, dumps: Path) -> dict[str, Any]
     )
     result |= {"vmem_bytes": options.vmem, "kernels": {}}
     for kernel in ("forward", "dq", "dkv"):
-        result["kernels"][kernel] = kernel_figures(
-            case, options, offsets, kernel, dumps, how
-        )
+        call = (case, options, offsets, kernel, dumps, how)
+        result["kernels"][kernel] = kernel_figures(*call)
     total = sum(kernel["seconds"] for kernel in result["kernels"].values())
     return result | {"schedule_seconds": total}
 
@@ -161,24 +153,20 @@ def kernel_figures(case, options, offsets, kernel, dumps, how) -> dict[str, Any]
     num_rows = int(offsets[-1])
     how = how | {"seen_by": keys}
     plan = (jnp.asarray(offsets), num_rows, rows, chunk)
-    schedule = tpu_schedule.read_stream(
-        tpu_schedule.find_dump(dumps, f"segment_attention_{kernel}")
-    )
+    dump = tpu_schedule.find_dump(dumps, f"segment_attention_{kernel}")
+    schedule = tpu_schedule.read_stream(dump)
     blocks = visited(*plan, groups=stacked, **how)
     products = {"forward": 2, "dq": 3, "dkv": 4}[kernel]
     generation = options.target.generation
     pair = stacked * case.width * products / generation.macs_per_cycle
-    cycles = tpu_schedule.stream_cycles(
-        schedule, blocks, rows, chunk, pair, heads=heads
-    )
+    sizes = (rows, chunk, pair)
+    cycles = tpu_schedule.stream_cycles(schedule, blocks, *sizes, heads=heads)
     need = needed_pairs(plan[0], num_rows, **how)
-    floor = need * heads * pair
+    floor, work = need * heads * pair, computed_pairs(*plan, groups=stacked, **how)
     return {
         "rows": rows,
         "chunk": chunk,
-        "work_over_floor": round(
-            computed_pairs(*plan, groups=stacked, **how) / need, 4
-        ),
+        "work_over_floor": round(work / need, 4),
         "bundles": schedule.as_dict(),
         "cycles": cycles,
         "seconds": cycles / generation.clock_hz,
@@ -204,11 +192,8 @@ def compile_grouped(case: Grouped, name: str, dumps: Path) -> dict[str, Any]:
         segment_offsets=shape(case.experts * case.batch + 1, dtype=jnp.int32),
         group_offsets=shape(case.experts + 1, dtype=jnp.int32),
     )
-    args = (
-        shape(num_rows if case.scatter else tokens, case.depth),
-        shape(case.experts, case.depth, case.width),
-        packing,
-    )
+    x = shape(num_rows if case.scatter else tokens, case.depth)
+    args = (x, shape(case.experts, case.depth, case.width), packing)
     result = compiled(jax.grad(objective, (0, 1)), args, name, mesh)
     target = tpu.Target(mesh.devices.flat[0].device_kind)
     return result | grouped_tiles(case, target)
@@ -221,9 +206,8 @@ def grouped_tiles(case: Grouped, target: tpu.Target) -> dict[str, Any]:
     kinds = grouped.SUMMED if case.scatter else grouped.PICKED
     if not grouped.fits(target, num_rows, w, kinds):
         kinds = grouped.PLAIN
-    sizes = np.random.default_rng(0).multinomial(
-        num_rows, [1 / case.experts] * case.experts
-    )
+    shares = [1 / case.experts] * case.experts
+    sizes = np.random.default_rng(0).multinomial(num_rows, shares)
     offsets = jnp.asarray(np.concatenate([[0], np.cumsum(sizes)]), jnp.int32)
     tiles, vmem, work = {}, 0, 0.0
     for kernel, rows in zip(("", "_dx", "_dw"), kinds, strict=True):
@@ -321,11 +305,11 @@ def run_suite(suite: str, name: str, match: str, record: dict, save: Any) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
+    parser.set_defaults(out=Path("aot_tpu.json"))
     parser.add_argument("--generations", nargs="+", default=list(aot.TOPOLOGIES))
     parser.add_argument("--only", nargs="+", default=["attention", "grouped", "steps"])
     parser.add_argument("--match", default="", help="part of a case's name")
-    parser.add_argument("--out", type=Path, default=Path("aot_tpu.json"))
     options = parser.parse_args()
     pairs = [(name, suite) for name in options.generations for suite in options.only]
     if len(pairs) > 1:
@@ -335,12 +319,11 @@ def main() -> None:
             command = [sys.executable, __file__, *one, "--out", str(options.out)]
             subprocess.run(command, check=True)
         return
-    record = json.loads(options.out.read_text()) if options.out.exists() else {}
-    record["versions"] = {
-        name: importlib.metadata.version(name) for name in ("jax", "libtpu")
-    }
-    save = lambda: options.out.write_text(format_json(record, indent=1) + "\n")
-    (name, suite) = pairs[0]
+    record = read_record(options.out) | {"command": command_line()}
+    version = importlib.metadata.version
+    record["versions"] = {name: version(name) for name in ("jax", "libtpu")}
+    ((name, suite),) = pairs
+    save = lambda: write_record(options.out, record)
     run_suite(suite, name, options.match, record, save)
 
 

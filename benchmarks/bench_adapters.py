@@ -13,7 +13,6 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,14 +30,16 @@ from uoe_jax.adapt import (
     select_adapter,
 )
 from uoe_jax.adapt.subject import adapter_subject, freeze_params
-from uoe_jax.bench.record import header, write_record
+from uoe_jax.bench.record import arguments, header, write_record
+from uoe_jax.bench.timing import round_seconds, summarise
+from uoe_jax.bench.train import random_batch
 from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.model import make_model
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh
 from uoe_jax.presets import get_preset
 from uoe_jax.runs.state import init_state
-from uoe_jax.train.step import make_step
+from uoe_jax.train.step import make_step, put_batch
 
 STEPS = (
     ("lora", 8, "auto"),
@@ -56,23 +57,10 @@ FORWARDS = (
 )
 
 
-def median_seconds(call: Callable[[], Any], rounds: int, calls: int) -> list[float]:
-    """Seconds a call, one number a round, after two calls to warm up."""
-    for _ in range(2):
-        jax.block_until_ready(call())
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            out = call()
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / calls)
-    return times
-
-
-def timing(times: list[float]) -> dict[str, float]:
-    middle = statistics.median(times)
-    return {"ms": middle * 1e3, "spread": (max(times) - min(times)) / middle}
+def rounds_of(call: Callable[[], Any], rounds: int, calls: int) -> list[float]:
+    """Return a call's seconds in each round, after two calls to warm up."""
+    round_seconds(call, 1, calls=2)
+    return round_seconds(call, rounds, calls)
 
 
 def memory(compiled: Any) -> dict[str, float]:
@@ -94,22 +82,6 @@ def randomised(adapters: Adapters, key: jax.Array) -> Adapters:
     return adapters.with_weights(jax.tree.unflatten(tree, leaves))
 
 
-def random_batch(config: ExperimentConfig) -> dict[str, jax.Array]:
-    """One microbatch [1, B, T] of random tokens."""
-    rng = np.random.default_rng(0)
-    shape = (1, config.data.batch_size, config.seq_len)
-    tokens = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
-    positions = np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape)
-    batch = {
-        "tokens": tokens,
-        "targets": np.roll(tokens, -1, axis=2),
-        "positions": positions,
-        "segments": np.ones(shape, np.int32),
-        "mask": np.ones(shape, np.float32),
-    }
-    return jax.tree.map(jnp.asarray, batch)
-
-
 def split_model(config: ModelConfig) -> tuple[Any, Any, Any]:
     """A fresh model's static half, parameters and buffers; one compilation."""
     make = lambda: nnx.split(make_model(config, jax.random.key(0)), nnx.Param, ...)
@@ -120,14 +92,10 @@ class Bench:
     """One preset, its parameters, and a file of results."""
 
     def __init__(self, args: argparse.Namespace):
-        config = get_preset(args.preset)
+        config = get_preset("tiny" if args.tiny else args.preset)
         model = dataclasses.replace(config.model, scan_layers=True)
-        if args.tiny:
-            config = get_preset("tiny")
-            model = config.model
-        data = dataclasses.replace(
-            config.data, batch_size=args.batch, seq_len=args.seq_len
-        )
+        sizes = {"batch_size": args.batch, "seq_len": args.seq_len}
+        data = dataclasses.replace(config.data, **sizes)
         self.config = dataclasses.replace(config, model=model, data=data)
         self.args, self.rows = args, []
         self.graphdef, self.params, self.buffers = split_model(self.config.model)
@@ -138,7 +106,7 @@ class Bench:
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
                        for k, v in row.items()), flush=True)  # fmt: skip
         record = {
-            **header("python benchmarks/bench_adapters.py", self.args.commit),
+            **header(stated=self.args.commit),
             "preset": self.config.name,
             "batch": self.config.data.batch_size,
             "seq_len": self.config.seq_len,
@@ -165,25 +133,15 @@ class Bench:
         start = time.perf_counter()
         compiled = jax.jit(fn).lower(*args).compile()
         seconds = time.perf_counter() - start
-        times = median_seconds(lambda: compiled(*args), self.args.rounds, calls)
-        return {**timing(times), **memory(compiled), "compile_s": seconds}
+        times = rounds_of(lambda: compiled(*args), self.args.rounds, calls)
+        return {**summarise(times), **memory(compiled), "compile_s": seconds}
 
     def full_step(self) -> None:
         config, mesh = self.config, self.mesh()
         optimizer = make_optimizer(config.optim, config.train.steps)
         graphdef, state = init_state(config, optimizer, mesh)
-        batch = random_batch(config)
-        step = (
-            make_step(config, graphdef, optimizer, mesh).lower(state, batch).compile()
-        )
-        box = [state]
-
-        def call() -> Any:
-            box[0], metrics = step(box[0], batch)
-            return metrics["loss"]
-
-        times = median_seconds(call, self.args.rounds, self.args.calls)
-        self.put(case="step", method="full", **timing(times), **memory(step))
+        step = make_step(config, graphdef, optimizer, mesh)
+        self.time_step(step, state, None, method="full")
 
     def adapter_step(self, method: str, rank: int, path: str) -> None:
         config, mesh = self.config, self.mesh()
@@ -192,25 +150,23 @@ class Bench:
         base = (self.graphdef, self.params, self.buffers)
         subject = adapter_subject(adapters, base, config, optimizer, mesh, path=path)
         about = (mesh, subject.layout, subject.objective)
-        batch, frozen = random_batch(config), subject.frozen
         step = make_step(config, self.graphdef, optimizer, *about)
-        step = step.lower(subject.state, batch, frozen).compile()
-        box = [subject.state]
+        row = {"method": method, "rank": rank, "path": path}
+        row["params"] = count_adapter_params(adapters)
+        self.time_step(step, subject.state, subject.frozen, **row)
+
+    def time_step(self, step: Any, state: Any, frozen: Any, **row: Any) -> None:
+        """Put the time and memory of a training step."""
+        batch = put_batch(random_batch(self.config), self.mesh(), 1)
+        compiled = step.lower(state, batch, frozen).compile()
 
         def call() -> Any:
-            box[0], metrics = step(box[0], batch, frozen)
+            nonlocal state
+            state, metrics = compiled(state, batch, frozen)
             return metrics["loss"]
 
-        times = median_seconds(call, self.args.rounds, self.args.calls)
-        self.put(
-            case="step",
-            method=method,
-            rank=rank,
-            path=path,
-            params=count_adapter_params(adapters),
-            **timing(times),
-            **memory(step),
-        )
+        times = rounds_of(call, self.args.rounds, self.args.calls)
+        self.put(case="step", **row, **summarise(times), **memory(compiled))
 
     def mesh(self) -> Any:
         devices = jax.devices()[:1]
@@ -237,14 +193,8 @@ class Bench:
                 )
                 found = self.time_call(run, self.frozen, adapters, tokens, calls=calls)
                 found["over_base"] = found["ms"] / base["ms"] - 1
-                self.put(
-                    case="forward",
-                    tokens=tokens.size,
-                    method=method,
-                    rank=rank,
-                    path=path,
-                    **found,
-                )
+                row = {"method": method, "rank": rank, "path": path, **found}
+                self.put(case="forward", tokens=tokens.size, **row)
 
     def switching(self) -> None:
         """Eight adapters in turn through one compiled function."""
@@ -271,18 +221,13 @@ class Bench:
             turn[0] = (turn[0] + 1) % 8
             return run(self.frozen, bank, turn[0], tokens)
 
-        switching = median_seconds(call, self.args.rounds, 16)
+        switching = rounds_of(call, self.args.rounds, 16)
         same = lambda: run(self.frozen, bank, 3, tokens)
-        staying = median_seconds(same, self.args.rounds, 16)
-        self.put(
-            case="switch",
-            adapters=8,
-            compilations=run._cache_size(),
-            distinct=len({float(jnp.sum(o.astype(jnp.float32))) for o in outs}),
-            difference_from_merged=float(difference),
-            **timing(switching),
-            staying_ms=statistics.median(staying) * 1e3,
-        )
+        staying = rounds_of(same, self.args.rounds, 16)
+        row = {"adapters": 8, "compilations": run._cache_size()}
+        row["distinct"] = len({float(jnp.sum(o.astype(jnp.float32))) for o in outs})
+        row |= {"difference_from_merged": float(difference), **summarise(switching)}
+        self.put(case="switch", **row, staying_ms=statistics.median(staying) * 1e3)
 
 
 def union(args: argparse.Namespace, bench: Bench) -> None:
@@ -306,28 +251,21 @@ def union(args: argparse.Namespace, bench: Bench) -> None:
         for path in ("auto", "fused"):
             run = lambda p, a, t, path=path: apply_adapted(hidden, p, a, t, path=path)
             found = bench.time_call(run, frozen, adapters, tokens, calls=args.calls)
-            bench.put(
-                case="union",
-                path="routed" if path == "auto" else path,
-                share_experts=shared,
-                params=count_adapter_params(adapters),
-                **found,
-            )
+            row = {"path": "routed" if path == "auto" else path}
+            row |= {"share_experts": shared, "params": count_adapter_params(adapters)}
+            bench.put(case="union", **row, **found)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--preset", default="small")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=5)
-    parser.add_argument(
-        "--cases", nargs="*", default=["switch", "forward", "step", "union"]
-    )
+    cases = ["switch", "forward", "step", "union"]
+    parser.add_argument("--cases", nargs="*", choices=cases, default=cases)
     parser.add_argument("--tiny", action="store_true", help="try it on a CPU")
-    parser.add_argument("--commit", help="stated where git isn't there to ask")
     return parser.parse_args()
 
 

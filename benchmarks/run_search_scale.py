@@ -5,8 +5,9 @@
 
 Objects are made up: 20 words, 12 truth values, 20 numbers from small sets, and 8 that
 are never the same twice. A query is an object with 3 leaves changed; it is found if
-the object it was made of is nearest. usearch is used where it is installed. Seconds are
-the processor's unless they are the clock's.
+the object it was made of is nearest. The file has a row for each number of objects.
+usearch is used where it is installed. Seconds are the processor's unless they are the
+clock's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from uoe_jax.bench.record import arguments, header, processor, write_record
+from uoe_jax.bench.record import arguments, header, processor, read_record, write_record
 from uoe_jax.bench.timing import timed
 from uoe_jax.errors import MissingExtra
 from uoe_jax.files import format_json
@@ -154,7 +155,9 @@ def main() -> None:
         each = 1e3 * (spent["processor_seconds"] / 2000 - making)
         result[f"encode_milliseconds_an_object_dim_{dim}_of_2000"] = each
     print(format_json(result, indent=1))
-    write_record(options.out, result)
+    same = lambda row: (row["objects"], row["dim"]) == (count, options.dim)
+    rows = [r for r in read_record(options.out).get("results", []) if not same(r)]
+    write_record(options.out, {"results": [*rows, result]})
 
 
 if __name__ == "__main__":

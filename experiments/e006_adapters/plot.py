@@ -1,96 +1,81 @@
-"""Pictures of both halves: quality against adapter parameters.
-
-    python -m experiments.e006_adapters.plot RESULTS IMAGES
-
-RESULTS holds adapters_lm.json and adapters_conv.json, IMAGES takes the PNGs.
-"""
+"""Both halves as a picture and a table: quality against adapter parameters."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-STYLES = {
-    "lora": ("LoRA", "#3b6ea5", "o"),
-    "tucker": ("Tucker, inputs x outputs", "#c44e52", "s"),
-    "tucker_heads": ("Tucker, heads as modes", "#6a9a4a", "^"),
-    "tucker_k2": ("Tucker 4-D, kernel ranks 2", "#c44e52", "s"),
-    "tucker_k3": ("Tucker 4-D, kernel ranks 3", "#6a9a4a", "^"),
+from uoe_jax.report.style import LIGHT, Theme, render
+
+NAMES = {
+    "lora": "LoRA",
+    "tucker": "Tucker, inputs x outputs",
+    "tucker_heads": "Tucker, heads as modes",
+    "tucker_k2": "Tucker 4-D, kernel ranks 2",
+    "tucker_k3": "Tucker 4-D, kernel ranks 3",
+    "full": "full fine-tuning",
+    "head": "new head only",
+}
+LEVELS = ("full", "head")  # of one size: a line across
+# half -> metric, the axis' name, title
+HALVES = {
+    "lm": ("bpb", "bits per byte, Python source", "A Wikipedia byte model, adapted"),
+    "conv": ("error", "CIFAR-10 test error", "A ConvNet from MNIST, adapted"),
 }
 
 
-def draw_curves(
-    results: dict[str, Any], metric: str, lines: dict[str, tuple[float, str]]
-) -> Figure:
-    """Mean over seeds by parameters, with the range of the seeds, and level lines."""
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for name, (label, color, marker) in STYLES.items():
-        if name not in results:
-            continue
-        rows = results[name]
+def table(results: dict[str, Any]) -> str:
+    """Return Markdown: mean and deviation over the seeds of every curve and rank."""
+    lines = ["| half | curve | rank | parameters | rate | result |", "|---" * 6 + "|"]
+    for half, (metric, *_) in HALVES.items():
+        for name, label in NAMES.items():
+            for row in results.get(half, {}).get(name, ()):
+                mean, spread = np.mean(row[metric]), np.std(row[metric])
+                lines.append(
+                    f"| {half} | {label} | {row['rank']} | {row['params']:,} | "
+                    f"{row['rate']:g} | {mean:.4f} ± {spread:.4f} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any]) -> bytes:
+    """Return a PNG: means by parameters, the range of the seeds, and level lines."""
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(12, 4.6), layout="constrained")
+        for axes, half in zip(figure.subplots(1, 2), HALVES, strict=True):
+            metric, label, title = HALVES[half]
+            _panel(axes, results.get(half, {}), metric, theme)
+            axes.set(ylabel=label, title=title)
+            axes.set_xlabel("adapter parameters (numbers at the points: ranks)")
+        return figure
+
+    return render(draw, (LIGHT,))["light"]
+
+
+def _panel(axes: Any, curves: dict[str, Any], metric: str, theme: Theme) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    shown = [name for name in NAMES if name in curves and name not in LEVELS]
+    for name, color, marker in zip(shown, theme.colors, "os^Dv", strict=False):
+        rows = curves[name]
         sizes = [row["params"] for row in rows]
         values = np.array([row[metric] for row in rows])
-        axes.plot(sizes, values.mean(1), color=color, marker=marker, label=label)
+        mean = values.mean(1)
+        axes.plot(sizes, mean, color=color, marker=marker, label=NAMES[name])
         axes.fill_between(
             sizes, values.min(1), values.max(1), color=color, alpha=0.2, linewidth=0
         )
-        for row, size, value in zip(rows, sizes, values.mean(1), strict=True):
-            axes.annotate(
-                str(row["rank"]),
-                (size, value),
-                textcoords="offset points",
-                xytext=(4, 5),
-                fontsize=7,
-                color=color,
-            )
-    for value, label in lines.values():
-        axes.axhline(value, color="#777777", linestyle="--", linewidth=1)
+        for row, *at in zip(rows, sizes, mean, strict=True):
+            how = {"textcoords": "offset points", "xytext": (4, 5), "fontsize": 7}
+            axes.annotate(str(row["rank"]), at, color=color, **how)
+    for name in (name for name in LEVELS if name in curves):
+        value = float(np.mean(curves[name][0][metric]))
+        axes.axhline(value, color=theme.ink, linestyle="--", linewidth=1)
         place = {"xy": (0.01, value), "xycoords": ("axes fraction", "data")}
         above = {"xytext": (2, 3), "textcoords": "offset points"}
-        axes.annotate(label, **place, **above, fontsize=8, color="#555555")
-    axes.set_xscale("log")
-    axes.set_xlabel("adapter parameters (numbers at the points: ranks)")
-    axes.grid(which="both", alpha=0.2)
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
-    return figure
-
-
-def level(results: dict[str, Any], name: str, metric: str, label: str) -> dict:
-    """A level line of a curve with one entry, where it was measured."""
-    if name not in results:
-        return {}
-    return {name: (float(np.mean(results[name][0][metric])), label)}
-
-
-def main(results: Path, images: Path) -> None:
-    lm = json.loads((results / "adapters_lm.json").read_text())
-    size = lm["about"]["base_params"]
-    line = level(lm, "full", "bpb", f"full fine-tuning ({size / 1e6:.1f} M)")
-    figure = draw_curves(lm, "bpb", line)
-    before = lm["about"]["base_bpb_python"]
-    figure.axes[0].set_ylabel("bits per byte, Python source")
-    figure.axes[0].set_title(
-        f"A Wikipedia byte model adapted to Python source ({before:.2f} before)",
-        fontsize=10,
-    )
-    figure.savefig(images / "adapters_lm.png", dpi=150)
-    conv = json.loads((results / "adapters_conv.json").read_text())
-    lines = level(conv, "full", "error", "full fine-tuning")
-    lines |= level(conv, "head", "error", "new head only")
-    figure = draw_curves(conv, "error", lines)
-    figure.axes[0].set_ylabel("CIFAR-10 test error")
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="center right")
-    figure.axes[0].set_title("A ConvNet from MNIST adapted to CIFAR-10", fontsize=10)
-    figure.savefig(images / "adapters_conv.png", dpi=150)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+        axes.annotate(NAMES[name], **place, **above, fontsize=8, color=theme.ink)
+    if shown:
+        axes.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))

@@ -168,7 +168,7 @@ def test_bad_requests_are_one_line(capsys, tmp_path):
     out = ["--tiny", "--out", str(tmp_path)]
     assert main(["003", "--only", "dens", *out]) == 2
     assert "did you mean dense?" in capsys.readouterr().err
-    for own in ("006", "e009"):
+    for own in ("009", "e010"):
         assert main([own, *out]) == 2
         assert "commands of its own" in capsys.readouterr().err
 
