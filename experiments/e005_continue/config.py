@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from pathlib import Path
@@ -14,11 +13,12 @@ from matplotlib.figure import Figure
 
 from experiments.e001_language import config as language
 from experiments.shared.case import change
+from uoe_jax.bench.record import read_record, write_record
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.data import make_dataset
 from uoe_jax.decompose.runs import Cut, decompose_run
 from uoe_jax.evaluate import evaluate_all
-from uoe_jax.files import format_json, write_atomically
+from uoe_jax.files import write_atomically
 from uoe_jax.presets import get_preset
 from uoe_jax.report.style import LIGHT, Theme, render
 from uoe_jax.runs.load import load_run
@@ -144,13 +144,11 @@ def _losses(folder: Path) -> dict[str, float]:
 
 
 def _read(out: Path) -> dict[str, Any]:
-    file = out / "results.json"
-    return json.loads(file.read_text()) if file.is_file() else {"cuts": {}}
+    return read_record(out / "results.json") or {"cuts": {}}
 
 
 def _write(out: Path, results: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "results.json", format_json(results, indent=1) + "\n")
+    write_record(out / "results.json", results)
     write_atomically(out / "table.md", table(results))
 
 

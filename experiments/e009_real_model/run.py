@@ -14,7 +14,6 @@ small model.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -45,7 +44,7 @@ from experiments.e009_real_model.study import (
 from experiments.e009_real_model.table import write_summary
 from experiments.shared.case import change
 from experiments.shared.work import prepare
-from uoe_jax.bench.record import made_with
+from uoe_jax.bench.record import made_with, write_record
 from uoe_jax.config import ExperimentConfig, ModelConfig, config_hash
 from uoe_jax.data import make_dataset
 from uoe_jax.data.record import read_record
@@ -53,7 +52,7 @@ from uoe_jax.decompose.plan import Cut
 from uoe_jax.decompose.runs import decompose_run
 from uoe_jax.decompose.split import union_config
 from uoe_jax.errors import UoeError
-from uoe_jax.files import format_json, write_atomically
+from uoe_jax.files import read_json
 from uoe_jax.generate import generate
 from uoe_jax.hardware.count import count_params, flops_per_token
 from uoe_jax.interop.importing import import_run
@@ -117,7 +116,7 @@ class Study:
         self.others: dict[str, Any] = {"entries": {}}
         for file in sorted(self.out.glob("results*.json")):
             mine = file == self.file or self.part.count == 1
-            join(self.results if mine else self.others, json.loads(file.read_text()))
+            join(self.results if mine else self.others, read_json(file))
 
     @property
     def left(self) -> float:
@@ -131,8 +130,7 @@ class Study:
     def write(self) -> None:
         """Write the results so far, and what is drawn from them."""
         self.out.mkdir(parents=True, exist_ok=True)
-        text = format_json(self.results, indent=1) + "\n"
-        write_atomically(self.file, text)
+        write_record(self.file, self.results)
         if self.part.count == 1:
             names = [entry.name for entry in self.entries]
             at = lambda item: names.index(item[0])

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from experiments.e009_real_model.run import (
 from uoe_jax.adapt.config import AdapterConfig
 from uoe_jax.adapt.request import AdaptRequest
 from uoe_jax.adapt.run import adapt_run
-from uoe_jax.bench.record import made_with
+from uoe_jax.bench.record import made_with, read_record, write_record
 from uoe_jax.compress.anytime import open_run
 from uoe_jax.compress.apply import compress_run
 from uoe_jax.compress.curve import score, sizes
@@ -39,7 +38,6 @@ from uoe_jax.compress.observed import Observed, Smaller, take_apart
 from uoe_jax.compress.options import LOW_RANK, Compress
 from uoe_jax.compress.statistics import observe
 from uoe_jax.errors import UoeError
-from uoe_jax.files import format_json, write_atomically
 from uoe_jax.model import flat_buffers, flat_params, with_params
 from uoe_jax.runs.batches import calibration_batch, probe_batch
 from uoe_jax.runs.load import load_run
@@ -92,9 +90,7 @@ class Experiment:
         held = {n: probe_batch(data, tokens) for n, data in self.study.data.items()}
         self.held = held
         self.file = self.out / "results.json"
-        self.results: dict[str, Any] = {"rows": []}
-        if self.file.is_file():
-            self.results = json.loads(self.file.read_text())
+        self.results: dict[str, Any] = read_record(self.file) or {"rows": []}
         self.results |= {
             "model": options.model.name,
             **made_with(),
@@ -112,8 +108,7 @@ class Experiment:
         """Add a row and write the file."""
         self.results["rows"].append(row)
         self.study.say(str(row))
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.file, format_json(self.results, indent=1) + "\n")
+        write_record(self.file, self.results)
 
     def observe(self) -> Observed:
         """Return the model by layer with what its text shows; the dense row too."""

@@ -22,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from matplotlib.figure import Figure
 from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
 
 from experiments.e011_clusters.network import ResNet, random_views
-from uoe_jax.bench.record import made_with
+from uoe_jax.bench.record import made_with, write_record
 from uoe_jax.cluster.metrics import (
     accuracy,
     adjusted_rand,
@@ -37,7 +38,8 @@ from uoe_jax.cluster.metrics import (
 from uoe_jax.cluster.objective import membership, start_value, value
 from uoe_jax.cluster.ppp import PPP
 from uoe_jax.cluster.spectral import spectral_labels
-from uoe_jax.files import format_json, write_atomically
+from uoe_jax.files import write_atomically
+from uoe_jax.report.style import LIGHT, Theme, render
 
 ANCHORS = 2048  # points whose labels are from the spectrum; others: nearest subspace
 
@@ -221,27 +223,29 @@ def rows_of(
 
 def picture(panels: dict[str, np.ndarray], classes: np.ndarray, path: Path) -> None:
     """Write |Z Z^T| of each kind of features, pictures sorted by class."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    draw = np.random.default_rng(0)
-    some = [draw.permutation(np.flatnonzero(classes == c))[:60] for c in range(10)]
+    rng = np.random.default_rng(0)
+    some = [rng.permutation(np.flatnonzero(classes == c))[:60] for c in range(10)]
     order = np.concatenate(some)
-    figure = Figure(figsize=(4.2 * len(panels) + 0.8, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for place, (name, z) in zip(axes, panels.items(), strict=True):
-        shown = np.abs(z[order] @ z[order].T)
-        image = place.imshow(shown, vmin=0, vmax=1, cmap="magma")
-        place.set_title(name)
-        edges = np.cumsum([0, *map(len, some)])
-        middles = 0.5 * (edges[1:] + edges[:-1])
-        place.set_xticks(middles, range(10))
-        place.set_yticks(middles, range(10))
-        place.set_xlabel("class")
-    axes[0].set_ylabel("class")
-    figure.colorbar(image, ax=list(axes), label="|z . z'|", shrink=0.85)
-    figure.savefig(path, dpi=120)
+
+    def draw(theme: Theme) -> Figure:
+        del theme
+        figure = Figure(figsize=(4.2 * len(panels) + 0.8, 4.4), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for place, (name, z) in zip(axes, panels.items(), strict=True):
+            shown = np.abs(z[order] @ z[order].T)
+            image = place.imshow(shown, vmin=0, vmax=1, cmap="magma")
+            place.grid(False)
+            place.set_title(name)
+            edges = np.cumsum([0, *map(len, some)])
+            middles = 0.5 * (edges[1:] + edges[:-1])
+            place.set_xticks(middles, range(10))
+            place.set_yticks(middles, range(10))
+            place.set_xlabel("class")
+        axes[0].set_ylabel("class")
+        figure.colorbar(image, ax=list(axes), label="|z . z'|", shrink=0.85)
+        return figure
+
+    write_atomically(path, render(draw, (LIGHT,), dpi=120)["light"])
 
 
 def study(pictures: Pictures, scale: Scale, seed: int, out: Path) -> dict[str, Any]:
@@ -318,8 +322,7 @@ def main() -> None:
         if time.perf_counter() - began > 60 * options.minutes:
             break
         results["seeds"].append(study(pictures, scale, seed, options.out))
-        text = format_json(results, indent=1) + "\n"
-        write_atomically(options.out / "results.json", text)
+        write_record(options.out / "results.json", results)
 
 
 if __name__ == "__main__":

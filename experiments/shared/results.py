@@ -17,7 +17,8 @@ from experiments.shared.stats import (
     spread,
     values,
 )
-from uoe_jax.files import format_json, write_atomically
+from uoe_jax.bench.record import write_record
+from uoe_jax.files import write_atomically
 from uoe_jax.report.table import si
 
 _TIMES_NOISE = 4.0  # of what rounding was seen to move in the same model
@@ -33,8 +34,7 @@ def result_file(folder: Path, case: str, seed: int) -> Path:
 def write_result(folder: Path, result: Result) -> None:
     """Write a run's result."""
     file = result_file(folder, result["case"], result["seed"])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, format_json(result, indent=1) + "\n")
+    write_record(file, result)
 
 
 def read_results(folder: Path, cases: Sequence[Case]) -> dict[str, list[Result]]:
