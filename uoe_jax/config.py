@@ -537,7 +537,7 @@ class DataConfig(Checked):
     min_length: Whole = 500  # listops: tokens of the shortest, excluded
     max_length: Whole = 2000  # listops: tokens of the longest, excluded
     pairs: Count = 8  # recall: keys with a value, each asked for once
-    cache_dir: str | None = None  # prepared arrays; None: a folder in the user's cache
+    cache_dir: str | None = None  # prepared arrays: folder or gs://; None: your cache
     allow_changed: bool = False  # accept a source that differs from its manifest
     seed: Seed = 0  # of the split and the order of examples
 

@@ -18,6 +18,7 @@ from uoe_jax.fields import range_problems
 from uoe_jax.files import check_path, parse_json
 from uoe_jax.kinds import ATTENTIONS, ROUTERS
 from uoe_jax.mixture import check_mix
+from uoe_jax.stores.objects import address_of
 from uoe_jax.widths import width_problems
 
 CONFIG = "config.json"  # of a run's folder
@@ -157,7 +158,9 @@ def _paths(data: DataConfig) -> Iterator[str]:
         yield str(error)
     for name in ("path", "data_dir", "cache_dir", "tokenizer"):
         try:
-            if (path := getattr(data, name)) is not None:
+            path = getattr(data, name)
+            stored = name == "cache_dir" and address_of(path) is not None
+            if path is not None and not stored:
                 check_path(path, f"data.{name}")
         except ConfigError as error:
             yield str(error)

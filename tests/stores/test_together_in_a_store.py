@@ -58,9 +58,8 @@ def start(config, folder, address):
 
 
 def test_two_processes_with_own_disks_save_one_checkpoint_in_a_store(store, tmp_path):
-    config = make_tiny(cache_dir=tmp_path / "data", steps=4, save_every=2)
+    config = make_tiny(cache_dir="bucket://b/data", steps=4, save_every=2)
     address = Path("bucket://b/runs/two")  # which makes one slash of two
-    alone = train(config, tmp_path / "alone", quiet=True)  # prepares the data, too
     halves = with_mesh(config, MeshConfig(data=1, fsdp=2))
     workers = list(start(halves, tmp_path, address))
     try:
@@ -70,6 +69,10 @@ def test_two_processes_with_own_disks_save_one_checkpoint_in_a_store(store, tmp_
             worker.kill()
     said = [(tmp_path / f"worker-{index}.log").read_text() for index in range(2)]
     assert codes == [0, 0], said
+    # One has prepared the data, the other one fetched it.
+    assert ["fetching stdlib from bucket://b/data/" in text for text in said] == (
+        [False, True]
+    )
     saved = store / "b/runs/two/checkpoints/4"
     manifest = json.loads((saved / "integrity.json").read_text())
     there = {p.relative_to(saved).as_posix() for p in saved.rglob("*") if p.is_file()}
@@ -78,6 +81,7 @@ def test_two_processes_with_own_disks_save_one_checkpoint_in_a_store(store, tmp_
     assert len(wide) >= 3  # the halves of two processes, and the header
     assert (store / "b/runs/two/metrics-1.jsonl").is_file()
     # One process goes on with what two have saved, from a third machine.
+    alone = train(config, tmp_path / "alone", quiet=True)
     more = with_train(config, steps=6)
     again = train(more, address, quiet=True)
     whole = train(more, tmp_path / "alone", quiet=True)

@@ -44,7 +44,7 @@ _PATHS = (
     "gemm",
     "calibrate",
 )
-_STORED = ("run_dir", "init_from")  # runs, which may lie in a store
+_STORED = ("run_dir", "init_from", "cache_dir")  # what may lie in a store
 # Verbs whose --out is a run.
 _MAKE_RUNS = ("DecomposeOptions", "AdaptOptions", "CompressOptions", "ImportOptions")
 _RUNS = ("run", "runs", "target")  # names of runs too, which `find_run` looks for

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from uoe_jax.data.chat import CHAT, configured_template
 from uoe_jax.data.files import fingerprint, sha256_file
 from uoe_jax.data.mix import MixSource, member_configs
 from uoe_jax.data.progress import note
+from uoe_jax.data.shared import bring, one_at_a_time, send
 from uoe_jax.data.source import Source, make_source
 from uoe_jax.data.store import (
+    STAMPS,
     build_folder,
     find_change,
     find_damage,
@@ -27,6 +30,7 @@ from uoe_jax.data.store import (
     read_manifest,
     remove_abandoned,
     write_manifest,
+    write_stamps,
 )
 from uoe_jax.data.tasks.source import TASKS, task_options
 from uoe_jax.data.tokenize import (
@@ -41,6 +45,7 @@ from uoe_jax.data.write_text import write_text
 from uoe_jax.errors import DataError
 from uoe_jax.files import format_json, user_cache
 from uoe_jax.mixture import read_mix
+from uoe_jax.stores.objects import StoreError, address_of
 
 # Of the prepared folder; another format is prepared again. Format 1 took some files
 # (UTF-16, archives, JSON under other endings) for bytes.
@@ -100,31 +105,59 @@ def prepare(config: ExperimentConfig, *, thorough: bool = False) -> Prepared:
     """
     data, kind = config.data, config.model.kind
     remove_abandoned(_cache_folder(data))
-    source = make_source(data, kind)
+    try:
+        source = make_source(data, kind)
+    except DataError:
+        found = find_prepared(config) if address_of(data.cache_dir) else None
+        if found is None:
+            raise
+        note(f"{data.path or 'the data'} isn't here: taken as another machine's")
+        return found
     settings = _settings(data, kind)
     members = source.members if isinstance(source, MixSource) else [source]
     folder = _folder(members, settings, data)
-    replace = False
-    manifest = read_manifest(folder)
-    if manifest is not None and manifest["format"] == FORMAT:
-        changed = find_change(folder, manifest, source.files)
-        if changed and not data.allow_changed:
-            raise DataError(
-                f"{source.name} changed since it was prepared ({changed}); restore it "
-                "or accept it with --data.allow-changed"
-            )
-        damage = changed or find_damage(folder, manifest, thorough=thorough)
-        if not damage:
-            return Prepared(folder, manifest)
-        note(f"preparing {source.name} again: {damage}")
-        replace = True
-    elif folder.exists():
-        replace = True
-        if manifest is None:
-            note(f"preparing {source.name} again: its manifest is damaged or old")
-    with build_folder(folder, replace=replace) as building:
-        manifest = _build(source, config, settings, building)
+    bring(folder, data, source.name)
+    found, _ = _usable(folder, source, data, thorough)
+    if found is not None:
+        return found
+    with one_at_a_time(folder, source.name):
+        # Which another process may have made meanwhile.
+        found, problem = _usable(folder, source, data, thorough)
+        if found is not None:
+            return found
+        if problem:
+            note(f"preparing {source.name} again: {problem}")
+        with build_folder(folder, replace=folder.exists()) as building:
+            manifest = _build(source, config, settings, building)
+    send(folder, data)
     return Prepared(folder, manifest)
+
+
+def _usable(
+    folder: Path, source: Source, data: DataConfig, thorough: bool
+) -> tuple[Prepared | None, str]:
+    """Return what a folder holds if it is whole and the source's, else None and why.
+
+    Raises DataError for a source that has changed, unless that is allowed.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None, "its manifest is damaged or old" if folder.exists() else ""
+    if manifest["format"] != FORMAT:
+        return None, ""
+    changed = find_change(folder, manifest, source.files)
+    if changed and not data.allow_changed:
+        raise DataError(
+            f"{source.name} changed since it was prepared ({changed}); restore it "
+            "or accept it with --data.allow-changed"
+        )
+    problem = changed or find_damage(folder, manifest, thorough=thorough)
+    if problem:
+        return None, problem
+    if not (folder / STAMPS).exists():  # as it was fetched
+        with suppress(OSError):  # whoever reads may not write there
+            write_stamps(folder, manifest, source.files)
+    return Prepared(folder, manifest), ""
 
 
 def find_prepared(config: ExperimentConfig) -> Prepared | None:
@@ -134,11 +167,12 @@ def find_prepared(config: ExperimentConfig) -> Prepared | None:
         parts = member_configs(data) if data.mix else [data]
         built_in = [make_source(part, kind) for part in parts if part.path is None]
         folder = _folder(built_in, _settings(data, kind), data)
+        bring(folder, data, folder.name)
         manifest = read_manifest(folder)
         if manifest is None or manifest["format"] != FORMAT:
             return None
         return None if find_damage(folder, manifest) else Prepared(folder, manifest)
-    except (DataError, OSError):
+    except (DataError, OSError, StoreError):
         return None
 
 
@@ -220,7 +254,7 @@ def absolute_paths(data: DataConfig) -> DataConfig:
         change["mix"] = tuple(f"{place}={weight!r}" for place, weight in places)
     for name in ("data_dir", "cache_dir", "chat_template"):
         given = getattr(data, name)
-        if given is not None:
+        if given is not None and address_of(given) is None:
             change[name] = str(Path(given).expanduser().absolute())
     if is_file_tokenizer(data.tokenizer) and not hub_name(data.tokenizer):
         change["tokenizer"] = str(Path(data.tokenizer).expanduser().absolute())
@@ -235,7 +269,10 @@ def _place(data: DataConfig) -> str | None:
 
 
 def _cache_folder(data: DataConfig) -> Path:
-    """Return where prepared data goes: data.cache_dir or the user's cache."""
-    if data.cache_dir is not None:
+    """Return where prepared data goes: data.cache_dir or the user's cache.
+
+    What comes from a store, and goes there, lies in the user's cache too.
+    """
+    if data.cache_dir is not None and address_of(data.cache_dir) is None:
         return Path(data.cache_dir).expanduser()
     return user_cache()

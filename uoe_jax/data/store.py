@@ -22,7 +22,7 @@ from uoe_jax.errors import DataError
 from uoe_jax.files import format_json, read_json
 
 MANIFEST = "manifest.json"
-_STAMPS = "stamps.json"  # file times, which differ from machine to machine
+STAMPS = "stamps.json"  # file times, which differ from machine to machine
 _BUILDING, _BUILDER = ".building-", "builder"
 _ABANDONED_SECONDS = 24 * 3600.0
 _HEADER_BYTES = 128
@@ -160,13 +160,20 @@ def write_manifest(
         },
     }
     manifest["hash"] = hash_manifest(manifest)
+    (folder / MANIFEST).write_text(format_json(manifest, indent=2) + "\n")
+    write_stamps(folder, manifest, files)
+    return manifest
+
+
+def write_stamps(
+    folder: Path, manifest: dict[str, Any], files: Sequence[SourceFile]
+) -> None:
+    """Write the times of files that are what a manifest says: they need no hashing."""
     stamps = {
         "sources": {f.name: stamp(f.path) for f in files},
-        "outputs": {p.name: stamp(p) for p in outputs},
+        "outputs": {name: stamp(folder / name) for name in manifest["outputs"]},
     }
-    (folder / MANIFEST).write_text(format_json(manifest, indent=2) + "\n")
-    (folder / _STAMPS).write_text(format_json(stamps) + "\n")
-    return manifest
+    (folder / STAMPS).write_text(format_json(stamps) + "\n")
 
 
 def hash_manifest(manifest: dict[str, Any]) -> str:
@@ -235,6 +242,6 @@ def find_damage(
 
 def _read_stamps(folder: Path, part: str) -> dict[str, list[int]]:
     try:
-        return dict(read_json(folder / _STAMPS)[part])
+        return dict(read_json(folder / STAMPS)[part])
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -400,7 +400,9 @@ class Checkpoints:
         return ocp.CheckpointManager(
             self.folder.absolute(),
             options=ocp.CheckpointManagerOptions(
-                enable_async_checkpointing=background, multiprocessing_options=processes
+                enable_async_checkpointing=background,
+                multiprocessing_options=processes,
+                enable_per_process_directory_creation=alone,
             ),
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(
@@ -468,29 +470,38 @@ class Checkpoints:
         manager = self._manager(background=True)
         manager.save(step, args=_items(arrays, config, progress), force=True)
 
-        def finish() -> None:
+        def write() -> None:
             with manager:
                 manager.wait_until_finished()
+
+        def finish() -> None:
             if self._stored is not None:
-                self._send_together(step, described)
-            elif primary:
-                integrity.write_manifest(folder, described, step=step, **self._about)
+                self._send_together(step, described, write)
+            else:
+                write()
+                if primary:
+                    integrity.write_manifest(
+                        folder, described, step=step, **self._about
+                    )
             if primary:
                 self._prune(step)
 
         Checkpoints._together = self._pool.submit(finish)
         return Checkpoints._together
 
-    def _send_together(self, step: int, described: Mapping[str, Any]) -> None:
-        """Send this process's part of a step; the first one completes it."""
+    def _send_together(
+        self, step: int, described: Mapping[str, Any], write: Callable[[], None]
+    ) -> None:
+        """Write and send this process's part of a step; the first one completes it."""
         assert self._stored is not None
         folder, index = self.folder / str(step), jax.process_index()
         Checkpoints._sent += 1
-        # Whoever fails comes too: nobody is waited for in vain.
         name = f"sent {self.folder.name} {step} {Checkpoints._sent}"
-        meet = lambda: ocp.multihost.sync_global_processes(name, timeout=_MEET_SECONDS)
+        # Not a device's barrier: the main thread uses those meanwhile.
+        barrier = ocp.multihost.get_barrier_sync_fn()
+        meet = lambda: barrier(key=name, timeout_ms=1000 * _MEET_SECONDS)
         try:
-            self._stored.push_part(step, index, meet)
+            self._stored.push_part(step, index, write, meet)
             if index == 0:
                 files = self._stored.take_parts(step, jax.process_count())
                 integrity.write_manifest(

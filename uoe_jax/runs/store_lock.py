@@ -48,7 +48,6 @@ class StoreLock(RunLock):
             self._take_over()
         self._ours = True
         self._mirror.pull()
-        self._mirror.folder.mkdir(parents=True, exist_ok=True)
         super().acquire()
 
     def look(self) -> None:

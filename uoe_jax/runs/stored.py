@@ -118,15 +118,18 @@ class StoredSteps:
         push_files(self._mirror)
         push_step(self._mirror, f"{self._place}/{step}")
 
-    def push_part(self, step: int, index: int, meet: Callable[[], None]) -> None:
-        """Send one of several processes' part of a step, and meet the others.
+    def push_part(
+        self, step: int, index: int, write: Callable[[], None], meet: Callable[[], None]
+    ) -> None:
+        """Write and send one of several processes' part of a step, and meet the others.
 
         All but the first send what they hold of arrays, and the checksums of it. The
-        others are met even where that fails.
+        others are met even where that fails: nobody waits in vain.
         """
         from uoe_jax.runs.integrity import describe_files  # which imports numpy
 
         try:
+            write()
             place = f"{self._place}/{step}"
             push_files(self._mirror)
             names = files_below(self._mirror, place)

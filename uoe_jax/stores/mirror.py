@@ -48,7 +48,7 @@ class Mirror:
         self._turn = threading.RLock()  # an older version must not arrive later
 
     def pull(self) -> None:
-        """Make the copy what the store has; no folder where it has nothing."""
+        """Make the copy what the store has; a reader's is gone where it has nothing."""
         self.sizes = sizes = self.objects.list()
         for name in [n for n in self._local() if n not in sizes and not self._kept(n)]:
             (self.folder / name).unlink(missing_ok=True)
@@ -59,6 +59,8 @@ class Mirror:
         }
         self.objects.download(wanted, self.folder)
         self._remove_empty()
+        if self.own:
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._stamps = self._stamps_now()
 
     def fetch(self, names: Iterable[str]) -> None:

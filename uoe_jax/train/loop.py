@@ -53,7 +53,7 @@ from uoe_jax.train.feed import flop_share, train_batch, whole_batch
 from uoe_jax.train.header import describe_operations, describe_run
 from uoe_jax.train.memory import explain_memory, settle_memory
 from uoe_jax.train.metrics import MetricsLog, check_sinks
-from uoe_jax.train.peers import Votes, barrier, is_primary
+from uoe_jax.train.peers import Votes, barrier, is_primary, primary_first
 from uoe_jax.train.progress import Display
 from uoe_jax.train.replay import make_replay
 from uoe_jax.train.resume import (
@@ -117,7 +117,11 @@ def train(
         )
         stack.enter_context(watch_peers())
         # Before the folder is touched: data that can't serve leaves nothing behind.
-        data = (make_dataset(config, "train"), make_dataset(config, "valid"))
+        # One process prepares it for all that see the same data.cache_dir.
+        data = primary_first(
+            "data is prepared",
+            lambda: (make_dataset(config, "train"), make_dataset(config, "valid")),
+        )
         teacher = find_teacher(config, run_dir)
         lock = None
         if is_primary():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
+from orbax.checkpoint import multihost
 
 from uoe_jax.errors import ConfigError
 
 # jax's own notice of a process that is gone, should `watch` have no connection to it.
 _HEARTBEAT_SECONDS = 50
+_LONGEST_SECONDS = 24 * 3600  # that the others wait for the first one
+_meetings = 0  # so that no two have the same name
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -47,6 +51,26 @@ def join() -> None:
             f"({' '.join(str(error).split())[:200]}); start under Slurm, MPI, "
             f"Kubernetes or on a TPU pod, or set {', '.join(_VARIABLES)}"
         ) from None
+
+
+def primary_first[Found](what: str, act: Callable[[], Found]) -> Found:
+    """Let the first process act, which may take hours, then the others at once.
+
+    Of one that fails the others hear by `watch_peers`.
+    """
+    global _meetings
+    if jax.process_count() == 1:
+        return act()
+    _meetings += 1
+    # Not a device's barrier, which gives up after minutes.
+    name, wait = f"{what} {_meetings}", multihost.get_barrier_sync_fn()
+    meet = lambda: wait(key=name, timeout_ms=1000 * _LONGEST_SECONDS)
+    if is_primary():
+        found = act()
+        meet()
+        return found
+    meet()
+    return act()
 
 
 def barrier(name: str) -> None:
