@@ -2,11 +2,13 @@
 
     python benchmarks/topology_properties.py --out benchmarks/results/topology.json
     python benchmarks/topology_properties.py --oracle 100000 --out ...
+    python benchmarks/topology_properties.py --peer 100000 --out ...
 
-Needs topohub 1.5.1, networkx, rustworkx and scipy beside numpy, no jax. Buffered cop
-decompositions and shortcut partitions of Chang et al. 2024 (arXiv 2308.00555) of every
-graph of topohub up to 150 vertices and of random planar graphs, 2-trees, trees, grids
-with dead chips, tori: all properties of the definition, hops and bags.
+Needs topohub 1.5.1, networkx, rustworkx, routingkit-cch and scipy beside numpy, no jax.
+Buffered cop decompositions and shortcut partitions of Chang et al. 2024 (arXiv
+2308.00555) of every graph of topohub up to 150 vertices and of random planar graphs,
+2-trees, trees, grids with dead chips, tori: all properties of the definition, hops and
+bags.
 """
 
 from __future__ import annotations
@@ -177,9 +179,8 @@ def summary(rows):
     return found
 
 
-def measure_oracle(size, landmarks, copies):
-    """The oracle of a road-like graph beside exact distances by rustworkx."""
-    import rustworkx as rx
+def road_like(size):
+    """A planar graph: its points, its edges with lengths, and what drew them."""
     from scipy.spatial import Delaunay
 
     rng = np.random.default_rng(0)
@@ -190,7 +191,44 @@ def measure_oracle(size, landmarks, copies):
         for a, b in ((s[0], s[1]), (s[1], s[2]), (s[2], s[0]))
     }
     length = lambda u, v: float(np.linalg.norm(points[u] - points[v])) * size**0.5
-    edges = [(u, v, length(u, v)) for u, v in sorted(pairs)]
+    return points, [(u, v, length(u, v)) for u, v in sorted(pairs)], rng
+
+
+def measure_peer(size):
+    """Exact distances by a customizable contraction hierarchy (routingkit-cch).
+
+    Dibbelt, Strasser and Wagner 2016. Hub labels have no package on the index.
+    """
+    import routingkit_cch as rk
+
+    points, edges, rng = road_like(size)
+    start = time.perf_counter()
+    tail = [u for u, v, _ in edges] + [v for u, v, _ in edges]
+    head = [v for u, v, _ in edges] + [u for u, v, _ in edges]
+    lengths = [round(length * 1e6) for _, _, length in edges] * 2
+    order = rk.compute_order_inertial(
+        size, tail, head, points[:, 0].tolist(), points[:, 1].tolist()
+    )
+    metric = rk.CCHMetric(rk.CCH(order, tail, head, False), lengths)
+    built = time.perf_counter() - start
+    query = rk.CCHQuery(metric)
+    ends = rng.integers(0, size, (QUERIES // 10, 2)).tolist()
+    start = time.perf_counter()
+    for u, v in ends:
+        query.run(u, v)
+    asked = (time.perf_counter() - start) / len(ends)
+    return {
+        "package": "routingkit-cch 0.1.4",
+        "build_seconds": built,
+        "microseconds_per_query": asked * 1e6,
+    }
+
+
+def measure_oracle(size, landmarks, copies):
+    """The oracle of a road-like graph beside exact distances by rustworkx."""
+    import rustworkx as rx
+
+    _, edges, rng = road_like(size)
     graph = make_graph(size, edges)
     start = time.perf_counter()
     rows = np.array(list(forests(graph, landmarks=landmarks, copies=copies)))
@@ -266,12 +304,16 @@ def main():
     parser.add_argument("--random", type=int, default=600)
     parser.add_argument("--seconds", type=float, default=900)
     parser.add_argument("--oracle", type=int, default=0, help="vertices; 0: properties")
+    parser.add_argument("--peer", type=int, default=0, help="vertices, of the peer")
     parser.add_argument("--landmarks", type=int, default=12)
     parser.add_argument("--copies", type=int, default=4)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     record = json.loads(options.out.read_text()) if options.out.exists() else {}
-    if options.oracle:
+    if options.peer:
+        record["oracle_peer"] = measure_peer(options.peer)
+        print(format_json(record["oracle_peer"], indent=1))
+    elif options.oracle:
         record["oracle"] = measure_oracle(
             options.oracle, options.landmarks, options.copies
         )
