@@ -184,6 +184,7 @@ class Objects:
                 logger = logging.getLogger(library)
                 if _LAST_WORDS not in logger.handlers:
                     logger.addHandler(_LAST_WORDS)
+                    logger.propagate = False  # else each request has its warning
             # Of listings the newest counts: others write there too.
             self._opened = fsspec.core.url_to_fs(self.address, use_listings_cache=False)
         return self._opened
