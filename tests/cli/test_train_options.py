@@ -80,6 +80,19 @@ def test_addresses_are_refused(option, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["demo --run-dir ADDRESS", "sweep tiny --out ADDRESS", "export runs/a ADDRESS",
+     "plan tiny --topology v5e:2x2 --out ADDRESS", "report runs/a --out ADDRESS"],
+)  # fmt: skip
+def test_what_is_no_run_does_not_lie_in_a_store(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(command.replace("ADDRESS", "gs://b/x").split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "gs://b/x" in line and "mount the store" in line
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("given", ["--train.wandb=true", "--train.wandb false",
                                    "--no-report=1", "--quiet yes"])  # fmt: skip
 def test_a_flag_with_a_value_is_one_line(given, capsys):

@@ -44,9 +44,16 @@ _PATHS = (
     "gemm",
     "calibrate",
 )
-_STORED = ("run_dir", "init_from", "cache_dir")  # what may lie in a store
-# Verbs whose --out is a run.
-_MAKE_RUNS = ("DecomposeOptions", "AdaptOptions", "CompressOptions", "ImportOptions")
+# What may lie in a store beside the runs that verbs take: by class and field.
+_STORED = {
+    ("TrainOptions", "run_dir"),
+    ("TrainOptions", "init_from"),
+    ("ImportOptions", "run_dir"),
+    ("DecomposeOptions", "out"),
+    ("CompressOptions", "out"),
+    ("AdaptOptions", "out"),
+    ("DataConfig", "cache_dir"),
+}
 _RUNS = ("run", "runs", "target")  # names of runs too, which `find_run` looks for
 _UNNAMED = (*_RUNS, "file")  # typed without an option's name
 
@@ -284,8 +291,7 @@ def _check_paths(options: typing.Any) -> None:
     for field in option_fields(type(options)):
         value = functools.reduce(getattr, field.path, options)
         runs = field.name in _RUNS
-        made = field.name == "out" and field.owner.__name__ in _MAKE_RUNS
-        stored = runs or made or field.name in _STORED
+        stored = runs or (field.owner.__name__, field.name) in _STORED
         for item in value if isinstance(value, tuple) else (value,):
             named = isinstance(item, str) and field.name in _PATHS
             if isinstance(item, Path) or named or (runs and item):
