@@ -263,6 +263,9 @@ class ModelConfig(Checked):
     norm_place: Literal["pre", "post"] = "pre"  # post: after each residual sum
     embed_norm: bool = False  # of the embeddings too
     qk_norm: bool = False  # RMS norm of each query and key head, before rotation
+    # What a head reads times 2 sigmoid of a product of what attention reads: 1 at the
+    # start, near 0 where a head has nothing to say.
+    output_gate: bool = False
     # Rotated queries and keys, or a learned vector a position.
     position: Literal["rope", "learned"] = "rope"
     rope_theta: Positive = 10_000.0  # base of the rotation's wavelengths
@@ -435,6 +438,7 @@ class ModelConfig(Checked):
         found = {
             "model.head_groups": self.head_groups != HeadGroups(),
             "model.convolution": self.convolution > 0,
+            "model.output_gate": self.output_gate,
         }
         return tuple(name for name, given in found.items() if given)
 

@@ -116,6 +116,10 @@ ATTENTION = {
     "wo": Weight(
         axes="ejghd", ins="jgh", outs="d", heads="jgh", cut="j", fsdp="d", cast=True
     ),
+    # Gates of what the heads read.
+    "wg": Weight(
+        axes="edjg", ins="d", outs="jg", heads="jg", cut="j", fsdp="d", cast=True
+    ),
     "bq": Weight(axes="ejgh", ins="", outs="jgh", heads="jgh", cut="j"),
     "bk": Weight(axes="ejh", ins="", outs="jh", heads="jh", cut="j"),
     "bv": Weight(axes="ejh", ins="", outs="jh", heads="jh", cut="j"),
@@ -340,8 +344,7 @@ def _attention(
             routed=router is not None,
         )
         for name, weight in ATTENTION.items()
-        if name.startswith("w")
-        or (model.output_bias if name == "bo" else model.qkv_bias)
+        if _has(model, name)
     }
     if model.qk_norm:
         scale = HEAD_NORM["scale"]
@@ -353,6 +356,12 @@ def _attention(
     params |= _router("router", columns, model.d_model)
     params |= ATTENTIONS[kind].params(model)
     return {f"{part}.{name}": param for name, param in params.items()}
+
+
+def _has(model: ModelConfig, name: str) -> bool:
+    """Whether a model's attention has a weight of the table."""
+    asked = {"wg": model.output_gate, "bo": model.output_bias}
+    return asked.get(name, name.startswith("w") or model.qkv_bias)
 
 
 def _mlp(model: ModelConfig, kind: str) -> dict[str, Param]:

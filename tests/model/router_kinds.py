@@ -36,6 +36,11 @@ OTHERS = {
         "union": UnionConfig(num_experts=4, top_k=2),
         "convolution": 4,
     },
+    "output gate": {
+        "attention": ("union",),
+        "union": UnionConfig(num_experts=4, top_k=2),
+        "output_gate": True,
+    },
     "mod": {"blocks": ("mod",), "mod": ModConfig(capacity_factor=0.75)},
 }
 LENGTH = 12

@@ -56,6 +56,16 @@ CASES = {
         {"data": 2, "sequence": 2, "tensor": 2},
         EVERYTHING,
     ),
+    "output gate": (
+        "output gate",
+        {"fsdp": 2, "sequence": 2, "tensor": 2},
+        {"tensor_reduce": "reduce_scatter"},
+    ),
+    "output gate union": (
+        "output gate union",
+        {"data": 2, "sequence": 2, "tensor": 2},
+        EVERYTHING,
+    ),
     "drawn": ("drawn", {"data": 2, "sequence": 2, "tensor": 2}, EVERYTHING),
     "gated values": (
         "gated values",

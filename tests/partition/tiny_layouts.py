@@ -60,6 +60,10 @@ KINDS["gated values"] = KINDS["union"] | {
 KINDS["threshold"] = KINDS["union"] | {
     "union": UnionConfig(num_experts=4, top_k=2, router="threshold", num_shared=1)
 }
+KINDS |= {
+    "output gate": KINDS["dense"] | GROUPS | {"output_gate": True},
+    "output gate union": KINDS["union"] | {"output_gate": True},
+}
 KINDS["drawn"] = KINDS["union"] | {
     "union": UnionConfig(num_experts=4, top_k=4, least_top_k=1)
 }
@@ -130,8 +134,8 @@ def first_state(kind):
         return np.array([[[0], [1], [1], [0]]], leaf.dtype)
 
     def other_taps(path, leaf):
-        """Let convolutions, which start at 0, mix something."""
-        if not leaf_name(path).endswith("convolution.weight"):
+        """Let convolutions and gates of heads, which start at 0, change something."""
+        if not leaf_name(path).endswith(("convolution.weight", "attention.wg")):
             return leaf
         draw = np.random.default_rng(1)
         return draw.normal(0, 0.5, leaf.shape).astype(leaf.dtype)

@@ -76,6 +76,8 @@ def _attention(model: ModelConfig, kind: str) -> _Attention:
     d, both = model.d_model, model.key_dim + model.value_dim
     heads, kv = model.num_heads, model.num_kv_heads
     side, keys = d * heads * both, d * kv * both
+    if model.output_gate:
+        side += d * heads
     if model.qkv_bias:
         side, keys = side + heads * model.key_dim, keys + kv * both
     if model.output_bias:
@@ -175,8 +177,9 @@ def _attention_flops(
     part = _attention(model, kind)
     projected = part.side * heads + part.keys * model.num_kv_heads
     kinds = ATTENTIONS[kind]
+    gates = part.side * heads if model.output_gate else 0.0
     parts = {
-        f"{name} projections": 2.0 * d * both * projected,
+        f"{name} projections": 2.0 * d * (both * projected + gates),
         f"{name} scores": 2 * heads * both * kinds.keys_seen(model, length),
     }
     if chosen := kinds.choosing(model, length):

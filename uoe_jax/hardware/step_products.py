@@ -116,7 +116,11 @@ def step_products(
     for _, attention, mlp in kinds:
         if attention not in KNOWN["attention"] or mlp not in KNOWN["mlp"]:
             return None
-    if model.kind != "decoder" or any(block == "mod" for block in model.block_kinds):
+    if (
+        model.output_gate
+        or model.kind != "decoder"
+        or any(block == "mod" for block in model.block_kinds)
+    ):
         return None
     steps = config.train.accumulate
     tokens = max(1, round(tokens_per_device(config, sizes) / steps))

@@ -1,7 +1,8 @@
 """Attention: dense, and as a union whose experts see only the tokens that chose them.
 
 An expert is J key/value heads with their G query heads each; dense attention is one
-expert with all K heads. Weights: wq [E,D,J,G,H], wk and wv [E,D,J,H], wo [E,J,G,H,D];
+expert with all K heads. Weights: wq [E,D,J,G,H], wk and wv [E,D,J,H], wo [E,J,G,H,D],
+and with output gates wg [E,D,J,G];
 where a layer is narrower than the model, H is `key_dim` of wq and wk and `value_dim` of
 wv and wo.
 """
@@ -46,6 +47,7 @@ from uoe_jax.model.routing.token import Routing
 from uoe_jax.model.sharded import attend, pack_local, share_experts, splits_tokens
 from uoe_jax.ops.as_segments import Lists, list_attention
 from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
+from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.packing import Packing
 from uoe_jax.ops.rotary import frequencies, rotate, rotate_pairs
 from uoe_jax.ops.segment_attention.api import segment_attention
@@ -91,6 +93,8 @@ class AttentionWeights(nnx.Module):
         self.bk = init_bias((e, j, h), config, config.qkv_bias)
         self.bv = init_bias((e, j, hv), config, config.qkv_bias)
         self.bo = init_bias((d,), config, config.output_bias)
+        gates = jnp.zeros((e, d, j, g), config.param_dtype)
+        self.wg = nnx.Param(gates) if config.output_gate else None
         self.q_norm = HeadNorm(config) if config.qk_norm else None
         self.k_norm = HeadNorm(config) if config.qk_norm else None
         # What other widths of keys or values change; see `narrow`.
@@ -142,6 +146,29 @@ class AttentionWeights(nnx.Module):
             q = q * (q.shape[-1] / self.head_dim) ** 0.5
         return q, self.settle(k, self.k_norm, positions), v
 
+    def gate_heads(
+        self, x: Float[Array, "*N D"], heads: Float[Array, "*N Q H"]
+    ) -> Float[Array, "*N Q H"]:
+        """Return what all heads read times their gates, 2 sigmoid of a product of x.
+
+        Where the model has such gates (Qiu et al. 2025, one a head): 1 at the start.
+        """
+        if self.wg is None:
+            return heads
+        scores = project(x, self.wg[...].reshape(x.shape[-1], -1))
+        return scale_rows(heads, _output_gates(scores)[..., None])
+
+    def gate_rows(
+        self, x: Float[Array, "*N D"], heads: Float[Array, "J M G H"], packing: Packing
+    ) -> Float[Array, "J M G H"]:
+        """Return what packed rows read times their gates; see `gate_heads`."""
+        if self.wg is None:
+            return heads
+        e, d, j, g = self.wg.shape
+        weight = self.wg[...].reshape(e, d, -1).astype(x.dtype)
+        scores = gather_project(x.reshape(-1, d), weight, packing).reshape(-1, j, g)
+        return scale_rows(heads, jnp.moveaxis(_output_gates(scores), 1, 0)[..., None])
+
     def project_out(self, heads: Float[Array, "*N Q H"]) -> Float[Array, "*N D"]:
         """Return the heads' outputs projected to the model width."""
         matrix = self.wo[...].reshape(-1, self.wo.shape[-1])
@@ -163,7 +190,8 @@ class AttentionWeights(nnx.Module):
         slot, (keys, values) = slot.append_token(k, v)
         q = q.reshape(*k.shape[:2], -1, k.shape[2])
         out = attend_cache(q, keys, values, visible(q, keys))
-        return self.project_out(out.reshape(x.shape[0], -1, v.shape[2])), slot
+        out = self.gate_heads(x, out.reshape(x.shape[0], -1, v.shape[2]))
+        return self.project_out(out), slot
 
     def project_keys(
         self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
@@ -192,6 +220,10 @@ class AttentionWeights(nnx.Module):
         return checkpoint_name(y, PROJECTION)
 
 
+def _output_gates(scores: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    return 2.0 * jax.nn.sigmoid(scores.astype(accumulator_dtype(scores.dtype)))
+
+
 class DenseAttention(AttentionWeights):
     """Every token attends with every head."""
 
@@ -203,7 +235,7 @@ class DenseAttention(AttentionWeights):
     ) -> tuple[Float[Array, "B T D"], Stats, KeyValue]:
         """Return the output, no statistics, and keys and values [B, T, K, H]."""
         out, key_value = self.attend_heads(x, context)
-        return self.project_out(out), {}, key_value
+        return self.project_out(self.gate_heads(x, out)), {}, key_value
 
     def attend_heads(
         self, x: Float[Array, "B T D"], context: Context
@@ -286,6 +318,7 @@ class UnionAttention(AttentionWeights):
                 else (jnp.maximum(bounds[0], near), bounds[1])
             )
         out = self._attend(q, k, v, packing.segment_offsets, bounds)
+        out = self.gate_rows(x, out, packing)
         y = self.project_picks(out, routing, packing).reshape(x.shape)
         log = lambda a: self.log_rows(a, routing, packing).reshape(
             x.shape[0], -1, k.shape[0], k.shape[2]
@@ -323,7 +356,8 @@ class UnionAttention(AttentionWeights):
         if kept is not None:  # what sees nothing, not even itself, is no number
             kept = kept.reshape(*choices.shape, *[1] * (out.ndim - 2))
             out = jnp.where(kept, out, jnp.zeros_like(out))
-        y = self.project_picks(pick_heads(out, packing), routing, packing)
+        out = self.gate_rows(x, pick_heads(out, packing), packing)
+        y = self.project_picks(out, routing, packing)
         return y, slot
 
     def weigh(
@@ -409,6 +443,7 @@ class SharedKvAttention(AttentionWeights):
         q = self.project_queries(x, packing, context.positions)
         k, v = self.project_keys(x, context.positions)
         out = self._look(q, k, v, packing, context)
+        out = self.gate_rows(x, out, packing)
         y = self.project_picks(out, routing, packing).reshape(x.shape)
         return y, routing.stats, (k, v)
 
@@ -435,7 +470,8 @@ class SharedKvAttention(AttentionWeights):
         visible = written_rows(keys, slot.row, self.window)
         out = attend_cache(q, keys, values, visible)
         out = out.reshape(batch, picks, j, groups, width)
-        y = self.project_picks(pick_heads(out, packing), routing, packing)
+        out = self.gate_rows(x, pick_heads(out, packing), packing)
+        y = self.project_picks(out, routing, packing)
         return y, slot
 
     def project_queries(

@@ -44,7 +44,7 @@ class MobaAttention(AttentionWeights):
         span = document_span(x.shape[:2], context.segments, causal)
         picks, kept = pick_blocks(q, k, *span, size, self.top_k, causal)
         out = attend_blocks(q, k, v, picks, kept, *span, size, causal)
-        return self.project_out(out), {}, (k, v)
+        return self.project_out(self.gate_heads(x, out)), {}, (k, v)
 
     def decode(
         self, x: Float[Array, "B D"], slot: Slot

@@ -260,6 +260,8 @@ def _prepare_part(part: Any, wanted: Form) -> Any:
         form = NarrowTokenAttention.of
     if getattr(part, "low_rank", ()):  # forms are of whole matrices
         form = None
+    if getattr(part, "wg", None) is not None:  # and have no gates of heads
+        form = None
     if form is None:
         return OwnPart(part)
     if router is not None:
