@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uoe_jax.config import ModelConfig
+from uoe_jax.config import HeadGroups, ModelConfig
 from uoe_jax.model import param_shapes
 from uoe_jax.presets import PRESETS, get_preset
 from uoe_jax.tree import fill_leaves, leaf_name, named_leaves, replace_leaves
 from uoe_jax.weights import find_weight, is_decayed, model_params
 
-ROUTERS = ("token", "expert_choice", "selection", "hierarchical")
+ROUTERS = ("token", "expert_choice", "selection", "hierarchical", "threshold")
 
 
 def small(**changes):
@@ -42,6 +42,14 @@ CASES = {
     "vision": small(kind="vision", image_channels=3, position="learned"),
     "qkv bias": small(attention_bias="qkv", mlp_bias=True, qk_norm=True),
     "windows": small(attention=("union",), window=(0, 4), qk_norm=True),
+    "groups": small(
+        attention=("union",),
+        attention_bias="qkv",
+        qk_norm=True,
+        head_groups=HeadGroups(local=4, full=2, full_kv=1),
+    ),
+    "convolution": small(attention=("moh",), convolution=4),
+    "output gate": small(attention=("union", "dense"), output_gate=True),
     "post norm": small(
         kind="encoder",
         norm_place="post",
