@@ -42,11 +42,16 @@ FORMS: dict[type, Callable[[Any, Any], Any]] = {
 
 
 class Form(NamedTuple):
-    """In what form weights are read: their dtype, for how many rows, of eight bits."""
+    """In what form weights are read: their dtype, for how many rows, of eight bits.
+
+    `wide`: held in float32 after they were rounded to their dtype. A CPU has no
+    products of bfloat16, and would widen all weights for each token.
+    """
 
     dtype: Any
     batch: int
     int8: bool = False
+    wide: bool = False
 
     @property
     def read_as(self) -> Any:
@@ -55,9 +60,16 @@ class Form(NamedTuple):
 
     def of_weights(self, parts: Any) -> Any:
         """Return projections and additions, alone or within a part, in this form."""
-        if not self.int8:
+        if not (self.int8 or self.wide):
             return parts
-        change = lambda p: in_int8(p, self.dtype) if is_product(p) else p
+
+        def change(part: Any) -> Any:
+            if not is_product(part):
+                return part
+            if self.int8:
+                return in_int8(part, self.dtype)
+            return jax.tree.map(lambda a: a.astype(jnp.float32), part)
+
         return jax.tree.map(change, parts, is_leaf=is_product)
 
 
@@ -202,11 +214,16 @@ def prepare(model: Any, batch: int, looped: bool | None = None) -> TokenDecoder:
       looped: compile one period of layers and loop over them; None: on a CPU or TPU
         where layers are alike. On a GPU a loop costs more than it saves.
     """
-    config = model.config
+    config, backend = model.config, jax.default_backend()
     if looped is None:
-        looped = model.trunk.alike and jax.default_backend() not in ("gpu", "cuda")
-    stacks = model.trunk.blocks
-    form = Form(jnp.dtype(config.compute_dtype), batch, model.decode_weights == "int8")
+        looped = model.trunk.alike and backend not in ("gpu", "cuda")
+    stacks, dtype = model.trunk.blocks, jnp.dtype(config.compute_dtype)
+    form = Form(
+        dtype,
+        batch,
+        int8=model.decode_weights == "int8",
+        wide=backend == "cpu" and dtype == jnp.bfloat16,
+    )
     if looped:
         layers = tuple(_prepare_stack(stack, form) for stack in stacks)
     else:

@@ -116,7 +116,8 @@ def rms_norm(
 
 
 def _contract(form: str, a: Array, b: Array) -> Array:
-    b = b.astype(a.dtype)  # eight bits are whole numbers of every dtype
+    if b.dtype == jnp.int8:
+        b = b.astype(a.dtype)  # whole numbers, which every dtype has
     return jnp.einsum(form, a, b, preferred_element_type=accumulator_dtype(a.dtype))
 
 

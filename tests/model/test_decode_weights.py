@@ -1,4 +1,4 @@
-"""Decoding with weights of eight bits: what is held, and what it costs in quality."""
+"""Weights as decoding holds them: of eight bits, and bfloat16 on a CPU."""
 
 import dataclasses
 
@@ -78,6 +78,28 @@ def test_a_quarter_of_float32s_bytes_is_read():
     assert model.decode_weights == "compute"  # a copy was changed
     # And 4 bytes for each output: of 128 or more inputs.
     assert 1 / 4 < few / whole <= 1 / 4 + 1 / 128
+
+
+def test_a_cpu_holds_rounded_weights_in_float32():
+    config = dataclasses.replace(CONFIGS["union"], compute_dtype="bfloat16")
+    decoder = prepare(build(config), 2)
+    parts = [p for p in jax.tree.leaves(decoder, is_leaf=is_product) if is_product(p)]
+    for part in parts:
+        assert part.weight.dtype == jnp.float32
+        rounded = part.weight.astype(jnp.bfloat16).astype(jnp.float32)
+        np.testing.assert_array_equal(part.weight, rounded)
+    narrow = jax.tree.map(
+        lambda p: (
+            jax.tree.map(lambda a: a.astype(jnp.bfloat16), p) if is_product(p) else p
+        ),
+        decoder,
+        is_leaf=is_product,
+    )
+    tokens, cache = tokens_like(config, 2, 1, seed=1), init_cache(config, 2, 4)
+    step = jax.jit(lambda decoder: decoder.decode(tokens[:, 0], cache)[0])
+    want = np.asarray(step(narrow))
+    atol = 2.0**-7 * np.abs(want).max()
+    np.testing.assert_allclose(step(decoder), want, rtol=0, atol=atol)
 
 
 def test_tokens_are_the_same_streamed_or_at_once():
