@@ -28,7 +28,7 @@ from uoe_jax.bench.record import arguments, header, write_record
 from uoe_jax.bench.train import time_step
 from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.errors import ConfigError
-from uoe_jax.presets import as_control, get_preset
+from uoe_jax.presets import as_control, get_preset, has_unions
 from uoe_jax.validation import validate
 
 PARTS = ("mlp", "attention")
@@ -149,7 +149,7 @@ def main() -> None:
         try:
             config = configure(run)
             row = {"run": run, **time_step(config, args.rounds, args.steps, look)}
-            if {"union"} & {*config.model.attention, *config.model.mlp}:
+            if has_unions(config.model):
                 control = time_step(as_control(config), args.rounds, args.steps)
                 row["control"] = {"run": "  dense of its FLOPs", **control}
         except (ConfigError, jax.errors.JaxRuntimeError) as error:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from uoe_jax.bench.sizes import SIZES
+from uoe_jax.bench.train import bench_train
 from uoe_jax.bench.union import CONTROL, _mlp, _smha
 from uoe_jax.config import UnionOverrides
 from uoe_jax.hardware.count import flops_per_token
@@ -79,3 +80,12 @@ def leaves(tree):
     import jax
 
     return jax.tree.leaves(tree)
+
+
+def test_a_unions_steps_are_timed_beside_its_controls():
+    train = (("tiny", 8, 16), ("tiny-union", 8, 16))
+    sizes = dataclasses.replace(SIZES["small"], train=train)
+    rows = list(bench_train(sizes, 1))
+    names = ["tiny", "tiny-union", "tiny-union-control"]
+    assert [row.name for row in rows] == names
+    assert all(row.milliseconds > 0 for row in rows)

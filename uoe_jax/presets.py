@@ -158,6 +158,11 @@ def as_union(config: ExperimentConfig) -> ExperimentConfig:
     return dataclasses.replace(config, name=f"{config.name}-union", model=model)
 
 
+def has_unions(model: ModelConfig) -> bool:
+    """Whether some part of a model is a union, which has a control."""
+    return "union" in (*model.attention, *model.mlp)
+
+
 def as_control(config: ExperimentConfig) -> ExperimentConfig:
     """Return the plain dense experiment of a union's FLOPs, what unions are held to."""
     model = dense_control(config.model)

@@ -18,7 +18,7 @@ from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.hardware.devices import peak_flops
 from uoe_jax.optim import make_optimizer
 from uoe_jax.partition.mesh import make_mesh
-from uoe_jax.presets import get_preset
+from uoe_jax.presets import as_control, get_preset, has_unions
 from uoe_jax.runs.state import init_state
 from uoe_jax.train.memory import settle_memory
 from uoe_jax.train.step import make_step, put_batch
@@ -27,23 +27,30 @@ _STEPS = 4  # back to back in a round
 
 
 def bench_train(sizes: Sizes, rounds: int) -> Iterator[Row]:
-    """Yield the rows of every preset's step; the rate is of its active FLOPs."""
+    """Yield the rows of every preset's step; the rate is of its active FLOPs.
+
+    Beside each union stands its control, the plain dense model of its FLOPs.
+    """
     for preset, batch, length in sizes.train:
         config = get_preset(preset)
-        data = dataclasses.replace(config.data, batch_size=batch, seq_len=length)
-        config = dataclasses.replace(config, data=data)
-        found = time_step(config, rounds, _STEPS)
-        mfu = f", MFU {found['mfu']:.1%}" if found["mfu"] else ""
-        yield Row(
-            op="train",
-            case=f"{preset} B{batch} T{length}",
-            name=preset,
-            what="step",
-            milliseconds=found["milliseconds"],
-            tflops=found["teraflops"],
-            gigabytes=found["temporary_gigabytes"],
-            note=f"{found['tokens_per_second']:.0f} tokens/s{mfu}",
-        )
+        runs = [config, as_control(config)] if has_unions(config.model) else [config]
+        yield from (_time_preset(run, batch, length, rounds) for run in runs)
+
+
+def _time_preset(config: ExperimentConfig, batch: int, length: int, rounds: int) -> Row:
+    data = dataclasses.replace(config.data, batch_size=batch, seq_len=length)
+    found = time_step(dataclasses.replace(config, data=data), rounds, _STEPS)
+    mfu = f", MFU {found['mfu']:.1%}" if found["mfu"] else ""
+    return Row(
+        op="train",
+        case=f"{config.name} B{batch} T{length}",
+        name=config.name,
+        what="step",
+        milliseconds=found["milliseconds"],
+        tflops=found["teraflops"],
+        gigabytes=found["temporary_gigabytes"],
+        note=f"{found['tokens_per_second']:.0f} tokens/s{mfu}",
+    )
 
 
 def random_batch(config: ExperimentConfig, seed: int = 0) -> dict[str, np.ndarray]:
