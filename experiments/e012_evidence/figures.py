@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 
@@ -31,6 +32,7 @@ LADDER = (
     "local + full + conv",
     "local + conv",
 )
+_WORDS = re.compile(r"UoME \d+ of 32")  # a model of one budget
 _FITTED_SIZES = ("S", "M", "L")  # XL is held out
 _LABELS = {
     "flops": "training FLOPs",
@@ -64,6 +66,10 @@ def _drawn(
     for group in groups:
         if "recall" in group.setting:
             yield "e_recall.png", lambda theme, group=group: _recall(theme, group)
+            break
+    for group in text:
+        if any(" at " in model for model in group.models):
+            yield "h_budgets.png", lambda theme, group=group: _budgets(theme, group)
             break
     ladders = [g for g in text if len(_steps(g)) > 1 and _base(g)]
     if ladders:
@@ -270,6 +276,30 @@ def _cache(theme: Theme, group: Group) -> Figure:
     axes.set(title=group.title, xlabel="bytes of cache, a sequence of T")
     axes.set_ylabel(f"test bits/byte, {group.corpora[0]}")
     axes.legend(fontsize=7.5)
+    return figure
+
+
+def _budgets(theme: Theme, group: Group) -> Figure:
+    """Draw (h): loss by experts used, of one model and of models made for each."""
+    figure = Figure(figsize=(6.6, 4.4), layout="constrained")
+    axes = figure.subplots()
+    corpus = group.corpora[0]
+    mean = lambda model: statistics.fmean(group.losses(model, corpus))
+    plain = {m: int(m.split()[1]) for m in group.models if _WORDS.fullmatch(m)}
+    looks = _looks(theme, 0) | {"linestyle": "none", "capsize": 3}
+    losses = [mean(model) for model in plain]
+    half = [_half(group, len(group.models[model]), -1) for model in plain]
+    axes.errorbar(
+        list(plain.values()), losses, yerr=half, label="trained for it", **looks
+    )
+    every = {m: m.split(" at ") for m in group.models if " at " in m}
+    for number, name in enumerate(dict.fromkeys(n for n, _ in every.values()), 1):
+        points = sorted((int(x), mean(m)) for m, (n, x) in every.items() if n == name)
+        axes.plot(*zip(*points, strict=True), label=name, **_looks(theme, number))
+    _doublings(axes, sorted(plain.values()) or [int(x) for _, x in every.values()])
+    axes.set(title=group.title, xlabel="experts that a token uses")
+    axes.set_ylabel(f"test bits/byte, {corpus}")
+    axes.legend(fontsize=8)
     return figure
 
 

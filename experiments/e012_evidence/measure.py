@@ -7,6 +7,7 @@ the leak probe; of models of recall the share of right answers by distance.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Integer, PyTree
 
+from experiments.e012_evidence.models import BUDGETS
 from experiments.e012_evidence.study import Job
 from experiments.shared.arrays import Arrays, load_split
 from experiments.shared.branches import Measure
@@ -88,6 +90,23 @@ class Measures:
     def of(self, programs: Programs) -> Measure:
         """Return what measures a model of these programs."""
         return lambda params, buffers: self._measure(programs, params, buffers)
+
+    def with_budgets(self, programs: Programs) -> Measure:
+        """Return what measures a union at every budget too, on the first test."""
+        model, split = programs.config.model, f"test {self.names[0]}"
+        fixed = dataclasses.replace(model.union, least_top_k=0)
+
+        def at(top_k: int, params: PyTree, buffers: PyTree) -> float:
+            union = dataclasses.replace(fixed, top_k=top_k)
+            other = dataclasses.replace(model, union=union)
+            return bits(programs.each_token(params, buffers, split, other))
+
+        def measure(params: PyTree, buffers: PyTree) -> dict[str, Any]:
+            found = self._measure(programs, params, buffers)
+            budgets = {str(x): at(x, params, buffers) for x in BUDGETS}
+            return found | {"budgets": budgets}
+
+        return measure
 
     def _measure(
         self, programs: Programs, params: PyTree, buffers: PyTree

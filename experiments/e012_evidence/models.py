@@ -198,7 +198,33 @@ def whole_models(config: ExperimentConfig) -> dict[str, tuple[str, dict[str, Any
     }
 
 
-MODELS = {"mlp": mlp_models, "attention": attention_models, "whole": whole_models}
+BUDGETS = (2, 4, 8, 16)  # experts of 32 that a token uses
+
+
+def budget_models(config: ExperimentConfig) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return (family, changes) of a union for each budget, and of one for all.
+
+    8 of 32 have as many FLOPs as dense.
+    """
+    width = config.model.d_ff // 8
+
+    def union(top_k: int, **more: Any) -> tuple[str, dict[str, Any]]:
+        parts = {"num_experts": 32, "top_k": top_k} | more
+        changes = {"mlp": ("union",), "d_ff": 32 * width, "union": parts}
+        return "fine union", changes
+
+    fixed = {f"UoME {top_k} of 32": union(top_k) for top_k in BUDGETS}
+    low, high = BUDGETS[0], BUDGETS[-1]
+    drawn = union(high, least_top_k=low)
+    return fixed | {f"UoME {low} to {high} of 32": drawn}
+
+
+MODELS = {
+    "mlp": mlp_models,
+    "attention": attention_models,
+    "whole": whole_models,
+    "budgets": budget_models,
+}
 
 
 def make(config: ExperimentConfig, kind: str, name: str) -> tuple[str, Any]:

@@ -101,7 +101,7 @@ class Session:
         result = run_lengths(
             programs,
             Run(job.seed, rate, job.steps),
-            measures.of(programs),
+            (measures.with_budgets if job.kind == "budgets" else measures.of)(programs),
             Limits(self.deadline),
             say,
             self.options.out / "paused" / f"{name.replace('/', ' ')}-{job.seed}.npz",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.e012_evidence.models import SIZES, dense, make
+from experiments.e012_evidence.models import BUDGETS, SIZES, dense, make
 from experiments.shared.case import change
 from uoe_jax.config import DataConfig, ExperimentConfig
 
@@ -31,7 +31,7 @@ class Job:
     """One training: a named model of a size on rows of `length` tokens."""
 
     block: str
-    kind: Literal["mlp", "attention", "whole"]
+    kind: Literal["mlp", "attention", "whole", "budgets"]
     name: str
     size: str
     length: int  # T
@@ -105,7 +105,7 @@ WHOLE = (
     "UoME 8 of 32, local + few routed",
 )
 FITTED = (WHOLE[0], WHOLE[1], WHOLE[3])  # of which a law predicts XL
-BLOCKS = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "recall")
+BLOCKS = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "recall", "budgets")
 
 
 def jobs(block: str, rows: Sequence[Row], tiny: bool) -> list[Job]:
@@ -140,6 +140,10 @@ def _jobs(block: str, rows: Sequence[Row]) -> Iterator[Job]:
         yield from _each(block, "whole", FITTED, "S", 4096, 3, FULL)
     elif block == "9":
         yield from _each(block, "whole", FITTED, "XL", 4096, 1, FULL)
+    elif block == "budgets":
+        low, high = BUDGETS[0], BUDGETS[-1]
+        names = (f"UoME {low} to {high} of 32", *(f"UoME {x} of 32" for x in BUDGETS))
+        yield from _each(block, "budgets", names, "S", 1024, 3, FULL[3:4])
     elif block == "recall":
         for job in _each(block, "attention", ATTENTION, "R", 1024, 3, QUARTER):
             yield Job(**(vars(job) | {"task": "recall"}))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from experiments.e012_evidence.study import SEARCH_SEED, Row, validated
@@ -86,7 +87,7 @@ def spent(row: Row, axis: str, steps: int) -> float:
 def find_groups(rows: Sequence[Row]) -> list[Group]:
     """Return the groups of runs that came to their end, the search left out."""
     found: dict[tuple, dict[str, dict[int, Row]]] = {}
-    for row in rows:
+    for row in itertools.chain(rows, *map(at_budgets, rows)):
         steps = tuple(row["planned_steps"])
         if row["seed"] == SEARCH_SEED or len(row["lengths"]) < len(steps):
             continue
@@ -96,6 +97,17 @@ def find_groups(rows: Sequence[Row]) -> list[Group]:
         Group(setting, steps, {m: list(r.values()) for m, r in models.items()})
         for (setting, steps), models in found.items()
     ]
+
+
+def at_budgets(row: Row) -> Iterator[Row]:
+    """Yield a run's model at each budget, as a model `NAME at X`."""
+    for top_k, loss in (row["lengths"][-1:] or [{}])[0].get("budgets", {}).items():
+        last = row["lengths"][-1]
+        last = {k: v for k, v in last.items() if k != "budgets"}
+        corpus = next(iter(last["test"]))
+        last |= {"test": last["test"] | {corpus: loss}}
+        lengths = [*row["lengths"][:-1], last]
+        yield row | {"case": f"{row['case']} at {top_k}", "lengths": lengths}
 
 
 def equal_points(group: Group, first: str, second: str, axis: str) -> list[Equal]:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from experiments.shared.arrays import Arrays, eval_rows, make_take, num_examples
 from experiments.shared.stack import first_state, with_rate
-from uoe_jax.config import ExperimentConfig, MeshConfig, OptimConfig
+from uoe_jax.config import ExperimentConfig, MeshConfig, ModelConfig, OptimConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import make_model
 from uoe_jax.optim import make_optimizer, make_schedule
@@ -108,7 +108,7 @@ class Programs:
         self._many: Any = jax.jit(many, donate_argnums=0)
         self._score = make_eval_step(config, graphdef, mesh)
         self._take = jax.jit(take)
-        self._each = jax.jit(partial(_each_token, config, graphdef))
+        self._each: dict[ModelConfig, Any] = {}  # by the model that is scored
 
     def compile(self) -> float:
         """Compile all programs ahead; return the seconds it took."""
@@ -162,16 +162,28 @@ class Programs:
         }
 
     def each_token(
-        self, params: PyTree, buffers: PyTree, split: str
+        self,
+        params: PyTree,
+        buffers: PyTree,
+        split: str,
+        model: ModelConfig | None = None,
     ) -> dict[str, np.ndarray]:
         """Return of every token its `nll`, whether it is `correct`, and its `weight`.
 
-        [N, T] each, in the order of the split's examples.
+        [N, T] each, in the order of the split's examples. `model` is another config
+        with the same parameters, such as one with another `top_k`.
         """
-        arrays = self.data[split]
-        found = []
+        arrays, model = self.data[split], model or self.config.model
+        if model not in self._each:
+            config = dataclasses.replace(self.config, model=model)
+            make = lambda: nnx.split(
+                make_model(model, jax.random.key(0)), nnx.Param, ...
+            )
+            score = partial(_each_token, config, jax.eval_shape(make)[0])
+            self._each[model] = jax.jit(score)
+        found, score = [], self._each[model]
         for row in self.place(eval_rows(self.config, num_examples(arrays))):
-            found.append(self._each(params, buffers, self._take(arrays, row)))
+            found.append(score(params, buffers, self._take(arrays, row)))
         found = jax.device_get(found)
         whole = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
         return {name: a[: num_examples(arrays)] for name, a in whole.items()}

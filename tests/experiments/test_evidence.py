@@ -28,6 +28,7 @@ from experiments.shared.case import change
 from experiments.shared.compare import read_plan
 from tests.compare import assert_close
 from uoe_jax.config import DataConfig
+from uoe_jax.data import prepare
 from uoe_jax.data.tasks.recall import generate_recall
 from uoe_jax.errors import ConfigError
 from uoe_jax.files import format_json
@@ -90,6 +91,9 @@ def test_every_model_of_every_size_is_legal_and_costs_what_it_says():
                 family, config = make(start, kind, name)
                 validate(change(config, train={"steps": FULL[-1]}))
                 share = flops_per_token(config.model).forward / whole
+                if kind == "budgets":  # of which 8 experts are a dense MLP
+                    assert (share > 1.1) == ("16" in name), (size, name, share)
+                    continue
                 # Routers and a convolution come on top.
                 most = 0.95 if "lean" in name else 1.08 if size in "ML" else 1.3
                 assert family and share < most, (kind, size, name, share)
@@ -108,8 +112,9 @@ def test_what_is_planned_is_trained():
             if name == tables.BEST_MIXTURE:
                 assert any(s == one.size and n[:3] == "MoE" for s, n in trained)
             else:
+                name, _, _ = name.partition(" at ")  # a budget of one model
                 assert (one.size, name) in trained, one.name
-    assert {c.headline for c in plan.comparisons} == {1, 2, 3, 4}
+    assert {c.headline for c in plan.comparisons} == {1, 2, 3, 4, 6}
 
 
 def test_lengths_of_every_block_can_branch_after_the_warm_up():
@@ -204,6 +209,16 @@ def full_rows():
                     },
                 ]
             rows.append(asked)
+        for top_k in (2, 4, 8, 16):
+            made = {"block": "budgets", "kind": "budgets"}
+            one = row(f"UoME {top_k} of 32", seed, [1.9 + 1 / top_k + off], "S, T 1024",
+                      **made)  # fmt: skip
+            one["lengths"][-1]["budgets"] = {str(x): 2.5 + off for x in (2, 4, 8, 16)}
+            rows.append(one)
+        one = row("UoME 2 to 16 of 32", seed, [2.0], "S, T 1024", **made)
+        budgets = {str(x): 1.901 + 1 / x + 2 * off for x in (2, 4, 8)} | {"16": 2.1}
+        one["lengths"][-1]["budgets"] = budgets
+        rows.append(one)
     return rows
 
 
@@ -223,12 +238,14 @@ def test_tables_and_figures_come_from_the_results_alone(tmp_path):
     assert "| not measured |" in lines["1a: lean union below dense at equal seconds, S"]
     assert "1c: lean union below dense at equal seconds, L" in lines
     assert lines["1c: lean union below dense at equal seconds, L"].endswith("| yes |")
+    assert lines["6b: one model for every budget, at 4 of 32"].endswith("| yes |")
+    assert lines["6d: one model for every budget, at 16 of 32"].endswith("it. |")
     assert "nothing leaks" in text and "| 5.0% |" not in text
     assert "45.0%" not in text and "50.0%" in text  # recall: (5 * .8 + 15 * .4) / 20
     names = sorted(path.name for path in (tmp_path / "out" / "figures").iterdir())
     assert names == [
         "a_flops.png", "b_seconds.png", "c_law.png", "d_positions.png", "e_recall.png",
-        "f_cache.png", "g_ladder.png",
+        "f_cache.png", "g_ladder.png", "h_budgets.png",
     ]  # fmt: skip
     assert set(figures(full_rows()[:1])) == {"a_flops.png", "b_seconds.png"}
 
@@ -342,6 +359,39 @@ def test_the_page_of_the_protocol_names_what_is_planned():
     for one in read_plan(PLANNED).comparisons:
         sides = f"| {one.first} | {one.second} | {one.size} | {one.at} |"
         assert sides in page, one.name
+
+
+def test_what_a_text_holds_out_is_in_no_mixtures_training(tmp_path):
+    """Each text's test is read alone, while training is on both."""
+    made = np.random.default_rng(0).integers(97, 123, (60, 80), dtype=np.uint8)
+    articles = [text.tobytes().decode() for text in made]
+    (tmp_path / "texts").mkdir()
+    files = {"wiki.jsonl": articles[:40], "texts/train.jsonl": articles[40:52]}
+    files |= {"texts/valid.jsonl": articles[52:56], "texts/test.jsonl": articles[56:]}
+    for name, texts in files.items():
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (tmp_path / name).write_text("".join(lines))
+    options = argparse.Namespace(
+        articles=tmp_path / "wiki.jsonl", python=tmp_path / "texts", tiny=True
+    )
+    job = jobs("3", [], True)[0]
+    both = measure.train_data(job, options)
+    assert len(both.mix) == 2
+    splits = {"valid_fraction": 0.1, "test_fraction": 0.1, "cache_dir": str(tmp_path)}
+
+    def text(data, split):
+        config = change(job.config(data)[1], data=splits)
+        return np.asarray(prepare(config).array(split, "tokens")).tobytes()
+
+    trained = text(both, "train")
+    assert sum(article.encode() in trained for article in articles) > 40
+    for name, data in measure.corpora(job, options).items():
+        for split in ("valid", "test"):
+            held = [a for a in articles if a.encode() in text(data, split)]
+            assert len(held) > 1, (name, split)
+            assert not any(article.encode() in trained for article in held)
+        own = [a for a in articles if a.encode() in text(data, "train")]
+        assert own and all(article.encode() in trained for article in own)
 
 
 def test_without_text_or_with_a_wrong_path_nothing_begins(tmp_path, capsys):
