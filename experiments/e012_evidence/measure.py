@@ -56,7 +56,8 @@ def corpora(job: Job, options: argparse.Namespace) -> dict[str, DataConfig]:
         if not given[name].exists():
             raise ConfigError(f"{name}: {data.path} doesn't exist; check the path")
     if not found and options.tiny:
-        return {"stdlib": DataConfig(source="stdlib", max_bytes=400_000)}
+        shares = {"valid_fraction": 0.1, "test_fraction": 0.1}
+        return {"stdlib": DataConfig(source="stdlib", max_bytes=1_000_000, **shares)}
     if not found:
         raise ConfigError(
             "no text is given; give --articles, --python or both, or --tiny, which "
@@ -72,15 +73,15 @@ class Measures:
         self, config: ExperimentConfig, parts: Mapping[str, DataConfig], tiny: bool
     ):
         self.names = tuple(parts)
-        limit = max(_VALID_BYTES // config.seq_len, 1)
+        # In a trial of the program few rows are enough.
+        limit = 64 if tiny else max(_VALID_BYTES // config.seq_len, 1)
         arrays = {"train": load_split(config, "train")}
         self.contents: dict[str, str] = {}  # what identifies each text as it is
         for name, data in parts.items():
             own = change(config, data=vars(data))
             self.contents[name] = make_dataset(own, "test").manifest
             arrays[f"valid {name}"] = load_split(own, "valid", limit)
-            # All of it, but for a trial of the program.
-            arrays[f"test {name}"] = load_split(own, "test", 64 if tiny else 0)
+            arrays[f"test {name}"] = load_split(own, "test", limit if tiny else 0)
         self.recalls = self.names == ("recall",)
         if not self.recalls:
             arrays["copy"] = copy_rows(config.seq_len, _COPIES)

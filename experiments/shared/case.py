@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from uoe_jax.config import ExperimentConfig, content_hash
 from uoe_jax.errors import ConfigError, nearest
+from uoe_jax.mixture import read_mix
 
 HERE = Path(__file__).parents[1]
 
@@ -139,9 +140,12 @@ def program_key(config: ExperimentConfig) -> str:
 
 
 def without_folders(config: ExperimentConfig) -> ExperimentConfig:
-    """Return the config with its data file's name alone: results travel."""
-    path = config.data.path and Path(config.data.path).name
-    return change(config, data={"path": path, "cache_dir": None})
+    """Return the config with its data files' names alone: results travel."""
+    path, mix = config.data.path and Path(config.data.path).name, config.data.mix
+    if mix is not None:
+        shares = read_mix(mix)
+        mix = tuple(f"{Path(share.path).name}={share.weight!r}" for share in shares)
+    return change(config, data={"path": path, "mix": mix, "cache_dir": None})
 
 
 def change(config: ExperimentConfig, **parts: dict[str, Any]) -> ExperimentConfig:

@@ -1,6 +1,7 @@
 """The study of evidence: what it trains, measures, and says of its results."""
 
 import argparse
+import dataclasses
 import json
 import math
 import time
@@ -24,7 +25,7 @@ from experiments.e012_evidence.study import (
     survivors,
 )
 from experiments.shared.branches import plan_legs
-from experiments.shared.case import change
+from experiments.shared.case import change, program_key
 from experiments.shared.compare import read_plan
 from tests.compare import assert_close
 from uoe_jax.config import DataConfig
@@ -377,6 +378,11 @@ def test_what_a_text_holds_out_is_in_no_mixtures_training(tmp_path):
     job = jobs("3", [], True)[0]
     both = measure.train_data(job, options)
     assert len(both.mix) == 2
+    # A folder of another machine makes no other configuration.
+    moved = tuple(path.replace(str(tmp_path), "/elsewhere") for path in both.mix)
+    keys = {program_key(job.config(dataclasses.replace(both, mix=mix))[1])
+            for mix in (both.mix, moved)}  # fmt: skip
+    assert len(keys) == 1 and moved != both.mix
     splits = {"valid_fraction": 0.1, "test_fraction": 0.1, "cache_dir": str(tmp_path)}
 
     def text(data, split):
