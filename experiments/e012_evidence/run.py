@@ -36,6 +36,7 @@ from uoe_jax.errors import ConfigError, UoeError
 from uoe_jax.files import format_json, parse_json, write_atomically
 from uoe_jax.hardware.count import cache_bytes
 
+_LEAST = 45.0  # seconds left in which a run is worth to begin: it compiles first
 _KEPT = 3  # models whose programs and data stay on the device
 
 
@@ -59,9 +60,9 @@ class Session:
 
     def run_block(self, block: str) -> None:
         """Train what the block still lacks; what it lacks may follow from its runs."""
-        while True:
+        while time.perf_counter() < self.deadline - _LEAST:
             open_jobs = [j for j in self._jobs(block) if not self._is_done(j)]
-            if not open_jobs or time.perf_counter() > self.deadline:
+            if not open_jobs:
                 break
             self._say(f"block {block}: {len(open_jobs)} runs to go")
             self._train(open_jobs[0])

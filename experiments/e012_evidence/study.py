@@ -11,6 +11,7 @@ from typing import Any, Literal
 from experiments.e012_evidence.models import BUDGETS, SIZES, dense, make
 from experiments.shared.case import change
 from uoe_jax.config import DataConfig, ExperimentConfig
+from uoe_jax.errors import ConfigError
 
 PLANNED = Path(__file__).parent / "planned.json"
 
@@ -231,7 +232,10 @@ def best_rate(rows: Sequence[Row], job: Job, family: str) -> float | None:
 
 
 def survivors(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Return dense, the best mixture and the three best unions of block 3 on valid."""
+    """Return dense, the best mixture and the three best unions of block 3 on valid.
+
+    Raises ConfigError where block 3 has none of one of these.
+    """
     scores: dict[str, list[float]] = {}
     for row in rows:
         if row["block"] == "3":
@@ -240,6 +244,11 @@ def survivors(rows: Sequence[Row]) -> tuple[str, ...]:
     order = sorted(mean, key=mean.__getitem__)
     mixtures = [name for name in order if name.startswith("MoE")]
     unions = [name for name in order if name.startswith("UoME")]
+    if not mixtures or not unions:
+        raise ConfigError(
+            "block 4 has what block 3 left, which has no runs of mixtures and unions "
+            "yet; run block 3 first"
+        )
     return ("dense", *mixtures[:1], *unions[:3])
 
 

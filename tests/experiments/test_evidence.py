@@ -119,7 +119,9 @@ def test_what_is_planned_is_trained():
 
 
 def test_lengths_of_every_block_can_branch_after_the_warm_up():
-    for block in BLOCKS:
+    with pytest.raises(ConfigError, match="run block 3 first"):
+        jobs("4", [], False)
+    for block in set(BLOCKS) - {"4"}:
         for job in jobs(block, [], False):
             config = job.config(TEXT)[1]
             assert plan_legs(job.steps)[0].last >= config.optim.warmup_steps
