@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import math
-import time
 
 import numpy as np
 import pytest
@@ -341,10 +340,11 @@ def test_blocks_run_tiny_to_their_end_and_go_on(tmp_path, capsys):
     assert made["training_flops_per_step"] > 0 and made["device"] and made["commit"]
     assert made["config"]["model"]["convolution"] == 4
     again = Session(options)
-    start = time.perf_counter()
+    again._train = lambda job: pytest.fail(f"{job.name} is trained twice")
     again.run_block("1")
     again.run_block("5")  # has the same model with the same lengths
-    assert time.perf_counter() - start < 5 and len(again.rows) == 1
+    assert len(again.rows) == 1
+    del again._train
     again.rows[0]["key"] = "another"
     with pytest.raises(ConfigError, match="of another configuration"):
         again.run_block("1")
