@@ -137,6 +137,23 @@ def test_rank_is_read_off_the_spectrum(planted, seed):
     assert complete(*whole.entries, (60, 50), "auto", solver="cg", iters=1).rank == 4
 
 
+def test_the_rank_is_that_of_the_values_less_their_biases():
+    pair = make_planted(3, 150, 150, 2, fraction=0.4, ratio=1.2)
+    draw = np.random.default_rng(4)
+    rows, cols = (4 * draw.normal(size=150) for _ in range(2))
+    values = pair.values + rows[pair.rows] + cols[pair.cols]
+    options = {"solver": "cg", "iters": 1, "biases": True, "ridge": 0.1}
+    at = pair.rows, pair.cols, values, (150, 150)
+    assert complete(*at, "auto", **options).rank == 2
+
+
+def test_the_rank_is_seen_above_the_noise_of_a_splits_start():
+    """It has a third of the entries, so that the last of the four may be hidden."""
+    planted = make_planted(0, 200, 200, 4, fraction=0.3, ratio=1.5)
+    options = {"solver": "cg", "iters": 1, "split": True}
+    assert complete(*planted.entries, (200, 200), "auto", **options).rank <= 4
+
+
 def test_sample_splitting_contracts_given_enough_entries(seed, x64):
     planted = make_planted(seed, 300, 300, 2, 0.9, ratio=1.0)
     options = {"solver": "exact", "split": True, "iters": 4, **F64}

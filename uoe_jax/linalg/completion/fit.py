@@ -149,7 +149,7 @@ def complete(
     whole = problems.whole
     start = Start(width, clip_mu, passes)
     if rank == "auto":
-        found = _gap_rank(whole, key, method, entries, layout, start)
+        found = _gap_rank(problems, key, method, start)
         start = start._replace(rank=found)
     state, singular = start_state(whole, key, method, start)
     warn_degrees(whole, start.rank, method)
@@ -168,37 +168,37 @@ def complete(
 
 
 def _gap_rank(
-    problem: Problem,
-    key: Key[Array, ""],
-    method: Method,
-    entries: Entries,
-    layout: EntryLayout,
-    start: Start,
+    problems: SweepProblems, key: Key[Array, ""], method: Method, start: Start
 ) -> int:
+    entries = problems.entries
     most = min(MAX_AUTO_RANK, *entries.shape)
     if most == 1:
         return 1
     start = start._replace(rank=most)
-    _, singular = start_state(problem, key, method, start)
+    state, singular = start_state(problems.whole, key, method, start)
     # Leaving entries out is noise, whose size follows the values: uneven over rows
     # and columns. Random signs keep every size and take the structure away, so the
     # largest singular value that is left is the noise's edge (Hong, Sheng, Dobriban,
     # arXiv 2012.02985). An entry seen with probability p, divided by p, has the second
-    # moment x^2 / p with a random sign, and the variance x^2 (1 - p) / p without.
-    flipped = _flip_signs(entries, layout, problem.offset, key)
+    # moment x^2 / p with a random sign, and the variance x^2 (1 - p) / p without; with
+    # weights p is (sum of weights)^2 / (entries * sum of their squares).
+    values = jnp.asarray(entries.values) - problems.offset
+    values -= state.row_bias[entries.rows] + state.col_bias[entries.cols]
+    zero = jnp.zeros_like(problems.offset)
+    if method.biases:
+        # Damped means leave a tenth of themselves, which isn't of the factors' rank.
+        _, singular = start_state(problems.of_start(values, zero), key, method, start)
+    draw = jax.random.fold_in(key, 2)
+    signs = jax.random.rademacher(draw, values.shape, values.dtype)
+    flipped = problems.of_start(signs * values, zero)
     _, noise = start_state(flipped, key, method, start)
-    left_out = 1 - entries.size / math.prod(entries.shape)
+    weights = problems.start_weights
+    seen = entries.size
+    if weights is not None:
+        weights = jnp.asarray(weights)
+        seen = float(jnp.sum(weights) ** 2 / jnp.sum(weights * weights))
+    left_out = 1 - seen / math.prod(entries.shape)
     return int(spectral_gap_rank(singular, noise[0] * max(left_out, 0.0) ** 0.5))
-
-
-def _flip_signs(
-    entries: Entries, layout: EntryLayout, offset: Array, key: Key[Array, ""]
-) -> Problem:
-    centred = jnp.asarray(entries.values) - offset
-    signs = jax.random.rademacher(
-        jax.random.fold_in(key, 2), centred.shape, centred.dtype
-    )
-    return layout.problem(signs * centred, entries.weights, jnp.zeros_like(offset))
 
 
 class SweepProblems:
@@ -220,24 +220,37 @@ class SweepProblems:
             self.part = jax.random.randint(draw, (entries.size,), 0, 2 * splits + 1)
 
     @functools.cached_property
+    def start_weights(self) -> Any:
+        """Weights of the entries in the start; None: all are 1."""
+        return self._part(0) if self.splits else self.entries.weights
+
+    @functools.cached_property
     def whole(self) -> Problem:
         """The problem of all entries; of a split, the start's."""
-        return self._part(0) if self.splits else self._fill(self.entries.weights)
+        return self.of_start(self.entries.values, self.offset)
+
+    def of_start(self, values: Any, offset: Array) -> Problem:
+        """Return the start's problem with these values, one for each entry."""
+        problem = self.layout.problem(values, self.start_weights, offset)
+        return place(problem, self.mesh)
 
     def of_sweep(self, number: int) -> Problem:
         """Return the problem of sweep `number`: one part for each half-step."""
         if not self.splits:
             return self.whole
-        cols, rows = self._part(1 + number), self._part(1 + self.splits + number)
+        cols, rows = (
+            self._fill(self._part(1 + first + number)) for first in (0, self.splits)
+        )
         return cols._replace(rows=rows.rows)
 
-    def _part(self, number: int) -> Problem:
+    def _part(self, number: int) -> Array:
+        """Return the entries' weights in one part of a split, 0 outside it."""
         weights = (self.part == number).astype(self.entries.values.dtype)
         if self.entries.weights is not None:
             weights = weights * jnp.asarray(self.entries.weights)
-        return self._fill(weights)
+        return weights
 
-    def _fill(self, weights: Any) -> Problem:
+    def _fill(self, weights: Array) -> Problem:
         problem = self.layout.problem(self.entries.values, weights, self.offset)
         return place(problem, self.mesh)
 
