@@ -20,6 +20,7 @@ from uoe_jax.config import MeshConfig, to_json
 from uoe_jax.errors import CheckpointError, ConfigError, MissingExtra
 from uoe_jax.runs import lock
 from uoe_jax.runs.checkpoint import Checkpoints
+from uoe_jax.runs.folder import open_run_dir
 from uoe_jax.runs.load import load_run
 from uoe_jax.runs.lock import Locked
 from uoe_jax.runs.store_lock import make_lock
@@ -330,10 +331,10 @@ def test_without_create_if_absent_the_last_writer_has_the_lock(store, monkeypatc
 def test_what_a_reader_writes_goes_up_and_what_is_gone_goes_away(run, store):
     folder = run_folder(ADDRESS, "it")
     (folder / "notes").mkdir()
-    (folder / "notes" / "a.txt").write_text("one")
+    (folder / "notes" / "a.html").write_text("one")
     publish(folder)
-    assert (store / "b/runs/r/notes/a.txt").read_text() == "one"
-    (store / "b/runs/r/notes/a.txt").unlink()
+    assert (store / "b/runs/r/notes/a.html").read_text() == "one"
+    (store / "b/runs/r/notes/a.html").unlink()
     assert run_folder(ADDRESS, "it") == folder
     assert not (folder / "notes").exists()
 
@@ -363,3 +364,115 @@ def test_a_run_starts_from_and_learns_from_one_in_a_store(run, store, tmp_path, 
     api.train(taught, tmp_path / "taught", quiet=True)
     kept = json.loads((tmp_path / "taught" / "config.json").read_text())
     assert kept["train"]["distill_from"] == "bucket://b/runs/r"
+
+
+def test_a_reader_sends_nothing_that_another_reader_brought(run, store):
+    first = run_folder(ADDRESS, "it")
+    mine = dict(_MIRRORS)
+    before = objects_of(store)
+    _MIRRORS.clear()
+    assert run_folder(ADDRESS, "it") == first  # of another process, into one copy
+    _MIRRORS.clear()
+    _MIRRORS.update(mine)
+    metrics = store / "b/runs/r/metrics.jsonl"
+    metrics.write_text(metrics.read_text() + "\n")  # the run trains meanwhile
+    longer = metrics.read_bytes()
+    (first / "report.html").write_text("a page")
+    publish(first)
+    assert objects_of(store) == {*before, "report.html"}
+    assert metrics.read_bytes() == longer
+    assert load_run(ADDRESS).step == 4
+
+
+def test_a_run_is_read_while_its_old_checkpoint_goes(run, store, monkeypatch):
+    download = Objects.download
+    place = store / "b/runs/r/checkpoints"
+    shutil.copytree(place / "4", place / "3")
+
+    def prune(self, sizes, folder):
+        shutil.rmtree(place / "3", ignore_errors=True)
+        download(self, sizes, folder)
+
+    monkeypatch.setattr(Objects, "download", prune)
+    folder = run_folder(ADDRESS, "it")
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["4"]
+    run_folder(ADDRESS, "it")
+
+    def gone(self, sizes, folder):
+        raise FileNotFoundError("an object")
+
+    monkeypatch.setattr(Objects, "download", gone)
+    with pytest.raises(StoreError, match="changed while it was read; run it again"):
+        run_folder(ADDRESS, "it")
+    with pytest.raises(StoreError, match="changed while it was read; run it again"):
+        load_run(folder)
+
+
+def test_a_folder_that_is_no_run_is_not_brought(run, store, tmp_path, capsys):
+    (store / "b/corpus.bin").write_bytes(bytes(1_000_000))
+    assert main(["eval", "bucket://b"]) == 2  # as runs lie below it
+    assert "no run at bucket://b (no config.json there)" in capsys.readouterr().err
+    brought = (tmp_path / "cache").rglob("*")
+    assert sum(p.stat().st_size for p in brought if p.is_file()) < 1000
+    out = "bucket://b/runs"
+    assert main(["decompose", "bucket://b/runs/r", "--merge", "--out", out]) == 2
+    assert f"{out} isn't empty" in capsys.readouterr().err
+
+
+def test_what_a_failed_save_sent_goes_with_the_next(run, store, monkeypatch):
+    folder = run_folder(ADDRESS, "it", writes=True)
+    steps = Checkpoints(folder / "checkpoints")
+    arrays = {"a": np.arange(5.0)}
+    write = Objects.write
+
+    def cut_short(self, name, content):
+        if name.endswith("7/integrity.json"):
+            raise StoreError("away")
+        write(self, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "write", cut_short)
+        steps.save(7, arrays, {}, {})
+        steps.wait()
+    # It may have come all the same, after nobody waited any more.
+    (store / "b/runs/r/checkpoints/7/integrity.json").write_text("late")
+    steps.save(8, arrays, {}, {})
+    steps.close()
+    left = {name.split("/")[1] for name in objects_of(store) if name[:5] == "check"}
+    assert left == {"8"}
+
+
+def test_what_ended_a_run_is_told_before_what_its_store_says(run, store, capsys):
+    folder = run_folder(ADDRESS, "it", writes=True)
+    with pytest.raises(ZeroDivisionError) as told:
+        with open_run_dir(folder, run, note=print):
+            (folder / "dump.txt").write_text("what went wrong")
+            (store / ".down").touch()
+            raise ZeroDivisionError
+    assert "no route to host" in "".join(told.value.__notes__)
+    (store / ".down").unlink()
+    (store / "b/runs/r/.lock").unlink()  # it couldn't be given back either
+    with pytest.raises(StoreError, match="no route"):
+        with open_run_dir(folder, run, note=print):
+            (folder / "dump.txt").write_text("more")
+            (store / ".down").touch()
+
+
+def test_a_copy_needs_a_place(store, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(StoreError, match="set XDG_CACHE_HOME to a folder that can"):
+        run_folder(ADDRESS, "it", writes=True)
+    with pytest.raises(StoreError, match="set XDG_CACHE_HOME to a folder that can"):
+        (store / "b/runs/r").mkdir(parents=True)
+        (store / "b/runs/r/config.json").write_text("{}")
+        run_folder(ADDRESS, "it")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert run_folder(ADDRESS, "it", writes=True).is_absolute()
+
+
+@pytest.mark.parametrize("name", ["b/..", "b/../c", "b/./c", ".."])
+def test_dots_are_no_folders_of_a_store(name):
+    with pytest.raises(StoreError, match="a store has no . or .. "):
+        Objects(f"gs://{name}")

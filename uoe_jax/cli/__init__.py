@@ -169,7 +169,7 @@ def _run(args: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130, debug)
     except UoeError as error:
-        return _fail(str(error), error.exit_code, debug)
+        return _fail(str(error) + _notes(error), error.exit_code, debug)
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{place}", 2, debug)
@@ -178,8 +178,7 @@ def _run(args: list[str], debug: bool) -> int:
             text = f"{first_line(error)}; ask for less at once: a smaller batch, "
             text += "shorter sequences or fewer new tokens"
             return _fail(f"out of memory: {text}", OutOfMemory.exit_code, debug)
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        said = f"{type(error).__name__}: {error}".removesuffix(": ") + notes
+        said = f"{type(error).__name__}: {error}".removesuffix(": ") + _notes(error)
         text = f"{said}; --debug shows the traceback"
         return _fail(text, 1, debug)
 
@@ -200,6 +199,11 @@ def _dispatch(args: list[str]) -> int:
         raise ConfigError(f"no verb {name!r}; {fix}")
     module, function = VERBS[name].target.split(":")
     return getattr(importlib.import_module(f"uoe_jax.{module}"), function)(rest)
+
+
+def _notes(error: BaseException) -> str:
+    """Return what was said beside an error, behind it."""
+    return "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
 
 
 def _fail(text: str, code: int, debug: bool) -> int:

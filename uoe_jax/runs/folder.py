@@ -29,7 +29,7 @@ from uoe_jax.mixture import read_mix
 from uoe_jax.runs.lock import FolderLost, RunLock
 from uoe_jax.runs.store_lock import make_lock
 from uoe_jax.runs.stored import publish
-from uoe_jax.stores.objects import address_of
+from uoe_jax.stores.objects import StoreError, address_of
 from uoe_jax.validation import parse_config
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "env.json", "metrics.jsonl"
@@ -113,15 +113,17 @@ def open_run_dir(
             write_settings(path, config, data)
         except OSError as error:
             raise _unwritable(path, error) from None
-        ours = True
         try:
             yield lock
         except FolderLost:
-            ours = False
             raise
-        finally:
-            if ours:  # the last metrics, and what a failure left written
-                publish(path)
+        except BaseException as error:
+            try:
+                publish(path)  # what a failure left written
+            except StoreError as other:  # what ended the run counts
+                error.add_note(str(other))
+            raise
+        publish(path)  # the last metrics
     finally:
         lock.release()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from uoe_jax.files import format_json, local_path, parse_json
+from uoe_jax.files import format_json, local_path, parse_json, read_json
 from uoe_jax.stores.mirror import Mirror, mirror_of, named, open_mirror
 from uoe_jax.stores.objects import StoreError, address_of
 
@@ -28,13 +28,18 @@ _ARRAY = re.compile(r"state/[^/]+/")
 _KEPT = re.compile(r"\.lock|wandb/.*|(?:.*/)?\.[^/]+\.\d+|(?:.*/)?[^/]*orbax[^/]*tmp.*")
 
 
+# What commands that read a run draw of it.
+_DRAWN = re.compile(r".*\.(?:html|png|svg)", re.DOTALL)
+
+
 def run_folder(
     path: str | os.PathLike[str], what: str, *, writes: bool = False
 ) -> Path:
     """Return the local folder of a run, of one in a store a copy of it.
 
     `what` names it in messages. A copy lacks the arrays of checkpoints, which
-    `Checkpoints.restore` brings; what is written there goes up by `publish`. Raises
+    `Checkpoints.restore` brings; what is written there goes up by `publish`. Of a
+    folder that holds no run, such as one of many runs, nothing is brought. Raises
     ConfigError for what names no folder, StoreError where a store can't be used.
     """
     address = address_of(path)
@@ -43,7 +48,8 @@ def run_folder(
         address = named(Path(path))
     if address is None:
         return local_path(path, what)
-    return open_mirror(address, writes=writes, lazy=_is_array, kept=_is_kept).folder
+    how = {"lazy": _is_array, "kept": _is_kept, "needs": _CONFIG}
+    return open_mirror(address, writes=writes, **how).folder
 
 
 def refresh(folder: Path) -> None:
@@ -55,17 +61,28 @@ def refresh(folder: Path) -> None:
 def publish(folder: Path) -> None:
     """Send what changed in a run's folder; nothing is done for one that isn't a copy.
 
-    Raises StoreError where that fails.
+    Of a copy that others read too only pages and pictures: they bring newer files,
+    which look as if this process had changed them. Raises StoreError where that fails.
     """
     found = mirror_of(folder)
     if found is None:
         return
     mirror = found[0]
+    if not mirror.own:
+        drawn = [n for n in mirror.changed() if _DRAWN.fullmatch(n)]
+        mirror.push(n for n in drawn if not _STEP.fullmatch(n))
+        return
     steps = {m[1] for name in mirror.changed() if (m := _STEP.fullmatch(name))}
     for step in sorted(steps):
-        if (mirror.folder / step / _MANIFEST).is_file():
+        if _is_whole(mirror.folder / step):
             push_step(mirror, step)
     push_files(mirror)
+
+
+def holds_any(folder: Path) -> bool:
+    """Whether a store has something in the folder that this is the copy of."""
+    found = mirror_of(folder)
+    return found is not None and found[0].holds_any()
 
 
 def push_files(mirror: Mirror) -> None:
@@ -83,7 +100,7 @@ def push_step(mirror: Mirror, step: str) -> None:
 
 def remove_step(mirror: Mirror, step: str) -> None:
     """Delete a checkpoint from the store."""
-    names = [name for name in mirror.sizes if name.startswith(f"{step}/")]
+    names = [name for name in list(mirror.sizes) if name.startswith(f"{step}/")]
     mirror.remove(names, first=f"{step}/{_MANIFEST}")
 
 
@@ -106,7 +123,7 @@ class StoredSteps:
     def unfinished(self) -> set[int]:
         """Return the steps in the store that lack their manifest."""
         steps, whole = set(), set()
-        for name in self._mirror.sizes:
+        for name in list(self._mirror.sizes):  # another thread may send the best
             folder, _, rest = name.removeprefix(f"{self._place}/").partition("/")
             if name.startswith(f"{self._place}/") and folder.isdigit():
                 steps.add(int(folder))
@@ -114,7 +131,12 @@ class StoredSteps:
         return steps - whole
 
     def push(self, step: int) -> None:
-        """Send the run's other files, then a complete step."""
+        """Send the run's other files, then a complete step.
+
+        Before, what was sent of steps that failed is deleted.
+        """
+        for failed in self.unfinished():
+            self.remove(failed)
         push_files(self._mirror)
         push_step(self._mirror, f"{self._place}/{step}")
 
@@ -167,7 +189,7 @@ class StoredSteps:
         """Send the manifest of a step whose parts are there."""
         place = f"{self._place}/{step}"
         self._mirror.push([f"{place}/{_MANIFEST}"])
-        parts = [n for n in self._mirror.sizes if n.startswith(f"{place}/part-")]
+        parts = [n for n in list(self._mirror.sizes) if n.startswith(f"{place}/part-")]
         self._mirror.remove(parts)
 
     def remove(self, step: int) -> None:
@@ -183,6 +205,15 @@ def stored_steps(folder: Path) -> StoredSteps | None:
     """Return the store's side of a folder of checkpoints; None of a local run."""
     found = mirror_of(folder)
     return None if found is None else StoredSteps(*found)
+
+
+def _is_whole(step: Path) -> bool:
+    """Whether all files of a checkpoint are here: not of one that others send too."""
+    try:
+        files = read_json(step / _MANIFEST)["files"]
+        return all((step / name).is_file() for name in files)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def _is_array(name: str) -> bool:

@@ -24,7 +24,7 @@ from uoe_jax.runs.folder import CHECKPOINTS, write_environment, write_settings
 from uoe_jax.runs.lock import NAME, RunLock
 from uoe_jax.runs.result import write_result
 from uoe_jax.runs.state import Progress
-from uoe_jax.runs.stored import publish, run_folder
+from uoe_jax.runs.stored import holds_any, publish, run_folder
 from uoe_jax.tree import named_leaves
 
 
@@ -47,7 +47,8 @@ class Origin:
 
 def check_free(out: Path) -> None:
     """Raise ConfigError if a folder holds anything."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    full = holds_any(out) or (out.is_dir() and any(out.iterdir()))
+    if full or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} isn't empty; choose another --out")
 
 

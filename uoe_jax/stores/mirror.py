@@ -15,10 +15,11 @@ from pathlib import Path
 
 from uoe_jax.escape import show_as
 from uoe_jax.files import user_cache
-from uoe_jax.stores.objects import Objects
+from uoe_jax.stores.objects import Objects, StoreError
 
 _HOLD = ".held"  # locked by the process that a folder is of, as long as it lives
 _SHARED = "read"  # the folder of all processes that only read
+_TRIES = 5  # to bring a folder that others change meanwhile
 
 
 class Mirror:
@@ -34,40 +35,62 @@ class Mirror:
         folder: Path,
         lazy: Callable[[str], bool] = lambda name: False,
         kept: Callable[[str], bool] = lambda name: False,
+        needs: str | None = None,
         own: bool = False,
     ):
         """`lazy` and `kept` are of names: brought later, and never sent or deleted.
 
-        `own`: no other process works in the copy.
+        `needs`: without this one nothing is brought. `own`: no other process works in
+        the copy.
         """
         self.address, self.folder, self.own = address, folder, own
         self.objects = Objects(address)
         self.sizes: dict[str, int] = {}  # of the store's objects, as last seen
-        self._lazy, self._kept = lazy, kept
+        self._lazy, self._kept, self._needs = lazy, kept, needs
         self._stamps: dict[str, tuple[int, int]] = {}
         self._turn = threading.RLock()  # an older version must not arrive later
 
     def pull(self) -> None:
-        """Make the copy what the store has; a reader's is gone where it has nothing."""
-        self.sizes = sizes = self.objects.list()
-        for name in [n for n in self._local() if n not in sizes and not self._kept(n)]:
-            (self.folder / name).unlink(missing_ok=True)
-        wanted = {
-            name: size
-            for name, size in sizes.items()
-            if not self._lazy(name) and not self._kept(name)
-        }
-        self.objects.download(wanted, self.folder)
+        """Make the copy what the store has; a reader's is gone where it has nothing.
+
+        Raises StoreError where that doesn't stand still.
+        """
+        for _ in range(_TRIES):
+            self.sizes = sizes = self.objects.list()
+            whole = self._needs is None or self._needs in sizes
+            old = [n for n in self._local() if n not in sizes and not self._kept(n)]
+            for name in old:
+                (self.folder / name).unlink(missing_ok=True)
+            wanted = {
+                name: size
+                for name, size in sizes.items()
+                if whole and not self._lazy(name) and not self._kept(name)
+            }
+            with suppress(FileNotFoundError):  # it was there when they were listed
+                self.objects.download(wanted, self.folder)
+                break
+        else:
+            raise self._changing()
         self._remove_empty()
         if self.own:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._stamps = self._stamps_now()
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Bring objects, whatever is in their place."""
+        """Bring objects, whatever is in their place.
+
+        Raises StoreError where one is gone that was there.
+        """
         wanted = {name: self.sizes[name] for name in names if name in self.sizes}
-        self.objects.download(wanted, self.folder)
+        try:
+            self.objects.download(wanted, self.folder)
+        except FileNotFoundError:
+            raise self._changing() from None
         self._stamps |= {n: _stamp(self.folder / n) for n in wanted}
+
+    def holds_any(self) -> bool:
+        """Whether the store had something there, as last seen."""
+        return any(not self._kept(name) for name in self.sizes)
 
     def changed(self) -> list[str]:
         """Return the files that the store doesn't have as they are here."""
@@ -83,6 +106,8 @@ class Mirror:
         others = [name for name in names if name != last]
         with self._turn:
             stamps = {n: _stamp(self.folder / n) for n in names}
+            # Before: where it fails, some are there. The last one says that all are.
+            self.sizes |= {n: stamps[n][0] for n in others}
             self.objects.upload(others, self.folder)
             if last in names:
                 self.objects.upload([last], self.folder)
@@ -90,15 +115,21 @@ class Mirror:
             self.sizes |= {name: size for name, (size, _) in stamps.items()}
 
     def remove(self, names: Iterable[str], first: str | None = None) -> None:
-        """Delete objects of the store; `first` before all others."""
+        """Delete objects of the store; `first` before all others.
+
+        That one even where it wasn't seen: a request that was given up may have come.
+        """
         with self._turn:
             names = [name for name in names if name in self.sizes]
-            if first in names:
+            if first is not None and names:
                 self.objects.remove([first])
             self.objects.remove(name for name in names if name != first)
             for name in names:
                 self.sizes.pop(name, None)
                 self._stamps.pop(name, None)
+
+    def _changing(self) -> StoreError:
+        return StoreError(f"{self.address} changed while it was read; run it again")
 
     def _local(self) -> list[str]:
         return [
@@ -138,20 +169,30 @@ def open_mirror(
     writes: bool,
     lazy: Callable[[str], bool] = lambda name: False,
     kept: Callable[[str], bool] = lambda name: False,
+    needs: str | None = None,
 ) -> Mirror:
     """Return the copy of an address as the store has it now.
 
     Processes that only read share one, in the user's cache, where it stays; one that
-    `writes` has its own, which is deleted when it ends, or by a later one.
+    `writes` has its own, which is deleted when it ends, or by a later one. Raises
+    StoreError also where the cache can't be written.
     """
     for found in _MIRRORS.values():
         if found.address == address and found.own == writes:
             found.pull()
             return found
     digest = hashlib.sha256(address.encode()).hexdigest()[:12]
-    home = user_cache() / "stores" / digest
-    place = home / (_own_folder(home) if writes else _SHARED)
-    mirror = Mirror(address, place / address.rsplit("/", 1)[-1], lazy, kept, writes)
+    home = (user_cache() / "stores" / digest).absolute()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        place = home / (_own_folder(home) if writes else _SHARED)
+    except OSError as error:
+        raise StoreError(
+            f"{address} is worked on in a copy, and {home} can't be written "
+            f"({error.strerror}); set XDG_CACHE_HOME to a folder that can"
+        ) from None
+    folder = place / address.rsplit("/", 1)[-1]
+    mirror = Mirror(address, folder, lazy, kept, needs, writes)
     mirror.pull()
     _MIRRORS[mirror.folder] = mirror
     show_as(str(mirror.folder), address)
@@ -178,7 +219,6 @@ def named(path: Path) -> str:
 
 def _own_folder(home: Path) -> str:
     """Make a folder of this process, and delete those of processes that are gone."""
-    home.mkdir(parents=True, exist_ok=True)
     for old in home.iterdir():
         if old.name != _SHARED and _is_free(old / _HOLD):
             shutil.rmtree(old, ignore_errors=True)

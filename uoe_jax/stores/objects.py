@@ -80,6 +80,8 @@ class Objects:
         self._scheme, _, rest = address.partition("://")
         if not rest.strip("/"):
             raise StoreError(f"{address} names no folder; give {address}BUCKET/FOLDER")
+        if {".", ".."} & set(rest.split("/")):
+            raise StoreError(f"{address}: a store has no . or .. ; give the whole path")
         self._opened: tuple[Any, str] | None = None
 
     def list(self) -> dict[str, int]:
