@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from tests.ops import ops_oracle
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops import dense_attention, segment_attention
 from uoe_jax.ops.segment_attention.call import Call, Mask
