@@ -27,11 +27,12 @@ from uoe_jax.bench.profile import kernel_times
 from uoe_jax.bench.record import arguments, header, write_record
 from uoe_jax.bench.train import time_step
 from uoe_jax.config import ExperimentConfig, ModelConfig
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import ConfigError, first_line
 from uoe_jax.presets import as_control, get_preset, has_unions
 from uoe_jax.validation import validate
 
 PARTS = ("mlp", "attention")
+FAILURES = (ConfigError, jax.errors.JaxRuntimeError)
 # Option -> the part of the experiment it is a field of, and how its value is read.
 OPTIONS = {
     "seq_len": ("data", int),
@@ -136,6 +137,15 @@ def profile(folder: Path, index: int, step: Any, once: Any) -> None:
     (folder / f"step_{index}.hlo.gz").write_bytes(text)
 
 
+def time_control(config: ExperimentConfig, rounds: int, steps: int) -> dict[str, Any]:
+    """The control's row; where it fails the union's still counts."""
+    name = "  dense of its FLOPs"
+    try:
+        return {"run": name, **time_step(as_control(config), rounds, steps)}
+    except FAILURES as error:
+        return {"run": name, "failed": first_line(error)[:300]}
+
+
 def main() -> None:
     args = parse()
     nnx.set_graph_mode(False)
@@ -149,17 +159,19 @@ def main() -> None:
         try:
             config = configure(run)
             row = {"run": run, **time_step(config, args.rounds, args.steps, look)}
-            if has_unions(config.model):
-                control = time_step(as_control(config), args.rounds, args.steps)
-                row["control"] = {"run": "  dense of its FLOPs", **control}
-        except (ConfigError, jax.errors.JaxRuntimeError) as error:
-            row = {"run": run, "failed": str(error).strip().splitlines()[0][:300]}
+        except FAILURES as error:
+            row, config = {"run": run, "failed": first_line(error)[:300]}, None
         record["results"].append(row)
         print(show(row), flush=True)
-        if "control" in row:
-            ratio = row["tokens_per_second"] / row["control"]["tokens_per_second"]
-            print(f"{show(row['control'])}   union {ratio:.3f} of it", flush=True)
         write_record(args.out, record)
+        if config and has_unions(config.model):
+            row["control"] = control = time_control(config, args.rounds, args.steps)
+            said = show(control)
+            if "failed" not in control:
+                ratio = row["tokens_per_second"] / control["tokens_per_second"]
+                said += f"   union {ratio:.3f} of it"
+            print(said, flush=True)
+            write_record(args.out, record)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """The control of a union: a plain dense model of its FLOPs, within stated bounds."""
 
 import dataclasses
+import json
 
+import jax
 import pytest
 
 from uoe_jax.bench.sizes import SIZES
 from uoe_jax.bench.train import bench_train
 from uoe_jax.bench.union import CONTROL, _mlp, _smha
-from uoe_jax.config import UnionOverrides
+from uoe_jax.config import LayerWidths, UnionConfig, UnionOverrides
+from uoe_jax.errors import ConfigError
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.presets import PRESETS, as_control, dense_control, get_preset
 from uoe_jax.validation import validate
@@ -67,6 +70,39 @@ def test_layers_that_are_dense_and_heads_that_share_keys_are_counted():
     assert control.d_ff == round(14_336 * (1 / 2 + 3) / 4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"attention": ("moh", "union")}, "moh layers"),
+        ({"attention": ("moba",), "mlp": ("union", "moe")}, "moba layers and moe"),
+        ({"union": UnionConfig(shared_kv=True)}, "shared_kv"),
+        ({"widths": LayerWidths(d_ff=(8,) * 24)}, "layers of other widths"),
+    ],
+)
+def test_a_model_whose_share_is_another_has_no_control(changes, said):
+    model = dataclasses.replace(get_preset("1b-union").model, **changes)
+    with pytest.raises(ConfigError, match=f"with {said}.* has no dense control"):
+        dense_control(model)
+
+
+def test_a_control_that_fails_leaves_the_unions_row(tmp_path, monkeypatch):
+    from benchmarks import bench_train
+
+    def time_step(config, *rest):
+        if config.name.endswith("-control"):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        names = ("milliseconds", "tokens_per_second", "teraflops", "mfu")
+        return dict.fromkeys((*names, "temporary_gigabytes", "compile_seconds"), 1.0)
+
+    monkeypatch.setattr(bench_train, "time_step", time_step)
+    out = tmp_path / "record.json"
+    monkeypatch.setattr("sys.argv", ["bench_train.py", "tiny-union", "--out", str(out)])
+    bench_train.main()
+    (row,) = json.loads(out.read_text())["results"]
+    assert row["tokens_per_second"] == 1.0
+    assert row["control"]["failed"] == "RESOURCE_EXHAUSTED: out of memory"
+
+
 def test_layers_are_timed_beside_their_control():
     sizes = SIZES["small"]
     for make, cases in ((_mlp, sizes.mlp), (_smha, sizes.smha)):
@@ -77,8 +113,6 @@ def test_layers_are_timed_beside_their_control():
 
 
 def leaves(tree):
-    import jax
-
     return jax.tree.leaves(tree)
 
 

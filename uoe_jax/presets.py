@@ -9,6 +9,7 @@ from typing import Any, Literal
 from uoe_jax.config import (
     DataConfig,
     ExperimentConfig,
+    LayerWidths,
     MobaConfig,
     ModelConfig,
     MoeConfig,
@@ -175,7 +176,17 @@ def dense_control(model: ModelConfig) -> ModelConfig:
     It has that share of the heads and of the MLP, over all layers; products of tokens
     with weights then differ by the router and by what doesn't divide. Its scores cost
     more: a union's shrink with the square of the share, a dense model's with the share.
+    Raises ConfigError for a model that has no such control.
     """
+    kinds = {*model.attention, *model.mlp} - {"dense", "union"}
+    others = sorted(f"{kind} layers" for kind in kinds)
+    others += ["shared_kv"] if model.union_for("attention").shared_kv else []
+    others += ["layers of other widths"] if model.widths != LayerWidths() else []
+    if others:
+        raise ConfigError(
+            f"a model with {' and '.join(others)} has no dense control; its unions "
+            "must route whole heads and be among dense layers of one width"
+        )
 
     def share(kinds: Sequence[str], part: Literal["attention", "mlp"]) -> float:
         keep = model.union_for(part).keep
