@@ -328,6 +328,19 @@ def test_without_create_if_absent_the_last_writer_has_the_lock(store, monkeypatc
     assert read("x") == b"two"
 
 
+def test_a_lock_whose_creation_was_tried_twice_is_held(store, monkeypatch):
+    there, call = Objects("bucket://b/plain"), Objects._call
+
+    def twice(self, method, name, *rest, **more):
+        call(self, method, name, *rest, **more)  # its answer was lost
+        return call(self, method, name, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "_call", twice)
+        assert there.create("x", b"one")
+    assert not there.create("x", b"two") and there.read("x") == b"one"
+
+
 def test_what_a_reader_writes_goes_up_and_what_is_gone_goes_away(run, store):
     folder = run_folder(ADDRESS, "it")
     (folder / "notes").mkdir()

@@ -2,14 +2,15 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from tests.train.test_multihost import start
 from uoe_jax.config import MeshConfig
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import ConfigError, OutOfMemory
 from uoe_jax.hardware.recompute import with_settings
-from uoe_jax.runs.folder import as_recorded
-from uoe_jax.train import memory, train
+from uoe_jax.runs.folder import as_recorded, check_settings
+from uoe_jax.train import loop, memory, train
 from uoe_jax.validation import read_config
 
 
@@ -44,6 +45,29 @@ def test_on_a_cpu_all_is_computed_again(tiny, tmp_path, capsys):
     train(auto(tiny(), steps=0), tmp_path / "run")
     assert "memory of this device isn't known" in capsys.readouterr().out
     assert read_config(tmp_path / "run").model.remat == "full"
+
+
+def test_a_choice_that_did_not_fit_is_none(tiny, tmp_path, monkeypatch, capsys):
+    run, asked = tmp_path / "run", auto(tiny(), steps=1)
+
+    def too_much(*args, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "device_bytes", lambda mesh: 1e12)
+        patch.setattr(loop._Run, "compile", too_much)
+        with pytest.raises(OutOfMemory, match="--model.remat full, slower"):
+            train(asked, run, quiet=True)
+    assert read_config(run).model.remat == "none" and (run / "checkpoints/0").exists()
+    # What the refusal says is possible; auto looks at the device again.
+    model = dataclasses.replace(asked.model, remat="full")
+    check_settings(run, dataclasses.replace(asked, model=model))
+    train(asked, run)
+    assert "remat auto: full" in capsys.readouterr().out
+    assert read_config(run).model.remat == "full"
+    other = dataclasses.replace(asked.model, remat="dots")
+    with pytest.raises(ConfigError, match="model.remat is 'dots', was 'full'"):
+        check_settings(run, dataclasses.replace(asked, model=other))
 
 
 SETTLES = """

@@ -71,6 +71,11 @@ FREE_FIELDS = frozenset(
         "train.profile",
     }
 )
+# What decides how much memory a step takes, and nothing of the state that a run begins
+# with: free until a step is taken, as the first may not fit.
+_MEMORY_FIELDS = frozenset(
+    {"data.batch_size", "model.remat", "model.scan_layers", "train.accumulate"}
+)
 # Where data and tokenizer lie, and how a tokenizer was asked for: a run's record of
 # its data has the hashes of both.
 _MOVED_FIELDS = frozenset({"data.path", "data.tokenizer", "data.bpe_vocab_size"})
@@ -161,12 +166,15 @@ def check_settings(path: Path, config: ExperimentConfig) -> None:
     if (path / CONFIG).is_file() and has_begun(path):
         before = parse_config(path)
         data = {name for name in _flatten(config) if name.startswith("data.")}
-        _refuse_others(path, before, config, FREE_FIELDS | data)
+        _refuse_others(path, before, config, _free_fields(path) | data)
 
 
 def as_recorded(path: Path, config: ExperimentConfig) -> ExperimentConfig:
-    """Return a config with what auto settled in a folder's run, where it has begun."""
-    if (path / CONFIG).is_file() and has_begun(path):
+    """Return a config with what auto settled in a folder's run, once a step is taken.
+
+    Before that it is settled anew: the step may not have fitted.
+    """
+    if (path / CONFIG).is_file() and has_begun(path) and _has_trained(path):
         return adopt_recompute(config, parse_config(path))
     return config
 
@@ -200,7 +208,7 @@ def _check_config(
         )
     before = absolute_settings(parse_config(path))
     record, begun = read_record(path), has_begun(path)
-    free = FREE_FIELDS
+    free = _free_fields(path)
     if begun and record is not None and data is not None:
         free |= record.moved_fields(data)
     if begun:
@@ -227,6 +235,7 @@ def check_saved(
     if not _has_trained_to(path, step):
         now = {"model": now["model"]}
     free = FREE_FIELDS | _MOVED_FIELDS
+    free |= _MEMORY_FIELDS if step == 0 else set()
     differing = [text for name, text in _differing(now, saved) if name not in free]
     if differing:
         raise CheckpointError(
@@ -257,6 +266,19 @@ def _has_trained_to(path: Path, step: int) -> bool:
         return True
     lines = read_json_lines(file, step=True).records
     return any(line["kind"] == "train" and line["step"] <= step for line in lines)
+
+
+def _has_trained(path: Path) -> bool:
+    """Whether a run has taken a step, by its metrics or its checkpoints."""
+    file = path / METRICS
+    if file.is_file() and file.stat().st_size:  # one without a line is left by failures
+        return True
+    return any((path / CHECKPOINTS).glob("[1-9]*"))
+
+
+def _free_fields(path: Path) -> frozenset[str]:
+    """Return what the run in a folder may change as it goes on."""
+    return FREE_FIELDS if _has_trained(path) else FREE_FIELDS | _MEMORY_FIELDS
 
 
 def _differing(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -120,7 +120,7 @@ class Objects:
         try:
             self._within(make)
         except FileExistsError:
-            return False
+            pass  # perhaps this one: an answer was lost, and its library tried again
         # Stores without such a request overwrite: then the last one has it.
         return self.read(name) == content
 
