@@ -71,6 +71,21 @@ def test_a_draw_is_the_routing_of_a_smaller_top_k(name):
     assert seen == set(range(union.least_top_k, 5))  # missed by 4 * 0.75**40 of seeds
 
 
+def test_picks_that_are_off_take_no_room():
+    """Four tokens fit an expert, and no more than four ask for it as their first."""
+    union = drawn(num_experts=2, top_k=2, capacity_factor=0.5)
+    router = make_router(4, union, True, rngs=nnx.Rngs(0))
+    router.weight[...] = jnp.eye(4)[:, :2]
+    x = jnp.eye(4)[jnp.array([0, 0, 0, 0, 1, 1, 1, 1])][None]
+    context = make_context(tiny(union=union), (1, 8), train=True)
+    run = jax.jit(lambda key: router(x, context._replace(draw=key)))
+    # One expert is on for half of the keys.
+    routings = [run(jax.random.key(seed)) for seed in range(12)]
+    (one, *_) = [r for r in routings if not np.any(r.gates[..., 1:])]
+    np.testing.assert_array_equal(one.kept, [[[True, False]] * 8])
+    assert one.stats["dropped"] == 0
+
+
 def test_every_layer_and_part_draws_its_own_and_evaluation_none():
     model = build(tiny(**UNION, union=drawn(), num_layers=3))
     tokens = tokens_like(model.config, 2, 12, seed=1)

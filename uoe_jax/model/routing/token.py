@@ -105,14 +105,16 @@ class Router(nnx.Module):
     ) -> Routing:
         """Return the routing with statistics, always-on experts and capacity."""
         kept = on = None
+        asking = picks
+        if self.least and context.draw is not None:
+            kept = on = drawn_picks(context.draw, self.least, picks)
+            gates = gates_of_some(gates, on, self.gate)
+            # Those that are off take no room: of no expert.
+            asking = jnp.where(on, picks, scores.shape[-1])
         if self.capacity_factor is not None and context.train:
             share = self.capacity_factor * self.top_k / scores.shape[-1]
             room = room_of(share, scores.shape[1], context.segments)
-            kept = within_capacity(picks, scores.shape[-1], room, context.segments)
-        if self.least and context.draw is not None:
-            on = drawn_picks(context.draw, self.least, picks)
-            gates = gates_of_some(gates, on, self.gate)
-            kept = on if kept is None else kept & on
+            kept = within_capacity(asking, scores.shape[-1], room, context.segments)
         stats = router_stats(scores, decision, picks, context, kept, on)
         return self.finish(picks, gates, kept, stats, context.collect_choices)
 
