@@ -171,6 +171,31 @@ def test_what_a_store_has_lost_or_changed_is_named(run, store):
         load_run(ADDRESS)
 
 
+def test_a_checkpoint_that_goes_while_it_is_read(run, store, monkeypatch):
+    listed, gone = Objects.list, ["checkpoints/3/config/metadata"]
+
+    def with_one_gone(self):
+        return listed(self) | {name: 9 for name in gone[-1:]}
+
+    monkeypatch.setattr(Objects, "list", with_one_gone)
+    again = "bucket://b/runs/r changed while it was read; run the same command again"
+    with pytest.raises(StoreError, match=again):
+        load_run(ADDRESS)
+    tries = iter([*gone])
+
+    def gone_by_then(self):
+        return listed(self) | {name: 9 for name in tries}
+
+    monkeypatch.setattr(Objects, "list", gone_by_then)
+    assert load_run(ADDRESS).step == 4
+    # Its arrays, which come when they are needed.
+    shutil.rmtree(run_folder(ADDRESS, "it") / "checkpoints/4/state")
+    copy = run_folder(ADDRESS, "it")
+    (store / "b/runs/r/checkpoints/4/state/params.embed.embedding/.zarray").unlink()
+    with pytest.raises(StoreError, match="changed while it was read"):
+        Checkpoints(copy / "checkpoints").restore({"params.embed.embedding": None})
+
+
 def test_a_changed_copy_is_brought_again(run, store):
     first = load_run(ADDRESS)
     array = "checkpoints/4/state/params.embed.embedding"
