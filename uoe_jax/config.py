@@ -221,10 +221,10 @@ class HeadGroups(Checked):
     """
 
     local: Whole = 0  # query heads that see the last `window` tokens only
-    local_kv: Whole = 0  # their key and value heads; 0: shared as the model's are
+    local_kv: Whole = 0  # key and value heads of local ones; 0: shared as the model's
     window: Count = 256  # tokens that local heads see, and that a cache keeps of them
     full: Whole = 0  # query heads that see all tokens before them
-    full_kv: Whole = 0  # their key and value heads; 0: shared as the model's are
+    full_kv: Whole = 0  # key and value heads of the full ones; 0: shared likewise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,7 +178,7 @@ def test_a_checkpoint_that_goes_while_it_is_read(run, store, monkeypatch):
         return listed(self) | {name: 9 for name in gone[-1:]}
 
     monkeypatch.setattr(Objects, "list", with_one_gone)
-    again = "bucket://b/runs/r changed while it was read; run the same command again"
+    again = "bucket://b/runs/r changed while it was read; run it again"
     with pytest.raises(StoreError, match=again):
         load_run(ADDRESS)
     tries = iter([*gone])
