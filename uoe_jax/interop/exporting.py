@@ -24,6 +24,7 @@ from uoe_jax.interop.function import dense_form, differences
 from uoe_jax.interop.names import Family, Source, by_tensor, find_sources
 from uoe_jax.interop.padding import pad_layers
 from uoe_jax.interop.safetensors import INDEX, WEIGHTS
+from uoe_jax.kinds import ROUTERS
 from uoe_jax.runs.load import read_weights
 from uoe_jax.runs.result import read_result
 from uoe_jax.runs.stored import run_folder
@@ -121,6 +122,16 @@ def check_gates(
             raise ConfigError(
                 f"{part} uses {union.top_k} of {union.num_experts} experts a token and "
                 f"a dense file would use all of them: another function; {fix}"
+            )
+        biases = [n for n in buffers if f".{part}.router." in n and buffers[n].any()]
+        if ROUTERS[union.router].varies and (
+            (biases and union.gate != "straight_through") or union.gate == "relu"
+        ):
+            why = f"{biases[0]} isn't zero" if biases else "gate relu is 0 at score 0"
+            raise ConfigError(
+                f"{part} has router {union.router!r}, whose gates are of scores over "
+                f"thresholds, and {why}: they aren't 1, and a dense file has none; "
+                f"{fix}"
             )
         routers = [n for n in params if f".{part}.router." in n and params[n].any()]
         if routers:
