@@ -127,6 +127,11 @@ def run_lengths(
             f"optim.warmup_steps is {optim.warmup_steps}, but the shortest run cools "
             f"down from step {legs[0].last} on; warm up in fewer"
         )
+    if chunk_steps(run.lengths) % programs.chunk:
+        raise ConfigError(
+            f"a dispatch trains {programs.chunk} steps, which don't divide every part "
+            f"of a run of {list(run.lengths)}; make programs with chunk_steps of these"
+        )
     rows = train_rows(programs.config, run.seed, run.lengths[-1])
     progress = _begin(programs, run.seed, paused, say)
     while progress.leg < len(legs):

@@ -182,12 +182,17 @@ def judge(plan: Plan, found: Mapping[str, Difference]) -> list[Verdict]:
     """Return what became of each comparison; `found` has differences by name.
 
     A comparison that wasn't measured counts among those that p is adjusted for: what
-    is left out makes nothing else surer. Raises ConfigError for one that isn't planned.
+    is left out makes nothing else surer. Raises ConfigError for one that isn't planned
+    or isn't finite.
     """
     planned = {c.name: c for c in plan.comparisons}
     for name in found:
         if name not in planned:
             raise ConfigError(f"{name!r} isn't planned; {nearest(name, planned)}")
+        if not (math.isfinite(found[name].mean) and math.isfinite(found[name].error)):
+            raise ConfigError(
+                f"{name!r} has a difference that isn't finite; leave out what diverged"
+            )
     values = [
         p_value(found[c.name], c) if c.name in found else 1.0 for c in plan.comparisons
     ]

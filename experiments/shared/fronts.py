@@ -46,18 +46,26 @@ class Equal(NamedTuple):
 
 
 def equal_spending(first: Sequence[Front], second: Sequence[Front]) -> list[Equal]:
-    """Return the losses of two models, a front a seed, at the cheaper one's lengths."""
-    ends = [statistics.fmean(front[-1][0] for front in fronts)
-            for fronts in (first, second)]  # fmt: skip
+    """Return the losses of two models, a front a seed, at the cheaper one's lengths.
+
+    A seed that diverged has fewer lengths, or none, and is left out of the others.
+    """
+    first, second = ([front for front in fronts if front] for fronts in (first, second))
+    if not first or not second:
+        return []
+    ends = [max(front[-1][0] for front in fronts) for fronts in (first, second)]
     cheaper = first if ends[0] <= ends[1] else second
     found = []
-    for number in range(len(cheaper[0])):
-        spent = statistics.fmean(front[number][0] for front in cheaper)
+    for number in range(max(map(len, cheaper))):
+        reached = [front[number][0] for front in cheaper if number < len(front)]
+        spent = statistics.fmean(reached)
         sides = []
         for fronts in (first, second):
             # A cheaper seed's own length: its loss there, whatever its second was.
-            own = fronts is cheaper
-            losses = [f[number][1] if own else loss_at(f, spent) for f in fronts]
+            if fronts is cheaper:
+                losses = [f[number][1] for f in fronts if number < len(f)]
+            else:
+                losses = [loss_at(f, spent) for f in fronts]
             sides.append([x for x in losses if x is not None])
         if all(sides):
             found.append(Equal(number, spent, *sides))

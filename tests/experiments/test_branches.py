@@ -150,6 +150,8 @@ def test_rates_are_the_schedules(programs):
 def test_what_cannot_branch_is_refused(programs, tmp_path):
     with pytest.raises(ConfigError, match="warmup_steps is 5, but the shortest"):
         run(programs, tmp_path, (5, 40))
+    with pytest.raises(ConfigError, match="trains 4 steps, which don't divide"):
+        run(programs, tmp_path, (30,))
     config = programs.config
     programs.config = change(config, optim={"schedule": "cosine"})
     try:

@@ -158,6 +158,22 @@ def test_models_are_compared_where_both_have_spent_as_much():
         assert_close(one.second, [law(1.5)(one.spent) + s for s in (0.0, 0.1)], 1e-9)
 
 
+def test_a_seed_that_diverged_is_left_out_where_it_has_no_length():
+    whole, short = [(1.0, 3.0), (2.0, 2.0)], [(1.0, 3.1)]
+    slow = [[(0.9, 3.5), (4.0, 1.9)], []]
+    for fast in ([whole, short, []], [short, [], whole]):
+        found = equal_spending(slow, fast)
+        assert [(one.spent, len(one.second)) for one in found] == [(1.0, 2), (2.0, 1)]
+    assert equal_spending([[]], [whole]) == []
+
+
+def test_what_is_no_number_holds_nothing():
+    near = dataclasses.replace(ONE, claim="within", margin=0.005)
+    for found in (Difference(math.nan, 0.1, 5), Difference(0.0, math.nan, 5)):
+        with pytest.raises(ConfigError, match="'one' has a difference that isn't"):
+            judge(Plan((near,)), {"one": found})
+
+
 def test_a_law_is_found_again_with_its_multiplier():
     scales = {"dense": 1.2, "union": 1.0}
     points = {
