@@ -16,6 +16,7 @@ from uoe_jax.config import UnionConfig, UnionOverrides
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import with_top_k
 from uoe_jax.model.context import make_context
+from uoe_jax.model.decoding.step import with_decode_weights
 from uoe_jax.model.routing import make_router
 from uoe_jax.model.routing.token import gates_of_some
 from uoe_jax.train import train
@@ -122,6 +123,8 @@ def test_a_model_is_used_with_another_number():
     np.testing.assert_array_equal(forward(same, tokens)[0], full)
     with pytest.raises(ConfigError, match="top_k 5 is more than"):
         with_top_k(model, 5)
+    small = with_top_k(with_decode_weights(model, "int8"), 2)
+    assert small.decode_weights == "int8" and model.decode_weights == "compute"
 
 
 def test_a_run_goes_on_with_the_same_draws(tmp_path):

@@ -176,7 +176,10 @@ def with_top_k(model: Any, top_k: int) -> Any:
     )
     config = dataclasses.replace(config, union=union, union_attention=attention)
     validate_model(config)
-    return nnx.merge(split_model(config)[0], *nnx.split(model, nnx.Param, ...)[1:])
+    found = nnx.merge(split_model(config)[0], *nnx.split(model, nnx.Param, ...)[1:])
+    if config.kind == "decoder":
+        found.decode_weights = model.decode_weights
+    return found
 
 
 def whole_buffers(config: ModelConfig, given: Mapping[str, Any]) -> Arrays:
