@@ -436,7 +436,7 @@ class ModelConfig(Checked):
         What cuts, measures or stores plain layers refuses these.
         """
         found = {
-            "model.head_groups": self.head_groups != HeadGroups(),
+            "model.head_groups": bool(self.head_groups.local or self.head_groups.full),
             "model.convolution": self.convolution > 0,
             "model.output_gate": self.output_gate,
         }

@@ -10,7 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uoe_jax.config import ModelConfig
+from uoe_jax.config import HeadGroups, ModelConfig
 from uoe_jax.decompose.split import (
     merge_params,
     merged_config,
@@ -150,6 +150,18 @@ def test_wrong_cuts_are_one_line():
     twice = np.zeros((2, 24), np.int32)
     with pytest.raises(ConfigError, match="takes a permutation"):
         split_params(params, DENSE, union, twice)
+    for change in ({"router": "threshold"}, {"gate": "relu"}):
+        own = dataclasses.replace(DENSE.union, **change)
+        with pytest.raises(ConfigError, match="off where routers are zero"):
+            union_config(dataclasses.replace(DENSE, union=own), 4, 2)
+
+
+def test_a_window_of_no_heads_adds_nothing():
+    groups = HeadGroups(window=64)
+    union_config(dataclasses.replace(DENSE, head_groups=groups), 4, 2)
+    local = dataclasses.replace(groups, local=2)
+    with pytest.raises(ConfigError, match="model.head_groups"):
+        union_config(dataclasses.replace(DENSE, head_groups=local), 4, 2)
 
 
 def test_heads_may_be_cut_into_another_number():

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from uoe_jax.config import LayerWidths, ModelConfig, UnionOverrides
 from uoe_jax.decompose.cut import PARTS, Part
 from uoe_jax.errors import ConfigError
+from uoe_jax.kinds import ROUTERS
 from uoe_jax.model import check_params, param_shapes
 from uoe_jax.model.stacks import from_layers, to_layers
 from uoe_jax.tree import Arrays
@@ -39,9 +40,16 @@ def union_config(
 
     Attention may have another number of experts; a token then uses the same share of
     them, rounded. `shared` experts of the MLP are always on, none of attention. Raises
-    ConfigError if some part of the model isn't dense.
+    ConfigError if some part of the model isn't dense, or routers of zeros, which a cut
+    starts with, would switch its experts off.
     """
     check_dense(config)
+    if config.union.gate == "relu" or ROUTERS[config.union.router].varies:
+        raise ConfigError(
+            f"model.union has router {config.union.router!r} and gate "
+            f"{config.union.gate!r}, whose experts are off where routers are zero, as "
+            "a cut's are at first; take a run with router token and gate sigmoid"
+        )
     parts = tuple(parts)
     if not parts:
         raise ConfigError("no part to decompose; name attention, mlp or both")
