@@ -69,14 +69,21 @@ def test_tensorboard_events_are_written(tmp_path):
     assert b"train/loss" in events.read_bytes()
 
 
-LINE = {"loss": 2.5, "tokens_per_second": 1234.5, "mfu": 0.25, "skipped": 0}
+LINE = {
+    "loss": 2.5,
+    "tokens": 1234.5,
+    "tokens_per_second": 1234.5,
+    "mfu": 0.25,
+    "skipped": 0,
+}
 
 
 def test_plain_output_is_one_line_every_log_steps(capsys):
     with Display(log_every=5) as display:
         display.start(0, 12)
         for step in range(1, 13):
-            display.step({**LINE, "step": step, "seconds": float(step)})
+            seen = {"step": step, "tokens": 1234.5 * step, "seconds": float(step)}
+            display.step({**LINE, **seen})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["5/12", "10/12", "12/12"]
     assert lines[0] == "step 5/12  loss 2.5000  1,234 tokens/s  MFU 25.0%  7 s left"

@@ -39,7 +39,7 @@ from uoe_jax.model.routing import ROUTERS
 from uoe_jax.model.routing.balance import Aux, Stats, router_configs, stack_stats
 from uoe_jax.model.sharded import run_part
 from uoe_jax.partition.collectives import GATHERED
-from uoe_jax.weights import layer_period
+from uoe_jax.weights import GROUPS, layer_period
 
 ATTENTION: dict[str, Any] = {
     "dense": DenseAttention,
@@ -81,10 +81,8 @@ class Block(nnx.Module):
         self.router = DepthRouter(config, rngs=rngs) if around else None
         for name, group in own.beside.items():
             setattr(self, name, HeadGroup(group, own.layer_heads, rngs=rngs))
-        self.groups = tuple(own.beside)
         if config.convolution:
             self.convolution = Convolution(config)
-        self.plain = not (own.beside or config.convolution)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, key: jax.Array | None = None
@@ -111,6 +109,16 @@ class Block(nnx.Module):
         if self.plain:
             kept = {"attention": kept}
         return x, {name: part for name, part in parts.items() if part}, kept
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups of heads beside those of the layer's kind."""
+        return tuple(name for name in GROUPS if hasattr(self, name))
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer's heads are those of its kind, and read normed tokens."""
+        return not (self.groups or hasattr(self, "convolution"))
 
     @property
     def heads(self) -> Any:
