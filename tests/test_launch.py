@@ -105,7 +105,9 @@ def test_the_job_names_its_processes_as_jax_reads_them():
     assert spec["completionMode"] == "Indexed"
     ((container,),) = [pod["containers"] for pod in pods(job)]
     given = {entry["name"]: entry for entry in container["env"]}
-    assert set(given) == set(_VARIABLES)
+    assert set(given) == {*_VARIABLES, "XDG_CACHE_HOME"}
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert given["XDG_CACHE_HOME"]["value"] == mounted["copies"]
     assert given["JAX_COORDINATOR_ADDRESS"]["value"].startswith(f"{name}-0.{name}:")
     processes = int(given["JAX_NUM_PROCESSES"]["value"])
     assert processes == spec["completions"] == spec["parallelism"] == 4

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from tests.compare import assert_close
-from tests.model.test_cache import decode, prefill
+from tests.model.test_cache import decoded_logits
 from tests.model.tiny_models import build, forward, shapes_of, tiny, tokens_like
 from uoe_jax.config import ExperimentConfig, HeadGroups, MeshConfig, UnionConfig
 from uoe_jax.errors import ConfigError
@@ -81,15 +81,10 @@ def test_decoding_equals_the_full_forward(name):
     tokens = tokens_like(config, 3, 12, seed=1)
     lengths = jnp.array([6, 1, 3])  # under three tokens there are zeros before them
     wanted = forward(model, tokens)[0]
-    cache = init_cache(config, 3, 12)
-    logits, cache = prefill(model, tokens[:, :6], lengths, cache)
-    found = [logits]
-    for step in range(6):
-        logits, cache = decode(model, tokens[jnp.arange(3), lengths + step], cache)
-        found.append(logits)
+    found = decoded_logits(model, tokens, lengths, 6)
     for row, length in enumerate(np.asarray(lengths)):
-        got = jnp.stack(found, axis=1)[row]
-        np.testing.assert_allclose(got, wanted[row, length - 1 : length + 6], atol=1e-4)
+        expected = wanted[row, length - 1 : length + 6]
+        np.testing.assert_allclose(found[row], expected, atol=1e-4)
 
 
 def test_the_router_reads_its_neighbours():

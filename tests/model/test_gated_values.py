@@ -9,7 +9,13 @@ import pytest
 
 from tests.compare import assert_close
 from tests.model.test_cache import decoded_logits
-from tests.model.tiny_models import build, forward, split_model, tiny, tokens_like
+from tests.model.tiny_models import (
+    assert_is_dense_when_cut,
+    build,
+    forward,
+    tiny,
+    tokens_like,
+)
 from uoe_jax.config import UnionConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model.attention import UnionAttention
@@ -25,18 +31,7 @@ def gated(**options):
 
 
 def test_all_experts_with_unit_gates_are_the_dense_model():
-    config = gated(top_k=4)
-    dense = build(tiny())
-    tokens = tokens_like(config, 2, 12, seed=1)
-    segments = jnp.array([[1] * 7 + [2] * 5, [1] * 9 + [0] * 3])
-    wanted, found = (
-        forward(model, tokens, segments=segments)[0]
-        for model in (dense, split_model(dense, config))
-    )
-    real = np.asarray(segments) > 0
-    np.testing.assert_allclose(
-        np.asarray(found)[real], np.asarray(wanted)[real], atol=1e-4
-    )
+    assert_is_dense_when_cut(gated(top_k=4))
 
 
 def test_the_output_is_that_of_every_head_by_hand():

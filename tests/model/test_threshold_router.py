@@ -9,7 +9,13 @@ import pytest
 from flax import nnx
 
 from tests.compare import assert_close
-from tests.model.tiny_models import build, forward, split_model, tiny, tokens_like
+from tests.model.tiny_models import (
+    assert_is_dense_when_cut,
+    build,
+    forward,
+    tiny,
+    tokens_like,
+)
 from uoe_jax.config import MoeConfig, UnionConfig, UnionOverrides
 from uoe_jax.errors import ConfigError
 from uoe_jax.hardware.count import cache_bytes
@@ -125,18 +131,7 @@ def test_thresholds_balance_a_skewed_router_without_a_loss():
 
 
 def test_all_experts_with_unit_gates_are_the_dense_model():
-    config = tiny(**UNION, union=thresholds(top_k=4))
-    dense = build(tiny())
-    tokens = tokens_like(config, 2, 12, seed=1)
-    segments = jnp.array([[1] * 7 + [2] * 5, [1] * 9 + [0] * 3])
-    wanted, found = (
-        forward(model, tokens, segments=segments)[0]
-        for model in (dense, split_model(dense, config))
-    )
-    real = np.asarray(segments) > 0
-    np.testing.assert_allclose(
-        np.asarray(found)[real], np.asarray(wanted)[real], atol=1e-4
-    )
+    assert_is_dense_when_cut(tiny(**UNION, union=thresholds(top_k=4)))
 
 
 def test_a_token_that_passes_nothing_is_only_passed_on():

@@ -135,3 +135,18 @@ def split_model(dense: Any, config: ModelConfig) -> Any:
         assert value.shape == variable.shape, path
         flat.append((path, variable.replace(value)))
     return nnx.merge(graphdef, nnx.from_flat_state(flat), zeros_like(buffers))
+
+
+def assert_is_dense_when_cut(config: ModelConfig) -> None:
+    """A union of all experts with gates of 1 is its dense model, in two documents."""
+    dense = build(tiny())
+    tokens = tokens_like(config, 2, 12, seed=1)
+    segments = jnp.array([[1] * 7 + [2] * 5, [1] * 9 + [0] * 3])
+    wanted, found = (
+        forward(model, tokens, segments=segments)[0]
+        for model in (dense, split_model(dense, config))
+    )
+    real = np.asarray(segments) > 0
+    np.testing.assert_allclose(
+        np.asarray(found)[real], np.asarray(wanted)[real], atol=1e-4
+    )

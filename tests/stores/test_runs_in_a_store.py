@@ -514,3 +514,16 @@ def test_a_copy_needs_a_place(store, monkeypatch, tmp_path):
 def test_dots_are_no_folders_of_a_store(name):
     with pytest.raises(StoreError, match="a store has no . or .. "):
         Objects(f"gs://{name}")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", "./x"])
+def test_an_object_that_leads_out_of_the_folder_is_refused(store, monkeypatch, name):
+    (store / "b/out").mkdir(parents=True)
+    there = Objects("bucket://b/out")
+    system, root = there._open()
+    listed = {f"{root}/{n}": {"size": 1} for n in (name, "marked/", "plain")}
+    monkeypatch.setattr(type(system), "find", lambda *args, **options: listed)
+    with pytest.raises(StoreError, match="names no file below it"):
+        there.list()
+    listed.pop(f"{root}/{name}")
+    assert there.list() == {"plain": 1}

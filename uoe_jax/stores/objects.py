@@ -85,7 +85,11 @@ class Objects:
         self._opened: tuple[Any, str] | None = None
 
     def list(self) -> dict[str, int]:
-        """Return the bytes of each object by name; {} where nothing is."""
+        """Return the bytes of each object by name; {} where nothing is.
+
+        An object whose name leads out of the folder is refused: it would be written
+        there.
+        """
 
         def find() -> dict[str, int]:
             system, root = self._open()
@@ -95,13 +99,22 @@ class Objects:
             return {
                 name[start:]: int(about.get("size") or 0)
                 for name, about in found.items()
-                if about.get("type", "file") == "file" and len(name) > start
+                if about.get("type", "file") == "file"
+                and len(name) > start
+                and not name.endswith("/")  # a console's mark of a folder
             }
 
         try:
-            return self._within(find)
+            found = self._within(find)
         except FileNotFoundError:
             return {}
+        for name in found:
+            if {"", ".", ".."} & set(name.split("/")):
+                raise StoreError(
+                    f"{self.address} holds an object {name!r}, which names no file "
+                    "below it; delete it, or give another address"
+                )
+        return found
 
     def read(self, name: str) -> bytes | None:
         """Return what a small object holds; None where there is none."""
