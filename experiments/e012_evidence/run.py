@@ -30,10 +30,10 @@ from experiments.shared.compare import read_plan
 from experiments.shared.fit import Limits, OutOfTime, describe
 from experiments.shared.programs import Programs
 from experiments.shared.work import prepare
-from uoe_jax.bench.record import commit, made_with
+from uoe_jax.bench.record import commit, made_with, write_record
 from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError, UoeError
-from uoe_jax.files import format_json, parse_json, write_atomically
+from uoe_jax.files import parse_json
 from uoe_jax.hardware.count import cache_bytes
 
 _LEAST = 45.0  # seconds left in which a run is worth to begin: it compiles first
@@ -113,8 +113,7 @@ class Session:
             "wall_seconds": time.perf_counter() - start,
         }
         self.rows.append(row)
-        self.options.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.file, format_json(self.results, indent=1) + "\n")
+        write_record(self.file, self.results)
         say(f"{row['wall_seconds']:.0f} s")
 
     def _prepared(
