@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from uoe_jax.errors import ConfigError
 from uoe_jax.ops.as_segments import (
     LIST_BACKENDS,
+    MASKED,
     Lists,
     list_attention,
     merge,
@@ -27,7 +28,7 @@ NUMBERS = {"max_rows": ROWS, "scale": 0.7}
 
 
 def any_bounds(call):
-    """Segment attention written out, where a row may see nothing, not even itself."""
+    """Segment attention and its logsumexp written out; a row may see nothing at all."""
     assert call.mask == (False, None)
     q, k, v, offsets, scale = call.q, call.k, call.v, call.offsets, call.scale
     row = jnp.arange(q.shape[0])
@@ -36,11 +37,12 @@ def any_bounds(call):
     segment = jnp.searchsorted(offsets, row, side="right")
     seen &= (segment[None] == segment[:, None]) & (row < offsets[-1])[:, None]
     s = jnp.einsum("mgh,nh->mgn", q, k) * scale
-    p = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True)) * seen[:, None]
-    p = p / jnp.where(
-        jnp.any(seen, axis=1)[:, None, None], jnp.sum(p, -1)[..., None], 1
-    )
-    return jnp.einsum("mgn,nh->mgh", p, v)
+    top = jnp.max(s, axis=-1, keepdims=True)
+    p = jnp.exp(s - top) * seen[:, None]
+    some = jnp.any(seen, axis=1)[:, None, None]
+    total = jnp.where(some, jnp.sum(p, -1)[..., None], 1)
+    lse = jnp.where(some, top + jnp.log(total), MASKED)[..., 0]
+    return jnp.einsum("mgn,nh->mgh", p / total, v), lse
 
 
 def draw_call(seed, dtype=jnp.float32, width=WIDTH):
@@ -58,8 +60,9 @@ def draw_call(seed, dtype=jnp.float32, width=WIDTH):
 
 def value_and_gradients(run, call):
     q, k, v, *rest = call
-    out, vjp = jax.vjp(lambda *qkv: run(Lists(*qkv, *rest, **NUMBERS)), q, k, v)
-    return out, *vjp(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+    found, vjp = jax.vjp(lambda *qkv: run(Lists(*qkv, *rest, **NUMBERS)), q, k, v)
+    wave = lambda a: jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape)
+    return *found, *vjp(jax.tree.map(wave, found))
 
 
 both = jax.jit(
@@ -112,8 +115,8 @@ def test_merged_rows_in_shard_map_are_one_devices():
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *calls)
 
     def run(call):
-        got = merged_attention(any_bounds, Lists(*call, **NUMBERS))
-        return jnp.sum(got**2)
+        got, lse = merged_attention(any_bounds, Lists(*call, **NUMBERS))
+        return jnp.sum(got**2) + jnp.sum(jnp.where(lse > MASKED, lse, 0))
 
     def local(call):
         return jax.lax.psum(run(jax.tree.map(lambda a: a[0], call)), "data")

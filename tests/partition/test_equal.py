@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tests.partition.tiny_layouts import compute, first_state, make_config, one_device
-from uoe_jax.model.sharded import gathered_attention, ring_attention
+from uoe_jax.model.sequence import gathered_attention, ring_attention
 from uoe_jax.ops.dense_attention.call import Call
 from uoe_jax.ops.dense_attention.reference import dense_attention
 from uoe_jax.ops.segment_attention.call import Mask

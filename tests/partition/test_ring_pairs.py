@@ -15,7 +15,7 @@ import pytest
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from uoe_jax.model.sharded import ring_attention
+from uoe_jax.model.sequence import ring_attention
 from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.partition.rings import in_best_rings, in_rings
 from uoe_jax.plan.aot import topology_devices

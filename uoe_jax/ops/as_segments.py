@@ -37,6 +37,8 @@ from uoe_jax.ops.tpu import pad_rows
 
 MASKED = -1e30  # the logsumexp of a row that sees nothing; finite, so no nan follows
 Kernels = Callable[[Call], jax.Array]  # a backend of segment attention
+# One that gives the logsumexp of each row as well.
+KernelsWithSums = Callable[[Call], tuple[jax.Array, jax.Array]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def list_attention(
     Raises:
       ConfigError: unknown or unfit backend.
     """
-    return dispatch("list_attention", LIST_BACKENDS, implementation, lists)
+    return dispatch("list_attention", LIST_BACKENDS, implementation, lists)[0]
 
 
 class Merged(NamedTuple):
@@ -165,14 +167,17 @@ def _count_upto(edges: Int[Array, " S1"], size: int) -> Int[Array, " size"]:
     return jnp.cumsum(marks, dtype=jnp.int32)
 
 
-def merged_attention(kernels: Kernels, lists: Lists) -> Float[Array, "M G H"]:
-    """Return the attention by a segment kernel that takes rows which see nothing.
+def merged_attention(
+    kernels: KernelsWithSums, lists: Lists
+) -> tuple[Float[Array, "M G H"], Float[Array, "M G"]]:
+    """Return what `tiled_attention` does by a segment kernel that takes rows which see
+    nothing.
 
     That costs copies in proportion to the rows, and no scores.
     """
     q, k, v = lists.q, lists.k, lists.v
     if q.size == 0 or k.size == 0:
-        return jnp.zeros_like(q)
+        return jnp.zeros_like(q), jnp.full_like(q[..., 0], MASKED, jnp.float32)
     merged = merge(lists.offsets, lists.first, lists.last, k.shape[1])
     keys, values = (gather_rows(a.reshape(-1, a.shape[2]), merged.keys) for a in (k, v))
     flat = gather_rows(q.reshape(q.shape[0], -1), merged.queries)
@@ -185,8 +190,12 @@ def merged_attention(kernels: Kernels, lists: Lists) -> Float[Array, "M G H"]:
         scale=lists.factor,
         bounds=(merged.low, merged.high),
     )
-    out = kernels(call)
-    return combine_rows(out.reshape(flat.shape), merged.queries).reshape(q.shape)
+    out, lse = kernels(call)
+    out = combine_rows(out.reshape(flat.shape), merged.queries).reshape(q.shape)
+    seen = jnp.maximum(lists.first, 0) <= jnp.minimum(lists.last, k.shape[1] - 1)
+    seen &= jnp.arange(q.shape[0]) < lists.offsets[-1]
+    lse = combine_rows(lse, merged.queries)
+    return out, jnp.where(seen[:, None], lse, MASKED)
 
 
 def tiled_attention(
@@ -284,11 +293,12 @@ def _attend_tiles(
     return out, jnp.where(inside, back(lse), MASKED)
 
 
-# In order of preference; `implementation=None` takes the first that can serve.
+# In order of preference; `implementation=None` takes the first that can serve. Each
+# gives the logsumexp as well.
 LIST_BACKENDS = {
-    "mosaic_gpu": partial(merged_attention, mosaic_gpu.segment_attention),
-    "triton": partial(merged_attention, triton.segment_attention),
-    "xla": lambda lists: tiled_attention(lists)[0],
+    "mosaic_gpu": partial(merged_attention, mosaic_gpu.attend),
+    "triton": partial(merged_attention, triton.attend),
+    "xla": tiled_attention,
 }
 
 

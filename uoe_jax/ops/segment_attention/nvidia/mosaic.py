@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -28,7 +29,7 @@ from uoe_jax.ops.segment_attention.nvidia.mosaic_key_gradients import (
 )
 from uoe_jax.ops.segment_attention.nvidia.mosaic_parts import WG_ROWS, Options
 from uoe_jax.ops.segment_attention.nvidia.mosaic_query_gradient import query_gradient
-from uoe_jax.varying import vary_together
+from uoe_jax.varying import vary_together, zeros_varying
 
 WGS = 2  # warpgroups that compute
 TILE = WGS * WG_ROWS
@@ -61,7 +62,14 @@ def interpreted(params: plgpu.InterpretGPUParams | None = None) -> Iterator[None
 def segment_attention(
     call: Call, *, deterministic: bool = True
 ) -> Float[Array, "M G H"]:
-    """Return attention inside each segment.
+    """Return attention inside each segment; see `attend`."""
+    return attend(call, deterministic=deterministic)[0]
+
+
+def attend(
+    call: Call, *, deterministic: bool = True
+) -> tuple[Float[Array, "M G H"], Float[Array, "M G"]]:
+    """Return attention inside each segment, and the logsumexp of each row's scores.
 
     With `deterministic` gradients are the same bits on every run, from two kernels that
     each compute the scores. Otherwise one kernel adds up the queries' gradient in any
@@ -73,9 +81,9 @@ def segment_attention(
     """
     cores = _cores()
     check_call(call, WIDTHS)
-    num_rows, _, width = call.q.shape
+    num_rows, groups, width = call.q.shape
     if num_rows == 0:
-        return call.q
+        return call.q, jnp.zeros((0, groups), jnp.float32)
     mask = call.mask.among(num_rows)
     settings = make_settings(
         width, cores, mask=mask, scale=float(call.scale), deterministic=deterministic
@@ -89,7 +97,8 @@ def segment_attention(
     rows = None
     if call.bounds is not None:
         rows = schedule.make_rows(call.offsets, call.bounds, mask, pad=TILE + more)
-    return _attention(settings, q, k, v, call.offsets, rows)[:num_rows]
+    out, lse = _attention(settings, q, k, v, call.offsets, rows)
+    return out[:num_rows], lse[:num_rows]
 
 
 def make_settings(
@@ -153,13 +162,15 @@ def _attention_fwd(settings, q, k, v, offsets, rows):
     slots = schedule.num_tiles(q.shape[0], offsets.shape[0] - 1, TILE)
     # Kernels don't say over which mesh axes their outputs vary: as their inputs do.
     _, out, lse = vary_together(q, *forward(q, k, v, plan, rows, slots, options))
-    return out, (q, k, v, offsets, rows, plan, out, lse)
+    results = out, _by_rows(offsets, lse, q.shape[0])
+    return results, (q, k, v, offsets, rows, plan, out, lse)
 
 
 @partial(jax.jit, static_argnums=0)
-def _attention_bwd(settings, saved, dout):
+def _attention_bwd(settings, saved, grads):
     q, k, v, offsets, rows, query_plan, out, lse = saved
-    stats = lse, _delta(offsets, dout, out)
+    dout, dlse = grads
+    stats = lse, _delta(offsets, dout, out, dlse)
     options = settings.key
     segments = _segments(options, q, offsets, rows)
     plan = schedule.key_plan(segments, TILE, QUERIES)
@@ -174,18 +185,33 @@ def _attention_bwd(settings, saved, dout):
         total = jax.new_ref(jnp.zeros(shape, jnp.float32))
         dk, dv = key_gradients(*args, plan, rows, options, total)
         dq = (total[...][: q.shape[0]] * options.scale).astype(q.dtype)
-    _, *grads = vary_together(q, dq, dk, dv)
-    return *grads, None, None
+    _, *found = vary_together(q, dq, dk, dv)
+    return *found, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _delta(
-    offsets: Int[Array, " S1"], dout: Float[Array, "M G H"], out: Float[Array, "M G H"]
+    offsets: Int[Array, " S1"],
+    dout: Float[Array, "M G H"],
+    out: Float[Array, "M G H"],
+    dlse: Float[Array, "M G"],
 ) -> Float[Array, "G N2"]:
-    """Return rowsum(dout * out) by slots of query tiles."""
+    """Return rowsum(dout * out) by slots of query tiles, less the gradient of the
+    logsumexp: the scores' gradient is p * (dp - delta), and that of their logsumexp p.
+    """
     rows = schedule.slot_rows(offsets, out.shape[0], TILE)
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=2)
     rows = jnp.pad(rows, (0, TILE))  # and a slot for no tile
-    return delta.T.at[:, rows].get(mode="clip")
+    return (delta - dlse).T.at[:, rows].get(mode="clip")
+
+
+def _by_rows(
+    offsets: Int[Array, " S1"], lse: Float[Array, "G N2"], num_rows: int
+) -> Float[Array, "M G"]:
+    """Return the logsumexp of each row, of base e, from that of base 2 by slots."""
+    rows = schedule.own_rows(offsets, num_rows, TILE)
+    lse = lse[:, : rows.shape[0]].T * math.log(2)
+    found = zeros_varying((num_rows, lse.shape[1]), jnp.float32, lse)
+    return found.at[rows].set(lse, mode="drop", unique_indices=True)

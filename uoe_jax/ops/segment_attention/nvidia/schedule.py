@@ -252,3 +252,18 @@ def slot_rows(
     """Return the row of every slot: a tile's rows, tiles in order of segments."""
     row, *_ = _cut(offsets, num_rows, block)
     return (row[:, None] + jnp.arange(block, dtype=jnp.int32)[None]).reshape(-1)
+
+
+def own_rows(
+    offsets: Int[Array, " S1"], num_rows: int, block: int
+) -> Int[Array, " N2"]:
+    """Return the row of every slot that is its own; of others one past the last.
+
+    A tile that reaches past its segment has rows of the next one, too.
+    """
+    row, start, end, _ = _cut(offsets, num_rows, block)
+    index = row[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
+    own = (index >= start[:, None]) & (index < end[:, None])
+    # Each past the last is another one, so that no two slots write the same row.
+    past = num_rows + jnp.arange(index.size, dtype=jnp.int32)
+    return jnp.where(own.reshape(-1), index.reshape(-1), past)

@@ -8,6 +8,7 @@ tile, and every sum has one program, so values and gradients repeat bit by bit.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -63,7 +64,12 @@ DEFAULTS = {
 
 
 def segment_attention(call: Call) -> Float[Array, "M G H"]:
-    """Return attention inside each segment.
+    """Return attention inside each segment; see `attend`."""
+    return attend(call)[0]
+
+
+def attend(call: Call) -> tuple[Float[Array, "M G H"], Float[Array, "M G"]]:
+    """Return attention inside each segment, and the logsumexp of each row's scores.
 
     Raises:
       NotImplementedError: no fit device or package, or a dtype, head width or scale
@@ -72,7 +78,7 @@ def segment_attention(call: Call) -> Float[Array, "M G H"]:
     nvidia.require(call.q.dtype)
     check_call(call, WIDTHS)
     if call.q.size == 0:
-        return call.q
+        return call.q, jnp.zeros(call.q.shape[:2], jnp.float32)
     mask = call.mask.among(call.q.shape[0])
     settings = make_settings(call.q, mask, float(call.scale))
     call = call.together()
@@ -135,12 +141,16 @@ def _attention_fwd(settings, q, k, v, offsets, rows):
     plan = schedule.query_plan(segments, tiles.rows, tiles.block)
     shapes = [(q.shape, q.dtype), (q.shape[1::-1], jnp.float32)]
     out, lse = _launch("forward", settings, (q, k, v), plan, rows, shapes)
-    return out, (q, k, v, offsets, rows, plan, out, lse)
+    results = out, lse.T * math.log(2)  # the kernel's is of base 2
+    return results, (q, k, v, offsets, rows, plan, out, lse)
 
 
-def _attention_bwd(settings, saved, grad):
+def _attention_bwd(settings, saved, grads):
     q, k, v, offsets, rows, plan, out, lse = saved
-    delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=2).T
+    grad, dlse = grads
+    delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=2)
+    # The scores' gradient is p * (dp - delta), and that of their logsumexp p.
+    delta = (delta - dlse).T
     args = q, k, v, grad, lse, delta
     segments = _segments(settings, q, offsets, rows)
     tiles, known = settings.query_gradient, settings.forward

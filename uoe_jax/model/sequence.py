@@ -1,0 +1,101 @@
+"""Dense attention of sequences whose tokens lie on several devices of `sequence`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from uoe_jax.ops.as_segments import document_edges
+from uoe_jax.ops.partial_attention import Call, Part, partial_attention
+from uoe_jax.ops.segment_attention.call import Mask
+from uoe_jax.ops.segment_attention.layout import visible_range
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which keys of the whole sequence each of this device's tokens sees."""
+
+    first: Int[Array, "B T"]
+    last: Int[Array, "B T"]
+
+    def among(self, start: Array | int) -> tuple[Array, Array]:
+        """Return the first and the last counted from key `start` on."""
+        return self.first - start, self.last - start
+
+
+def own_view(
+    segments: Int[Array, "B T"] | None,
+    like: Float[Array, "B T N H"],
+    sees: Mask,
+    axis: str,
+    size: int,
+) -> Tokens:
+    """Return what this device's tokens see; documents may go on at the next device."""
+    batch, length = like.shape[:2]
+    start = jax.lax.axis_index(axis) * length
+    place = start + jnp.arange(length, dtype=jnp.int32)
+    place = jnp.broadcast_to(place[None], (batch, length))
+    if segments is None:
+        edges = jnp.zeros_like(place), jnp.full_like(place, size * length - 1)
+    else:
+        segments = segments + jnp.zeros_like(start)  # typed as differing over the axis
+        whole = jax.lax.all_gather(segments, axis, axis=1, tiled=True)
+        begin, end = document_edges(whole, batch, whole.shape[1], 1)
+        base = jnp.arange(batch, dtype=jnp.int32)[:, None] * whole.shape[1]
+        own = lambda a: jax.lax.dynamic_slice_in_dim(
+            a.reshape(batch, -1) - base, start, length, axis=1
+        )
+        edges = own(begin), own(end) - 1
+    return Tokens(*visible_range(place, *edges, sees))
+
+
+def ring_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None,
+    *,
+    sees: Mask,
+    axis: str,
+    size: int,
+) -> Float[Array, "B T N H"]:
+    """Return attention of this device's tokens to all; keys and values go round.
+
+    Ring Attention (Liu et al. 2023): softmax sums are carried from device to device's
+    keys, and the next keys travel while these are worked on.
+    """
+    view, length = own_view(segments, q, sees, axis, size), q.shape[1]
+    rank = jax.lax.axis_index(axis)
+    step = [(i, (i + 1) % size) for i in range(size)]
+
+    def visit(held: tuple[Array, Array], source: Array) -> Part:
+        ends = view.among(source * length)
+        return partial_attention(Call(q, *held, *ends, q.shape[3] ** -0.5))
+
+    held = (k, v)
+    found = visit(held, rank)  # own tokens first: something is visible
+    for turn in range(1, size):
+        held = jax.lax.ppermute(held, axis, step)
+        found = found.plus(visit(held, (rank - turn) % size))
+    return found.out.astype(q.dtype)
+
+
+def gathered_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None,
+    *,
+    sees: Mask,
+    axis: str,
+    size: int,
+) -> Float[Array, "B T N H"]:
+    """Return attention of this device's tokens to all; keys and values are gathered."""
+    view = own_view(segments, q, sees, axis, size)
+    gather = lambda a: jax.lax.all_gather(a, axis, axis=1, tiled=True)
+    ends = view.among(0)
+    call = Call(q, gather(k), gather(v), *ends, q.shape[3] ** -0.5)
+    return partial_attention(call).out
