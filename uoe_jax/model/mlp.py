@@ -145,6 +145,13 @@ class RoutedMlp(nnx.Module):
         self.b_gate = init_bias((e, f), config, gated and biased)
         self.b_down = init_bias((d,), config, biased)
 
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], Stats]:
+        """Return the output and the routing statistics."""
+        routing = route(self.router, x, context)
+        return self.apply(x, routing, context), routing.stats
+
     def decode(
         self, x: Float[Array, "B D"], slot: Slot
     ) -> tuple[Float[Array, "B D"], Slot]:
@@ -204,10 +211,3 @@ class UnionMlp(RoutedMlp):
         experts = union.num_experts
         super().__init__(config, experts, f // experts, f, rngs=rngs)
         self.router = make_router(config.d_model, union, config.causal, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context
-    ) -> tuple[Float[Array, "B T D"], Stats]:
-        """Return the output and the routing statistics."""
-        routing = route(self.router, x, context)
-        return self.apply(x, routing, context), routing.stats

@@ -356,3 +356,20 @@ def _git(*args: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() if out.returncode == 0 else None
+
+
+def read_origin(file: Path, types: Mapping[str, type]) -> dict[str, Any] | None:
+    """Return a run's note of what it began from, None where there is none.
+
+    Raises CheckpointError unless it is an object with values of these types.
+    """
+    try:
+        record = read_json(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        record = None
+    record = record if isinstance(record, dict) else {}
+    if not all(type(record.get(name)) is kind for name, kind in types.items()):
+        raise CheckpointError(f"{file} is damaged; restore the file")
+    return record

@@ -21,10 +21,10 @@ from uoe_jax.data.prepare import prepare
 from uoe_jax.data.progress import note_once
 from uoe_jax.data.record import TOKENIZER, read_record, record_of
 from uoe_jax.errors import CheckpointError, ConfigError
-from uoe_jax.files import format_json, read_json, write_atomically
+from uoe_jax.files import format_json, write_atomically
 from uoe_jax.model import param_shapes
 from uoe_jax.runs.checkpoint import Checkpoints
-from uoe_jax.runs.folder import CHECKPOINTS
+from uoe_jax.runs.folder import CHECKPOINTS, read_origin
 from uoe_jax.runs.state import check_buffers, first_mean
 from uoe_jax.runs.stored import run_folder
 from uoe_jax.stores.mirror import named
@@ -72,7 +72,7 @@ def start_from(
     """
     source = run_folder(source, "source")
     run_dir = run_folder(run_dir, "run_dir", writes=True)
-    record = _read_record(run_dir)
+    record = read_origin(run_dir / RECORD, {"source": str})
     asked = {"source": named(source.absolute()), "partial": partial}
     begun = bool(Checkpoints(run_dir / CHECKPOINTS).steps())
     if begun or record is not None:
@@ -98,23 +98,11 @@ def start_from(
 def recorded_start(run_dir: Path, config: ExperimentConfig) -> MakeSubject:
     """Return how the run in a folder starts: fresh, or as its record says."""
     run_dir = run_folder(run_dir, "run_dir", writes=True)
-    record = _read_record(run_dir)
+    record = read_origin(run_dir / RECORD, {"source": str})
     if record is None:
         return whole_model
     source, partial = Path(str(record.get("source"))), record.get("partial") is True
     return start_from(source, config, run_dir, partial=partial)
-
-
-def _read_record(run_dir: Path) -> dict[str, Any] | None:
-    try:
-        record = read_json(run_dir / RECORD)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict) or "source" not in record:
-        raise CheckpointError(f"{run_dir / RECORD} is damaged; restore the file")
-    return record
 
 
 def _plan(source: Path, config: ExperimentConfig, partial: bool) -> Start:

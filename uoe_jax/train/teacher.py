@@ -19,12 +19,12 @@ from jaxtyping import PyTree
 
 from uoe_jax.config import ExperimentConfig, ModelConfig, content_hash
 from uoe_jax.errors import CheckpointError, ConfigError
-from uoe_jax.files import format_json, read_json, write_atomically
+from uoe_jax.files import format_json, write_atomically
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.model import split_model
 from uoe_jax.rules import NO_RULES
 from uoe_jax.runs.checkpoint import Checkpoints
-from uoe_jax.runs.folder import CHECKPOINTS, CONFIG
+from uoe_jax.runs.folder import CHECKPOINTS, CONFIG, read_origin
 from uoe_jax.runs.load import ADAPTATION, read_weights
 from uoe_jax.runs.state import layout_of
 from uoe_jax.runs.stored import run_folder
@@ -36,6 +36,7 @@ from uoe_jax.tree import fill_leaves
 from uoe_jax.validation import read_config
 
 RECORD = "distill_from.json"  # in the folder of a run that learns from another
+_RECORDED = {"source": str, "step": int, "digest": str}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ def find_teacher(config: ExperimentConfig, run_dir: Path) -> Teacher | None:
     folder = run_folder(config.train.distill_from, "train.distill_from").expanduser()
     model = _check_kind(folder, run_dir, config)
     store = Checkpoints(folder / CHECKPOINTS)
-    steps, record = store.steps(), _read_record(run_dir)
+    steps, record = store.steps(), read_origin(run_dir / RECORD, _RECORDED)
     if not steps:
         raise CheckpointError(
             f"train.distill_from: {folder} holds no checkpoint; give the folder of a "
@@ -126,21 +127,6 @@ def _check_kind(folder: Path, run_dir: Path, config: ExperimentConfig) -> ModelC
             f"{config.seq_len} long; set data.seq_len {model.max_seq_len}"
         )
     return model
-
-
-def _read_record(run_dir: Path) -> dict[str, Any] | None:
-    """Return which checkpoint a run learns from, None where it doesn't say."""
-    try:
-        record = read_json(run_dir / RECORD)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        record = None
-    types = {"source": str, "step": int, "digest": str}
-    record = record if isinstance(record, dict) else {}
-    if not all(type(record.get(name)) is kind for name, kind in types.items()):
-        raise CheckpointError(f"{run_dir / RECORD} is damaged; restore the file")
-    return record
 
 
 def with_teacher(

@@ -9,12 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.errors import choose
-from uoe_jax.model.context import Context
 from uoe_jax.model.mlp import RoutedMlp
-from uoe_jax.model.routing.balance import Stats
 from uoe_jax.model.routing.expert_choice import ExpertChoiceRouter
 from uoe_jax.model.routing.token import PatchRouter, pick_scores
-from uoe_jax.model.sharded import route
 
 
 def moe_gates(
@@ -86,10 +83,3 @@ class MoeMlp(RoutedMlp):
         super().__init__(config, moe.num_experts, width, width, rngs=rngs)
         kind = choose("moe.router", moe.router, _ROUTERS)
         self.router = kind(config.d_model, moe, config.causal, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context
-    ) -> tuple[Float[Array, "B T D"], Stats]:
-        """Return the output and the routing statistics."""
-        routing = route(self.router, x, context)
-        return self.apply(x, routing, context), routing.stats
