@@ -7,15 +7,22 @@ import pytest
 
 from tests.interop.test_chat import TEMPLATE, place, said  # noqa: F401  a fixture
 from uoe_jax.cli import main
-from uoe_jax.data.chat import CHATML, encode_chat, find_template
+from uoe_jax.data.chat import CHATML, encode_chat, find_template, read_template
 from uoe_jax.data.record import run_tokenizer
+from uoe_jax.interop.exporting import export_run
 from uoe_jax.runs.load import run_dataset
 from uoe_jax.validation import read_config
 
 WORDS = ["one", "two", "three", "four"]
+TURNS = [
+    {"role": "system", "content": " short\n"},
+    {"role": "user", "content": "one {{ two }}"},
+    {"role": "assistant", "content": "ONE"},
+]
 SMALL = (
     "--model.d-model 32 --model.d-ff 64 --model.num-layers 2 --model.num-heads 2 "
-    "--model.num-kv-heads 2 --model.head-dim 16 --data.seq-len 96 "
+    "--model.num-kv-heads 2 --model.head-dim 16 --model.activation swiglu "
+    "--data.seq-len 96 "
     "--data.batch-size 16 --data.pack documents "
     "--train.eval-batches 1 --optim.learning-rate 0.01 --no-report --quiet"
 ).split()
@@ -51,12 +58,20 @@ def test_a_run_trained_on_messages_answers(chats, tmp_path, capsysbinary):
                    "--max-new-tokens", 24)  # fmt: skip
     found = [json.loads(line)["completion"] for line in answers.splitlines()]
     assert found == [word.upper() for word in known]
+    # Other libraries get the plain form as a program.
+    export_run(run, tmp_path / "exported")
+    template = read_template(tmp_path / "exported")
+    assert template.text and template.eos == CHATML.eos
+    for begin in (False, True):
+        written = template.render(TURNS, begin=begin)
+        assert written == CHATML.render(TURNS, begin=begin)
 
 
 def test_an_adapted_model_reads_messages_as_it_was_taught(place, chats, tmp_path):  # noqa: F811
     base, out = place / "model-run", tmp_path / "adapted"
     args = ["adapt", str(base), "--data", str(chats), "--out", str(out)]
-    assert main([*args, "--steps", "2", "--batch-size", "4", "--quiet"]) == 0
+    more = ["--steps", "2", "--batch-size", "4", "--quiet", "--merge"]
+    assert main([*args, *more]) == 0
     config = read_config(out)
     assert config.data.chat_template == str(base)
     assert find_template(out).text == TEMPLATE
@@ -74,3 +89,8 @@ def test_an_adapted_model_reads_messages_as_it_was_taught(place, chats, tmp_path
     assert any(head == prompt for head, prompt in zip(heads, prompts, strict=True))
     end = tokenizer.special_tokens()["<|im_end|>"]
     assert (rows["targets"][rows["mask"] > 0] == end).any()
+    export_run(out / "merged", tmp_path / "exported")
+    exported = tmp_path / "exported"
+    assert read_template(exported) == find_template(out)
+    about = json.loads((exported / "generation_config.json").read_text())
+    assert about["eos_token_id"] == tokenizer.special_tokens()["<|im_end|>"]

@@ -26,7 +26,7 @@ from uoe_jax.errors import (
     first_line,
     shown,
 )
-from uoe_jax.files import format_json, read_json
+from uoe_jax.files import format_json, read_json, write_atomically
 
 Message = Mapping[str, str]  # role and content
 
@@ -34,6 +34,14 @@ KEPT_FOLDER = "imported"  # of a run: the small files that came with its model
 CHAT = "chat.json"  # of prepared data and of a run: the template it was written with
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _FIELDS = ("text", "bos", "eos")
+# `chatml` as a program, for libraries that know templates alone.
+_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{{ message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 _MARK = "\ue000{}\ue001"  # stands for a special token's name in what a person wrote
 
 
@@ -88,6 +96,18 @@ class ChatTemplate:
                 f"the chat template can't be used ({first_line(error)}); give "
                 "prompts without it"
             ) from None
+
+    def write_for_others(self, folder: Path) -> None:
+        """Write it into a folder of a model as transformers reads it.
+
+        Other settings of the tokenizer that are there already stay as they are.
+        """
+        config = _object(folder / _CONFIG)
+        config.pop("chat_template", None)  # an older place of the same
+        named = {"bos_token": self.bos, "eos_token": self.eos}
+        config |= {name: token for name, token in named.items() if token}
+        write_atomically(folder / _TEMPLATE, self.text or _CHATML)
+        write_atomically(folder / _CONFIG, format_json(config, indent=2) + "\n")
 
     def to_json(self) -> str:
         """Return it as the text of a chat.json."""

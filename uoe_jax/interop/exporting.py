@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from uoe_jax.config import ModelConfig
-from uoe_jax.data.chat import KEPT_FOLDER
-from uoe_jax.data.record import TOKENIZER, read_record
+from uoe_jax.config import ExperimentConfig, ModelConfig
+from uoe_jax.data.chat import CHAT, KEPT_FOLDER, end_of_turn, read_template
+from uoe_jax.data.record import TOKENIZER, read_record, run_tokenizer
 from uoe_jax.errors import ConfigError, DataError, shown
 from uoe_jax.files import format_json, local_path, write_atomically
 from uoe_jax.hardware.count import count_params
 from uoe_jax.interop.families import FAMILIES
-from uoe_jax.interop.folder import CONFIG, KEPT, read_object
+from uoe_jax.interop.folder import CONFIG, GENERATION, KEPT, read_object
 from uoe_jax.interop.function import dense_form, differences
 from uoe_jax.interop.names import Family, Source, by_tensor, find_sources
 from uoe_jax.interop.padding import pad_layers
@@ -74,7 +74,7 @@ def export_run(
         raw = family_config(family, model, before)
         raw["dtype"] = dtype or raw["dtype"]
         write_atomically(unfinished / CONFIG, format_json(raw, indent=2) + "\n")
-        _copy_others(folder, unfinished)
+        _copy_others(folder, config, unfinished)
         if out.is_dir():
             out.rmdir()
         unfinished.rename(out)
@@ -195,8 +195,12 @@ def _kept_config(folder: Path) -> dict[str, Any] | None:
     return read_object(file) if file.is_file() else None
 
 
-def _copy_others(folder: Path, out: Path) -> None:
-    """Write the tokenizer and the small files that came with the model."""
+def _copy_others(folder: Path, config: ExperimentConfig, out: Path) -> None:
+    """Write the tokenizer, the small files that came with the model, and its chats.
+
+    A run that was trained on messages gives the template that it was trained with, and
+    the token that ends its turn as the one that generation stops at.
+    """
     for name in KEPT:
         file = folder / KEPT_FOLDER / name
         if name != CONFIG and file.is_file():
@@ -204,6 +208,12 @@ def _copy_others(folder: Path, out: Path) -> None:
     record = read_record(folder)
     if record is not None and record.tokenizer_text is not None:
         write_atomically(out / TOKENIZER, record.tokenizer_text)
+    if (folder / CHAT).is_file() and (template := read_template(folder)):
+        template.write_for_others(out)
+        end = end_of_turn(run_tokenizer(folder, config), template)
+        about = read_object(file) if (file := out / GENERATION).is_file() else {}
+        about |= {} if end is None else {"eos_token_id": end}
+        write_atomically(file, format_json(about, indent=2) + "\n")
 
 
 def write_tensors(

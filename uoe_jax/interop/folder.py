@@ -16,11 +16,11 @@ from uoe_jax.interop.names import Family, Source, find_sources
 from uoe_jax.interop.safetensors import open_folder, refuse_pickle
 from uoe_jax.validation import validate_model
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 # What is kept beside the run, and given back when it is exported.
 KEPT = (
     CONFIG,
-    "generation_config.json",
+    GENERATION,
     "preprocessor_config.json",
     "special_tokens_map.json",
     "tokenizer_config.json",
