@@ -4,7 +4,8 @@ Of a dense run that has data: seconds of its statistics, of sorting and of each 
 then, of the dense model and of each compressed one, how fast prompts are read and how
 fast greedy decoding makes tokens, at one row and at many, in bfloat16. A token's time
 is that of all new tokens but the first over their number; medians. Low ranks are timed
-as two products; multiplied out they are the dense model's shapes.
+as two products; multiplied out they are the dense model's shapes. A second call with
+the same --out goes on with the rows that are missing.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from uoe_jax.bench.record import arguments, header, write_record
+from uoe_jax.bench.record import arguments, header, read_record, write_record
 from uoe_jax.bench.timing import first_and_median
 from uoe_jax.compress.methods import prepare
 from uoe_jax.compress.observed import Observed, Smaller, block_params, take_apart
@@ -35,13 +35,15 @@ from uoe_jax.runs.probe import in_float32
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)  # whose cuts are timed
 CUTS = (0.2, 0.4)  # whose models are
-# method, allocation, multiple of the MLPs' widths
+# method, allocation, multiple of the MLPs' widths; unequal widths compile longest
 ROWS = (
-    ("modegpt", "curve", 8),
     ("modegpt", "uniform", 64),
-    ("depth", None, 8),
     ("lord", None, 8),
+    ("depth", None, 8),
+    ("modegpt", "curve", 8),
 )
+KEPT = ("run", "prompt", "new", "device")  # alike in all rows of a file
+LEAST = 30.0  # seconds left in which a row may begin
 
 
 def look(run: Any, args: argparse.Namespace) -> tuple[Observed, dict[str, float]]:
@@ -59,27 +61,80 @@ def look(run: Any, args: argparse.Namespace) -> tuple[Observed, dict[str, float]
     return observed, {"statistics_first": took[0], "statistics": took[1]}
 
 
-def models(
-    observed: Observed, took: dict[str, float]
-) -> Iterator[tuple[dict, Smaller]]:
-    """Yield each model to be timed, and what it is; add the seconds of all ratios."""
-    for method, allocate, multiple in ROWS:
+class Bench:
+    """A file of rows, those that it lacks, and the time that is left for them."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.began = args, time.perf_counter()
+        run = load_run(args.run)
+        self.found: dict[str, Any] = {"rows": [], "seconds": {}}
+        about = {"run": run.config.name, "prompt": args.prompt, "new": args.new}
+        about |= header(stated=args.commit)
+        if args.out is not None and args.out.is_file():
+            self.found = read_record(args.out)
+            wrong = [n for n in KEPT if self.found.get(n) != about[n]]
+            if wrong:
+                raise SystemExit(
+                    f"{args.out} has {wrong[0]} {self.found.get(wrong[0])!r}, and this "
+                    f"is {about[wrong[0]]!r}; give another --out"
+                )
+        self.found = about | self.found
+        self.observed, took = look(run, args)
+        self.took: dict[str, float] = self.found["seconds"]
+        self.took |= took
+        arrays = flat_params(run.model), flat_buffers(run.model)
+        self.dense = Smaller(self.observed.model, *arrays)
+
+    def lacks(self, about: dict[str, Any]) -> list[int]:
+        """Return the batches of which a model has no row."""
+        rows = self.found["rows"]
+        has = lambda batch: any(
+            all(row.get(k) == v for k, v in {**about, "batch": batch}.items())
+            for row in rows
+        )
+        return [batch for batch in self.args.batches if not has(batch)]
+
+    def put(self, about: dict[str, Any], made: Smaller) -> None:
+        """Time a model at the batches that it lacks, while there is time."""
+        flops = lambda model: flops_per_token(model, self.args.prompt).forward
+        dense = self.dense.config
+        size = {
+            "blocks": block_params(made.config) / block_params(dense),
+            "flops": flops(made.config) / flops(dense),
+        }
+        for batch in self.lacks(about):
+            spent = time.perf_counter() - self.began
+            if spent > 60 * self.args.minutes - LEAST:
+                print(f"no time for {about}, {batch} rows", flush=True)
+                return
+            row = {**about, **size, **time_model(made, batch, self.args)}
+            self.found["rows"].append(row | {"commit": self.found["commit"]})
+            print(f"[{time.perf_counter() - self.began:5.0f} s] {row}", flush=True)
+            write_record(self.args.out, self.found)
+
+    def put_method(self, method: str, allocate: Any, multiple: int) -> None:
+        """Cut by a method and time each model; add the seconds of all ratios."""
+        about = {"method": method, "allocate": allocate}
+        cuts = [cut for cut in CUTS if self.lacks({**about, "cut": cut})]
+        if not cuts:
+            return
         start = time.perf_counter()
-        ready = prepare(observed, method)
-        took[f"prepare_{method}"] = time.perf_counter() - start
+        ready = prepare(self.observed, method)
+        self.took[f"prepare_{method}"] = time.perf_counter() - start
         options = Compress(method=method, allocate=allocate, multiple=multiple)
-        at = lambda cut, given=options: dataclasses.replace(given, cut=cut)
-        if (method, allocate) == ("modegpt", "curve"):
+        at = lambda cut: dataclasses.replace(options, cut=cut)
+        if method == "modegpt" and "five_cuts" not in self.took:
             start = time.perf_counter()
             for cut in RATIOS:
                 ready(at(cut))
-            took["five_cuts"] = time.perf_counter() - start
-        for cut in CUTS:
-            about = {"method": method, "allocate": allocate, "cut": cut}
+            self.took["five_cuts"] = time.perf_counter() - start
+        for cut in cuts:
             try:
-                yield about, ready(at(cut))
+                made = ready(at(cut))
             except ConfigError as error:  # of few layers none can go
                 print(f"{method} at {cut}: {error}", flush=True)
+                continue
+            self.put({**about, "cut": cut}, made)
 
 
 def time_model(made: Smaller, batch: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -114,39 +169,12 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=1e9, help="to start models in")
-    args = parser.parse_args()
-    began = time.perf_counter()
-    run = load_run(args.run)
-    observed, took = look(run, args)
-    dense = Smaller(observed.model, flat_params(run.model), flat_buffers(run.model))
-    found: dict[str, Any] = {
-        "run": run.config.name,
-        **header(stated=args.commit),
-        "prompt": args.prompt,
-        "new": args.new,
-        "seconds": took,
-        "rows": [],
-    }
-    flops = lambda model: flops_per_token(model, args.prompt).forward
-
-    def put(about: dict[str, Any], made: Smaller) -> None:
-        size = {
-            "blocks": block_params(made.config) / block_params(dense.config),
-            "flops": flops(made.config) / flops(dense.config),
-        }
-        for batch in args.batches:
-            if time.perf_counter() - began > 60 * args.minutes:
-                return
-            row = {**about, **size, **time_model(made, batch, args)}
-            found["rows"].append(row)
-            print(f"[{time.perf_counter() - began:5.0f} s] {row}", flush=True)
-            write_record(args.out, found)
-
-    put({"method": "dense", "cut": 0.0}, dense)
-    for about, made in models(observed, took):
-        put(about, made)
-    write_record(args.out, found)
+    parser.add_argument("--minutes", type=float, default=1e9, help="to start rows in")
+    bench = Bench(parser.parse_args())
+    bench.put({"method": "dense", "cut": 0.0}, bench.dense)
+    for method, allocate, multiple in ROWS:
+        bench.put_method(method, allocate, multiple)
+    write_record(bench.args.out, bench.found)
 
 
 if __name__ == "__main__":

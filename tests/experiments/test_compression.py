@@ -25,14 +25,18 @@ def place(tmp_path_factory):
     return folder
 
 
-def run(place, *parts):
-    words = [sys.executable, "-m", "experiments.e010_compression.run", "--tiny"]
-    words += ["--model", place / "model", "--articles", place / "articles.jsonl"]
-    words += ["--out", place / "out", "--parts", *parts]
-    done = subprocess.run(
-        words, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+def start(place, *words):
+    words = ["-m", "experiments.e010_compression.run", "--tiny", *words]
+    return subprocess.run(
+        [sys.executable, *words, "--articles", place / "articles.jsonl"],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True, text=True,
     )  # fmt: skip
+
+
+def run(place, *parts):
+    given = ["--model", place / "model", "--out", place / "out", "--parts", *parts]
+    done = start(place, *given)
     assert done.returncode == 0, done.stderr
     return json.loads((place / "out" / "results.json").read_text())
 
@@ -52,3 +56,37 @@ def test_one_file_opens_as_what_is_cut_apart_and_a_second_call_goes_on(place):
         row["blocks"] for row in more if row.get("rank") and row["method"] == "svd"
     ]
     assert ranks == sorted(ranks, reverse=True)
+
+
+def test_a_cut_is_healed_by_the_same_steps_as_others(place):
+    rows = [row for row in run(place, "heal")["rows"] if row.get("steps")]
+    assert [row["method"] for row in rows] == ["lord", "modegpt"]
+    for row in rows:
+        assert row["before"].keys() == row["after"].keys() == {"wikipedia", "python"}
+        assert row["before"] != row["after"] and len(row["losses"]) == row["steps"]
+
+
+def test_a_model_of_ours_is_trained_first_and_goes_on_where_time_ended(place):
+    folder = place / "python"
+    folder.mkdir()
+    for split in ("train", "valid"):
+        texts = [f"def {split}{n}(x):\n    return x + {n}\n" * 40 for n in range(30)]
+        lines = [json.dumps({"text": text}) for text in texts]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    out = place / "ours"
+    words = ["--ours", "--python", folder, "--out", out, "--parts", "ranks"]
+    first = start(place, *words, "--minutes", "0.01")
+    assert first.returncode == 0 and "steps are done; the same line" in first.stdout
+    assert not (out / "results.json").is_file()
+    done = start(place, *words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "results.json").read_text())
+    assert found["model"] == "ours" and found["rows"][0]["method"] == "dense"
+    assert len(found["rows"]) == 1 + 2 * len(SHARES)
+    assert all(row["python"] < 256 for row in found["rows"])
+
+
+def test_ours_without_its_texts_is_refused_in_a_line(place):
+    done = start(place, "--ours", "--out", place / "none")
+    assert done.returncode == 2 and not (place / "none" / "results.json").exists()
+    assert done.stderr.splitlines()[-1].startswith("experiment: None isn't there")
