@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ from experiments.e009_real_model.study import (
 )
 from experiments.e009_real_model.table import write_summary
 from experiments.shared.case import change
+from experiments.shared.part import Part
 from experiments.shared.work import prepare
 from uoe_jax.bench.record import made_with, write_record
 from uoe_jax.config import ExperimentConfig, ModelConfig, config_hash
@@ -66,26 +67,6 @@ from uoe_jax.train.validate import make_eval_step, run_validation
 
 TEXTS = ("wikipedia", "python")
 LEAST_SECONDS = 75  # that an entry takes, before one has shown
-
-
-class Part(NamedTuple):
-    """Which of the models a process takes: every `count`-th, from `number` on."""
-
-    number: int
-    count: int
-
-    @property
-    def file(self) -> str:
-        """The name of the file that holds its results."""
-        return "results.json" if self.count == 1 else f"results-{self.number}.json"
-
-    @classmethod
-    def parse(cls, text: str) -> Part:
-        """Return what `I/N` means; ValueError unless 1 <= I <= N."""
-        part = cls(*map(int, text.split("/")))
-        if not 1 <= part.number <= part.count:
-            raise ValueError(text)
-        return part
 
 
 def join(results: dict[str, Any], more: Mapping[str, Any]) -> None:
@@ -344,7 +325,7 @@ def plan(study: Study, speeds: bool) -> list[tuple[str, Entry]]:
     else:
         kind, key, own = "train", "done", list(listed)
     # Of all models, so that a part stays the same one while others finish theirs.
-    mine = own[study.part.number - 1 :: study.part.count]
+    mine = study.part.take(own)
     left = [e for e in mine if not done["entries"].get(e.name, {}).get(key)]
     return [(kind, entry) for entry in left]
 

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
-from experiments.e012_evidence.study import FITTED, Row
-from experiments.e012_evidence.tables import Group, find_groups, spent
+from experiments.e012_evidence.choose import Row, spent
+from experiments.e012_evidence.tables import Group, find_groups
 from experiments.shared.compare import Difference
 from experiments.shared.fronts import Law, fit_law, law_intervals
 from uoe_jax.errors import ConfigError
@@ -33,6 +33,8 @@ LADDER = (
     "local + conv",
 )
 _WORDS = re.compile(r"UoME \d+ of 32")  # a model of one budget
+# Whose law predicts XL; the last is compared with the first.
+FITTED = ("dense + conv", "MoE 2 of 8 + conv", "best lean + conv")
 _FITTED_SIZES = ("S", "M", "L")  # XL is held out
 _LABELS = {
     "flops": "training FLOPs",
@@ -157,9 +159,9 @@ def _law(groups: Sequence[Group]) -> tuple[Law, dict[str, list], str] | None:
     points: dict[str, list[tuple[float, float]]] = {}
     for group in groups:
         if group.setting.split(",")[0] in _FITTED_SIZES and len(group.steps) > 2:
-            for model in FITTED:
-                if model in group.models:
-                    points.setdefault(model, []).append(_end(group, model))
+            for name in FITTED:
+                if model := group.resolve(name):
+                    points.setdefault(name, []).append(_end(group, model))
     deviations = [
         spread.deviation for g in groups if (spread := g.spread(g.corpora[0]))
     ]
@@ -199,8 +201,8 @@ def _draw_law(
         axes.plot(*zip(*pairs, strict=True), linestyle="none", label=model, **looks)
         largest = max(x for x, _ in pairs)
         for group in held:
-            if model in group.models:
-                x, y = _end(group, model)
+            if found_model := group.resolve(model):
+                x, y = _end(group, found_model)
                 largest = max(largest, x)
                 ring = looks | {"markersize": 9, "fillstyle": "none"}
                 label = f"XL: {y:.4f}, predicted {law.loss(model, x):.4f}"

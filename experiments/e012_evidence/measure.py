@@ -19,7 +19,6 @@ from jaxtyping import Bool, Float, Integer, PyTree
 from experiments.e012_evidence.models import BUDGETS
 from experiments.e012_evidence.study import Job
 from experiments.shared.arrays import Arrays, load_split
-from experiments.shared.branches import Measure
 from experiments.shared.case import change
 from experiments.shared.programs import Programs
 from uoe_jax.config import DataConfig, ExperimentConfig
@@ -28,6 +27,7 @@ from uoe_jax.data.tasks.recall import recall_distances
 from uoe_jax.errors import ConfigError
 
 _VALID_BYTES = 1_300_000  # of each corpus
+_TEST_BYTES = 3_000_000  # likewise
 _COPIES = 64  # rows of the copy test
 _FIRST = 8  # tokens of the second string that aren't scored: where it begins is told
 _LETTERS = (97, 123)
@@ -74,40 +74,37 @@ class Measures:
     ):
         self.names = tuple(parts)
         # In a trial of the program few rows are enough.
-        limit = 64 if tiny else max(_VALID_BYTES // config.seq_len, 1)
+        most = lambda count: 64 if tiny else max(count // config.seq_len, 1)
         arrays = {"train": load_split(config, "train")}
         self.contents: dict[str, str] = {}  # what identifies each text as it is
         for name, data in parts.items():
             own = change(config, data=vars(data))
             self.contents[name] = make_dataset(own, "test").manifest
-            arrays[f"valid {name}"] = load_split(own, "valid", limit)
-            arrays[f"test {name}"] = load_split(own, "test", limit if tiny else 0)
+            arrays[f"valid {name}"] = load_split(own, "valid", most(_VALID_BYTES))
+            arrays[f"test {name}"] = load_split(own, "test", most(_TEST_BYTES))
         self.recalls = self.names == ("recall",)
         if not self.recalls:
             arrays["copy"] = copy_rows(config.seq_len, _COPIES)
         arrays["valid"] = arrays[f"valid {self.names[0]}"]  # of the leak probe
         self.arrays: dict[str, Arrays] = arrays
 
-    def of(self, programs: Programs) -> Measure:
-        """Return what measures a model of these programs."""
-        return lambda params, buffers: self._measure(programs, params, buffers)
-
-    def with_budgets(self, programs: Programs) -> Measure:
-        """Return what measures a union at every budget too, on the first test."""
+    def of(
+        self, job: Job, programs: Programs, params: PyTree, buffers: PyTree
+    ) -> dict[str, Any]:
+        """Return what is known of a trained model; of a union for all budgets at each
+        of them too, on the first test."""
+        found = self._measure(programs, params, buffers)
+        if job.kind != "budgets":
+            return found
         model, split = programs.config.model, f"test {self.names[0]}"
         fixed = dataclasses.replace(model.union, least_top_k=0)
 
-        def at(top_k: int, params: PyTree, buffers: PyTree) -> float:
+        def at(top_k: int) -> float:
             union = dataclasses.replace(fixed, top_k=top_k)
             other = dataclasses.replace(model, union=union)
             return bits(programs.each_token(params, buffers, split, other))
 
-        def measure(params: PyTree, buffers: PyTree) -> dict[str, Any]:
-            found = self._measure(programs, params, buffers)
-            budgets = {str(x): at(x, params, buffers) for x in BUDGETS}
-            return found | {"budgets": budgets}
-
-        return measure
+        return found | {"budgets": {str(x): at(x) for x in BUDGETS}}
 
     def _measure(
         self, programs: Programs, params: PyTree, buffers: PyTree
@@ -115,8 +112,7 @@ class Measures:
         each = lambda split: programs.each_token(params, buffers, split)
         found: dict[str, Any] = {"valid": {}, "test": {}, "positions": {}}
         for name in self.names:
-            score = programs.scores(params, buffers, f"valid {name}")
-            found["valid"][name] = score["bits_per_byte"]
+            found["valid"][name] = bits(each(f"valid {name}"))
             tokens = each(f"test {name}")
             found["test"][name] = bits(tokens)
             found["positions"][name] = by_position(tokens)

@@ -18,6 +18,8 @@ from uoe_jax.config import (
     OptimConfig,
     TrainConfig,
 )
+from uoe_jax.decompose.cut import Cut
+from uoe_jax.decompose.split import union_config
 from uoe_jax.errors import ConfigError, nearest
 
 STEP_BYTES = 32_768  # of text a step, whatever T is
@@ -37,6 +39,14 @@ class Size:
         """Heads of the dense model."""
         return self.width // self.head
 
+
+# Unions that spend less than dense; validation chooses among them.
+LEAN = (
+    "UoME 1 of 8 lean",
+    "UoME 1 of 16 lean",
+    "UoME 2 of 16 lean",
+    "UoME 4 of 32 lean",
+)
 
 SIZES = {
     "S": Size(6, 256, 2.8e-3),
@@ -83,7 +93,8 @@ def mlp_models(config: ExperimentConfig) -> dict[str, tuple[str, dict[str, Any]]
     """Return (family, changes of the model) of the MLPs, by name.
 
     A family shares its learning rate: rates don't carry over across granularity.
-    `lean` has fewer FLOPs than dense, all others as many.
+    `lean` has fewer FLOPs than dense, all others as many: at M and T 1024 60% (experts
+    of D/2 and D neurons) or 70% (of 3D/8 and 3D/2).
     """
     f, d = config.model.d_ff, config.model.d_model
 
@@ -106,8 +117,9 @@ def mlp_models(config: ExperimentConfig) -> dict[str, tuple[str, dict[str, Any]]
         "MoE 8 of 64 + shared": ("fine mixture", mixture(64, 8, **fine)),
         "UoME 8 of 32": ("fine union", union(32, 8, f // 8)),
         "UoME 4 of 32 lean": ("fine union", union(32, 4, f // 8)),
-        "UoME 2 of 16 lean": ("coarse union", union(16, 2, d)),
         "UoME 1 of 8 lean": ("coarse union", union(8, 1, f // 2)),
+        "UoME 1 of 16 lean": ("coarse union", union(16, 1, d)),
+        "UoME 2 of 16 lean": ("coarse union", union(16, 2, d // 2)),
         "UoME 8 of 32, thresholds": ("fine union", union(32, 8, f // 8, **roam)),
         "UoME 8 of 32, thresholds, relu": (
             "fine union",
@@ -183,18 +195,41 @@ def whole_models(config: ExperimentConfig) -> dict[str, tuple[str, dict[str, Any
             "mixture",
             both("MoE 2 of 8", "local + full + conv"),
         ),
-        "UoME 2 of 16 lean + conv": (
-            "coarse union",
-            both("UoME 2 of 16 lean", "dense + conv"),
-        ),
-        "UoME 2 of 16 lean, local + full": (
-            "coarse union",
-            both("UoME 2 of 16 lean", "local + full + conv"),
-        ),
         "UoME 8 of 32, local + few routed": (
             "fine union",
             both("UoME 8 of 32", "local + few routed + conv"),
         ),
+        **{f"{n} + conv": (mlps[n][0], both(n, "dense + conv")) for n in LEAN},
+        **{
+            f"{n}, local + full": (mlps[n][0], both(n, "local + full + conv"))
+            for n in LEAN
+        },
+    }
+
+
+CUT = Cut(
+    num_experts=16,
+    top_k=8,
+    shared=4,
+    parts=("mlp",),
+    grouping="coactivation",
+    refit=True,
+)
+
+
+def cut_models(config: ExperimentConfig) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return (family, changes) of a dense model and of what trains on from its end.
+
+    With half of the MLP on a model has 70% of dense's FLOPs at M and T 1024.
+    """
+    half = union_config(
+        config.model, CUT.experts, CUT.chosen, CUT.parts, shared=CUT.shared
+    )
+    changed = ("mlp", "union", "union_attention")
+    return {
+        "dense": ("dense", {}),
+        "dense, trained on": ("dense", {}),
+        "dense, 8 of 16 on": ("dense", {n: getattr(half, n) for n in changed}),
     }
 
 
@@ -224,6 +259,7 @@ MODELS = {
     "attention": attention_models,
     "whole": whole_models,
     "budgets": budget_models,
+    "cut": cut_models,
 }
 
 

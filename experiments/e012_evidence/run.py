@@ -4,10 +4,12 @@
         --articles enwiki_articles.jsonl.xz --python CORPUS/texts --out runs/e012
 
 Writes OUT/results.json after every run; the same line goes on where it stopped, inside
-a run too. `--python` is the folder `texts` of experiments.shared.python_corpus; both
-corpora then have half of the training. `--tiny` is the same program on minutes of CPU
-and on data that every machine has. The planned comparisons are noted before the first
-run: what is written into planned.json later is refused by the report.
+a run too. A model is compiled while the one before it trains. `--part 1/2` takes every
+second run and writes OUT/results-1.json, so that two devices share the work. `--python`
+is the folder `texts` of experiments.shared.python_corpus; both corpora then have half
+of the training. `--tiny` is the same program on minutes of CPU and on data that every
+machine has. The planned comparisons are noted before the first run: what is written
+into planned.json later is refused by the report.
 """
 
 from __future__ import annotations
@@ -19,16 +21,28 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.e012_evidence.measure import Measures, corpora, train_data
-from experiments.e012_evidence.study import BLOCKS, PLANNED, Job, best_rate, jobs
-from experiments.shared.branches import Run, chunk_steps, run_lengths
+from jaxtyping import PyTree
+
+from experiments.e012_evidence.build import Builder, Built, say
+from experiments.e012_evidence.cut import go_on, save_model
+from experiments.e012_evidence.measure import train_data
+from experiments.e012_evidence.study import (
+    BLOCKS,
+    CONTINUED,
+    PLANNED,
+    Job,
+    best_rate,
+    jobs,
+)
+from experiments.shared.branches import Run, run_lengths
 from experiments.shared.case import program_key, without_folders
 from experiments.shared.compare import read_plan
 from experiments.shared.fit import Limits, OutOfTime, describe
-from experiments.shared.programs import Programs
+from experiments.shared.part import Part
 from experiments.shared.work import prepare
 from uoe_jax.bench.record import commit, made_with, write_record
 from uoe_jax.config import ExperimentConfig
@@ -36,48 +50,67 @@ from uoe_jax.errors import ConfigError, UoeError
 from uoe_jax.files import parse_json
 from uoe_jax.hardware.count import cache_bytes
 
-_LEAST = 45.0  # seconds left in which a run is worth to begin: it compiles first
-_KEPT = 3  # models whose programs and data stay on the device
+_LEAST = 30.0  # seconds left in which a run is worth to begin; it can wait half done
+_AHEAD = 120.0  # seconds left in which the next model is worth to be compiled already
+_FURTHER_SEED = 1000  # added for the order of the data of runs that go on
 
 
 class Session:
     """What a call trains on, and the file of its results."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.file = options, options.out / "results.json"
+        self.options, self.file = options, options.out / options.part.file
         self.deadline = time.perf_counter() + 60 * options.minutes
         plan = read_plan(PLANNED)
         self.results: dict[str, Any] = {"planned": plan.digests(), "runs": []}
         if self.file.is_file():
             self.results = parse_json(self.file.read_text("utf-8"), self.file.name)
-        self.measures: dict[str, Measures] = {}
-        self.programs: dict[str, Programs] = {}
+        self.builder = Builder(options)
+
+    @property
+    def mine(self) -> list[dict[str, Any]]:
+        """The runs of this part."""
+        return self.results["runs"]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The runs so far."""
-        return self.results["runs"]
+        """The runs so far, those of other parts too."""
+        files = sorted(self.options.out.glob("results*.json"))
+        others = [parse_json(f.read_text("utf-8"), f.name) for f in files
+                  if f != self.file]  # fmt: skip
+        return [*self.mine, *(row for found in others for row in found["runs"])]
 
     def run_block(self, block: str) -> None:
         """Train what the block still lacks; what it lacks may follow from its runs."""
-        while time.perf_counter() < self.deadline - _LEAST:
-            open_jobs = [j for j in self._jobs(block) if not self._is_done(j)]
+        while self._left > _LEAST:
+            rows = self.rows
+            open_jobs = [j for j in self._jobs(block, rows) if not self._done(j, rows)]
             if not open_jobs:
                 break
-            self._say(f"block {block}: {len(open_jobs)} runs to go")
-            self._train(open_jobs[0])
+            say(f"block {block}: {len(open_jobs)} runs to go")
+            job, *later = open_jobs
+            building = self.builder.ask(job)
+            if later and self._left > _AHEAD:
+                self.builder.ask(later[0])
+            self._note(job, building.result().measures.contents)
+            self._train(job, rows)
 
-    def _jobs(self, block: str) -> list[Job]:
-        wanted = jobs(block, self.rows, self.options.tiny)
+    @property
+    def _left(self) -> float:
+        return self.deadline - time.perf_counter()
+
+    def _jobs(self, block: str, rows: list[dict[str, Any]]) -> list[Job]:
+        wanted = jobs(block, rows, self.options.tiny)
         only, seeds = self.options.only, self.options.seeds
         named = [job for job in wanted if not only or job.name in only]
-        return [job for job in named if not seeds or job.seed in seeds]
+        seeded = [job for job in named if not seeds or job.seed in seeds]
+        return self.options.part.take(seeded)
 
-    def _is_done(self, job: Job) -> bool:
+    def _done(self, job: Job, rows: list[dict[str, Any]]) -> bool:
         """Whether a run is there; ConfigError if it is of another configuration."""
         _, config = job.config(train_data(job, self.options))
         key, told = program_key(config), ("setting", "seed", "optimizer")
-        for row in self.rows:
+        for row in rows:
             alike = all(row[name] == getattr(job, name) for name in told)
             if job.rate is not None:
                 alike &= row["rate"] == job.rate
@@ -91,65 +124,71 @@ class Session:
                 )
         return False
 
-    def _train(self, job: Job) -> None:
+    def _train(self, job: Job, rows: list[dict[str, Any]]) -> None:
         start = time.perf_counter()
         family, config = job.config(train_data(job, self.options))
-        searched = best_rate(self.rows, job, family)
+        searched = best_rate(rows, job, family)
         rate = job.rate or searched or config.optim.learning_rate
+        weights, seed = None, job.seed
+        if job.start is not None:
+            rate, seed = CONTINUED * rate, seed + _FURTHER_SEED
+            weights = partial(self._weights, job, rows)
+            if not self._end(job.start).is_file():
+                self._train(job.start, rows)
         name = f"{job.block} {job.setting} {job.optimizer} {job.name} {rate:g}"
-        say = lambda text: self._say(f"{name}, seed {job.seed}: {text}")
-        measures, programs = self._prepared(job, config, say)
+        tell = lambda text: say(f"{name}, seed {job.seed}: {text}")
+        built = self.builder.ask(job).result()
+        tell(f"compiled in {built.seconds:.0f} s")
         result = run_lengths(
-            programs,
-            Run(job.seed, rate, job.steps),
-            (measures.with_budgets if job.kind == "budgets" else measures.of)(programs),
+            built.programs,
+            Run(seed, rate, job.steps, weights),
+            partial(self._measure, job, built),
             Limits(self.deadline),
-            say,
+            tell,
             self.options.out / "paused" / f"{name.replace('/', ' ')}-{job.seed}.npz",
         )
-        row = about(job, family, config) | result
+        row = about(job, family, config) | result | {"seed": job.seed}
         row |= {
             "rate_by": "given" if job.rate else "search" if searched else "default",
+            "compile_seconds": built.seconds,
             "wall_seconds": time.perf_counter() - start,
         }
-        self.rows.append(row)
+        self.mine.append(row)
         write_record(self.file, self.results)
-        say(f"{row['wall_seconds']:.0f} s")
+        tell(f"{row['wall_seconds']:.0f} s")
 
-    def _prepared(
-        self, job: Job, config: ExperimentConfig, say: Any
-    ) -> tuple[Measures, Programs]:
-        """Return a model's programs, compiled, and what measures its kind of data."""
-        place = f"{job.task} {job.length}"
-        if place not in self.measures:
-            parts = corpora(job, self.options)
-            self.measures[place] = Measures(config, parts, self.options.tiny)
-            self._note(place, self.measures[place].contents)
-        measures = self.measures[place]
-        key = f"{place} {job.steps} {job.optimizer} {program_key(config)}"
-        if key not in self.programs:
-            while len(self.programs) >= _KEPT:
-                del self.programs[next(iter(self.programs))]
-            made = Programs(config, measures.arrays, chunk_steps(job.steps))
-            say(f"compiled in {made.compile():.0f} s")
-            self.programs[key] = made
-        return measures, self.programs[key]
+    def _measure(self, job: Job, built: Built, *model: PyTree) -> dict[str, Any]:
+        """Return what is known of a trained model; keep an end that others start at."""
+        found = built.measures.of(job, built.programs, *model)
+        if job.kind == "cut" and job.start is None:
+            save_model(self._end(job), built.programs.config, *model)
+        return found
 
-    def _note(self, place: str, contents: dict[str, str]) -> None:
+    def _weights(self, job: Job, rows: list[dict[str, Any]]) -> tuple[PyTree, PyTree]:
+        """Return what a run that goes on starts with."""
+        data = train_data(job, self.options)
+        assert job.start is not None
+        dense, mine = job.start.config(data)[1], job.config(data)[1]
+        return go_on(self._end(job.start), dense, mine)
+
+    def _end(self, job: Job) -> Path:
+        """Return the file of a trained model that others go on from."""
+        name = f"{job.name} {job.size} {job.length} {job.seed}.npz"
+        return self.options.out / "models" / name
+
+    def _note(self, job: Job, contents: dict[str, str]) -> None:
         """Note what identifies the texts; ConfigError if they aren't those of before.
 
         An environment with other packages makes another corpus of Python.
         """
-        noted = self.results.setdefault("texts", {}).setdefault(place, contents)
+        noted = self.results.setdefault("texts", {})
+        noted = noted.setdefault(job.place, contents)
         for name in contents:
             if noted.get(name) != contents[name]:
                 raise ConfigError(
                     f"{self.file} was made with another text of {name}; give that one, "
                     "or another --out"
                 )
-
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
 
 
 def about(job: Job, family: str, config: ExperimentConfig) -> dict[str, Any]:
@@ -187,6 +226,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--python", type=Path, help="folder of a Python corpus' texts")
     parser.add_argument("--only", nargs="+", default=[], help="names of models")
     parser.add_argument("--seeds", nargs="+", type=int, default=[])
+    parser.add_argument(
+        "--part",
+        type=Part.parse,
+        default=Part(1, 1),
+        metavar="I/N",
+        help="every N-th run, from the I-th on: a device for each part",
+    )
     parser.add_argument("--tiny", action="store_true", help="minutes on a CPU")
     options = parser.parse_args(argv)
     try:
@@ -195,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for block in options.block:
             session.run_block(block)
     except OutOfTime as stop:
-        print(f"time is up: {stop}; the same line goes on", flush=True)
+        say(f"time is up: {stop}; the same line goes on")
     except UoeError as error:
         print(f"experiment: {error}", file=sys.stderr)
         return error.exit_code

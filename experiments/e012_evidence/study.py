@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import statistics
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.e012_evidence.models import BUDGETS, SIZES, dense, make
+from experiments.e012_evidence.choose import Row, chosen_lean, survivors, validated
+from experiments.e012_evidence.models import BUDGETS, LEAN, SIZES, dense, make
 from experiments.shared.case import change
 from uoe_jax.config import DataConfig, ExperimentConfig
-from uoe_jax.errors import ConfigError
 
 PLANNED = Path(__file__).parent / "planned.json"
 
 FULL = (400, 800, 1600, 3200, 6400)  # steps: 13, 26, 52, 105, 210 MB
 PROBE = (920, 1840)  # 30, 60 MB
 QUARTER = (1600,)
+FURTHER = (320, 640)  # after FULL[-1]: 5%, 10%
+CONTINUED = 0.3  # of the rate that a run's start was trained at
 TINY = (20, 40, 80)
 GRID = 1.4  # between two rates of a search
 _REACH = 2  # rates on each side of the middle one
 _FURTHER = 2  # more of them where the best is at an edge
 SEARCH_SEED = 100  # none that is reported
-
-Row = dict[str, Any]  # a run's entry of the results file
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Job:
     """One training: a named model of a size on rows of `length` tokens."""
 
     block: str
-    kind: Literal["mlp", "attention", "whole", "budgets"]
+    kind: Literal["mlp", "attention", "whole", "budgets", "cut"]
     name: str
     size: str
     length: int  # T
@@ -40,13 +40,27 @@ class Job:
     steps: tuple[int, ...]
     optimizer: Literal["adamw", "muon"] = "adamw"
     rate: float | None = None  # None: the family's, by its search
-    task: Literal["text", "recall"] = "text"
+    task: Literal["text", "recall", "cut"] = "text"
+
+    @property
+    def start(self) -> Job | None:
+        """The run from whose end this one goes on; None: it begins at random."""
+        if self.kind != "cut" or self.name == "dense":
+            return None
+        # A run of the most steps alone: of several lengths all end as it does.
+        steps = TINY[-1:] if self.size == "tiny" else FULL[-1:]
+        return dataclasses.replace(self, name="dense", steps=steps)
 
     @property
     def setting(self) -> str:
         """Size, T and task: what is compared is alike in these."""
         plain = f"{self.size}, T {self.length}"
         return plain if self.task == "text" else f"{plain}, {self.task}"
+
+    @property
+    def place(self) -> str:
+        """What data it reads in rows of which length."""
+        return f"{'recall' if self.task == 'recall' else 'text'} {self.length}"
 
     def config(self, data: DataConfig) -> tuple[str, ExperimentConfig]:
         """Return the model's family and what is trained, but for the rate."""
@@ -56,19 +70,20 @@ class Job:
         return family, change(config, optim=changed, train={"steps": self.steps[-1]})
 
 
+# The question of whether routed heads add anything to local ones comes first.
 ATTENTION = (
-    "dense + conv",
     "local + conv",
-    "local + full + conv",
-    "local + 2 full + conv",  # has the cache of a few routed ones
     "local + few routed + conv",
+    "dense + conv",
+    "local + 2 full + conv",  # has the cache of a few routed ones
+    "local + few routed, thresholds + conv",
+    "local + full + conv",
     "local + routed + conv",
     "SMHA + conv",
 )
 # Figure g, beside those.
 LADDER = (
     "local + few routed, gated values + conv",
-    "local + few routed, thresholds + conv",
     "SMHA, gated values + conv",
     "SMHA",
     "dense",
@@ -79,10 +94,8 @@ MLP = (
     "MoE 2 of 8",
     "MoE 8 of 32 + shared",
     "MoE 8 of 64 + shared",
-    "UoME 2 of 16 lean",
-    "UoME 1 of 8 lean",
+    *LEAN,
     "UoME 8 of 32",
-    "UoME 4 of 32 lean",
     "UoME 8 of 32, thresholds",
     "UoME 8 of 32, thresholds, relu",
 )
@@ -92,28 +105,27 @@ FAMILIES = (
     ("mlp", "MoE 2 of 8"),
     ("mlp", "MoE 8 of 32 + shared"),
     ("mlp", "UoME 8 of 32"),
-    ("mlp", "UoME 2 of 16 lean"),
+    ("mlp", "UoME 1 of 16 lean"),
     ("attention", "local + full + conv"),
     ("attention", "local + routed + conv"),
 )
-MUON = (("mlp", "dense"), ("mlp", "MoE 2 of 8"), ("mlp", "UoME 2 of 16 lean"))
+MUON = (("mlp", "dense"), ("mlp", "MoE 2 of 8"), ("mlp", "UoME 1 of 16 lean"))
+# What isn't a lean union: of those only the chosen one is trained.
 WHOLE = (
     "dense + conv",
     "MoE 2 of 8 + conv",
     "MoE 2 of 8, local + full",
-    "UoME 2 of 16 lean + conv",
-    "UoME 2 of 16 lean, local + full",
     "UoME 8 of 32, local + few routed",
 )
-FITTED = (WHOLE[0], WHOLE[1], WHOLE[3])  # of which a law predicts XL
-BLOCKS = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "recall", "budgets")
+WHOLE_SIZES = {"6": ("M", 3), "7": ("L", 2), "8": ("S", 3), "9": ("XL", 1)}
+BLOCKS = (*"123456789", "long", "recall", "budgets", "cut")
 
 
 def jobs(block: str, rows: Sequence[Row], tiny: bool) -> list[Job]:
     """Return a block's trainings in order: every model's first seed first.
 
     `rows` are the runs so far: block 2 looks further where a best rate is at an edge,
-    block 4 has what block 3 left.
+    block 4 has what block 3 left, 6 to 9 the lean union that it prefers.
     """
     made = list(_jobs(block, rows))
     if tiny:
@@ -131,23 +143,28 @@ def _jobs(block: str, rows: Sequence[Row]) -> Iterator[Job]:
     elif block == "4":
         yield from _each(block, "mlp", survivors(rows), "M", 1024, 3, FULL)
     elif block == "5":
-        names = (ATTENTION[0], "GQA + conv", *ATTENTION[2:6])
+        names = (*ATTENTION[:-1], "GQA + conv")
         yield from _each(block, "attention", names, "M", 4096, 2, FULL)
-    elif block == "6":
-        yield from _each(block, "whole", WHOLE, "M", 4096, 3, FULL)
-    elif block == "7":
-        yield from _each(block, "whole", WHOLE, "L", 4096, 2, FULL)
-    elif block == "8":
-        yield from _each(block, "whole", FITTED, "S", 4096, 3, FULL)
-    elif block == "9":
-        yield from _each(block, "whole", FITTED, "XL", 4096, 1, FULL)
+    elif block in WHOLE_SIZES:
+        lean, (size, seeds) = chosen_lean(rows), WHOLE_SIZES[block]
+        names = (*WHOLE[:2], f"{lean} + conv")  # a law predicts XL of these
+        if block in "67":
+            names = (*names, *WHOLE[2:], f"{lean}, local + full")
+        yield from _each(block, "whole", names, size, 4096, seeds, FULL)
+    elif block == "long":
+        names = ATTENTION[:4]
+        yield from _each(block, "attention", names, "M", 8192, 3, FULL[:4])
     elif block == "budgets":
         low, high = BUDGETS[0], BUDGETS[-1]
         names = (f"UoME {low} to {high} of 32", *(f"UoME {x} of 32" for x in BUDGETS))
         yield from _each(block, "budgets", names, "S", 1024, 3, FULL[3:4])
     elif block == "recall":
         for job in _each(block, "attention", ATTENTION, "R", 1024, 3, QUARTER):
-            yield Job(**(vars(job) | {"task": "recall"}))
+            yield dataclasses.replace(job, task="recall")
+    elif block == "cut":
+        names = ("dense, trained on", "dense, 8 of 16 on")
+        for job in _each(block, "cut", names, "M", 1024, 3, FURTHER):
+            yield dataclasses.replace(job, task="cut")
 
 
 def _each(
@@ -204,14 +221,6 @@ def rated(rows: Sequence[Row], job: Job) -> float | None:
     return None
 
 
-def validated(row: Row) -> float:
-    """Return the mean of a run's valid bits/byte over its corpora; inf: it diverged."""
-    if not row["lengths"] or row["lengths"][-1]["steps"] != row["steps"]:
-        return float("inf")
-    scores = row["lengths"][-1]["valid"].values()
-    return statistics.fmean(scores)
-
-
 def best_rate(rows: Sequence[Row], job: Job, family: str) -> float | None:
     """Return the rate that a family's search found for a size; None: none was searched.
 
@@ -231,31 +240,10 @@ def best_rate(rows: Sequence[Row], job: Job, family: str) -> float | None:
     return None
 
 
-def survivors(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Return dense, the best mixture and the three best unions of block 3 on valid.
-
-    Raises ConfigError where block 3 has none of one of these.
-    """
-    scores: dict[str, list[float]] = {}
-    for row in rows:
-        if row["block"] == "3":
-            scores.setdefault(row["case"], []).append(validated(row))
-    mean = {name: statistics.fmean(losses) for name, losses in scores.items()}
-    order = sorted(mean, key=mean.__getitem__)
-    mixtures = [name for name in order if name.startswith("MoE")]
-    unions = [name for name in order if name.startswith("UoME")]
-    if not mixtures or not unions:
-        raise ConfigError(
-            "block 4 has what block 3 left, which has no runs of mixtures and unions "
-            "yet; run block 3 first"
-        )
-    return ("dense", *mixtures[:1], *unions[:3])
-
-
 def _shrink(job: Job) -> Job:
     steps = TINY if len(job.steps) > 1 else TINY[-1:]
     seeds = {"size": "tiny", "length": 64, "steps": steps}
     if job.rate is not None:
         scale = SIZES["tiny"].rate / SIZES[job.size].rate
         seeds["rate"] = round(job.rate * scale, 7)
-    return Job(**(vars(job) | seeds))
+    return dataclasses.replace(job, **seeds)

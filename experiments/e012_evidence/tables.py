@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from experiments.e012_evidence.study import SEARCH_SEED, Row, validated
+from experiments.e012_evidence.choose import Row, by_validation, spent, validated
+from experiments.e012_evidence.models import LEAN
+from experiments.e012_evidence.study import SEARCH_SEED
 from experiments.shared.compare import (
     Comparison,
     Difference,
@@ -23,8 +25,15 @@ from experiments.shared.fronts import Equal, equal_spending
 from experiments.shared.results import causality
 from uoe_jax.report.table import si
 
-AXES = ("tokens", "flops", "seconds")
 BEST_MIXTURE = "best mixture"
+# Models that validation chooses among, by the name that plans and tables give the best.
+CHOICES: dict[str, Callable[[str], bool]] = {
+    BEST_MIXTURE: lambda model: model.startswith("MoE"),
+    "best lean": lambda model: model in LEAN,
+    "best lean + conv": lambda model: (
+        model.removesuffix(" + conv") in LEAN and model.endswith(" + conv")
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -65,23 +74,15 @@ class Group:
             for row in self.models[model]
         ]  # fmt: skip
 
-    def resolve(self, name: str) -> str | None:
-        """Return a model's name; the best mixture's by validation; None: not here."""
-        if name != BEST_MIXTURE:
+    def resolve(self, name: str, axis: str = "tokens") -> str | None:
+        """Return a model's name, of `best ...` the one that validation prefers.
+
+        Where all that are chosen among spent as much. None: it isn't here.
+        """
+        if name not in CHOICES:
             return name if name in self.models else None
-        mixtures = [m for m in self.models if m.startswith("MoE")]
-        mean = lambda m: statistics.fmean(map(validated, self.models[m]))
-        return min(mixtures, key=mean, default=None)
-
-
-def spent(row: Row, axis: str, steps: int) -> float:
-    """Return what so many steps of a run take: tokens, training FLOPs or seconds."""
-    step = {
-        "tokens": row["tokens_per_step"],
-        "flops": row["training_flops_per_step"],
-        "seconds": row["step_seconds"],
-    }
-    return steps * step[axis]
+        some = {m: rows for m, rows in self.models.items() if CHOICES[name](m)}
+        return by_validation(some, axis)[0] if some else None
 
 
 def find_groups(rows: Sequence[Row]) -> list[Group]:
@@ -122,7 +123,8 @@ def measured(group: Group, comparison: Comparison) -> Difference | None:
 
     By seconds and FLOPs that is of the lengths that both models reach.
     """
-    names = [group.resolve(n) for n in (comparison.first, comparison.second)]
+    sides = (comparison.first, comparison.second)
+    names = [group.resolve(name, comparison.at) for name in sides]
     if None in names:
         return None
     first, second = (str(name) for name in names)
@@ -238,7 +240,7 @@ def _leaks(group: Group) -> str:
 
 def equal_table(group: Group, axis: str, against: str) -> str:
     """Return every model less another where both spent as much, by length."""
-    other = group.resolve(against)
+    other = group.resolve(against, axis)
     if other is None or axis == "tokens":
         return ""
     unit = {"seconds": "s", "flops": "FLOPs"}[axis]
@@ -298,7 +300,8 @@ def all_tables(rows: Sequence[Row], plan: Plan) -> str:
     for group in groups:
         parts += [f"## {group.title}\n", model_table(group)]
         for axis in ("seconds", "flops"):
-            bases = [group.resolve(n) for n in ("dense", "dense + conv", BEST_MIXTURE)]
+            names = ("dense", "dense + conv", BEST_MIXTURE)
+            bases = [group.resolve(name, axis) for name in names]
             for base in dict.fromkeys(filter(None, bases)):
                 parts.append(equal_table(group, axis, base))
     if rates := rate_table(rows):

@@ -73,11 +73,13 @@ def chunk_steps(lengths: Sequence[int]) -> int:
 
 
 class Run(NamedTuple):
-    """What is trained: its start, its highest rate, its lengths in steps."""
+    """What is trained: its start and order, its highest rate, its lengths in steps."""
 
     seed: int
     rate: float
     lengths: tuple[int, ...]
+    # Parameters and buffers of another run's end; None: drawn by the seed.
+    weights: Callable[[], tuple[PyTree, PyTree]] | None = None
 
 
 @dataclass
@@ -133,7 +135,7 @@ def run_lengths(
             f"of a run of {list(run.lengths)}; make programs with chunk_steps of these"
         )
     rows = train_rows(programs.config, run.seed, run.lengths[-1])
-    progress = _begin(programs, run.seed, paused, say)
+    progress = _begin(programs, run, paused, say)
     while progress.leg < len(legs):
         leg = legs[progress.leg]
         rates = step_rates(optim, leg.steps or run.lengths[-1], run.rate)
@@ -202,14 +204,16 @@ def _pause(progress: Progress, paused: Path) -> None:
 
 
 def _begin(
-    programs: Programs, seed: int, paused: Path, say: Callable[[str], None]
+    programs: Programs, run: Run, paused: Path, say: Callable[[str], None]
 ) -> Progress:
     """Return a new run, or the one that was interrupted."""
-    state = programs.start(seed)
     if not paused.is_file():
-        return Progress(state)
+        if run.weights is None:
+            return Progress(programs.start(run.seed))
+        return Progress(programs.start_from(*run.weights()))
+    state = programs.start(run.seed)
     trees, told = load_trees(paused)
     place = lambda name: programs.place(fill_leaves(state, trees[name]))
     branch = place("branch") if "branch" in trees else None
-    say(f"seed {seed}: goes on in leg {told['leg'] + 1}, {told['done']} steps into it")
+    say(f"goes on in leg {told['leg'] + 1}, {told['done']} steps into it")
     return Progress(place("trunk"), branch, told["leg"], told["done"], told["told"])

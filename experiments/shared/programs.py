@@ -78,9 +78,11 @@ class Programs:
         step = make_step(config, graphdef, optimizer, mesh)
         take = make_take(config)
 
-        def init(key: Array) -> TrainState:
-            _, params, buffers = make(key)
+        def begin(params: PyTree, buffers: PyTree) -> TrainState:
             return first_state(params, buffers, optimizer, jnp.ones(()))
+
+        def init(key: Array) -> TrainState:
+            return begin(*make(key)[1:])
 
         def many(
             state: TrainState,
@@ -105,13 +107,17 @@ class Programs:
         self._whole = replicated(mesh)
         self.data = jax.device_put(dict(data), self._whole)
         self._init = jax.jit(init, out_shardings=self._whole)
+        self._begin = jax.jit(begin, out_shardings=self._whole)
         self._many: Any = jax.jit(many, donate_argnums=0)
         self._score = make_eval_step(config, graphdef, mesh)
         self._take = jax.jit(take)
         self._each: dict[ModelConfig, Any] = {}  # by the model that is scored
 
-    def compile(self) -> float:
-        """Compile all programs ahead; return the seconds it took."""
+    def compile(self, tokens: bool = False) -> float:
+        """Compile all programs ahead; return the seconds it took.
+
+        With `tokens` the scores of each token too.
+        """
         start = time.perf_counter()
         state = jax.eval_shape(self._init, jax.random.key(0))
         shape = (self.chunk, self.config.data.batch_size)
@@ -123,11 +129,18 @@ class Programs:
         row = eval_rows(self.config, num_examples(arrays))[0]
         batch = self._take(arrays, self.place(row))
         self._sums(first.params, first.buffers, [batch])
+        if tokens:
+            scored = self._scores_each(self.config.model)
+            jax.block_until_ready(scored(first.params, first.buffers, batch))
         return time.perf_counter() - start
 
     def start(self, seed: int) -> TrainState:
         """Return the state before the first step."""
         return self._init(jax.random.key(seed))
+
+    def start_from(self, params: PyTree, buffers: PyTree) -> TrainState:
+        """Return the state before the first step from some weights on."""
+        return self._begin(*self.place((params, buffers)))
 
     def place(self, tree: PyTree) -> PyTree:
         """Return arrays of the host where the programs want them."""
@@ -173,7 +186,16 @@ class Programs:
         [N, T] each, in the order of the split's examples. `model` is another config
         with the same parameters, such as one with another `top_k`.
         """
-        arrays, model = self.data[split], model or self.config.model
+        arrays = self.data[split]
+        found, score = [], self._scores_each(model or self.config.model)
+        for row in self.place(eval_rows(self.config, num_examples(arrays))):
+            found.append(score(params, buffers, self._take(arrays, row)))
+        found = jax.device_get(found)
+        whole = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
+        return {name: a[: num_examples(arrays)] for name, a in whole.items()}
+
+    def _scores_each(self, model: ModelConfig) -> Any:
+        """Return the jitted (params, buffers, batch) -> scores of every token."""
         if model not in self._each:
             config = dataclasses.replace(self.config, model=model)
             make = lambda: nnx.split(
@@ -181,12 +203,7 @@ class Programs:
             )
             score = partial(_each_token, config, jax.eval_shape(make)[0])
             self._each[model] = jax.jit(score)
-        found, score = [], self._each[model]
-        for row in self.place(eval_rows(self.config, num_examples(arrays))):
-            found.append(score(params, buffers, self._take(arrays, row)))
-        found = jax.device_get(found)
-        whole = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
-        return {name: a[: num_examples(arrays)] for name, a in whole.items()}
+        return self._each[model]
 
     def leak(self, params: PyTree, buffers: PyTree) -> dict[str, float] | None:
         """Return how much the loss moves when later tokens change; None: no decoder.

@@ -35,14 +35,14 @@ _GRACE = 20.0  # seconds after the budget in which a run may finish its chunk
 
 def prepare(compiled: Path) -> None:
     """Make the process's settings; say what it computes on."""
-    _set_flax()
+    set_flax()
     jax.config.update("jax_compilation_cache_dir", str(compiled.absolute()))
     _say(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     if jax.default_backend() == "gpu" and (fault := installed_fault()):
         _say(f"SLOW: unions and mixtures run without kernels: {fault}")
 
 
-def _set_flax() -> None:
+def set_flax() -> None:
     """Make flax's settings; they are each thread's own."""
     nnx.set_graph_mode(False)
     nnx.set_graph_updates(False)
@@ -128,7 +128,7 @@ class Worker:
 
         def build() -> None:
             try:
-                _set_flax()
+                set_flax()
                 made.set_result(self._build(case))
             except BaseException as error:  # told when the run's turn comes
                 made.set_exception(error)

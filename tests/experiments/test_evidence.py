@@ -5,27 +5,33 @@ import dataclasses
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments.e012_evidence import measure, tables
+from experiments.e012_evidence.choose import by_validation, chosen_lean, survivors
+from experiments.e012_evidence.cut import go_on, save_model
 from experiments.e012_evidence.figures import figures
-from experiments.e012_evidence.models import MODELS, SIZES, dense, make
+from experiments.e012_evidence.models import LEAN, MODELS, SIZES, dense, make
 from experiments.e012_evidence.report import report
 from experiments.e012_evidence.run import Session, main
 from experiments.e012_evidence.study import (
+    ATTENTION,
     BLOCKS,
+    CONTINUED,
     FULL,
     GRID,
     PLANNED,
     SEARCH_SEED,
     best_rate,
     jobs,
-    survivors,
 )
 from experiments.shared.branches import plan_legs
 from experiments.shared.case import change, program_key
 from experiments.shared.compare import read_plan
+from experiments.shared.part import Part
 from tests.compare import assert_close
 from uoe_jax.config import DataConfig
 from uoe_jax.data import prepare
@@ -33,6 +39,8 @@ from uoe_jax.data.tasks.recall import generate_recall
 from uoe_jax.errors import ConfigError
 from uoe_jax.files import format_json
 from uoe_jax.hardware.count import flops_per_token
+from uoe_jax.model import flat_params, make_model
+from uoe_jax.tree import named_leaves
 from uoe_jax.validation import validate
 
 TEXT = DataConfig(source="stdlib")
@@ -103,25 +111,27 @@ def test_every_model_of_every_size_is_legal_and_costs_what_it_says():
 
 def test_what_is_planned_is_trained():
     plan = read_plan(PLANNED)
-    rows = [row(f"UoME {n} of 8", 0, [n], block="3") for n in (1, 2, 3)]
-    rows += [row(n, 0, [2.0], block="3") for n in ("MoE 2 of 8", "UoME 2 of 16 lean")]
+    rows = [row(n, 0, [2.0], block="3") for n in (*LEAN, "MoE 2 of 8", "UoME 8 of 32")]
     trained = {(j.setting, j.name) for b in BLOCKS for j in jobs(b, rows, False)}
     for one in plan.comparisons:
         assert one.failed
         for name in (one.first, one.second):
-            if name == tables.BEST_MIXTURE:
-                assert any(s == one.size and n[:3] == "MoE" for s, n in trained)
+            if name in tables.CHOICES:
+                some = [n for s, n in trained if s == one.size]
+                assert any(map(tables.CHOICES[name], some)), one.name
             else:
                 name, _, _ = name.partition(" at ")  # a budget of one model
                 assert (one.size, name) in trained, one.name
-    assert {c.headline for c in plan.comparisons} == {1, 2, 3, 4, 6}
+    assert {c.headline for c in plan.comparisons} == {1, 2, 3, 4, 5, 6}
 
 
 def test_lengths_of_every_block_can_branch_after_the_warm_up():
-    with pytest.raises(ConfigError, match="run block 3 first"):
-        jobs("4", [], False)
-    for block in set(BLOCKS) - {"4"}:
-        for job in jobs(block, [], False):
+    for block in "46789":
+        with pytest.raises(ConfigError, match="run block 3 first"):
+            jobs(block, [], False)
+    rows = [row(n, 0, [2.0], block="3") for n in (*LEAN, "MoE 2 of 8", "UoME 8 of 32")]
+    for block in BLOCKS:
+        for job in jobs(block, rows, False):
             config = job.config(TEXT)[1]
             assert plan_legs(job.steps)[0].last >= config.optim.warmup_steps
             assert config.data.batch_size * job.length == 32_768
@@ -152,18 +162,43 @@ def test_rates_are_searched_further_where_the_best_is_at_the_edge():
     assert len(mine(rising)) == 7  # that far and no further
     found = best_rate(inside, first[0], "dense")
     assert found == rates[2] and best_rate(inside, first[0], "mixture") is None
-    large = jobs("7", [], False)[0]
+    large = jobs("7", [row(n, 0, [2.0], block="3") for n in LEAN], False)[0]
     assert_close(best_rate(inside, large, "dense"), rates[2] / 2, 1e-6)
 
 
 def test_block_four_has_what_block_three_left():
     losses = {"dense": 2.0, "MoE a": 1.9, "MoE b": 1.8, "UoME a": 1.7, "UoME b": 2.5}
-    losses |= {"UoME c": 1.6, "UoME d": 1.75}
+    losses |= {name: 1.9 + n / 10 for n, name in enumerate(LEAN)}
     rows = [row(name, s, [x + s / 50], block="3") for name, x in losses.items()
             for s in (0, 1)]  # fmt: skip
-    assert survivors(rows) == ("dense", "MoE b", "UoME c", "UoME a", "UoME d")
-    rows.append(row("UoME c", 2, [9.0], block="3") | {"lengths": []})  # diverged
-    assert survivors(rows)[2:] == ("UoME a", "UoME d", "UoME b")
+    assert survivors(rows) == ("dense", "MoE b", *LEAN[:2], "UoME a")
+    rows.append(row("UoME a", 2, [9.0], block="3") | {"lengths": []})  # diverged
+    assert survivors(rows)[-1] == "UoME b"
+
+
+def test_the_lean_union_is_chosen_at_equal_seconds_by_the_first_seed():
+    """Losses of every length are read where the fastest one's longest run ends."""
+    law = lambda a: [a * (400 * 2**n) ** -0.1 for n in range(5)]
+    made = lambda name, a, step: row(name, 0, law(a), block="3", step_seconds=step)
+    fast, slow = made(LEAN[0], 3.0, 0.05), made(LEAN[1], 2.9, 0.1)
+    # As many steps: the slow one is better. In half of the steps it is at 3.108.
+    assert by_validation({"fast": [fast], "slow": [slow]}, "tokens")[0] == "slow"
+    assert by_validation({"fast": [fast], "slow": [slow]}, "seconds")[0] == "fast"
+    rows = [fast, slow, made(LEAN[2], 3.1, 0.05)]
+    with pytest.raises(ConfigError, match=f"lacks '{LEAN[3]}'; run block 3 first"):
+        chosen_lean(rows)
+    rows.append(made(LEAN[3], 3.1, 0.05))
+    assert chosen_lean(rows) == LEAN[0]
+    later = [row(name, 1, law(2.0), block="3") for name in LEAN[1:]]
+    assert chosen_lean(rows + later) == LEAN[0]
+    names = {job.name for job in jobs("8", rows, False)}
+    assert f"{LEAN[0]} + conv" in names and f"{LEAN[1]} + conv" not in names
+
+
+def test_whether_routed_heads_add_to_local_ones_is_answered_first():
+    names = [job.name for job in jobs("1", [], False)[:4]]
+    assert names[:2] == ["local + conv", "local + few routed + conv"]
+    assert names == list(ATTENTION[:4]) and "dense + conv" in names
 
 
 def results(tmp_path, rows):
@@ -191,7 +226,7 @@ def full_rows():
         for size, less in (("S", 0.3), ("M", 0.0), ("L", -0.2)):
             ten = {"S": 24.0, "M": 240.0, "L": 2400.0}[size]
             losses = falling(1.45 + less + off)
-            rows.append(row("UoME 2 of 16 lean + conv", seed, losses,
+            rows.append(row("UoME 1 of 16 lean + conv", seed, losses,
                             f"{size}, T 4096",
                             **fast | {"training_flops_per_step": ten}))  # fmt: skip
         for name, right in (("local + conv", 0.1), ("local + few routed + conv", 0.8)):
@@ -328,7 +363,7 @@ def test_the_copy_test_asks_for_the_second_string(length):
 def test_blocks_run_tiny_to_their_end_and_go_on(tmp_path, capsys):
     options = argparse.Namespace(
         out=tmp_path, minutes=60.0, articles=None, python=None, tiny=True,
-        only=["dense + conv"], seeds=[0],
+        only=["dense + conv"], seeds=[0], part=Part(1, 1),
     )  # fmt: skip
     session = Session(options)
     session.run_block("1")
@@ -340,20 +375,69 @@ def test_blocks_run_tiny_to_their_end_and_go_on(tmp_path, capsys):
     assert made["training_flops_per_step"] > 0 and made["device"] and made["commit"]
     assert made["config"]["model"]["convolution"] == 4
     again = Session(options)
-    again._train = lambda job: pytest.fail(f"{job.name} is trained twice")
+    again._train = lambda job, rows: pytest.fail(f"{job.name} is trained twice")
     again.run_block("1")
     again.run_block("5")  # has the same model with the same lengths
     assert len(again.rows) == 1
     del again._train
-    again.rows[0]["key"] = "another"
+    again.mine[0]["key"] = "another"
     with pytest.raises(ConfigError, match="of another configuration"):
         again.run_block("1")
-    again.rows.clear()
+    again.mine.clear()
     again.results["texts"]["text 64"]["stdlib"] = "another"
-    again.measures.clear()
     with pytest.raises(ConfigError, match="made with another text of stdlib"):
         again.run_block("1")
     assert "1 runs to go" in capsys.readouterr().out
+
+
+def test_a_cut_model_goes_on_from_a_dense_ones_end(tmp_path):
+    """The start is trained where its file isn't there; parts share a folder."""
+    options = argparse.Namespace(
+        out=tmp_path, minutes=60.0, articles=None, python=None, tiny=True,
+        only=[], seeds=[0], part=Part(1, 2),
+    )  # fmt: skip
+    Session(options).run_block("cut")
+    made = {run["case"]: run for run in Session(options).mine}
+    assert set(made) == {"dense", "dense, trained on"}
+    first, later = made["dense"], made["dense, trained on"]
+    assert first["setting"] == later["setting"] and later["seed"] == 0
+    assert_close(later["rate"], CONTINUED * first["rate"], 1e-9)
+    # It goes on from what was learned, on other batches.
+    assert later["curve"][0]["train"] < first["curve"][0]["train"] - 0.5
+    (tmp_path / "models").rename(tmp_path / "kept")
+    options.part = Part(2, 2)
+    Session(options).run_block("cut")
+    again = {run["case"]: run for run in Session(options).mine}
+    assert set(again) == {"dense", "dense, 8 of 16 on"}
+    cut = again["dense, 8 of 16 on"]
+    assert cut["forward_flops_per_token"] < 0.9 * later["forward_flops_per_token"]
+    assert cut["lengths"][-1]["leak"]["before"] < 1e-5
+    assert first["curve"][0]["train"] - 0.5 > cut["curve"][0]["train"]
+    options.part = Part(1, 1)
+    whole = Session(options)
+    whole._train = lambda job, rows: pytest.fail(f"{job.name} is trained twice")
+    whole.run_block("cut")
+    assert len(whole.rows) == 4 and not whole.mine
+    files = sorted(tmp_path.glob("results-*.json"))
+    text = report(files, tmp_path)
+    assert "| dense, 8 of 16 on |" in text
+
+
+def test_what_a_cut_starts_from_is_the_dense_models_function(tmp_path):
+    """Every neuron is in one expert; what isn't fitted again has its bits."""
+    config = dense("tiny", 64, TEXT)
+    model = make_model(config.model, jax.random.key(0))
+    _, params, buffers = nnx.split(model, nnx.Param, ...)
+    save_model(tmp_path / "m.npz", config, params, buffers)
+    same = go_on(tmp_path / "m.npz", config, config)[0]
+    for name, array in flat_params(model).items():
+        assert np.array_equal(array, named_leaves(same)[name]), name
+    half = make(config, "cut", "dense, 8 of 16 on")[1]
+    start, _ = go_on(tmp_path / "m.npz", config, half)
+    name = "trunk.blocks.0.mlp.w_up"  # [L, E, D, F/E]
+    cut, whole = (named_leaves(tree)[name] for tree in (start, params))
+    neurons = lambda w: sorted(map(tuple, np.moveaxis(w[0], 1, 2).reshape(-1, 64)))
+    assert cut.shape == (2, 16, 64, 12) and neurons(cut) == neurons(whole)
 
 
 def test_the_page_of_the_protocol_names_what_is_planned():

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from experiments.e009_real_model.prune import Prune, narrower, prune_params
-from experiments.e009_real_model.run import Part, join
+from experiments.e009_real_model.run import join
 from experiments.e009_real_model.study import Scale, entries, write_texts
 from experiments.e009_real_model.table import plot, table
+from experiments.shared.part import Part
 from tests.compare import assert_close
 from uoe_jax.config import ModelConfig
 from uoe_jax.decompose.plan import Cut

@@ -1,0 +1,63 @@
+"""Models' compiled programs, made in a thread: one compiles while another trains."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from experiments.e012_evidence.measure import Measures, corpora, train_data
+from experiments.e012_evidence.study import Job
+from experiments.shared.branches import chunk_steps
+from experiments.shared.case import program_key
+from experiments.shared.programs import Programs
+from experiments.shared.work import set_flax
+from uoe_jax.config import ExperimentConfig
+
+_KEPT = 3  # models whose programs stay on the device
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+class Built(NamedTuple):
+    """A model's compiled programs, and what measures it."""
+
+    measures: Measures
+    programs: Programs
+    seconds: float  # of compiling
+
+
+class Builder:
+    """Makes programs in the order in which they are asked for, and keeps the last."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.thread = ThreadPoolExecutor(1, initializer=set_flax)
+        self.measures: dict[str, Measures] = {}
+        self.built: dict[str, Future[Built]] = {}
+
+    def ask(self, job: Job) -> Future[Built]:
+        """Return a model's programs, which may still be made."""
+        config = job.config(train_data(job, self.options))[1]
+        key = f"{job.place} {job.steps} {job.optimizer} {program_key(config)}"
+        made = self.built.pop(key, None)
+        if made is None:
+            made = self.thread.submit(self._build, job, config)
+        self.built[key] = made  # the last one asked for is dropped last
+        while len(self.built) > _KEPT:
+            del self.built[next(iter(self.built))]
+        return made
+
+    def _build(self, job: Job, config: ExperimentConfig) -> Built:
+        if job.place not in self.measures:
+            start, parts = time.perf_counter(), corpora(job, self.options)
+            made = Measures(config, parts, self.options.tiny)
+            self.measures[job.place] = made
+            say(f"data of {job.place} in {time.perf_counter() - start:.0f} s")
+        measures = self.measures[job.place]
+        programs = Programs(config, measures.arrays, chunk_steps(job.steps))
+        return Built(measures, programs, programs.compile(tokens=True))
