@@ -15,7 +15,7 @@ from experiments.shared.programs import Programs
 from experiments.shared.work import set_flax
 from uoe_jax.config import ExperimentConfig
 
-_KEPT = 3  # models whose programs stay on the device
+_KEPT = 16  # models whose programs are kept: later seeds use them again
 
 
 def say(text: str) -> None:
