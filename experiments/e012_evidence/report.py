@@ -4,8 +4,9 @@
         --out runs/e012
 
 Several results files, as of several cards, count as one. Writes OUT/tables.md and
-OUT/figures/*.png. A comparison that isn't in planned.json, or was written there after
-the first run, is refused.
+OUT/figures/*.png; with `--page FILE` also the page of what came out and its picture
+beside it, which is refused while no run has come to its end. A comparison that isn't in
+planned.json, or was written there after the first run, is refused.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.e012_evidence.figures import figures
+from experiments.e012_evidence.page import results_page
 from experiments.e012_evidence.study import PLANNED
-from experiments.e012_evidence.tables import all_tables
+from experiments.e012_evidence.tables import all_tables, find_groups, verdicts
 from experiments.shared.compare import read_plan
 from uoe_jax.errors import ConfigError, UoeError
 from uoe_jax.files import parse_json, write_atomically
 
 
-def report(files: Sequence[Path], out: Path) -> str:
-    """Write tables and figures; return the tables."""
+def report(files: Sequence[Path], out: Path, page: Path | None = None) -> str:
+    """Write tables and figures, and a page of what came out; return the tables."""
     plan, rows = read_plan(PLANNED), []
     for file in files:
         if not file.is_file():
@@ -32,11 +34,16 @@ def report(files: Sequence[Path], out: Path) -> str:
         results = parse_json(file.read_text("utf-8"), file.name)
         plan.check(results["planned"])
         rows += results["runs"]
-    text = all_tables(rows, plan)
+    text, drawn, groups = all_tables(rows, plan), figures(rows), find_groups(rows)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     write_atomically(out / "tables.md", text)
-    for name, content in figures(rows).items():
+    for name, content in drawn.items():
         write_atomically(out / "figures" / name, content)
+    if page is not None:
+        said, shown = results_page(verdicts(plan, groups), groups, list(drawn))
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(page, said)
+        write_atomically(page.parent / shown, drawn[shown])
     return text
 
 
@@ -47,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--results", nargs="+", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--page", type=Path, help="docs/results/evidence.md")
     options = parser.parse_args(argv)
     try:
-        print(report(options.results, options.out))
+        print(report(options.results, options.out, options.page))
     except UoeError as error:
         print(f"experiment: {error}", file=sys.stderr)
         return error.exit_code

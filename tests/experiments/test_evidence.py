@@ -74,6 +74,11 @@ def row(case, seed, losses, setting="M, T 4096", **more):
         "seed": seed,
         "optimizer": "adamw",
         "rate": 0.002,
+        "rate_by": "default",
+        "device": "card",
+        "jax": "1",
+        "commit": "abc",
+        "date": "2026-11-30",
         "steps": steps[-1],
         "planned_steps": steps,
         "parameters": 1000,
@@ -285,6 +290,30 @@ def test_tables_and_figures_come_from_the_results_alone(tmp_path):
         "f_cache.png", "g_ladder.png", "h_budgets.png",
     ]  # fmt: skip
     assert set(figures(full_rows()[:1])) == {"a_flops.png", "b_seconds.png"}
+
+
+def test_the_page_says_what_came_out_and_nothing_without_runs(tmp_path):
+    page = tmp_path / "docs" / "evidence.md"
+    with pytest.raises(ConfigError, match="no run has come to its end"):
+        report([results(tmp_path, [])], tmp_path / "out", page)
+    assert not page.exists()
+    rows = full_rows()
+    report([results(tmp_path, rows)], tmp_path / "out", page)
+    text = page.read_text()
+    assert len(text.splitlines()) < 80  # two screens
+    assert (page.parent / "g_ladder.png").is_file() and "(g_ladder.png)" in text
+    assert (
+        "- 3a, local + few routed + conv less dense + conv (M, T 4096): +0.0010 ±"
+        in text
+    )
+    assert (
+        "- 6d, UoME 2 to 16 of 32 at 16 less UoME 16 of 32 (S, T 1024): +0.1375" in text
+    )
+    assert "**doesn't hold.** At 16 of 32 the model for every budget" in text
+    assert "- Not measured yet: 1a, 1b, 1d." in text and "nothing leaks" in text
+    # One seed: means alone.
+    report([results(tmp_path, [r for r in rows if not r["seed"]])], tmp_path, page)
+    assert " 0 of 20 planned comparisons are measured" in page.read_text()
 
 
 def test_claims_that_fail_say_their_sentence(tmp_path):
