@@ -76,7 +76,12 @@ def layouts(config: ExperimentConfig, devices: int) -> Iterator[Layout]:
             if routed_mlp:
                 sets += [c | {"dispatch": "all_to_all"} for c in sets]
         if verdict.sizes["sequence"] > 1 and dense_attention:
-            sets += [c | {"sequence_attention": "gather"} for c in sets]
+            ways = (
+                {},
+                {"sequence_attention": "gather"},
+                {"sequence_attention": "heads"},
+            )
+            sets = [c | way for c in sets for way in ways]
         for choices in sets:
             chosen = dataclasses.replace(config, layout=LayoutConfig(**choices))
             if not list(layout_problems(chosen, verdict.sizes)):

@@ -590,8 +590,9 @@ class LayoutConfig(Checked):
     experts: Literal["contiguous", "round_robin"] = "contiguous"
     # Routed MLPs: every tensor device sees all tokens, or sends rows to the experts.
     dispatch: Literal["replicated", "all_to_all"] = "replicated"
-    # Dense attention: keys and values travel round the ring, or are gathered.
-    sequence_attention: Literal["ring", "gather"] = "ring"
+    # Dense attention: keys and values travel round the ring, or are gathered; or heads
+    # are exchanged for tokens, which shares the work evenly.
+    sequence_attention: Literal["ring", "gather", "heads"] = "ring"
     # A JSON file: which axis fsdp splits of some weights, if not the usual one.
     rules: Rules = NO_RULES
     # Which device stands where in a TPU's mesh. auto: jax's order, or one whose rings

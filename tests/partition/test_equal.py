@@ -9,7 +9,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tests.partition.tiny_layouts import compute, first_state, make_config, one_device
-from uoe_jax.model.sequence import gathered_attention, ring_attention
+from uoe_jax.model.sequence import (
+    exchanged_attention,
+    gathered_attention,
+    ring_attention,
+)
 from uoe_jax.ops.dense_attention.call import Call
 from uoe_jax.ops.dense_attention.reference import dense_attention
 from uoe_jax.ops.segment_attention.call import Mask
@@ -27,6 +31,16 @@ EVERYTHING = {
 # devices are compared by benchmarks/layout_matrix.py.
 CASES = {
     "dense": ("dense", {"fsdp": 2, "sequence": 2, "tensor": 2}, {}),
+    "heads for tokens": (
+        "family dense",
+        {"data": 2, "sequence": 2, "tensor": 2},
+        {"sequence_attention": "heads", "tensor_reduce": "reduce_scatter"},
+    ),
+    "groups' heads for tokens": (
+        "groups union",
+        {"fsdp": 4, "sequence": 2},
+        {"sequence_attention": "heads"},
+    ),
     "moe": ("moe", {"fsdp": 2, "tensor": 4}, {"experts": "round_robin"}),
     "union": ("union", {"data": 2, "sequence": 2, "tensor": 2}, EVERYTHING),
     "narrow": ("narrow", {"data": 2, "sequence": 2, "tensor": 2}, {}),
@@ -110,11 +124,16 @@ def test_rings_and_gathers_attend_as_one_device_does(causal, window):
     q, k, v = draw(4), draw(2), draw(2)
     segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, 16)), axis=1), jnp.int32)
     expected = dense_attention(Call(q, k, v, Mask(causal, window), segments, 0.5))
-    mesh = jax.make_mesh((4,), ("sequence",))
     split = PartitionSpec(None, "sequence")
-    for attend in (ring_attention, gathered_attention):
+    sees = Mask(causal, window)
+    for attend, size in (
+        (ring_attention, 4),
+        (gathered_attention, 4),
+        (exchanged_attention, 2),
+    ):
+        mesh = jax.make_mesh((size,), ("sequence",))
         run = jax.shard_map(
-            partial(attend, sees=Mask(causal, window), axis="sequence", size=4),
+            partial(attend, sees=sees, axis="sequence", size=size),
             mesh=mesh,
             in_specs=split,
             out_specs=split,

@@ -11,6 +11,7 @@ KINDS = (
     "all-reduce",
     "all-gather",
     "reduce-scatter",
+    "ragged-all-to-all",  # bytes are of its room: what is sent is known when it runs
     "all-to-all",
     "collective-permute",
 )
@@ -100,7 +101,7 @@ def _whole_bytes(line: str, kind: str, started: bool, stop: int) -> int:
         return shapes[0]
     if started and kind in ("all-gather", "reduce-scatter") and len(shapes) > 1:
         shapes = shapes[len(shapes) // 2 :]  # operands, then results
-    if started and kind == "all-to-all":
+    if started and kind.endswith("all-to-all"):
         shapes = shapes[len(shapes) // 2 :]
     total = sum(shapes)
     return total * _group_size(line) if kind == "reduce-scatter" else total

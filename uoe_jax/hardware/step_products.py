@@ -260,6 +260,9 @@ def moved_bytes(config: ExperimentConfig, sizes: Mapping[str, int]) -> float:
         if model.scan_layers and not again:
             # A scan copies what the backward pass needs into a stack of all layers.
             numbers += 3 * (2 * model.d_model + heads + 3 * _hidden(own, mlp) / tensor)
+        if config.layout.dispatches and tensor > 1 and mlp in ("union", "moe"):
+            # Tokens laid out to be sent, and in their places: there and back.
+            numbers += (16 + 4 * again) * model.d_model
         moved = numbers * size
         for kind, picks in ((attention, union.top_k), (mlp, _picks(model, mlp))):
             if kind in ("union", "moe"):

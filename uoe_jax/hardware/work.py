@@ -114,6 +114,8 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
             )
             share = tokens if name in ("routers", "convolution") else split
             times = passes if "scores" in name else again
+            if kind == "scores":
+                share *= _latest(config, sizes["sequence"])
             times -= last if name == "mlp" else 0.0
             work[kind] += layers * flops * share * times
         size = DTYPE_BYTES[model.compute_dtype]
@@ -125,6 +127,16 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
     state = sum(held_params(model, sizes, config.layout.rules).values()) * _FLOAT32
     work["optimizer"] = 8.0 * state  # four arrays read, three written, one cast
     return work
+
+
+def _latest(config: ExperimentConfig, sequence: int) -> float:
+    """Return how many times the mean share of the scores the last device has.
+
+    It holds the last tokens, which see the most keys, unless heads are shared out: of
+    `s` devices, (2s - 1) / s. Windows, under which all see the same, aren't counted.
+    """
+    even = config.layout.sequence_attention == "heads" or not config.model.causal
+    return 1.0 if even else 2 - 1 / sequence
 
 
 def _gathers(group: LayerKind, part: str) -> bool:
@@ -267,15 +279,13 @@ def _tensor(
     routed = MLPS[group.mlp].router(model)
     if layout.dispatches and routed is not None:
         parts = 1
-        # Room for every row that could go there.
-        local = routed.num_experts // sizes["tensor"]
-        rows = min(routed.top_k, local) * whole
+        visited = visits(routed.top_k, routed.num_experts, sizes["tensor"])
         yield Collective(
             kind="all_to_all",
             axis="tensor",
-            what="rows to experts and back",
-            num_bytes=rows * sizes["tensor"],
-            count=count * (4 + 2 * again),
+            what="tokens to experts and back",
+            num_bytes=whole * visited,
+            count=count * (4 + again),
             hidden=False,
         )
         if not scattered:
@@ -290,14 +300,24 @@ def _tensor(
                 )
     names = ("all_gather", "reduce_scatter") if scattered else ("all_reduce",)
     for kind in names:
+        # A layer's inputs are all made again; of the outputs only attention's.
+        repeated = parts if kind == "all_gather" else 1
         yield Collective(
             kind=kind,
             axis="tensor",
             what="layer inputs and outputs",
             num_bytes=whole,
-            count=count * parts * (2 + again),
+            count=count * (2 * parts + again * repeated),
             hidden=False,
         )
+
+
+def visits(top_k: int, num_experts: int, devices: int) -> float:
+    """Return the mean number of devices that hold a token's `top_k` experts, where all
+    sets of experts are as likely."""
+    local = num_experts // devices
+    nowhere = math.comb(num_experts - local, top_k) / math.comb(num_experts, top_k)
+    return devices * (1 - nowhere)
 
 
 def _sequence(
@@ -325,6 +345,17 @@ def _sequence(
     dense = [*model.beside.values(), *([] if group.attention == "union" else [model])]
     kept = sum(own.num_kv_heads * own.kernel_dim for own in dense)
     if not kept:
+        return
+    if config.layout.sequence_attention == "heads":
+        asked = sum(own.num_heads * own.kernel_dim for own in dense)
+        yield Collective(
+            kind="all_to_all",
+            axis="sequence",
+            what="heads for tokens and back",
+            num_bytes=2 * tokens * (asked + kept) * size / sizes["tensor"],
+            count=count * (2 + again),
+            hidden=False,
+        )
         return
     keys = 2 * tokens * kept * size / sizes["tensor"]
     if config.layout.sequence_attention == "gather":

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.ops.as_segments import document_edges
+from uoe_jax.ops.dense_attention.api import dense_attention
 from uoe_jax.ops.partial_attention import Call, Part, partial_attention
 from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.ops.segment_attention.layout import visible_range
@@ -41,8 +42,7 @@ def own_view(
     if segments is None:
         edges = jnp.zeros_like(place), jnp.full_like(place, size * length - 1)
     else:
-        segments = segments + jnp.zeros_like(start)  # typed as differing over the axis
-        whole = jax.lax.all_gather(segments, axis, axis=1, tiled=True)
+        whole = _all_ids(segments, axis)
         begin, end = document_edges(whole, batch, whole.shape[1], 1)
         base = jnp.arange(batch, dtype=jnp.int32)[:, None] * whole.shape[1]
         own = lambda a: jax.lax.dynamic_slice_in_dim(
@@ -99,3 +99,33 @@ def gathered_attention(
     ends = view.among(0)
     call = Call(q, gather(k), gather(v), *ends, q.shape[3] ** -0.5)
     return partial_attention(call).out
+
+
+def exchanged_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None,
+    *,
+    sees: Mask,
+    axis: str,
+    size: int,
+) -> Float[Array, "B T N H"]:
+    """Return attention of this device's tokens to all; heads are exchanged for tokens.
+
+    DeepSpeed-Ulysses (Jacobs et al. 2023): each device attends among all tokens in its
+    share of the heads, so all have the same work, and any kernel of whole sequences
+    serves. The key heads must divide by the devices.
+    """
+    del size
+    swap = lambda a, here, there: jax.lax.all_to_all(a, axis, here, there, tiled=True)
+    q, k, v = (swap(a, 2, 1) for a in (q, k, v))
+    ids = None if segments is None else _all_ids(segments, axis)
+    out = dense_attention(q, k, v, causal=sees.causal, segments=ids, window=sees.window)
+    return swap(out, 1, 2)
+
+
+def _all_ids(segments: Int[Array, "B T"], axis: str) -> Int[Array, "B S"]:
+    # Typed as differing over the axis, where padding was made on each device alike.
+    segments = segments + jnp.zeros_like(jax.lax.axis_index(axis))
+    return jax.lax.all_gather(segments, axis, axis=1, tiled=True)

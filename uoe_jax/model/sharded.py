@@ -11,11 +11,15 @@ from jaxtyping import Array, Float
 
 from uoe_jax.errors import choose
 from uoe_jax.model.context import Context
-from uoe_jax.model.layers import rows_to_picks
+from uoe_jax.model.dispatch import dispatch
 from uoe_jax.model.routing.token import Routing
-from uoe_jax.model.sequence import gathered_attention, ring_attention
+from uoe_jax.model.sequence import (
+    exchanged_attention,
+    gathered_attention,
+    ring_attention,
+)
 from uoe_jax.ops.dense_attention.api import dense_attention
-from uoe_jax.ops.packing import Packing, gather_rows, pack_choices
+from uoe_jax.ops.packing import Packing, pack_choices
 from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.partition.collectives import Parallel
 from uoe_jax.tree import leaf_name
@@ -54,7 +58,11 @@ def attend(
     parallel, segments = context.parallel, context.segments
     if parallel is None or not parallel.has("sequence"):
         return dense_attention(q, k, v, causal=causal, segments=segments, window=window)
-    runs = {"ring": ring_attention, "gather": gathered_attention}
+    runs = {
+        "ring": ring_attention,
+        "gather": gathered_attention,
+        "heads": exchanged_attention,
+    }
     how = parallel.layout.sequence_attention
     run = choose("layout.sequence_attention", how, runs)
     size = parallel.size("sequence")
@@ -143,68 +151,3 @@ def run_part(part: Any, x: Float[Array, "B T D"], context: Context) -> tuple[Any
         x = vary_over(x, ("tensor",))
     y, *rest = part(x, context)
     return parallel.combine(y), *rest
-
-
-def dispatch(
-    mlp: Any, x: Float[Array, "B T D"], context: Context
-) -> tuple[Float[Array, "B T D"], Any]:
-    """Return a routed MLP's output and statistics, rows sent to their experts and back.
-
-    Each device routes its share of the tokens (GShard, Lepikhin et al. 2020, section
-    3.2). There is room for every row, so nothing is dropped.
-    """
-    parallel = context.parallel
-    assert parallel is not None
-    own = x if parallel.scatters else parallel.own_tokens(x)
-    mine = lambda a: None if a is None else parallel.own_tokens(a)
-    inner = context._replace(
-        positions=parallel.own_tokens(context.positions),
-        segments=mine(context.segments),
-        scored=mine(context.scored),
-        axis_name=(*parallel.token_axes, "tensor"),
-    )
-    routing = mlp.router(own, inner)
-    y = _exchange(mlp, own.reshape(-1, own.shape[-1]), routing, parallel)
-    if mlp.b_down is not None:  # held by the first device only
-        bias = jax.lax.psum(mlp.b_down[...], "tensor")
-        y = y + bias.astype(y.dtype)[None]
-    y = y.reshape(own.shape)
-    if not parallel.scatters:
-        y = jax.lax.all_gather(y, "tensor", axis=1, tiled=True, to="invarying")
-    return y, routing.stats
-
-
-def _exchange(
-    mlp: Any, x: Float[Array, "N D"], routing: Routing, parallel: Parallel
-) -> Float[Array, "N D"]:
-    """Return each token's sum of its gated experts, wherever they are."""
-    tensor, experts = parallel.size("tensor"), mlp.w_up.shape[0]
-    num_experts, width = mlp.router.num_experts, x.shape[1]
-    picks = routing.choices.shape[-1]
-    place = routing.choices
-    if parallel.layout.deals:
-        place = place % tensor * experts + place // tensor
-    # Rows sorted by the place of their expert are sorted by its device.
-    packing = pack_choices(place, num_experts)
-    starts = packing.group_offsets[::experts]
-    room = x.shape[0] * min(picks, experts)
-    slot = jnp.arange(room, dtype=jnp.int32)
-    row = starts[:-1, None] + slot[None]
-    filled = row < starts[1:, None]
-    rows = gather_rows(x, packing)
-    sent = rows.at[jnp.where(filled, row, rows.shape[0])].get(mode="fill", fill_value=0)
-    counts = jnp.diff(packing.group_offsets).reshape(tensor, experts)
-    swap = lambda a: jax.lax.all_to_all(a, "tensor", 0, 0)
-    received, ends = swap(sent), jnp.cumsum(swap(counts), axis=1)
-    expert = jnp.sum(slot[None, :, None] >= ends[:, None], axis=-1).reshape(1, -1, 1)
-    local = pack_choices(expert, experts, expert < experts)
-    out = mlp.experts(received.reshape(-1, width), local)
-    back = swap(out.reshape(tensor, room, width)).reshape(-1, width)
-    index = jnp.arange(rows.shape[0], dtype=jnp.int32)
-    device = jnp.searchsorted(starts[1:], index, side="right").astype(jnp.int32)
-    back = back.at[device * room + index - starts[device]].get(
-        unique_indices=True, mode="promise_in_bounds"
-    )
-    parts = rows_to_picks(back, packing)
-    gates = routing.gates.reshape(-1, picks, 1)
-    return jnp.sum(parts * gates.astype(parts.dtype), axis=1)

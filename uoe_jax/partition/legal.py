@@ -205,6 +205,8 @@ def _sequence(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:
 
 def _choices(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:
     layout, model = config.layout, config.model
+    if sizes["sequence"] > 1 and layout.sequence_attention == "heads":
+        yield from _exchanged_heads(model, sizes)
     if sizes["tensor"] == 1:
         return
     if layout.scatters and model.kind != "decoder":
@@ -214,6 +216,21 @@ def _choices(config: ExperimentConfig, sizes: Sizes) -> Iterator[str]:
         )
     if layout.dispatches:
         yield from _all_to_all(model)
+
+
+def _exchanged_heads(model: ModelConfig, sizes: Sizes) -> Iterator[str]:
+    """Yield the key heads that sequence and tensor devices can't share out."""
+    counts = {f"the key heads of {n}": g.num_kv_heads for n, g in model.beside.items()}
+    if any(ATTENTIONS[kind].router(model) is None for kind, _ in model.layer_kinds):
+        counts["model.num_kv_heads"] = model.num_kv_heads
+    devices = sizes["sequence"] * sizes["tensor"]
+    for name, number in sorted(counts.items()):
+        if number % devices:
+            yield (
+                "layout.sequence_attention is 'heads' and mesh.sequence "
+                f"{sizes['sequence']} x mesh.tensor {sizes['tensor']} doesn't divide "
+                f"{name} {number}; use a product of {divisors(number)}, or ring"
+            )
 
 
 def _all_to_all(model: ModelConfig) -> Iterator[str]:

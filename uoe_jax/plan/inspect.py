@@ -20,6 +20,7 @@ _KINDS = {
     "reduce_scatter": "reduce_scatter",
     "ppermute": "collective_permute",
     "all_to_all": "all_to_all",
+    "ragged_all_to_all": "all_to_all",
 }
 
 
