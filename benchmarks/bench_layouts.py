@@ -179,7 +179,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=jax.device_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--only", help="layouts whose name holds this text")
+    only = "layouts whose name holds this text; given again, or that one"
+    parser.add_argument("--only", action="append", default=[], help=only)
     parser.add_argument("--skip-one", action="store_true", help="no run on one device")
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--commit", help="stated where git isn't there to ask")
@@ -233,7 +234,8 @@ def time_run(run: str, args: argparse.Namespace, record: Record, stop: float) ->
     wanted = [] if args.skip_one else [Layout(ONE, {})]
     wanted += list(layouts(config, args.devices)) if args.devices > 1 else []
     if args.only:
-        wanted = [w for w in wanted if args.only in w.name or w.sizes == ONE]
+        named = lambda layout: any(text in layout.name for text in args.only)
+        wanted = [w for w in wanted if named(w) or w.sizes == ONE]
     wanted = [w for w in wanted if record.find(run, w.name) is None]
     print(f"{run}: compiling {len(wanted)} layouts ...", flush=True)
     with ThreadPoolExecutor(max(1, len(wanted))) as pool:
