@@ -233,7 +233,10 @@ def _positions(theme: Theme, group: Group) -> Figure:
         axes.set(title=f"{group.title}, {corpus}", xlabel="position, up to")
         axes.set_ylabel(f"test bits/byte, less {base}")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    columns = 2 * len(corpora)  # as wide as the figure
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, fontsize=7.5
+    )
     return figure
 
 

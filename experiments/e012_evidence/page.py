@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments.e012_evidence.choose import Row
-from experiments.e012_evidence.tables import Group, model_table
+from experiments.e012_evidence.tables import Group, mean_alone, model_table
 from experiments.shared.compare import Verdict
 from uoe_jax.errors import ConfigError
 
@@ -35,8 +35,18 @@ def results_page(
         "[evidence](../evidence.md). Differences in bits/byte of Wikipedia's test with "
         "95% intervals.\n"
     )
+    answers = {
+        headline: [line for v in judged if v.comparison.headline == headline
+                   if (line := _answer(v, groups))]
+        for headline in QUESTIONS
+    }  # fmt: skip
     for headline, question in QUESTIONS.items():
-        lines += _answer(question, [v for v in judged if headline == _headline(v)])
+        if answers[headline]:
+            lines += [f"**{question}**\n", *answers[headline], ""]
+    named = [v.comparison.name.partition(":")[0] for v in judged
+             if not _answer(v, groups)]  # fmt: skip
+    if named:
+        lines.append(f"Not measured yet: {', '.join(named)} of the plan.\n")
     figure = next(name for name in (*_FIGURES, *drawn) if name in drawn)
     lines.append(f"![{figure[2:-4]} of the models]({figure})\n")
     shown = max(groups, key=lambda group: len(group.models))
@@ -45,40 +55,33 @@ def results_page(
     return "\n".join(lines), figure
 
 
-def _headline(verdict: Verdict) -> int:
-    return verdict.comparison.headline
-
-
-def _answer(question: str, verdicts: Sequence[Verdict]) -> list[str]:
-    """Return a question's lines: what was measured, and the names of what wasn't."""
-    lines, open_names = [], []
-    for one in verdicts:
-        planned, number = one.comparison, one.comparison.name.partition(":")[0]
-        if one.difference is None:
-            open_names.append(number)
-            continue
-        found = f"{one.difference.mean:+.4f} ± {one.difference.half:.4f}"
-        said = "holds" if one.holds else f"**doesn't hold.** {planned.failed}"
-        sides = f"{planned.first} less {planned.second} ({planned.size})"
-        lines.append(f"- {number}, {sides}: {found}: {said}")
-    if open_names:
-        lines.append(f"- Not measured yet: {', '.join(open_names)}.")
-    return [f"**{question}**\n", *lines, ""]
+def _answer(verdict: Verdict, groups: Sequence[Group]) -> str:
+    """Return a comparison's line; "" where it has no runs."""
+    planned, found = verdict.comparison, verdict.difference
+    number = planned.name.partition(":")[0]
+    sides = f"- {number}, {planned.first} less {planned.second} ({planned.size})"
+    if found is not None:
+        said = "holds" if verdict.holds else f"**doesn't hold.** {planned.failed}"
+        return f"{sides}: {found.mean:+.4f} ± {found.half:.4f}: {said}"
+    mean = mean_alone(groups, planned)
+    return "" if mean is None else f"{sides}: {mean:+.4f}, one seed: no interval"
 
 
 def _how_sure(judged: Sequence[Verdict], groups: Sequence[Group]) -> str:
     rows: list[Row] = [
         row for group in groups for runs in group.models.values() for row in runs
     ]
-    told = lambda name: ", ".join(sorted({str(row[name]) for row in rows}))
+    told = lambda name: ", ".join(sorted({row[name] for row in rows}))
+    commits = ", ".join(sorted({row["commit"][:9] for row in rows}))
     measured = sum(one.difference is not None for one in judged)
     searched = sum(row["rate_by"] == "search" for row in rows)
     seeds = {len(runs) for group in groups for runs in group.models.values()}
+    few = min(seeds) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     return (
         f"- {measured} of {len(judged)} planned comparisons are measured; p is "
         "adjusted for all. With one seed a difference has no interval.\n"
-        f"- {len(rows)} runs of {min(seeds)} to {max(seeds)} seeds a model, "
+        f"- {len(rows)} runs, {few} of each model (seeds), "
         f"{searched} of them at a rate that a search found.\n"
-        f"- On {told('device')}, jax {told('jax')}, commits {told('commit')}, "
+        f"- On {told('device')}, jax {told('jax')}, commits {commits}, "
         f"{told('date')}.\n"
     )

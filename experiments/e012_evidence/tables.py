@@ -118,25 +118,38 @@ def equal_points(group: Group, first: str, second: str, axis: str) -> list[Equal
     return equal_spending(*fronts)
 
 
-def measured(group: Group, comparison: Comparison) -> Difference | None:
-    """Return a planned difference: at the longest length by tokens, else the worst one.
-
-    By seconds and FLOPs that is of the lengths that both models reach.
-    """
+def planned_points(group: Group, comparison: Comparison) -> list[Equal]:
+    """Return where a comparison's models are compared: by tokens at the longest length,
+    else at each that both reach; none where one of them isn't here."""
     sides = (comparison.first, comparison.second)
     names = [group.resolve(name, comparison.at) for name in sides]
     if None in names:
-        return None
+        return []
     first, second = (str(name) for name in names)
     points = equal_points(group, first, second, comparison.at)
-    if comparison.at == "tokens":
-        points = points[-1:]
+    return points[-1:] if comparison.at == "tokens" else points
+
+
+def measured(group: Group, comparison: Comparison) -> Difference | None:
+    """Return a planned difference, at the worst of its lengths; None: no interval."""
     found = []
-    for point in points:
+    for point in planned_points(group, comparison):
         spread = group.spread(group.corpora[0], point.length)
         if spread is not None:
             found.append(differ(point.first, point.second, spread))
     return max(found, key=lambda difference: difference.mean, default=None)
+
+
+def mean_alone(groups: Sequence[Group], comparison: Comparison) -> float | None:
+    """Return a planned difference of the longest runs that have it, of however few
+    seeds: what a table may show where there is no interval."""
+    mine = [g for g in groups if g.setting == comparison.size]
+    for group in sorted(mine, key=lambda g: g.steps[-1], reverse=True):
+        points = planned_points(group, comparison)
+        means = [statistics.fmean(p.first) - statistics.fmean(p.second) for p in points]
+        if means:
+            return max(means)
+    return None
 
 
 def verdicts(plan: Plan, groups: Sequence[Group]) -> list[Verdict]:

@@ -310,10 +310,12 @@ def test_the_page_says_what_came_out_and_nothing_without_runs(tmp_path):
         "- 6d, UoME 2 to 16 of 32 at 16 less UoME 16 of 32 (S, T 1024): +0.1375" in text
     )
     assert "**doesn't hold.** At 16 of 32 the model for every budget" in text
-    assert "- Not measured yet: 1a, 1b, 1d." in text and "nothing leaks" in text
+    assert "Not measured yet: 1a, 1b, 1d, 2a" in text and "nothing leaks" in text
     # One seed: means alone.
     report([results(tmp_path, [r for r in rows if not r["seed"]])], tmp_path, page)
-    assert " 0 of 20 planned comparisons are measured" in page.read_text()
+    text = page.read_text()
+    assert "(M, T 4096): +0.0010, one seed: no interval" in text
+    assert " 0 of 20 planned comparisons are measured" in text and "holds" not in text
 
 
 def test_claims_that_fail_say_their_sentence(tmp_path):
