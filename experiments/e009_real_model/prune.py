@@ -91,7 +91,8 @@ def prune_params(
         kept = np.flatnonzero(core_first(written, wanted.d_ff))
         new = take(layer, "mlp", MLP, kept)
         if wanted.num_kv_heads is not None:
-            heads = heads_first(layer, before.heads, wanted.num_kv_heads)
+            heads = np.asarray(before.heads)
+            heads = heads_first(layer, heads, wanted.num_kv_heads)
             new = take(new, "attention", ATTENTION, np.flatnonzero(heads))
         if wanted.refit:
             fit = refit(w_down, kept, before, now)

@@ -61,11 +61,12 @@ def test_gates_are_those_of_the_best_scores():
     x = np.asarray([[1.0, 0.0], [0.0, 1.0]], np.float32)
     weight = np.asarray([[0.3, 0.2, 0.1, 0.0], [0.0, 0.1, 0.2, 0.3]], np.float32)
     bias = np.asarray([0.0, 0.0, 0.0, 1.0], np.float32)  # decides, and isn't a gate
-    gates = chosen_gates(x, RouterFit(weight, bias, 1.0), union)
+    gates = np.asarray(chosen_gates(x, RouterFit(weight, bias, 1.0), union))
     value = lambda score: 2 / (1 + np.exp(-score))
     want = [[1, value(0.3), 0, 0, value(0.0)], [1, 0, 0, value(0.2), value(0.3)]]
     assert np.abs(gates - want).max() < 1e-6
-    assert (chosen_gates(x, None, union) == [[1, 1, 1, 0, 0]] * 2).all()
+    first = np.asarray(chosen_gates(x, None, union))
+    assert (first == [[1, 1, 1, 0, 0]] * 2).all()
 
 
 def test_the_core_writes_most():
@@ -109,10 +110,12 @@ def test_refitted_layers_write_what_the_union_computes(dense, shared):
         last = stream.run_layer()
         bias = params["trunk.blocks.0.mlp.b_down"][number]
         router, mlp = plan.routers[number, "mlp"], union.union_for("mlp")
-        gates = np.repeat(chosen_gates(last.mlp_input, router, mlp), 6, axis=1)
-        outputs = (last.neurons[:, plan.order[number]] * gates) @ fit.w_down
+        gates = np.asarray(chosen_gates(last.mlp_input, router, mlp))
+        gates = np.repeat(gates, 6, axis=1)
+        neurons = np.asarray(last.neurons)[:, plan.order[number]]
+        outputs = (neurons * gates) @ fit.w_down
         stream.replace_output(outputs + bias)
-    x = last.residual + outputs + bias
+    x = np.asarray(last.residual) + outputs + bias
     found = with_params(union, params, biases)
     tokens, segments = jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"])
     hidden = np.asarray(found.hidden(tokens, segments=segments)[0])

@@ -13,27 +13,39 @@ def balanced_kmeans(
 ) -> Int[np.ndarray, " N"]:
     """Return each point's group; all groups have N / num_groups members.
 
-    Lloyd's rounds with centres of length 1, started as k-means++ (Arthur and
-    Vassilvitskii 2007); the assignment under the size limit is greedy.
+    Points are rows of length 1; see `balanced_kmeans_of`.
     """
-    draw = np.random.default_rng(seed)
-    centres = _first_centres(points, num_groups, draw)
-    labels = np.full(len(points), -1)
+    return balanced_kmeans_of(points @ points.T, num_groups, seed)
+
+
+def balanced_kmeans_of(
+    products: Float[np.ndarray, "N N"], num_groups: int, seed: int = 0
+) -> Int[np.ndarray, " N"]:
+    """Return what `balanced_kmeans` does, of points whose products are given.
+
+    Lloyd's rounds with centres of length 1, started as k-means++ (Arthur and
+    Vassilvitskii 2007). A centre is a sum of points, so that products tell how like a
+    point is to it (Dhillon, Guan and Kulis 2004, kernel k-means): profiles of many
+    thousand numbers are read once, not in every round.
+    """
+    draw, count = np.random.default_rng(seed), len(products)
+    likeness = products[:, _first_centres(products, num_groups, draw)]
+    labels = np.full(count, -1)
     best, best_labels = -np.inf, labels
     for _ in range(_ROUNDS):
-        likeness = points @ centres.T
         new = balanced_assignment(likeness)
-        value = likeness[np.arange(len(points)), new].sum()
+        value = likeness[np.arange(count), new].sum()
         if value > best:
             best, best_labels = value, new
         if (new == labels).all():
             break
         labels = new
-        # A product: copies of each group's points would take longer.
-        members = np.arange(num_groups)[:, None] == labels[None]
-        centres = members.astype(points.dtype) @ points
-        length = np.linalg.norm(centres, axis=1, keepdims=True)
-        centres = centres / np.maximum(length, 1e-12)
+        members = (labels[:, None] == np.arange(num_groups)[None]).astype(
+            products.dtype
+        )
+        sums = products @ members
+        length = np.sqrt(np.maximum((members * sums).sum(axis=0), 0))
+        likeness = sums / np.maximum(length, 1e-12)[None]
     return best_labels
 
 
@@ -50,45 +62,74 @@ def balanced_assignment(likeness: Float[np.ndarray, "N K"]) -> Int[np.ndarray, "
     while (free := np.flatnonzero(labels < 0)).size:
         open_groups = np.flatnonzero(room)
         scores = likeness[np.ix_(free, open_groups)]
-        ranked = np.sort(scores, axis=1)
-        regret = ranked[:, -1] - ranked[:, -min(2, len(open_groups))]
-        wanted = open_groups[scores.argmax(axis=1)]
-        for group in open_groups:
-            asking = np.flatnonzero(wanted == group)
-            taken = asking[np.argsort(-regret[asking], kind="stable")][: room[group]]
-            labels[free[taken]] = group
-            room[group] -= len(taken)
+        most = scores.argmax(axis=1)
+        wanted = open_groups[most]
+        first = scores[np.arange(len(free)), most]
+        if len(open_groups) > 1:
+            scores[np.arange(len(free)), most] = -np.inf
+        regret = first - scores.max(axis=1)
+        order = np.lexsort((-regret, wanted))  # each group's, dearest first
+        asking = np.bincount(wanted, minlength=groups)
+        place = np.arange(len(free)) - (asking.cumsum() - asking)[wanted[order]]
+        taken = order[place < room[wanted[order]]]
+        labels[free[taken]] = wanted[taken]
+        room -= np.minimum(asking, room)
     return _exchange(likeness, labels)
 
 
 def _exchange(likeness: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return labels after every exchange of two points that gains likeness."""
+    """Return labels after every exchange of two points that gains likeness.
+
+    Pairs of groups are visited in order, again and again while any exchanges. The most
+    that a move from one group to another gains is kept, so that only pairs that gain
+    are looked at.
+    """
     groups = likeness.shape[1]
     least = 1e-9 * max(float(np.abs(likeness).max()), 1e-300)
-    changed = True
-    while changed:
-        changed = False
-        for a in range(groups):
-            for b in range(a + 1, groups):
-                gain = likeness[:, b] - likeness[:, a]
-                ours, theirs = np.flatnonzero(labels == a), np.flatnonzero(labels == b)
-                ours = ours[np.argsort(-gain[ours], kind="stable")]
-                theirs = theirs[np.argsort(gain[theirs], kind="stable")]
-                count = np.count_nonzero(gain[ours] - gain[theirs] > least)
-                labels[ours[:count]], labels[theirs[:count]] = b, a
-                changed |= count > 0
+    members = [np.flatnonzero(labels == group) for group in range(groups)]
+    gains = np.array([_best_moves(likeness, members, a) for a in range(groups)])
+    upper = np.triu(np.ones((groups, groups), bool), 1).ravel()
+    at, changed = 0, False
+    while True:
+        both = (gains + gains.T).ravel()
+        left = np.flatnonzero((both[at:] > least) & upper[at:])
+        if not len(left):
+            if not changed:
+                break
+            at, changed = 0, False
+            continue
+        at += int(left[0])
+        a, b = divmod(at, groups)
+        gain = likeness[:, b] - likeness[:, a]
+        ours = members[a][np.argsort(-gain[members[a]], kind="stable")]
+        theirs = members[b][np.argsort(gain[members[b]], kind="stable")]
+        count = np.count_nonzero(gain[ours] - gain[theirs] > least)
+        members[a] = np.sort(np.concatenate([theirs[:count], ours[count:]]))
+        members[b] = np.sort(np.concatenate([ours[:count], theirs[count:]]))
+        gains[a], gains[b] = (_best_moves(likeness, members, g) for g in (a, b))
+        at, changed = at + 1, True
+    for group, inside in enumerate(members):
+        labels[inside] = group
     return labels
 
 
-def _first_centres(
-    points: np.ndarray, num_groups: int, draw: np.random.Generator
+def _best_moves(
+    likeness: np.ndarray, members: list[np.ndarray], group: int
 ) -> np.ndarray:
-    chosen = [int(draw.integers(len(points)))]
-    nearest = np.full(len(points), np.inf)
+    """Return the most that any point of a group gains by going to each other one."""
+    inside = likeness[members[group]]
+    return (inside - inside[:, group : group + 1]).max(axis=0)
+
+
+def _first_centres(
+    products: np.ndarray, num_groups: int, draw: np.random.Generator
+) -> list[int]:
+    chosen = [int(draw.integers(len(products)))]
+    nearest = np.full(len(products), np.inf)
     for _ in range(num_groups - 1):
-        distance = 2 - 2 * points @ points[chosen[-1]]
+        distance = 2 - 2 * products[chosen[-1]]
         nearest = np.minimum(nearest, np.maximum(distance, 0))
         total = nearest.sum()
         weights = nearest / total if total > 0 else None
-        chosen.append(int(draw.choice(len(points), p=weights)))
-    return points[chosen]
+        chosen.append(int(draw.choice(len(products), p=weights)))
+    return chosen

@@ -6,13 +6,14 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
-from uoe_jax.cluster.balance import balanced_kmeans
+from uoe_jax.cluster.balance import balanced_kmeans, balanced_kmeans_of
 from uoe_jax.cluster.mlc import MLC
-from uoe_jax.cluster.objective import membership
+from uoe_jax.cluster.sinkhorn import sinkhorn
 from uoe_jax.cluster.spectral import spectral_embedding
 from uoe_jax.decompose.cut import Grouping
 from uoe_jax.errors import ConfigError, choose
@@ -31,38 +32,63 @@ class Neurons:
     def __init__(
         self,
         count: int,
-        contributions: Float[np.ndarray, "N F"] | None = None,
+        contributions: Float[np.ndarray, "N F"] | Float[Array, "N F"] | None = None,
         w_in: Float[np.ndarray, "P F"] | None = None,
     ):
         self.count, self._written, self._w_in = count, contributions, w_in
         self._learnt: dict[int, np.ndarray] = {}
+        self._all: tuple[Neurons, np.ndarray] | None = None
+
+    def among(self, members: Int[np.ndarray, " M"]) -> Neurons:
+        """Return some of these neurons; what all of them share isn't computed again."""
+        part = Neurons(len(members))
+        part._all = self, members
+        return part
 
     @property
     def directions(self) -> Float[np.ndarray, "F P"]:
         """What each neuron reads, scaled to length 1."""
+        if self._all is not None:
+            whole, members = self._all
+            return whole.directions[members]
         if self._w_in is None:
             raise ConfigError("grouping by weights needs the neurons' input weights")
-        return _unit(self._w_in.T)
+        rows = self._w_in.T
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows / np.maximum(length, 1e-12)
 
     @functools.cached_property
-    def profiles(self) -> Float[np.ndarray, "F N"]:
-        """What `profiles` returns."""
-        if self._written is None:
-            raise ConfigError("grouping by co-activation needs calibration data")
-        return profiles(self._written)
+    def correlations(self) -> Float[np.ndarray, "F F"]:
+        """Products of profiles: how two neurons' contributions correlate."""
+        if self._all is not None:
+            whole, members = self._all
+            return whole.correlations[np.ix_(members, members)]
+        return np.asarray(_products(self._profiles))
 
     @functools.cached_property
-    def correlated(self) -> Float[np.ndarray, "F F"]:
+    def affinity(self) -> Float[np.ndarray, "F F"]:
         """The affinity of MLC alone: |correlation|, made doubly stochastic."""
-        return np.asarray(membership(jnp.asarray(self.profiles), ETA, True))
+        return np.asarray(sinkhorn(jnp.abs(jnp.asarray(self.correlations)), ETA))
 
     def learnt(self, seed: int) -> Float[np.ndarray, "F F"]:
         """The membership that MLC's network has learnt of the profiles."""
         if seed not in self._learnt:
-            points = sketch(self.profiles, seed)
+            points = self._sketch(seed)
             mlc = MLC(num_clusters=1, seed=seed).fit(points)
             self._learnt[seed] = mlc.membership(points)
         return self._learnt[seed]
+
+    def _sketch(self, seed: int) -> Float[np.ndarray, "F S"]:
+        if self._all is not None:
+            whole, members = self._all
+            return whole._sketch(seed)[members]
+        return np.asarray(sketch(self._profiles, seed))
+
+    @functools.cached_property
+    def _profiles(self) -> Float[Array, "F N"]:
+        if self._written is None:
+            raise ConfigError("grouping by co-activation needs calibration data")
+        return profiles(self._written)
 
 
 # (neurons, number of experts, seed) -> the neurons in the order in which to cut them.
@@ -81,25 +107,34 @@ def order_neurons(
     return choose("grouping", grouping, GROUPS)(neurons, num_experts, seed)
 
 
+# All that is as large as tokens times neurons stays on the device: on a GPU's host,
+# pages of memory for it took longer than the arithmetic.
+@jax.jit
 def contributions(
-    neurons: Float[np.ndarray, "N F"], w_down: Float[np.ndarray, "F D"]
-) -> Float[np.ndarray, "N F"]:
+    neurons: Float[Array, "N F"], w_down: Float[Array, "F D"]
+) -> Float[Array, "N F"]:
     """Return how much each neuron writes to the residual: |activation| |w_down row|."""
-    return np.abs(neurons) * np.linalg.norm(w_down, axis=1)[None]
+    return jnp.abs(neurons) * jnp.linalg.norm(w_down, axis=1)[None]
 
 
-def profiles(contributions: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "F N"]:
+@jax.jit
+def profiles(contributions: Float[Array, "N F"]) -> Float[Array, "F N"]:
     """Return each neuron's contributions, its mean taken off, scaled to length 1.
 
     Products of two profiles are the correlations of the neurons' contributions.
     """
     rows = (contributions - contributions.mean(axis=0)[None]).T
-    return _unit(rows)
+    length = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / jnp.maximum(length, 1e-12)
 
 
-def sketch(
-    profiles: Float[np.ndarray, "F N"], seed: int = 0
-) -> Float[np.ndarray, "F S"]:
+@jax.jit
+@jax.default_matmul_precision("highest")
+def _products(profiles: Float[Array, "F N"]) -> Float[Array, "F F"]:
+    return profiles @ profiles.T
+
+
+def sketch(profiles: Float[Array, "F N"], seed: int = 0) -> Float[Array, "F S"]:
     """Return profiles in at most `SKETCH` numbers that keep products nearly the same.
 
     A random projection (Johnson and Lindenstrauss 1984).
@@ -108,7 +143,8 @@ def sketch(
     if width <= SKETCH:
         return profiles
     draw = np.random.default_rng(seed).normal(size=(width, SKETCH))
-    return profiles @ (draw / np.sqrt(SKETCH)).astype(profiles.dtype)
+    with jax.default_matmul_precision("highest"):
+        return profiles @ jnp.asarray(draw / np.sqrt(SKETCH), profiles.dtype)
 
 
 def _contiguous(neurons: Neurons, num_experts: int, seed: int) -> np.ndarray:
@@ -135,11 +171,11 @@ def _coactivation(neurons: Neurons, num_experts: int, seed: int) -> np.ndarray:
     A distance then measures the correlation of two neurons' contributions. MoEfication
     (section 3.1) groups by co-activation too, by cutting its graph.
     """
-    return _in_groups(balanced_kmeans(neurons.profiles, num_experts, seed))
+    return _in_groups(balanced_kmeans_of(neurons.correlations, num_experts, seed))
 
 
 def _spectral(neurons: Neurons, num_experts: int, seed: int) -> np.ndarray:
-    return _of_graph(neurons.correlated, num_experts, seed)
+    return _of_graph(neurons.affinity, num_experts, seed)
 
 
 def _mlc(neurons: Neurons, num_experts: int, seed: int) -> np.ndarray:
@@ -166,8 +202,3 @@ def _of_graph(
 
 def _in_groups(labels: Int[np.ndarray, " F"]) -> Int[np.ndarray, " F"]:
     return np.argsort(labels, kind="stable")
-
-
-def _unit(rows: Float[np.ndarray, "F P"]) -> Float[np.ndarray, "F P"]:
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.maximum(length, 1e-12)

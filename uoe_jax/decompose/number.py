@@ -14,7 +14,7 @@ from uoe_jax.decompose.group import contributions, profiles, sketch
 from uoe_jax.decompose.plan import Batch
 from uoe_jax.errors import ConfigError, UoeError, all_divisors
 from uoe_jax.model import flat_params
-from uoe_jax.model.observe import layer_values
+from uoe_jax.model.observe import Stream
 from uoe_jax.model.stacks import to_layers
 
 
@@ -56,9 +56,11 @@ def choose_num_experts(
     allowed = allowed_experts(config, cut)
     layers = to_layers(flat_params(model), model.config)[1]
     most, found = cut.max_experts or MAX_EXPERTS, []
-    for layer, seen in zip(layers, layer_values(model, batch), strict=True):
+    stream = Stream(model, batch)
+    for layer in layers:
         w_down = layer["mlp.w_down"][0].astype(np.float32)
-        points = sketch(profiles(contributions(seen.neurons, w_down)), cut.seed)
+        written = contributions(stream.run_layer().neurons, w_down)
+        points = np.asarray(sketch(profiles(written), cut.seed))
         found.append(PPP(max_clusters=most).fit(points))
     tried = [{t.num_clusters: t for t in ppp.tried} for ppp in found]
     common = sorted(set.intersection(*(set(each) for each in tried)))

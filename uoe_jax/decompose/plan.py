@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -13,7 +15,13 @@ from uoe_jax.config import ModelConfig
 from uoe_jax.decompose.cut import PARTS, Cut
 from uoe_jax.decompose.group import Neurons, contributions, order_neurons
 from uoe_jax.decompose.measure import LayerError, layer_error
-from uoe_jax.decompose.refit import Refit, chosen_gates, core_first, fit_down
+from uoe_jax.decompose.refit import (
+    Refit,
+    chosen_gates,
+    core_first,
+    fit_down,
+    written,
+)
 from uoe_jax.decompose.route import (
     RouterFit,
     cluster_router,
@@ -25,6 +33,7 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.model import flat_params
 from uoe_jax.model.observe import LayerValues, Stream
 from uoe_jax.model.stacks import from_layers, to_layers
+from uoe_jax.runs.probe import hidden_loss
 from uoe_jax.tree import Arrays
 
 Batch = Mapping[str, np.ndarray]
@@ -62,25 +71,29 @@ def decide(
     With `held`, other data, each layer's error there is measured.
     """
     layers = to_layers(flat_params(model), model.config)[1]
-    dense = None
-    if batch is not None and any(each.cut.calibrates for each in wanted):
-        dense = Stream(model, batch)
+    if not any(each.cut.calibrates for each in wanted):
+        batch = None
+    dense, told = (None if b is None else Stream(model, b) for b in (batch, held))
+    with jax.default_matmul_precision("highest"):
         for each in wanted:
-            each.begin(model, batch)
-    told = None if held is None else Stream(model, held)
-    for number, layer in enumerate(layers):
-        seen = None if dense is None else dense.run_layer()
-        held_out = None if told is None else told.run_layer()
-        shared = _Layer(number, layer, seen, held_out)
+            each.begin(model, batch, held)
+        for number, layer in enumerate(layers):
+            seen = None if dense is None else dense.run_layer()
+            held_out = None if told is None else told.run_layer()
+            shared = _Layer(number, layer, seen, held_out)
+            for each in wanted:
+                each.decide_layer(shared)
         for each in wanted:
-            each.decide_layer(shared)
+            each.finish(model, held)
 
 
 class Decided:
     """What one cut decides on, layer after layer.
 
     With `follows` refitted layers see what those before them write once they are cut.
-    `errors` are the layers' relative output errors on held-out data, by layer.
+    `errors` are the layers' relative output errors on held-out data, by layer; `loss`
+    is the whole cut model's there, None of heads that are cut and of other models than
+    decoders.
     """
 
     def __init__(self, union: ModelConfig, cut: Cut, *, follows: bool = True):
@@ -89,13 +102,26 @@ class Decided:
         self.routers: dict[tuple[int, str], RouterFit] = {}
         self.refits: dict[int, Refit] = {}
         self.errors: dict[int, LayerError] = {}
-        self._follows = follows and cut.refit and "union" not in union.attention
-        self._after: Stream | None = None  # what the cut layers so far write
+        self.loss: float | None = None
+        self._mlp_only = "union" not in union.attention
+        self._scored = self._mlp_only and union.kind == "decoder"
+        self._follows = follows and cut.refit and self._mlp_only
+        # What the cut layers so far write: of the data that calibrate, and of others.
+        self._after: Stream | None = None
+        self._told: Stream | None = None
 
-    def begin(self, model: Any, batch: Batch) -> None:
+    def begin(self, model: Any, batch: Batch | None, held: Batch | None) -> None:
         """Start at the model's first layer."""
-        if self._follows:
+        if self._follows and batch is not None:
             self._after = Stream(model, batch)
+        if self._scored and held is not None:
+            self._told = Stream(model, held)
+
+    def finish(self, model: Any, held: Batch | None) -> None:
+        """End after the model's last layer."""
+        if self._told is not None and held is not None:
+            self.loss = hidden_loss(model, self._told.hidden(), held)
+        self._after = self._told = None
 
     def plan(self, model: Any) -> Plan:
         """Return the union's parameters with what was decided on."""
@@ -108,6 +134,7 @@ class Decided:
         cut, number = self.cut, layer.number
         seen = layer.seen if cut.calibrates else None
         now = seen if self._after is None else self._after.run_layer()
+        told = None if self._told is None else self._told.run_layer()
         routed = self.union.layer_kinds[number][1] == "union"
         order = layer.order(cut) if routed else np.arange(self.union.d_ff)
         self.orders.append(order)
@@ -123,10 +150,15 @@ class Decided:
             if self._after is not None:
                 self._after.replace_output(found.outputs + _bias(weights))
             self.refits[number] = found.without_outputs()
+        union = self.union.union_for("mlp")
         if (held := layer.held) is not None:
             neurons, wanted = _taken(held.neurons, order), held.output - _bias(weights)
-            gates = chosen_gates(held.mlp_input, router, self.union.union_for("mlp"))
+            gates = chosen_gates(held.mlp_input, router, union)
             self.errors[number] = layer_error(neurons, wanted, w_down, gates)
+        if self._told is not None and told is not None:
+            gates = chosen_gates(told.mlp_input, router, union)
+            outputs = written(_taken(told.neurons, order), gates, w_down)
+            self._told.replace_output(outputs + _bias(weights))
 
 
 class _Layer:
@@ -144,7 +176,7 @@ class _Layer:
     ):
         self.number, self.weights, self.seen, self.held = number, weights, seen, held
         self.w_down = weights["mlp.w_down"][0].astype(np.float32)
-        self._neurons: dict[int, tuple[np.ndarray, np.ndarray, Neurons]] = {}
+        self._parts: dict[int, tuple[np.ndarray, np.ndarray, Neurons]] = {}
         self._orders: dict[Any, np.ndarray] = {}
 
     def order(self, cut: Cut) -> Int[np.ndarray, " F"]:
@@ -162,32 +194,39 @@ class _Layer:
 
     def _split(self, size: int) -> tuple[np.ndarray, np.ndarray, Neurons]:
         """Return the core of `size` neurons, the rest, and the rest to be grouped."""
-        if size not in self._neurons:
-            rest, written = np.arange(len(self.w_down)), None
+        if size not in self._parts:
+            rest = np.arange(len(self.w_down))
             core = rest[:0]
-            if self.seen is not None:
-                written = contributions(self.seen.neurons, self.w_down)
-                mask = core_first(written, size)
+            if self._written is not None:
+                mask = core_first(self._written, size)
                 core, rest = np.flatnonzero(mask), np.flatnonzero(~mask)
-                written = written[:, rest]
-            names = [n for n in ("mlp.w_up", "mlp.w_gate") if n in self.weights]
-            read = [self.weights[n][0].astype(np.float32)[:, rest] for n in names]
-            neurons = Neurons(len(rest), written, np.concatenate(read))
-            self._neurons[size] = core, rest, neurons
-        return self._neurons[size]
+            self._parts[size] = core, rest, self._neurons.among(rest)
+        return self._parts[size]
+
+    @functools.cached_property
+    def _written(self) -> Float[Array, "N F"] | None:
+        if self.seen is None:
+            return None
+        return contributions(self.seen.neurons, self.w_down)
+
+    @functools.cached_property
+    def _neurons(self) -> Neurons:
+        names = [n for n in ("mlp.w_up", "mlp.w_gate") if n in self.weights]
+        read = [self.weights[n][0].astype(np.float32) for n in names]
+        return Neurons(len(self.w_down), self._written, np.concatenate(read))
 
 
 def _taken(
-    neurons: Float[np.ndarray, "N F"], order: Int[np.ndarray, " F"]
+    neurons: Float[Array, "N F"], order: Int[np.ndarray, " F"]
 ) -> Float[Array, "N F"]:
-    """Return neurons in another order; on the device, where that is quick."""
-    return jnp.take(jnp.asarray(neurons), order, axis=1)
+    """Return neurons in another order."""
+    return jnp.take(neurons, order, axis=1)
 
 
 def _bias(layer: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return the MLP's output bias, which belongs to no expert; 0 without one."""
+    """Return the MLP's output bias, a row of no expert's; 0 without one."""
     found = layer.get("mlp.b_down")
-    return np.zeros((), np.float32) if found is None else found.astype(np.float32)
+    return np.zeros((1, 1), np.float32) if found is None else found[None]
 
 
 def _refit_layer(

@@ -7,11 +7,13 @@ squares problem: one normal equation a layer.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, Bool, Float
 
 from uoe_jax.config import UnionConfig
@@ -29,7 +31,7 @@ class Refit(NamedTuple):
     """
 
     w_down: Float[np.ndarray, "F D"]  # neurons in the experts' order
-    outputs: Float[np.ndarray, "N D"]  # what the chosen experts write now
+    outputs: Float[Array, "N D"]  # what the chosen experts write now
     before: float
     after: float
 
@@ -39,36 +41,45 @@ class Refit(NamedTuple):
 
 
 def chosen_gates(
-    x: Float[np.ndarray, "N D"], router: RouterFit | None, union: UnionConfig
-) -> Float[np.ndarray, "N E"]:
+    x: Float[np.ndarray, "N D"] | Float[Array, "N D"],
+    router: RouterFit | None,
+    union: UnionConfig,
+) -> Float[Array, "N E"]:
     """Return each expert's gate for each token, 0 where it isn't chosen.
 
     As the router of kind "token" decides: always-on experts first, with gate 1; then
     those whose score and bias are highest. Without a fit scores are zero.
     """
-    shared, routed = union.num_shared, union.num_experts - union.num_shared
-    gates = np.zeros((len(x), union.num_experts), np.float32)
-    gates[:, :shared] = 1.0
-    picks = union.top_k - shared
-    if not picks:
-        return gates
-    scores = np.zeros((len(x), routed), np.float32)
-    decision = scores
-    if router is not None:
-        scores = (x @ router.weight).astype(np.float32)
-        decision = scores + router.bias[None].astype(np.float32)
-    chosen = np.argsort(-decision, axis=1, kind="stable")[:, :picks]
-    rows = np.arange(len(x))[:, None]
-    values = gate_values(jnp.asarray(scores[rows, chosen]), union.gate)
-    gates[rows, shared + chosen] = np.asarray(values, np.float32)
-    return gates
+    if router is None:
+        routed = union.num_experts - union.num_shared
+        router = RouterFit(np.zeros((x.shape[1], routed)), np.zeros(routed), 0.0)
+    weight, bias = (a.astype(np.float32) for a in (router.weight, router.bias))
+    return _gates(x, weight, bias, union.num_shared, union.top_k, union.gate)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+@jax.default_matmul_precision("highest")
+def _gates(
+    x: Float[Array, "N D"],
+    weight: Float[Array, "D E"],
+    bias: Float[Array, " E"],
+    shared: int,
+    top_k: int,
+    gate: str,
+) -> Float[Array, "N E2"]:
+    scores = x.astype(jnp.float32) @ weight
+    _, chosen = jax.lax.top_k(scores + bias[None], top_k - shared)  # first of equals
+    values = gate_values(jnp.take_along_axis(scores, chosen, axis=1), gate)
+    rows = jnp.arange(len(x))[:, None]
+    routed = jnp.zeros(scores.shape, jnp.float32).at[rows, chosen].set(values)
+    return jnp.concatenate([jnp.ones((len(x), shared), jnp.float32), routed], axis=1)
 
 
 def fit_down(
     neurons: Float[np.ndarray, "N F"] | Float[Array, "N F"],
-    gates: Float[np.ndarray, "N E"],
+    gates: Float[np.ndarray, "N E"] | Float[Array, "N E"],
     w_down: Float[np.ndarray, "F D"],
-    wanted: Float[np.ndarray, "N D"],
+    wanted: Float[np.ndarray, "N D"] | Float[Array, "N D"],
     ridge: float = RIDGE,
 ) -> Refit:
     """Return the down-projection that brings what is on closest to what is wanted.
@@ -78,20 +89,31 @@ def fit_down(
     of Z^T Z. Neurons are in the experts' order. A neuron that is never on keeps its
     weights.
     """
-    on, *sums, before = _normal_equations(neurons, gates, w_down, wanted)
-    moment, cross = (np.asarray(a, np.float64) for a in sums)
-    rho = ridge * float(np.trace(moment)) / len(moment)
+    on, moment, cross, before, length = _normal_equations(
+        neurons, gates, w_down, wanted
+    )
+    with jax.enable_x64(True):
+        change, rho = map(np.asarray, _solution(moment, cross, ridge))
     if rho <= 0:  # nothing is ever on
-        return Refit(w_down, np.zeros_like(wanted), 1.0, 1.0)
-    change = np.linalg.solve(moment + rho * np.eye(len(moment)), cross)
+        return Refit(w_down, jnp.zeros_like(wanted), 1.0, 1.0)
     new = (w_down + change).astype(np.float32)
-    outputs, after = map(np.asarray, _apply(on, new, wanted))
-    length = max(float(np.linalg.norm(wanted)), 1e-30)
+    outputs, after = _apply(on, new, wanted)
+    length = max(float(length), 1e-30)
     return Refit(new, outputs, float(before) / length, float(after) / length)
 
 
-# The products over all tokens are the work, so they are made where jax computes: on a
-# GPU's host numpy took minutes for them. The solution has double precision.
+@jax.jit
+def _solution(
+    moment: Float[Array, "F F"], cross: Float[Array, "F D"], ridge: Float[Array, ""]
+) -> tuple[Float[Array, "F D"], Float[Array, ""]]:
+    """Return the change of the weights and rho, in double precision."""
+    moment, cross = moment.astype(float), cross.astype(float)
+    rho = ridge * jnp.trace(moment) / len(moment)
+    factor = cho_factor(moment + rho * jnp.eye(len(moment)))
+    return cho_solve(factor, cross).astype(jnp.float32), rho
+
+
+# The work is made where jax computes: on a GPU's host numpy took minutes for it.
 @jax.jit
 @jax.default_matmul_precision("highest")
 def _normal_equations(
@@ -100,11 +122,24 @@ def _normal_equations(
     w_down: Float[Array, "F D"],
     wanted: Float[Array, "N D"],
 ) -> tuple[Array, ...]:
-    """Return Z, Z^T Z, Z^T R and |R|, where R is what `w_down` leaves of `wanted`."""
+    """Return Z, Z^T Z, Z^T R, |R| and |Y|, where R is what `w_down` leaves of Y."""
     width = neurons.shape[1] // gates.shape[1]
     on = neurons * jnp.repeat(gates, width, axis=1)
     left = wanted - on @ w_down
-    return on, on.T @ on, on.T @ left, jnp.linalg.norm(left)
+    norm = jnp.linalg.norm
+    return on, on.T @ on, on.T @ left, norm(left), norm(wanted)
+
+
+@jax.jit
+@jax.default_matmul_precision("highest")
+def written(
+    neurons: Float[Array, "N F"],
+    gates: Float[Array, "N E"],
+    w_down: Float[Array, "F D"],
+) -> Float[Array, "N D"]:
+    """Return what the experts that are on write, without the bias."""
+    width = neurons.shape[1] // gates.shape[1]
+    return (neurons * jnp.repeat(gates, width, axis=1)) @ w_down
 
 
 @jax.jit
@@ -118,14 +153,14 @@ def _apply(
 
 
 def core_first(
-    contributions: Float[np.ndarray, "N F"], size: int
+    contributions: Float[np.ndarray, "N F"] | Float[Array, "N F"], size: int
 ) -> Bool[np.ndarray, " F"]:
     """Return which `size` neurons write most: the always-on core.
 
     By the root mean square over tokens of |activation| |w_down row|; ties go to the
     first.
     """
-    score = np.square(contributions).mean(axis=0)
+    score = np.asarray(jnp.square(contributions).mean(axis=0))
     core = np.zeros(contributions.shape[1], bool)
     core[np.argsort(-score, kind="stable")[:size]] = True
     return core

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,9 @@ def expert_lengths(
 
     `inner` are neurons or heads' values in the experts' order, F = E W.
     """
-    return np.asarray(output_lengths(inner, weight))
+    return np.asarray(_output_lengths(inner, weight))
 
 
-@jax.jit
 @jax.default_matmul_precision("highest")
 def output_lengths(
     inner: Float[Array, "N F"], weight: Float[Array, "E W D"]
@@ -49,8 +48,11 @@ def output_lengths(
     return jax.lax.map(length, (parts, weight)).T
 
 
+_output_lengths = jax.jit(output_lengths)
+
+
 def fit_router(
-    x: Float[np.ndarray, "N D"],
+    x: Float[np.ndarray, "N D"] | Float[Array, "N D"],
     shares: Float[np.ndarray, "N E"],
     deviation: float = SCORE_DEVIATION,
 ) -> RouterFit:
@@ -60,23 +62,33 @@ def fit_router(
     only compares experts. Scaled to scores of the given standard deviation. Ridge
     regression; see MoEfication (Zhang et al. 2022, section 3.2) for learnt selection.
     """
-    targets = shares - shares.mean(axis=1, keepdims=True)
-    target_mean, x_mean = targets.mean(axis=0), x.mean(axis=0)
-    centred, wanted = x - x_mean[None], targets - target_mean[None]
-    moment = centred.T @ centred
+    with jax.enable_x64(True):
+        sums = [np.asarray(found) for found in _router_sums(x, shares)]
+    moment, cross, x_mean, target_mean, total = sums
     ridge = _RIDGE * np.trace(moment) / len(moment)
-    weight = np.linalg.solve(moment + ridge * np.eye(len(moment)), centred.T @ wanted)
-    left = np.square(wanted - centred @ weight).sum()
-    total = np.square(wanted).sum()
+    weight = np.linalg.solve(moment + ridge * np.eye(len(moment)), cross)
     bias = target_mean - x_mean @ weight
-    scores = x @ weight
-    scale = deviation / max(float(scores.std()), 1e-12)
-    explained = 1 - left / total if total else 0.0
+    square = np.einsum("de,df,fe->e", weight, moment, weight, optimize=True)
+    explained = (2 * (weight * cross).sum() - square.sum()) / total if total else 0.0
+    # The variance of all scores together: within each expert's, and of their means.
+    variance = square.mean() / len(x) + (x_mean @ weight).var()
+    scale = deviation / max(float(np.sqrt(variance)), 1e-12)
     return RouterFit(weight * scale, bias * scale, float(explained))
 
 
+@jax.jit
+def _router_sums(x: Float[Array, "N D"], shares: Float[Array, "N E"]) -> Any:
+    """Return moments of inputs and targets around their means, and those means."""
+    x, shares = x.astype(float), shares.astype(float)
+    targets = shares - shares.mean(axis=1, keepdims=True)
+    x_mean, target_mean = x.mean(axis=0), targets.mean(axis=0)
+    centred, wanted = x - x_mean[None], targets - target_mean[None]
+    total = jnp.square(wanted).sum()
+    return centred.T @ centred, centred.T @ wanted, x_mean, target_mean, total
+
+
 def cluster_router(
-    x: Float[np.ndarray, "N D"],
+    x: Float[np.ndarray, "N D"] | Float[Array, "N D"],
     shares: Float[np.ndarray, "N E"],
     deviation: float = SCORE_DEVIATION,
 ) -> RouterFit:
@@ -88,7 +100,7 @@ def cluster_router(
     cluster's first principal direction, towards its mean. Shares and scale are those of
     `fit_router`.
     """
-    experts = shares.shape[1]
+    x, experts = np.asarray(x), shares.shape[1]
     targets = shares - shares.mean(axis=1, keepdims=True)
     targets = targets - targets.mean(axis=0)[None]
     x_mean = x.mean(axis=0)

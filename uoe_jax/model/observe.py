@@ -16,14 +16,14 @@ from uoe_jax.weights import layer_period
 
 
 class LayerValues(NamedTuple):
-    """One layer on N tokens, padding left out."""
+    """One layer on N tokens, padding left out; on the device, as they are large."""
 
-    attention_input: Float[np.ndarray, "N D"]  # normalised
-    heads: Float[np.ndarray, "N Q H"]  # each head's weighted values
-    residual: Float[np.ndarray, "N D"]  # what the MLP's output is added to
-    mlp_input: Float[np.ndarray, "N D"]  # normalised
-    neurons: Float[np.ndarray, "N F"]  # activations, as w_down reads them
-    output: Float[np.ndarray, "N D"]  # the MLP's
+    attention_input: Any  # [N D], normalised
+    heads: Any  # [N Q H], each head's weighted values
+    residual: Any  # [N D], what the MLP's output is added to
+    mlp_input: Any  # [N D], normalised
+    neurons: Any  # [N F], activations, as w_down reads them
+    output: Any  # [N D], the MLP's
 
 
 # A layer as it is run: (block, residual, context) -> what the MLP's output is added to,
@@ -53,32 +53,49 @@ class Stream:
             x = model.embed(tokens, context.positions)
             valid = np.asarray(batch["segments"]) != 0
         self._model, self._context, self.valid = model, context, valid
+        self._kept = None if valid.all() else np.flatnonzero(valid)
         self._number, self._residual, self._output = 0, x, jnp.zeros_like(x)
         self._last: Any = None  # the block before the next
 
     def run_layer(self) -> LayerValues:
         """Return what the next layer of a dense model computes."""
         values = self.step(run_dense)
-        return LayerValues(*(np.asarray(value)[self.valid] for value in values))
+        rows = [value.reshape(-1, *value.shape[2:]) for value in values]
+        if self._kept is not None:
+            rows = [jnp.take(value, self._kept, axis=0) for value in rows]
+        return LayerValues(*rows)
 
     def step(self, run: RunLayer) -> Any:
         """Run the next layer by `run`; return what that finds beside the residual."""
         blocks = self._model.trunk.blocks
         stack, index = self._place()
         block = jax.tree.map(lambda a: a[index], blocks[stack])
-        x, last = self._residual, self._last
-        if last is not None:
-            x = last.add(last.mlp_norm, x, self._output)
+        x = self._now()
         self._last = block
         self._residual, self._output, found = run(block, x, self._context)
         self._number += 1
         return found
 
-    def replace_output(self, output: Float[np.ndarray, "N D"]) -> None:
+    def replace_output(
+        self, output: Float[np.ndarray, "N D"] | Float[Array, "N D"]
+    ) -> None:
         """Let the last layer's MLP have written something else."""
-        whole = np.zeros(self._output.shape, np.float32)
-        whole[self.valid] = output
-        self._output = jnp.asarray(whole, self._output.dtype)
+        shape, dtype = self._output.shape, self._output.dtype
+        rows = jnp.asarray(output, dtype)
+        if self._kept is not None:
+            empty = jnp.zeros((self.valid.size, shape[-1]), dtype)
+            rows = empty.at[self._kept].set(rows)
+        self._output = rows.reshape(shape)
+
+    def hidden(self) -> Float[Array, "B T D"]:
+        """Return the last hidden state, normalised, once every layer has run."""
+        return self._model.trunk.finish(self._now())
+
+    def _now(self) -> Float[Array, "B T D"]:
+        """Return the residual with all that was written so far."""
+        if self._last is None:
+            return self._residual
+        return self._last.add(self._last.mlp_norm, self._residual, self._output)
 
     def _place(self) -> tuple[int, int]:
         period = layer_period(self._model.config)
@@ -86,10 +103,10 @@ class Stream:
 
 
 def layer_values(model: Any, batch: Mapping[str, np.ndarray]) -> Iterator[LayerValues]:
-    """Yield the values of each layer of a dense model on a batch, in order."""
+    """Yield the values of each layer of a dense model on a batch, as numpy arrays."""
     stream = Stream(model, batch)
     for _ in range(model.config.num_layers):
-        yield stream.run_layer()
+        yield LayerValues(*map(np.asarray, stream.run_layer()))
 
 
 _OPTIONS = ("positions", "segments")

@@ -78,6 +78,19 @@ def mean_loss(model: Any, batch: Mapping[str, np.ndarray]) -> float:
     return float(total[0] / max(total[1], 1.0))
 
 
+def hidden_loss(
+    model: Any, hidden: Float[Array, "B T D"], batch: Mapping[str, np.ndarray]
+) -> float:
+    """Return the loss that a language model's head has on last hidden states."""
+    total, start = np.zeros(2), 0
+    with jax.default_matmul_precision("highest"):
+        for part in _chunks(batch):
+            end = start + len(part["tokens"])
+            total += np.asarray(_score_hidden(model, hidden[start:end], part))
+            start = end
+    return float(total[0] / max(total[1], 1.0))
+
+
 def _chunks(batch: Mapping[str, np.ndarray]) -> list[dict[str, Array]]:
     first = next(iter(batch.values()))
     length = batch["tokens"].shape[1] if "tokens" in batch else 64
@@ -115,6 +128,13 @@ def _score(model: Any, batch: dict[str, Array]) -> Array:
     """Return [summed loss, weight]."""
     targets, weights = _targets(batch)
     return jnp.stack([_nll(logits(model, batch), targets, weights), jnp.sum(weights)])
+
+
+@jax.jit
+def _score_hidden(model: Any, hidden: Array, batch: dict[str, Array]) -> Array:
+    targets, weights = _targets(batch)
+    found = _nll(model.logits(hidden), targets, weights)
+    return jnp.stack([found, jnp.sum(weights)])
 
 
 def _targets(batch: Mapping[str, Array]) -> tuple[Array, Array]:
