@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Shaped
 
 from uoe_jax.cluster.descent import Step, main_step, start_step
 from uoe_jax.cluster.metrics import numerical_rank
-from uoe_jax.cluster.network import TwoHeads, unit_rows
+from uoe_jax.cluster.network import TwoHeads, run_network, unit_rows
 from uoe_jax.cluster.objective import membership
 from uoe_jax.cluster.ppp import PPP
 from uoe_jax.cluster.prepare import check_points
@@ -141,8 +141,10 @@ class MLC(Checked):
         if self._state is None:
             z = np.asarray(unit_rows(jnp.asarray(x)))
             return z, z
-        run = jax.jit(lambda state, x: nnx.merge(self._graph, state)(x))
-        parts = [run(self._state, x[i : i + _BLOCK]) for i in range(0, len(x), _BLOCK)]
+        parts = [
+            run_network(self._graph, self._state, x[i : i + _BLOCK])
+            for i in range(0, len(x), _BLOCK)
+        ]
         z, c = (np.concatenate([np.asarray(p[n]) for p in parts]) for n in (0, 1))
         return z, c
 

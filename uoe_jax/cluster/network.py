@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,6 +26,14 @@ class TwoHeads(nnx.Module):
         """Return Z and C."""
         x = nnx.gelu(self.second(nnx.gelu(self.first(x))))
         return unit_rows(self.features(x)), unit_rows(self.clusters(x))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_network(
+    graph: Any, state: Any, x: Float[Array, "N P"]
+) -> tuple[Float[Array, "N D"], Float[Array, "N D"]]:
+    """Return what the network of a graph and its weights makes of points."""
+    return nnx.merge(graph, state)(x)
 
 
 def unit_rows(x: Float[Array, "N D"]) -> Float[Array, "N D"]:

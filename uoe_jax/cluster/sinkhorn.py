@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,6 +11,7 @@ from jaxtyping import Array, Float
 HALF_STEPS = 15
 
 
+@functools.partial(jax.jit, static_argnames=("eta", "half_steps"))
 def sinkhorn(
     scores: Float[Array, "N N"], eta: float, half_steps: int = HALF_STEPS
 ) -> Float[Array, "N N"]:
@@ -23,9 +26,15 @@ def sinkhorn(
     As N entries share a row, more points want a lower eta for rows as sharp.
     """
     logs = scores / eta
-    scale = jnp.zeros((len(scores), 1), logs.dtype)
-    for _ in range(half_steps):
+
+    # A loop, not its turns one after another: compiled once, and its gradient keeps
+    # each turn's scale alone, not N x N numbers.
+    @jax.checkpoint
+    def half_step(scale: Array, _: None) -> tuple[Array, None]:
         rows = jax.nn.logsumexp(logs + scale.T, axis=1, keepdims=True)
-        scale = 0.5 * (scale - rows)
+        return 0.5 * (scale - rows), None
+
+    start = jnp.zeros((len(scores), 1), logs.dtype)
+    scale = jax.lax.scan(half_step, start, length=half_steps)[0]
     logs = logs + scale + scale.T
     return jnp.exp(logs - jax.nn.logsumexp(logs, axis=1, keepdims=True))
