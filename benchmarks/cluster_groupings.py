@@ -6,9 +6,10 @@
     python benchmarks/cluster_groupings.py --run runs/mine --out FILE
 
 Only MLPs are cut. Calibration and held-out tokens are Wikipedia and Python's standard
-library, or a run's own data. Each share kept and seed is one pass through the model;
-rows are written as soon as they are there, and the same line goes on where the last one
-ended. Cuts of a pass:
+library, or a run's own data; every seed has tokens of its own. Each grouping at a share
+kept and a number of experts is one pass through the model, the most telling first; its
+rows are written when it ends, and the same line goes on where the last one ended. Cuts
+of a pass:
 
     plain   no expert always on, routers by least squares
     core    half of the chosen experts always on, those whose neurons write most
@@ -20,16 +21,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.e009_real_model.study import Scale, base_config, write_texts
 from uoe_jax.bench.record import arguments, header, read_record, write_record
 from uoe_jax.data import make_dataset
 from uoe_jax.decompose.compare import measure_losses
-from uoe_jax.decompose.cut import Cut
+from uoe_jax.decompose.cut import Cut, Grouping
 from uoe_jax.decompose.group import GROUPINGS
 from uoe_jax.decompose.plan import Decided, decide
 from uoe_jax.decompose.split import union_config
@@ -62,48 +64,89 @@ def open_model(options: argparse.Namespace) -> tuple[Any, Any]:
     return with_params(model, flat_params(run.model), flat_buffers(run.model)), config
 
 
-def make_cuts(
-    options: argparse.Namespace, keep: float, seed: int
-) -> Iterator[tuple[str, Cut]]:
-    """Yield the cuts of a pass: the name of each, and what is decided for it."""
-    named = options.groupings, options.variants, options.experts
-    for grouping, variant, number in itertools.product(*named):
-        chosen = max(round(number * keep), 1)
-        cut = Cut(
-            num_experts=number,
-            top_k=chosen,
-            parts=("mlp",),
-            shared=0 if variant == "plain" else chosen // 2,
-            refit=variant in ("alone", "refit"),
-            seed=seed,
-        )
-        object.__setattr__(
-            cut, "grouping", grouping
-        )  # "greedy" is none of the library's
-        yield variant, cut
+class Pass(NamedTuple):
+    """One grouping at one share kept, number of experts and seed."""
+
+    seed: int
+    keep: float
+    experts: int
+    grouping: Grouping
+
+
+def passes(options: argparse.Namespace) -> list[Pass]:
+    """Return all passes, the most telling first.
+
+    First the first seed, share and number of experts; then what differs from these in
+    one, in two, in all three. The same neurons stand side by side for every seed.
+    """
+    axes = options.seeds, options.keep, options.experts, options.groupings
+    found = [Pass(*each) for each in itertools.product(*axes)]
+    first = options.seeds[0], options.keep[0], options.experts[0]
+    changes = lambda p: sum(a != b for a, b in zip(p[:3], first, strict=True))
+    slow = lambda p: p.grouping == "mlc"  # a network a layer
+    return sorted(found, key=lambda p: (changes(p), slow(p)))
+
+
+def make_cut(wanted: Pass, variant: str) -> Cut:
+    """Return the cut of a pass that a variant names."""
+    chosen = max(round(wanted.experts * wanted.keep), 1)
+    return Cut(
+        num_experts=wanted.experts,
+        top_k=chosen,
+        parts=("mlp",),
+        shared=0 if variant == "plain" else chosen // 2,
+        refit=variant in ("alone", "refit"),
+        grouping=wanted.grouping,
+        seed=wanted.seed,
+    )
 
 
 def measure(
-    model: Any, batches: Any, wanted: Sequence[tuple[str, Cut]]
-) -> Iterator[dict[str, Any]]:
-    """Yield a row for each cut of a pass."""
+    model: Any, batches: tuple[Any, Any], wanted: Pass, variants: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the row of each variant of a pass."""
     calibrate, held = batches
     found = []
-    for variant, cut in wanted:
+    for variant in variants:
+        cut = make_cut(wanted, variant)
         union = union_config(
             model.config, cut.experts, cut.chosen, cut.parts, None, cut.shared
         )
         found.append(Decided(union, cut, follows=variant == "refit"))
-    started = time.perf_counter()
     decide(model, found, calibrate, held)
-    print(f"decided in {time.perf_counter() - started:.0f} s", flush=True)
-    for (variant, cut), each in zip(wanted, found, strict=True):
-        row = measure_losses(model, [each], held)[0][0]
-        facts = {k: v for k, v in row.as_row().items() if k != "errors"}
-        errors = [round(error, 5) for error in row.errors]
-        named = {"experts": cut.experts, "variant": variant}
-        yield {**named, **facts, "errors": errors}
-        each.refits.clear()  # the next ones want the memory
+    rows = []
+    for variant, row in zip(
+        variants, measure_losses(model, found, held)[0], strict=True
+    ):
+        facts = row.as_row() | {"errors": [round(e, 5) for e in row.errors]}
+        rows.append({**wanted._asdict(), "variant": variant, **facts})
+    return rows
+
+
+class Clock:
+    """Prints how long each stage took, so that a wasted minute is seen."""
+
+    def __init__(self) -> None:
+        self.began = self._last = time.perf_counter()
+
+    def stage(self, name: str) -> None:
+        now = time.perf_counter()
+        print(f"[{now - self.began:5.0f} s] {name}: {now - self._last:.1f} s")
+        sys.stdout.flush()
+        self._last = now
+
+    def minutes(self) -> float:
+        return (time.perf_counter() - self.began) / 60
+
+
+def seeded_batches(config: Any, tokens: tuple[int, int], seed: int) -> tuple[Any, Any]:
+    """Return tokens to calibrate on and others, a seed's own."""
+    found = []
+    for split, size in zip(("train", "valid"), tokens, strict=True):
+        batch = probe_batch(make_dataset(config, split), size * (seed + 1))
+        rows = len(batch["tokens"]) // (seed + 1)
+        found.append({name: a[rows * seed :] for name, a in batch.items()})
+    return found[0], found[1]
 
 
 def main() -> None:
@@ -121,12 +164,9 @@ def main() -> None:
     parser.add_argument("--part", type=int, nargs=2, default=(1, 1), help="of how many")
     parser.add_argument("--minutes", type=float, default=1e9, help="to start passes in")
     options = parser.parse_args()
-    began = time.perf_counter()
+    clock = Clock()
     model, config = open_model(options)
-    batches = tuple(
-        probe_batch(make_dataset(config, split), tokens)
-        for split, tokens in zip(("train", "valid"), options.tokens, strict=True)
-    )
+    clock.stage("model")
     results = {"rows": []} | read_record(options.out)
     results |= {
         **header(stated=options.commit),
@@ -135,29 +175,32 @@ def main() -> None:
         "neurons": config.model.d_ff,
         "tokens": dict(zip(("calibration", "held_out"), options.tokens, strict=True)),
     }
-    if "dense_loss" not in results:
-        results["dense_loss"] = mean_loss(model, batches[1])
-    named = lambda row: tuple(row[name] for name in KEY)
-    done = {named(row) for row in results["rows"]}
-    passes = itertools.product(options.seeds, options.keep)
-    for number, (seed, keep) in enumerate(passes):
-        if number % options.part[1] != options.part[0] - 1:
-            continue
-        if time.perf_counter() - began > 60 * options.minutes:
+    done = {tuple(row[name] for name in KEY) for row in results["rows"]}
+    left = {
+        each: [v for v in options.variants if (*each, v) not in done]
+        for each in passes(options)[options.part[0] - 1 :: options.part[1]]
+    }
+    left = {each: variants for each, variants in left.items() if variants}
+    batches, losses = {}, {}
+    for number, (each, variants) in enumerate(left.items(), 1):
+        if clock.minutes() > options.minutes:
+            print(f"{len(left) - number + 1} of {len(left)} passes are left")
             break
-        cuts = [
-            (variant, cut)
-            for variant, cut in make_cuts(options, keep, seed)
-            if (seed, keep, cut.experts, cut.grouping, variant) not in done
-        ]
-        for row in measure(model, batches, cuts):
-            results["rows"].append({"seed": seed, "keep": keep, **row})
-            write_record(options.out, results)
-            show(results["rows"][-1], results["dense_loss"])
+        if each.seed not in batches:
+            found = seeded_batches(config, tuple(options.tokens), each.seed)
+            batches[each.seed] = found
+            losses[each.seed] = mean_loss(model, found[1])
+            clock.stage(f"tokens of seed {each.seed}")
+        for row in measure(model, batches[each.seed], each, variants):
+            results["rows"].append({**row, "dense_loss": losses[each.seed]})
+            show(results["rows"][-1])
+        write_record(options.out, results)
+        clock.stage(f"pass {number} of {len(left)}: {' '.join(map(str, each))}")
 
 
-def show(row: Mapping[str, Any], dense: float) -> None:
+def show(row: Mapping[str, Any]) -> None:
     named = " ".join(f"{row[name]!s:13s}" for name in KEY)
+    dense = row["dense_loss"]
     print(
         f"{named} error {row['error']:.3f} worst {row['worst_error']:.3f} oracle "
         f"{row['oracle_error']:.3f} loss {row['loss']:.3f} (dense {dense:.3f})",
