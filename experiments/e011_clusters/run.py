@@ -6,12 +6,15 @@
 A network is trained for features that are spread out and the same for two random views
 (the start of MLC). k-means, a Gaussian mixture, spectral clustering and MLC's affinity
 cluster these features. Then the network goes on for R - Rc; the best by that of a
-held-out batch is kept. A seed's results are written when it is done.
+held-out batch is kept. Every row is written when it is there, and trained weights are
+kept: the same line goes on where the last one ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import io
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +31,7 @@ from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
 
 from experiments.e011_clusters.network import ResNet, random_views
-from uoe_jax.bench.record import made_with, write_record
+from uoe_jax.bench.record import made_with, read_record, write_record
 from uoe_jax.cluster.metrics import (
     accuracy,
     adjusted_rand,
@@ -36,11 +39,12 @@ from uoe_jax.cluster.metrics import (
     numerical_rank,
 )
 from uoe_jax.cluster.objective import membership, start_value, value
-from uoe_jax.cluster.ppp import PPP
 from uoe_jax.cluster.spectral import spectral_labels
 from uoe_jax.files import write_atomically
 from uoe_jax.report.style import LIGHT, Theme, render
 
+TITLES = {"start": "the start", "MLC": "MLC"}
+TIMED = 20  # steps that tell how long the others take
 ANCHORS = 2048  # points whose labels are from the spectrum; others: nearest subspace
 
 
@@ -112,41 +116,44 @@ class Trained:
 
     def __init__(self, pictures: Pictures, scale: Scale, seed: int):
         self.pictures, self.scale, self.seed = pictures, scale, seed
-        net = ResNet(scale.width, nnx.Rngs(seed), scale.widths)
-        self.graph, self.state = nnx.split(net)
+        net = nnx.eval_shape(lambda: ResNet(scale.width, nnx.Rngs(seed), scale.widths))
+        self.graph, shapes = nnx.split(net)
+        self.state = drawn(shapes, seed)
         self._run = jax.jit(lambda state, x: nnx.merge(self.graph, state)(x))
 
-    def start(self) -> None:
-        """Train for features that are spread out and the same for two views."""
+    def start(self, seconds: float) -> int:
+        """Train for features that are spread out and the same for two views.
+
+        In the given time at most, compiling left out; return the steps taken.
+        """
         s = self.scale
 
         def loss(state: Any, views: Any) -> Any:
-            pair = [nnx.merge(self.graph, state)(view)[0] for view in views]
-            return -start_value((pair[0], pair[1]), s.eps2, s.invariance)
+            (z, z2), _ = self._both(state, views)
+            return -start_value((z, z2), s.eps2, s.invariance)
 
-        rate = optax.cosine_decay_schedule(s.start_rate, s.start_steps)
-        for _ in self._descend(loss, optax.adamw(rate), s.start_steps, s.start_batch):
-            pass
+        amount = s.start_steps, s.start_batch, seconds
+        taken = sum(1 for _ in self._descend(loss, optax.adamw(s.start_rate), amount))
         net = nnx.merge(self.graph, self.state)
         nnx.update(net.clusters, nnx.state(net.features))  # the one-shot start
         self.graph, self.state = nnx.split(net)
+        return taken
 
-    def go_on(self) -> list[float]:
+    def go_on(self, seconds: float) -> list[float]:
         """Train for R - Rc and keep what is best on held-out pictures; return those."""
         s = self.scale
 
         def loss(state: Any, views: Any) -> Any:
-            (z, c), (z2, c2) = (nnx.merge(self.graph, state)(view) for view in views)
             knobs = {"eps2": s.eps2, "eta": s.eta, "absolute": False, "gamma": 0.0}
-            return -value((z, z2), (c, c2), **knobs)
+            return -value(*self._both(state, views), **knobs)
 
         held = jnp.asarray(self.pictures.held[: s.batch])
-        keys = jax.random.split(jax.random.key(99), 2)
-        views = jnp.stack([self.pictures.views(held, key) for key in keys])
+        views = self._views(held, jax.random.key(99))
         measure, found = jax.jit(lambda state: -loss(state, views)), []
         best, kept = -np.inf, self.state
         every = max(s.steps // 20, 1)
-        steps = self._descend(loss, optax.adam(s.rate), s.steps, s.batch)
+        amount = s.steps, s.batch, seconds
+        steps = self._descend(loss, optax.adam(s.rate), amount, falls=False)
         for number in steps:
             if number % every == 0:
                 found.append(float(measure(self.state)))
@@ -161,28 +168,92 @@ class Trained:
         parts = [self._run(self.state, x[i : i + 1000]) for i in range(0, len(x), 1000)]
         return tuple(np.concatenate([np.asarray(p[n]) for p in parts]) for n in (0, 1))  # type: ignore[return-value]
 
+    def _views(self, images: Any, key: Any) -> Any:
+        """Return two views of each picture, the first of all and then the second."""
+        return self.pictures.views(jnp.concatenate([images, images]), key)
+
+    def _both(self, state: Any, views: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """Return both views' Z, and their C; the network runs once for both."""
+        found = nnx.merge(self.graph, state)(views)
+        return tuple(tuple(jnp.split(rows, 2)) for rows in found)  # type: ignore[return-value]
+
+    def save(self, path: Path) -> None:
+        """Write the weights."""
+        arrays = [np.asarray(a) for a in jax.tree.leaves(self.state)]
+        write_atomically(path, npz_bytes(arrays))
+
+    def load(self, path: Path) -> None:
+        """Read weights that were written."""
+        with np.load(path) as found:
+            arrays = [jnp.asarray(found[name]) for name in found.files]
+        self.state = jax.tree.unflatten(jax.tree.structure(self.state), arrays)
+
     def _descend(
-        self, loss: Any, optimizer: Any, steps: int, size: int
+        self,
+        loss: Any,
+        optimizer: Any,
+        amount: tuple[int, int, float],
+        *,
+        falls: bool = True,
     ) -> Iterator[int]:
-        """Take steps on random views of random batches; yield each one's number."""
+        """Take steps on random views of random batches; yield each one's number.
+
+        `amount` are steps, pictures of a step, and seconds: if the first steps tell
+        that time won't do, fewer are taken. The rate falls to zero along a cosine.
+        """
 
         @jax.jit
-        def step(state: Any, memory: Any, images: Any, key: Any) -> Any:
-            keys = jax.random.split(key)
-            views = jnp.stack([self.pictures.views(images, k) for k in keys])
+        def step(state: Any, memory: Any, images: Any, key: Any, share: Any) -> Any:
+            views = self._views(images, key)
             slope = jax.grad(loss)(state, views)
             change, memory = optimizer.update(slope, memory, state)
+            change = jax.tree.map(lambda a: share * a, change)
             return optax.apply_updates(state, change), memory
 
+        steps, size, seconds = amount
         draw, memory = np.random.default_rng(self.seed), optimizer.init(self.state)
         key, images = jax.random.key(self.seed), jnp.asarray(self.pictures.images)
-        size = min(size, len(images))
-        for number in range(steps):
+        size, number, begun = min(size, len(images)), 0, 0.0
+        while number < steps:
             batch = jnp.asarray(draw.choice(len(images), size, replace=False))
-            self.state, memory = step(
-                self.state, memory, images[batch], jax.random.fold_in(key, number)
-            )
+            share = 0.5 + 0.5 * np.cos(np.pi * number / steps) if falls else 1.0
+            fold = jax.random.fold_in(key, number)
+            self.state, memory = step(self.state, memory, images[batch], fold, share)
             yield number
+            number += 1
+            if number in (1, TIMED):
+                jax.block_until_ready(self.state)
+                now = time.perf_counter()
+                if number == 1:
+                    begun = now
+                else:
+                    each = (now - begun) / (TIMED - 1)
+                    steps = max(min(steps, int(seconds / each)), TIMED)
+                    print(f"{1000 * each:.0f} ms a step, {steps} steps", flush=True)
+
+
+def drawn(shapes: Any, seed: int) -> Any:
+    """Return a network's first weights: He's for kernels, ones for scales, else zeros.
+
+    By numpy: programs that draw them would be compiled for each shape.
+    """
+    draw = np.random.default_rng(seed)
+
+    def leaf(path: Any, like: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        if "kernel" in name:
+            deviation = np.sqrt(2 / np.prod(like.shape[:-1]))
+            return jnp.asarray(draw.normal(0, deviation, like.shape), like.dtype)
+        return jnp.full(like.shape, 1.0 if "scale" in name else 0.0, like.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def npz_bytes(arrays: list[np.ndarray]) -> bytes:
+    """Return arrays as the content of a .npz file."""
+    file = io.BytesIO()
+    np.savez(file, *arrays)
+    return file.getvalue()
 
 
 def by_affinity(z: np.ndarray, c: np.ndarray, k: int, eta: float) -> np.ndarray:
@@ -202,26 +273,29 @@ def by_affinity(z: np.ndarray, c: np.ndarray, k: int, eta: float) -> np.ndarray:
     return labels
 
 
-def rows_of(
-    name: str, z: np.ndarray, c: np.ndarray, k: int, scale: Scale
-) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yield (features, method, labels) of every way to cluster features."""
-    yield name, "k-means", KMeans(k, n_init=20, random_state=0).fit_predict(z)
+def methods(
+    features: str, z: np.ndarray, c: np.ndarray, k: int, scale: Scale
+) -> dict[str, Callable[[], np.ndarray]]:
+    """Return every way to cluster features, the most telling first."""
+    own = "with network" if features == "MLC" else "affinity only"
+    found: dict[str, Callable[[], np.ndarray]] = {}
+    for eta in sorted({scale.eta, 0.1, 0.05}, reverse=True):
+        name = f"MLC, {own}, eta {eta:g}"
+        found[name] = functools.partial(by_affinity, z, c, k, eta)
+    found["k-means"] = lambda: KMeans(k, n_init=10, random_state=0).fit_predict(z)
     for kind in ("full", "diag"):
         mixture = GaussianMixture(
-            k, covariance_type=kind, n_init=3, reg_covar=1e-4, random_state=0
+            k, covariance_type=kind, reg_covar=1e-4, random_state=0
         )
-        yield name, f"Gaussian mixture, {kind}", mixture.fit_predict(z)
+        found[f"Gaussian mixture, {kind}"] = functools.partial(mixture.fit_predict, z)
     spectral = SpectralClustering(
         k, affinity="nearest_neighbors", n_neighbors=20, random_state=0
     )
-    yield name, "spectral, 20 neighbours", spectral.fit_predict(z)
-    own = "with network" if name == "MLC" else "affinity only"
-    for eta in sorted({scale.eta, 0.1, 0.05}):
-        yield name, f"MLC, {own}, eta {eta:g}", by_affinity(z, c, k, eta)
+    found["spectral, 20 neighbours"] = lambda: spectral.fit_predict(z)
+    return found
 
 
-def picture(panels: dict[str, np.ndarray], classes: np.ndarray, path: Path) -> None:
+def picture(panels: dict[str, np.ndarray], classes: np.ndarray, out: Path) -> None:
     """Write |Z Z^T| of each kind of features, pictures sorted by class."""
     rng = np.random.default_rng(0)
     some = [rng.permutation(np.flatnonzero(classes == c))[:60] for c in range(10)]
@@ -235,7 +309,7 @@ def picture(panels: dict[str, np.ndarray], classes: np.ndarray, path: Path) -> N
             shown = np.abs(z[order] @ z[order].T)
             image = place.imshow(shown, vmin=0, vmax=1, cmap="magma")
             place.grid(False)
-            place.set_title(name)
+            place.set_title(f"features of {TITLES[name]}")
             edges = np.cumsum([0, *map(len, some)])
             middles = 0.5 * (edges[1:] + edges[:-1])
             place.set_xticks(middles, range(10))
@@ -245,53 +319,101 @@ def picture(panels: dict[str, np.ndarray], classes: np.ndarray, path: Path) -> N
         figure.colorbar(image, ax=list(axes), label="|z . z'|", shrink=0.85)
         return figure
 
-    write_atomically(path, render(draw, (LIGHT,), dpi=120)["light"])
+    content = render(draw, (LIGHT,), dpi=120)["light"]
+    write_atomically(out / "affinity.png", content)
 
 
-def study(pictures: Pictures, scale: Scale, seed: int, out: Path) -> dict[str, Any]:
-    """Return a seed's rows and ranks; the first seed's picture is written."""
-    k, classes = int(pictures.classes.max()) + 1, pictures.classes
-    trained, rows, ranks = Trained(pictures, scale, seed), [], {}
-    panels, seconds, history = {}, {}, []
-    flat = pictures.images.reshape(len(classes), -1)
-    labels = KMeans(k, n_init=5, random_state=seed).fit_predict(flat)
-    found = [("pixels", "k-means", labels)]
-    for name in ("start", "MLC"):
-        begun = time.perf_counter()
-        if name == "start":
-            trained.start()
+class Record:
+    """A study's results, written after every row."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        self._path, self._began = path, time.perf_counter()
+        found = read_record(path)
+        if found and any(found[name] != facts[name] for name in ("data", "scale")):
+            raise SystemExit(f"{path} has results at another scale; take another --out")
+        self.found = found | facts | {"seeds": found.get("seeds", [])}
+
+    def seed(self, seed: int) -> dict[str, Any]:
+        """Return what is known of a seed, to be added to."""
+        known = {each["seed"]: each for each in self.found["seeds"]}
+        if seed not in known:
+            empty = {"seed": seed, "seconds": {}, "steps": {}, "ranks": {}, "rows": []}
+            self.found["seeds"].append(empty)
+        return self.found["seeds"][-1] if seed not in known else known[seed]
+
+    def write(self, what: str) -> None:
+        """Write everything, and say what is new and when."""
+        print(f"[{time.perf_counter() - self._began:5.0f} s] {what}", flush=True)
+        write_record(self._path, self.found)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+
+def study(
+    pictures: Pictures, scale: Scale, seed: int, record: Record, out: Path, end: float
+) -> None:
+    """Add a seed's rows and ranks that are missing; `end` is when training ends."""
+    classes, found = pictures.classes, record.seed(seed)
+    k, trained = int(classes.max()) + 1, Trained(pictures, scale, seed)
+    rows = {}
+    for name, share in (("start", 0.6), ("MLC", 0.9)):
+        path = out / f"weights-{seed}-{name}.npz"
+        if path.is_file():
+            trained.load(path)
         else:
-            history = trained.go_on()
-        z, c = trained.rows()
-        seconds[name] = time.perf_counter() - begun
-        print(f"seed {seed}: {name} in {seconds[name]:.0f} s", flush=True)
-        panels["features of the start" if name == "start" else "features of MLC"] = z
-        ranks[name] = {
+            begun = time.perf_counter()
+            left = max(share * (end - record.seconds()), 1.0)
+            if name == "start":
+                found["steps"][name] = trained.start(left)
+            else:
+                found["held_out_objective"] = trained.go_on(left)
+            found["seconds"][name] = time.perf_counter() - begun
+            trained.save(path)
+            record.write(f"seed {seed}: {name} in {found['seconds'][name]:.0f} s")
+        rows[name] = trained.rows()
+        z = rows[name][0]
+        found["ranks"][name] = {
             "all": numerical_rank(z),
             "classes": [numerical_rank(z[classes == j]) for j in range(k)],
-            "ppp": PPP().fit(z).found,
         }
-        found += rows_of(name, z, c, k, scale)
-    for features, method, labels in found:
-        rows.append(
-            {
-                "features": features,
-                "method": method,
-                "acc": accuracy(labels, classes),
-                "nmi": mutual_information(labels, classes),
-                "ari": adjusted_rand(labels, classes),
-            }
-        )
-        print(rows[-1], flush=True)
     if seed == 0:
-        picture(panels, classes, out / "affinity.png")
-    return {
-        "seed": seed,
-        "seconds": seconds,
-        "held_out_objective": history,
-        "ranks": ranks,
-        "rows": rows,
-    }
+        picture({name: z for name, (z, _) in rows.items()}, classes, out)
+    for name, (z, c) in rows.items():
+        add_rows(name, methods(name, z, c, k, scale), classes, record, seed)
+    flat = pictures.images.reshape(len(classes), -1)
+    pixels = {"k-means": lambda: KMeans(k, n_init=3, random_state=0).fit_predict(flat)}
+    add_rows("pixels", pixels, classes, record, seed)
+
+
+def add_rows(
+    features: str,
+    ways: dict[str, Callable[[], np.ndarray]],
+    classes: np.ndarray,
+    record: Record,
+    seed: int,
+) -> None:
+    """Cluster features by each method whose row is missing; write after each."""
+    rows = record.seed(seed)["rows"]
+    done = {(row["features"], row["method"]) for row in rows}
+    for method, labels_of in ways.items():
+        if (features, method) in done:
+            continue
+        begun = time.perf_counter()
+        labels = labels_of()
+        row = {
+            "features": features,
+            "method": method,
+            "acc": accuracy(labels, classes),
+            "nmi": mutual_information(labels, classes),
+            "ari": adjusted_rand(labels, classes),
+            "seconds": time.perf_counter() - begun,
+        }
+        rows.append(row)
+        figures = f"ACC {row['acc']:.3f} NMI {row['nmi']:.3f} ARI {row['ari']:.3f}"
+        record.write(
+            f"seed {seed}, {features}, {method}: {figures}, {row['seconds']:.1f} s"
+        )
 
 
 def main() -> None:
@@ -300,29 +422,37 @@ def main() -> None:
     parser.add_argument("--cifar", type=Path, help="the subset; without it: digits")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, default=1e9, help="to begin seeds in")
+    parser.add_argument("--minutes", type=float, default=1e9, help="to train in")
     parser.add_argument("--start-steps", type=int, help="instead of the usual number")
     parser.add_argument("--steps", type=int, help="instead of the usual number")
+    parser.add_argument("--points", type=int, help="instead of all pictures")
     options = parser.parse_args()
-    began = time.perf_counter()
     pictures = read_cifar(options.cifar) if options.cifar else read_digits()
+    if options.points is not None:
+        some = slice(options.points)
+        few = pictures.images[some], pictures.classes[some], pictures.held[some]
+        pictures = Pictures(*few, pictures.views)
     scale = Scale() if options.cifar else DIGITS
     for name in ("start_steps", "steps"):
         if getattr(options, name) is not None:
             scale = scale._replace(**{name: getattr(options, name)})
-    results: dict[str, Any] = {
+    facts = {
         "data": options.cifar.name if options.cifar else "digits of scikit-learn",
         "pictures": len(pictures.images),
         **made_with(),
-        "scale": scale._asdict(),
-        "seeds": [],
+        "scale": {name: as_stored(value) for name, value in scale._asdict().items()},
     }
     options.out.mkdir(parents=True, exist_ok=True)
+    record = Record(options.out / "results.json", facts)
     for seed in options.seeds:
-        if time.perf_counter() - began > 60 * options.minutes:
+        if record.seconds() > 60 * options.minutes:
             break
-        results["seeds"].append(study(pictures, scale, seed, options.out))
-        write_record(options.out / "results.json", results)
+        study(pictures, scale, seed, record, options.out, 60 * options.minutes)
+
+
+def as_stored(value: Any) -> Any:
+    """Return a value as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""Experiment 011 runs through at a tiny scale, and goes on where it ended."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments.e011_clusters import run
+from experiments.e011_clusters.network import ResNet, random_views
+
+TINY = run.Scale(
+    width=8,
+    widths=(8,),
+    start_steps=3,
+    start_batch=32,
+    steps=2,
+    batch=32,
+)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    found = run.read_digits()
+    return run.Pictures(
+        found.images[:120], found.classes[:120], found.held[:32], found.views
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(pictures, tmp_path_factory):
+    """A study that was stopped after its first two rows, and then went on."""
+    out = tmp_path_factory.mktemp("e011")
+    facts = {"data": "digits", "scale": {"width": 8}}
+    path, written = out / "results.json", []
+
+    class Stopped(run.Record):
+        def write(self, what):
+            super().write(what)
+            written.append(what)
+            if len(written) == 4:  # both trainings and two rows
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.study(pictures, TINY, 0, Stopped(path, facts), out, 1e9)
+    before = json.loads(path.read_text())
+    run.study(pictures, TINY, 0, run.Record(path, facts), out, 1e9)
+    return out, before, json.loads(path.read_text())
+
+
+def test_every_method_has_its_row_once(finished):
+    _, before, after = finished
+    rows = after["seeds"][0]["rows"]
+    named = [(row["features"], row["method"]) for row in rows]
+    assert len(named) == len(set(named)) == 2 * 7 + 1
+    assert ("MLC", "MLC, with network, eta 0.175") in named
+    assert ("start", "MLC, affinity only, eta 0.175") in named
+    assert all(0 <= row[name] <= 1 for row in rows for name in ("acc", "nmi"))
+    # What was there before the stop wasn't made again.
+    assert rows[:2] == before["seeds"][0]["rows"]
+    assert after["seeds"][0]["seconds"] == before["seeds"][0]["seconds"]
+
+
+def test_ranks_and_the_picture_are_written(finished):
+    out, _, after = finished
+    for ranks in after["seeds"][0]["ranks"].values():
+        assert 1 <= min(ranks["classes"]) <= max(ranks["classes"]) <= ranks["all"] <= 8
+    assert (out / "affinity.png").read_bytes().startswith(b"\x89PNG")
+    assert len(after["seeds"][0]["held_out_objective"]) == 2
+
+
+def test_results_at_another_scale_are_not_mixed_in(finished):
+    out, _, _ = finished
+    facts = {"data": "digits", "scale": {"width": 16}}
+    with pytest.raises(SystemExit, match="another scale"):
+        run.Record(out / "results.json", facts)
+
+
+def test_fewer_steps_are_taken_where_time_is_short(pictures):
+    trained = run.Trained(pictures, TINY._replace(start_steps=10_000), 0)
+    assert trained.start(0.0) == run.TIMED
+
+
+def test_first_weights_are_hes(pictures):
+    trained = run.Trained(pictures, TINY._replace(widths=(64,)), 0)
+    kernels = {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(trained.state)
+    }
+    conv = next(a for name, a in kernels.items() if "'first'" in name)
+    assert conv.shape == (3, 3, 64, 64)
+    assert abs(conv.std() / np.sqrt(2 / (9 * 64)) - 1) < 0.02  # 37,000 draws
+    scales = [a for name, a in kernels.items() if "scale" in name]
+    assert scales and all((a == 1).all() for a in scales)
+    z, c = trained.rows()
+    assert np.abs(np.linalg.norm(z, axis=1) - 1).max() < 1e-5 and c.shape == z.shape
+
+
+def test_the_subset_is_decoded(tmp_path):
+    """Stored as differences along rows, columns and colours, modulo 256."""
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (5, 4, 4, 3)).astype(np.uint8)
+    red, green, blue = np.moveaxis(pictures, -1, 0)
+    planes = np.stack([green, red - green, blue - green], 1)
+    stored = np.diff(planes, axis=3, prepend=np.uint8(0))
+    stored = np.diff(stored, axis=2, prepend=np.uint8(0))
+    path = tmp_path / "subset.npz"
+    np.savez(path, xtr=stored, xte=stored[:2], ytr=np.arange(5)[:, None])
+    found = run.read_cifar(path)
+    want = (pictures / 255.0 - 0.45) * 4
+    assert np.abs(found.images - want).max() < 1e-6 and len(found.held) == 2
+    assert found.classes.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_views_differ_and_the_network_sees_each_alone():
+    images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    views = random_views(images, jax.random.key(1))
+    assert views.shape == images.shape and bool(jnp.isfinite(views).all())
+    assert float(jnp.abs(views - random_views(images, jax.random.key(2))).max()) > 0.1
+    net = ResNet(8, nnx.Rngs(0), (8,))
+    together = net(views)[0]
+    alone = jnp.concatenate([net(view[None])[0] for view in views])
+    assert float(jnp.abs(together - alone).max()) < 1e-5
