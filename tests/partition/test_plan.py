@@ -79,6 +79,24 @@ def test_choices_that_need_other_tokens_are_refused():
     assert any("aren't split by tokens" in p for p in layout_problems(vision, sizes))
 
 
+def test_key_heads_that_sequence_and_tensor_devices_cannot_share_are_refused():
+    one = dict.fromkeys(AXES, 1)
+    problems = lambda kind, sizes: list(
+        layout_problems(
+            make_config(kind, layout={"sequence_attention": "heads"}), one | sizes
+        )
+    )
+    (found,) = problems("dense", {"sequence": 4, "tensor": 2})
+    assert found == (
+        "layout.sequence_attention is 'heads' and mesh.sequence 4 x mesh.tensor 2 "
+        "doesn't divide model.num_kv_heads 4; use a product of 1, 2, 4, or ring"
+    )
+    assert problems("dense", {"sequence": 2, "tensor": 2}) == []
+    assert problems("union", {"sequence": 4}) == []  # its experts are shared out
+    found = problems("groups union", {"sequence": 4})  # which has 2 full key heads
+    assert any("doesn't divide the key heads of" in line for line in found), found
+
+
 def test_data_takes_what_is_left():
     assert mesh_sizes(MeshConfig(tensor=2), 8)["data"] == 4
     with pytest.raises(ConfigError, match="mesh.tensor is 0; it must be at least 1"):

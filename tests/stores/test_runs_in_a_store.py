@@ -252,6 +252,7 @@ def test_a_store_that_does_not_answer_is_given_up_soon(store, monkeypatch):
         ("s3://bucket/run", "s3://bucket/run needs s3fs, which isn't installed; pip"),
         ("az://bucket/run", "pip install adlfs"),
         ("gz://bucket/run", "no store is known as gz://; did you mean"),
+        ("hf://datasets/me/x", "the Hugging Face Hub makes a commit of every write"),
         ("gs://", "gs:// names no folder; give gs://BUCKET/FOLDER"),
         ("file:///tmp/run", "give the local folder"),
     ],

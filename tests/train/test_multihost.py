@@ -21,7 +21,7 @@ from uoe_jax.errors import CheckpointError, ConfigError
 from uoe_jax.partition.mesh import mesh_for
 from uoe_jax.runs.checkpoint import Checkpoints, snapshot
 from uoe_jax.runs.state import layout_of
-from uoe_jax.train import train, watch
+from uoe_jax.train import peers, train, watch
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.train.peers import join
 from uoe_jax.train.signals import StopRun
@@ -274,6 +274,36 @@ def test_who_stood_still_himself_blames_nobody(monkeypatch):
     assert meeting.said.empty()
     for index in (2, 1, 0):
         meeting.leave(index)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_who_hangs_before_a_step_of_the_others_is_named(victim, monkeypatch, capfd):
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(watch, "BEHIND_SECONDS", 0.5)
+    meeting = Meeting()
+    for index, member in enumerate(meeting.watches):
+        member.at(3 if index == victim else 5)
+    name, told = f"process {victim} of 3 (process {os.getpid()} on ", ""
+    end = time.monotonic() + 30
+    while "holds the others up" not in told and time.monotonic() < end:
+        time.sleep(0.1)  # where this test is, the process's main thread
+        told += capfd.readouterr().err
+    first, second = told.strip().splitlines()[:2]
+    assert first.startswith(f"uoe: {name}") and "has been at step 3 for " in first
+    assert first.endswith("s; others have begun step 5 and wait for it")
+    assert second.startswith(f"uoe: {name}")
+    assert "test_who_hangs_before_a_step_of_the_others_is_named" in second
+    time.sleep(1)
+    assert capfd.readouterr().err == ""  # said once a step
+    assert meeting.said.empty()  # slow isn't gone: nobody ends
+    for index in (2, 1, 0):
+        meeting.leave(index)
+
+
+def test_no_default_lets_a_stopped_process_go_unsaid_for_a_minute():
+    """And what jax says itself, after half of its time at the earliest, comes later."""
+    slowest = watch.SILENT_SECONDS + 2 * watch.BEAT_SECONDS + watch.GRACE_SECONDS
+    assert slowest < peers._HEARTBEAT_SECONDS / 2 <= 60
 
 
 def test_who_leaves_without_an_error_is_not_missed():

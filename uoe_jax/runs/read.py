@@ -23,7 +23,7 @@ from uoe_jax.config import (
     to_json,
 )
 from uoe_jax.errors import DataError, first_line
-from uoe_jax.files import format_json, parse_json, read_json
+from uoe_jax.files import check_path, format_json, parse_json, read_json
 from uoe_jax.hardware.count import count_params
 from uoe_jax.runs.leaves import leaves_of
 from uoe_jax.runs.scales import LABELS
@@ -98,9 +98,10 @@ class RunRecord:
 def find_files(roots: list[Path]) -> Iterator[Path]:
     """Yield folders of runs and files of experiments' results below some roots.
 
-    Raises DataError for a root that doesn't exist.
+    Raises DataError for a root that doesn't exist, ConfigError for one in a store.
     """
     for root in roots:
+        check_path(root, "the folder with runs")
         if root.is_file():
             yield root
         elif root.is_dir():

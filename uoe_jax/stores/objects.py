@@ -78,6 +78,12 @@ class Objects:
     def __init__(self, address: str):
         self.address = address
         self._scheme, _, rest = address.partition("://")
+        if self._scheme == "hf":
+            raise StoreError(
+                f"{address}: the Hugging Face Hub makes a commit of every write, and a "
+                "run writes every few seconds; give gs://, s3:// or a local folder, "
+                "and publish what comes out with uoe export"
+            )
         if not rest.strip("/"):
             raise StoreError(f"{address} names no folder; give {address}BUCKET/FOLDER")
         if {".", ".."} & set(rest.split("/")):
@@ -251,7 +257,7 @@ class Objects:
                 "give a local folder"
             )
         if isinstance(error, ValueError) and "rotocol not known" in str(error):
-            known = ("gs", "s3", "az", "abfs", "hf", "sftp", "memory")
+            known = ("gs", "s3", "az", "abfs", "sftp", "memory")
             return StoreError(
                 f"{self.address}: no store is known as {self._scheme}://; "
                 f"{nearest(self._scheme, known)}"

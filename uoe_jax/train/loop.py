@@ -74,7 +74,7 @@ from uoe_jax.train.step import make_step
 from uoe_jax.train.subject import MakeSubject, Subject, whole_model
 from uoe_jax.train.teacher import find_teacher, with_teacher
 from uoe_jax.train.validate import make_eval_step, run_validation
-from uoe_jax.train.watch import watch_peers
+from uoe_jax.train.watch import Watch, watch_peers
 from uoe_jax.tree import fill_leaves, named_leaves
 from uoe_jax.validation import validate
 
@@ -115,7 +115,7 @@ def train(
         display = stack.enter_context(
             Display(quiet=quiet, log_every=config.train.log_every)
         )
-        stack.enter_context(watch_peers())
+        watch = stack.enter_context(watch_peers())
         # Before the folder is touched: data that can't serve leaves nothing behind.
         # One process prepares it for all that see the same data.cache_dir.
         data = primary_first(
@@ -153,7 +153,7 @@ def train(
             if teacher is not None:
                 subject = with_teacher(subject, teacher, config, mesh)
             run = _Run(config, run_dir, data, mesh, subject, display, signals)
-            run.lock = lock
+            run.lock, run.watch = lock, watch
             run.restore(resume_step)
             return run.train()
         except Exception as error:
@@ -193,6 +193,7 @@ class _Run:
         self.best = Checkpoints(run_dir / BEST)
         self.step, self.fresh = 0, True
         self.lock: RunLock | None = None
+        self.watch: Watch | None = None
         self.pending: tuple[int, PyTree] | None = None
         # Of a warm-up of top_k; without one all is as at its end.
         self.stage_number, self.stage, self.staged = STAGES, config, subject
@@ -388,6 +389,8 @@ class _Run:
                     self.state, batch, self.subject.frozen
                 )
                 self.step += 1
+                if self.watch is not None:
+                    self.watch.at(self.step)
                 previous, self.pending = self.pending, (self.step, metrics)
                 self.read(previous)
                 vote = _STOP if self.signals.received else 0

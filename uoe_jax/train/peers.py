@@ -15,8 +15,9 @@ from orbax.checkpoint import multihost
 
 from uoe_jax.errors import ConfigError
 
-# jax's own notice of a process that is gone, should `watch` have no connection to it.
-_HEARTBEAT_SECONDS = 50
+# jax's own notice of a process that is gone, should `watch` have no connection to it:
+# it ends all others after half to the whole of this, so `watch` must be earlier.
+_HEARTBEAT_SECONDS = 100
 _LONGEST_SECONDS = 24 * 3600  # that the others wait for the first one
 _meetings = 0  # so that no two have the same name
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

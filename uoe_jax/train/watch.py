@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -27,7 +28,12 @@ from uoe_jax.files import format_json, parse_json
 from uoe_jax.train.signals import StopRun
 
 BEAT_SECONDS = 2.0  # between two signs of life
-SILENT_SECONDS = 20.0  # without one: stopped; jax itself would abort after some 30
+# Without one a process is stopped. Signs are given by a thread of their own, so that a
+# compilation, a validation or a save of any length gives them, too; what can hold them
+# back is a call into C that keeps Python's lock, and none here takes half as long. The
+# whole is under a minute, and before jax's own abort (see `peers`).
+SILENT_SECONDS = 40.0
+BEHIND_SECONDS = 40.0  # at one step while others are past it: said, and no more
 LOST_SECONDS = 30  # a machine that answers no probe for so long is gone
 GRACE_SECONDS = 5.0  # for a process to report an error of its own, and to end
 _ADDRESS_BYTES = 1024
@@ -72,6 +78,9 @@ class Watch:
         self._peers: dict[_Line, str] = {}  # with their names
         self._heard: dict[_Line, float] = {}  # when each gave its last sign of life
         self._beaten = 0.0  # when this one gave its last
+        self._step = 0  # the last that this process began
+        # The step that each has begun, since when, and whether that was said.
+        self._begun: dict[_Line | None, tuple[int, float, bool]] = {}
         self._plan: tuple[float, str, int] | None = None  # when to end, with what
         self._failed: int | None = None  # the exit code of this process's own error
         self._thread: threading.Thread | None = None
@@ -115,6 +124,10 @@ class Watch:
             code = getattr(error, "exit_code", 1)
             self._main.send(f"failed {code} {self._name} failed: {reason}")
 
+    def at(self, step: int) -> None:
+        """Note the step that this process has begun."""
+        self._step = step
+
     def _address(self, port: int) -> str:
         given = os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")[0]
         hosts = [given, _own_address(), socket.gethostname()]
@@ -133,11 +146,9 @@ class Watch:
                 line.connection.close()
             except OSError:  # the next name may reach it
                 continue
-        print(
-            f"uoe: {self._name} can't reach {address['name']} on port "
-            f"{address['port']}, so it notices late who is gone; open ports between "
-            "the machines",
-            file=sys.stderr,
+        _say(
+            f"{self._name} can't reach {address['name']} on port {address['port']}, so "
+            "it notices late who is gone; open ports between the machines"
         )
 
     def _watch(self, line: _Line, name: str) -> None:
@@ -157,6 +168,7 @@ class Watch:
         self._selector.unregister(line)
         self._peers.pop(line, None)
         self._heard.pop(line, None)
+        self._begun.pop(line, None)
         line.connection.close()
 
     def _tell(self, message: str, but: _Line | None = None) -> None:
@@ -169,11 +181,9 @@ class Watch:
         try:
             self._serve()
         except Exception as error:  # a thread that dies isn't missed by anybody
-            print(
-                f"uoe: {self._name} no longer watches the others: "
-                f"{type(error).__name__}: {error}",
-                file=sys.stderr,
-                flush=True,
+            _say(
+                f"{self._name} no longer watches the others: "
+                f"{type(error).__name__}: {error}"
             )
 
     def _serve(self) -> None:
@@ -202,7 +212,9 @@ class Watch:
         """Give a sign of life; end where another process has given none for long."""
         if now - self._beaten >= BEAT_SECONDS:
             self._beaten = now
-            self._tell("beat")
+            self._tell(f"beat {self._step}")
+            if self._index == 0:  # it alone hears all the others
+                self._find_behind(now)
         for line, name in self._peers.items():
             if now - self._heard[line] > SILENT_SECONDS and self._failed is None:
                 self._finish(
@@ -213,6 +225,39 @@ class Watch:
                 )
                 return True
         return False
+
+    def _note_step(self, line: _Line | None, step: int, now: float) -> None:
+        if self._begun.get(line, (-1,))[0] != step:
+            self._begun[line] = step, now, False
+
+    def _find_behind(self, now: float) -> None:
+        """Say who hangs before a step that others have begun: they wait for it.
+
+        It may only be slow, so nothing is ended; it says itself where it is.
+        """
+        self._note_step(None, self._step, now)
+        furthest = max(step for step, _, _ in self._begun.values())
+        for line, (step, since, said) in list(self._begun.items()):
+            if said or step == furthest or now - since <= BEHIND_SECONDS:
+                continue
+            self._begun[line] = step, since, True
+            name = self._name if line is None else self._peers[line]
+            _say(
+                f"{name} has been at step {step} for {now - since:.0f} s; others have "
+                f"begun step {furthest} and wait for it"
+            )
+            if line is None:
+                self._say_where()
+            else:
+                line.send("where")
+
+    def _say_where(self) -> None:
+        """Say where the main thread of this process is."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        if frame is not None:
+            places = traceback.extract_stack(frame)[-3:]
+            told = " > ".join(f"{p.filename}:{p.lineno} {p.name}" for p in places)
+            _say(f"{self._name} holds the others up at {told}")
 
     def _finish(self, text: str, code: int) -> None:
         """Leave, telling the others first, and end this process."""
@@ -263,6 +308,10 @@ class Watch:
             word, _, text = message.partition(" ")
             self._heard[line] = time.monotonic()
             if word == "beat":
+                self._note_step(line, int(text or 0), self._heard[line])
+                continue
+            if word == "where":
+                self._say_where()
                 continue
             if word == "done":
                 self._drop(line)
@@ -344,8 +393,12 @@ def _in_a_moment(text: str, code: int) -> tuple[float, str, int]:
     return time.monotonic() + GRACE_SECONDS, text, code
 
 
+def _say(text: str) -> None:
+    print(f"uoe: {text}", file=sys.stderr, flush=True)
+
+
 def _exit(text: str, code: int) -> None:
     # The main thread may hang in a collective: nothing else ends it.
     if text:
-        print(f"uoe: {text}", file=sys.stderr, flush=True)
+        _say(text)
     os._exit(code)
