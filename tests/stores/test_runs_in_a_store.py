@@ -18,7 +18,7 @@ from tests.train.tiny_runs import make_tiny, with_train
 from uoe_jax.cli import main
 from uoe_jax.config import MeshConfig, to_json
 from uoe_jax.errors import CheckpointError, ConfigError, MissingExtra
-from uoe_jax.runs import lock
+from uoe_jax.runs import lock, write
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import open_run_dir
 from uoe_jax.runs.load import load_run
@@ -322,6 +322,54 @@ def test_only_one_of_two_machines_holds_a_run(store, monkeypatch):
     assert held.exists()  # the second one's
     second.release()
     assert not held.exists()
+
+
+def test_of_two_commands_that_write_one_address_one_does(
+    run, store, monkeypatch, capsys
+):
+    """The other one starts while the first one writes, on a machine of its own."""
+    made = ["decompose", "bucket://b/runs/r", "--merge", "--out", "bucket://b/runs/cut"]
+    wanted, said, settings = store / "b/runs/cut", [], write.write_settings
+
+    def meanwhile(folder, *rest):
+        settings(folder, *rest)
+        if not said:
+            said.append("began")
+            mine, cache = dict(_MIRRORS), os.environ["XDG_CACHE_HOME"]
+            _MIRRORS.clear()
+            os.environ["XDG_CACHE_HOME"] = str(store.parent / "other")
+            try:
+                said.append(main([*made, "--json"]))
+            finally:
+                os.environ["XDG_CACHE_HOME"] = cache
+                _MIRRORS.clear()
+                _MIRRORS.update(mine)
+        assert (wanted / ".lock").exists()
+
+    monkeypatch.setattr(write, "write_settings", meanwhile)
+    assert main(made) == 0
+    assert said == ["began", 2]
+    told = capsys.readouterr().err
+    assert "is at work in bucket://b/runs/cut; stop it or choose another --out" in told
+    assert not (wanted / ".lock").exists()
+    assert load_run(Path("bucket://b/runs/cut")).config.model.mlp == ("dense",)
+    assert main(made) == 2  # and later it isn't empty
+
+
+def test_what_stays_local_says_what_to_do(store, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid = ["--grid", "optim.learning-rate=1e-3,1e-4"]
+    for command in (
+        ["runs", "gs://b/all"],
+        ["runs", "memory://all"],
+        ["sweep", "tiny", "--out", "gs://b/all", *grid],
+        ["train", "tiny", "--data.path", "gs://b/text.txt"],
+        ["export", "run", "s3://b/model"],
+    ):
+        assert main(command) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and "mount the store" in lines[0], lines
+    assert list(tmp_path.iterdir()) == [store]
 
 
 def test_a_dead_process_of_this_machine_is_not_waited_for(store):

@@ -32,9 +32,13 @@ class StoreLock(RunLock):
     process of this machine that has ended.
     """
 
-    def __init__(self, mirror: Mirror, note: Callable[[str], None]):
-        mirror.folder.mkdir(parents=True, exist_ok=True)
-        super().__init__(mirror.folder, note)
+    def __init__(
+        self, mirror: Mirror, note: Callable[[str], None], folder: Path | None = None
+    ):
+        """`folder`: where the copy comes from, if it is written elsewhere first."""
+        folder = folder or mirror.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder, note)
         self._mirror, self._objects = mirror, mirror.objects
         self._note, self._ours = note, False
 

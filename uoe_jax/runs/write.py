@@ -24,7 +24,9 @@ from uoe_jax.runs.folder import CHECKPOINTS, write_environment, write_settings
 from uoe_jax.runs.lock import NAME, RunLock
 from uoe_jax.runs.result import write_result
 from uoe_jax.runs.state import Progress
+from uoe_jax.runs.store_lock import StoreLock
 from uoe_jax.runs.stored import holds_any, publish, run_folder
+from uoe_jax.stores.mirror import mirror_of
 from uoe_jax.tree import named_leaves
 
 
@@ -99,7 +101,6 @@ def write_run(
             with suppress(CheckpointError):
                 checkpoints.close()
             raise
-    publish(folder)
 
 
 def _arrays(
@@ -130,20 +131,28 @@ def _counts(step: int) -> dict[str, int]:
 def _appearing(folder: Path) -> Iterator[Path]:
     """Yield a locked folder beside the wanted one, which it becomes at the end.
 
-    What a killed process left in it is removed; so is everything after an error.
+    What a killed process left in it is removed; so is everything after an error. In a
+    store the wanted one is locked there, too, until all is sent: of two commands that
+    name it one writes.
     """
+    wanted, found = folder, mirror_of(folder)
     folder = folder.resolve()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     lock, ours = None, False
     try:
         try:
             unfinished.mkdir(parents=True, exist_ok=True)
-            lock = RunLock(unfinished, note_once)
+            if found is None:
+                lock = RunLock(unfinished, note_once)
+            else:
+                lock = StoreLock(found[0], note_once, unfinished)
             lock.acquire()
             ours = True
+            check_free(wanted)  # another may have written it since
             _clear(unfinished)
             yield unfinished
             unfinished.rename(folder)
+            publish(wanted)
         except BaseException:
             if ours:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -159,6 +168,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
         ) from None
     except (CheckpointError, ConfigError) as error:
         text = str(error).replace(str(unfinished), str(folder))
+        text = text.replace("is training in", "is at work in")  # or it writes, too
         raise type(error)(text.replace("--run-dir", "--out")) from None
 
 
