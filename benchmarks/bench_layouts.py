@@ -94,6 +94,18 @@ def lay_out(config: ExperimentConfig, layout: Layout) -> ExperimentConfig:
     return with_mesh(chosen, layout.sizes)
 
 
+def described(config: ExperimentConfig) -> dict[str, Any]:
+    """Return what `uoe plan --fit` has to know of a run."""
+    return {
+        "preset": config.name,
+        "batch": config.data.batch_size,
+        "seq_len": config.seq_len,
+        "remat": config.model.recompute,
+        "scan_layers": config.model.scan_layers,
+        "accumulate": config.train.accumulate,
+    }
+
+
 def compile_layout(config: ExperimentConfig) -> tuple[Any, float]:
     """Return a compiled training step and the seconds that took."""
     start = time.perf_counter()
@@ -248,6 +260,7 @@ def time_run(run: str, args: argparse.Namespace, record: Record, stop: float) ->
             return
         chosen = lay_out(config, layout)
         row = {"run": run, "layout": layout.name, "mesh": layout.sizes}
+        row |= described(chosen)
         row |= {"choices": layout.choices, "predicted": predicted(chosen, layout)}
         one = record.find(run, Layout(ONE, {}).name) or {}
         try:

@@ -5,41 +5,39 @@
       --plot docs/images/step_predictions.png
     python benchmarks/predictions.py layouts benchmarks/results/layouts_h200x2.json \
       --steps benchmarks/results/train_steps_h200.json \
-      --out benchmarks/results/layout_predictions_h200x2.json
+      --out benchmarks/results/layout_predictions_h200x2.json \
+      --plot docs/images/layouts_h200x2.png
 
 Reads files of `bench_train.py` and `bench_layouts.py`; needs no accelerator. Steps are
 predicted from others: each run from all the others; half of every model's shapes from
 the other half, in every way; one size (`small`, `1b`) from the other; each run from the
-others of its size, and of its kind (dense, union). Layouts are predicted three ways:
-from shares of the peak, from a model of products without any timed step, and from that
-model calibrated on one card's steps. Errors are predicted over measured time, less 1.
+others of its size, and of its kind (dense, union). Layouts are predicted four ways:
+from shares of the peak, from a model of products without any timed step, from that
+model calibrated on one card's steps, and each from all other steps and layouts, with
+what they say of the links. Errors are predicted over measured time, less 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_train import configure
 from matplotlib.figure import Figure
 
 from uoe_jax.bench.record import arguments, command_line, read_record, write_record
-from uoe_jax.config import LayoutConfig
 from uoe_jax.files import write_atomically
 from uoe_jax.hardware import fit, gemm
-from uoe_jax.hardware.devices import Device, Topology
-from uoe_jax.hardware.roofline import LEARNED, UNCALIBRATED, predict
+from uoe_jax.hardware.devices import Device
+from uoe_jax.hardware.roofline import LEARNED, UNCALIBRATED
 from uoe_jax.report.style import LIGHT, MARKERS, Theme, render
 from uoe_jax.report.table import format_table
 
 Steps = Sequence[fit.Measurement]
-WAYS = ("shares", "products", "fitted")
+WAYS = ("shares", "products", "fitted", "links")
 
 
 def model_of(item: fit.Measurement) -> str:
@@ -214,22 +212,21 @@ def predict_steps(args: argparse.Namespace) -> None:
 
 
 def predict_layouts(args: argparse.Namespace) -> None:
-    """Predict each timed layout in three ways."""
+    """Predict each timed layout in four ways."""
     device, steps = fit.read_measurements(args.steps)
+    _, timed = fit.read_measurements(args.file)
     model = gemm.shipped(device.name)
+    found = {"shares": fit.check(device, UNCALIBRATED, timed)}
+    found["products"] = fit.check(device, LEARNED, timed, model)
     calibrated = fit.fit(device, steps, args.steps.name, model)
+    found["fitted"] = fit.check(device, calibrated, timed, model)
+    found["links"] = fit.leave_one_out(device, [*steps, *timed], model)
     rows: list[dict[str, Any]] = []
-    for timed in read_record(args.file)["results"]:
-        if timed["run"].startswith("tiny"):  # for its losses, not for its time
-            continue
-        layout = LayoutConfig(**timed["choices"])
-        config = dataclasses.replace(configure(timed["run"]), layout=layout)
-        shape = (math.prod(timed["mesh"].values()),)
-        topology = Topology(name="here", device=device, shape=shape)
-        rows.append({key: timed[key] for key in ("run", "layout", "milliseconds")})
-        for way, factors in zip(WAYS, (UNCALIBRATED, LEARNED, calibrated), strict=True):
-            found = predict(config, timed["mesh"], topology, factors, model)
-            rows[-1][way] = found.step_seconds * 1e3
+    wanted = (row for row in read_record(args.file)["results"] if "milliseconds" in row)
+    for item, row in zip(timed, wanted, strict=True):
+        rows.append({key: row[key] for key in ("run", "layout", "milliseconds")})
+        for way in WAYS:
+            rows[-1][way] = row["milliseconds"] * (1 + found[way].errors[item.name])
     error = lambda row, way: row[way] / row["milliseconds"] - 1
     cells = [
         (
@@ -239,20 +236,62 @@ def predict_layouts(args: argparse.Namespace) -> None:
         for row in rows
     ]
     print(format_table(("run", "layout", "measured ms", *WAYS), cells))
-    found = {}
+    errors = {}
     for way in WAYS:
         apart = [abs(error(row, way)) for row in rows]
-        found[way] = {"median": statistics.median(apart), "worst": max(apart)}
-        print(f"{way}: {found[way]['median']:.1%}, at most {found[way]['worst']:.1%}")
-    record = {"command": command_line(), "errors": found, "results": rows}
-    write_record(args.out, record)
+        errors[way] = {"median": statistics.median(apart), "worst": max(apart)}
+        print(f"{way}: {errors[way]['median']:.1%}, at most {errors[way]['worst']:.1%}")
+    both = fit.fit(device, [*steps, *timed], "links", model)
+    print(f"links take {both.links:.2f} times what the data sheet says")
+    record = {"command": command_line(), "errors": errors, "links": both.links}
+    write_record(args.out, {**record, "results": rows})
+    if args.plot:
+        picture = render(lambda theme: draw_layouts(rows, theme), (LIGHT,), dpi=130)
+        write_atomically(args.plot, picture["light"])
+
+
+def draw_layouts(rows: list[dict[str, Any]], theme: Theme) -> Figure:
+    """Draw the time of each layout, and what was predicted before and after a fit."""
+    runs = dict.fromkeys(row["run"] for row in rows)
+    groups = {run: [row for row in rows if row["run"] == run] for run in runs}
+    counts = [len(group) for group in groups.values()]
+    figure = Figure(figsize=(6.6, 0.34 * sum(counts) + 2.2), layout="constrained")
+    panels = figure.subplots(len(groups), 1, height_ratios=counts, squeeze=False)
+    for (run, group), axes in zip(groups.items(), panels[:, 0], strict=True):
+        group = sorted(group, key=lambda row: row["milliseconds"])
+        places = range(len(group))
+        colors = [
+            theme.colors[6] if row["layout"] == "one device" else theme.colors[0]
+            for row in group
+        ]
+        times = [row["milliseconds"] for row in group]
+        axes.barh(places, times, color=colors, alpha=0.55, height=0.62)
+        for way, mark, color in (("products", "o", 1), ("links", "D", 3)):
+            label = {"products": "predicted, nothing timed",
+                     "links": "predicted from all other steps"}[way]  # fmt: skip
+            axes.plot(
+                [row[way] for row in group], places, mark, ms=7, ls="none",
+                color=theme.colors[color], mec=theme.paper, mew=0.8, label=label,
+            )  # fmt: skip
+        one = [row["milliseconds"] for row in group if row["layout"] == "one device"]
+        if one:
+            axes.axvline(one[0] / 2, color=theme.ink, lw=1, ls="--")
+        axes.set_yticks(places, labels=[row["layout"] for row in group])
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        preset, _, batch = run.partition(":")
+        axes.set(xlim=(0, None), title=f"{preset}, {batch} x 8192 tokens")
+    panels[-1, 0].set_xlabel("ms a step; dashed: half of one card's")
+    handles = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=2, fontsize=10)
+    return figure
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("what", choices=("steps", "layouts"))
     parser.add_argument("file", type=Path)
-    parser.add_argument("--plot", type=Path, help="PNG of the steps")
+    parser.add_argument("--plot", type=Path, help="PNG of the steps, or layouts")
     parser.add_argument("--steps", type=Path, help="one card's, for the layouts")
     args = parser.parse_args()
     if args.what == "layouts" and args.steps is None:

@@ -49,6 +49,34 @@ def test_exact_times_are_fitted_exactly():
     assert errors.median < 0.01 and errors.worst < 0.05
 
 
+def laid_out():
+    """Steps of layouts of two cards, on links that are slower than the data sheet's and
+    hide less than all."""
+    truth = dataclasses.replace(TRUTH, links=1.4, beside=0.6)
+    topology, found = parse_topology("h200:2"), []
+    for preset in ("small", "small-union", "1b", "1b-union"):
+        for axis in ("data", "fsdp", "tensor", "sequence"):
+            config, sizes = get_preset(preset), fit.ONE | {axis: 2}
+            seconds = predict(config, sizes, topology, truth).step_seconds
+            item = fit.Measurement(
+                name=f"{preset} {axis}", config=config, seconds=seconds, sizes=sizes
+            )
+            found.append(item)
+    return found
+
+
+def test_links_are_learned_from_layouts():
+    measured = [*timed(), *laid_out()]
+    calibration = fit.fit(H200, measured, "made up")
+    assert calibration.links == pytest.approx(1.4, abs=0.1)
+    assert 0.3 < calibration.beside < 0.7  # it weighs little, and is drawn to 0
+    assert fit.check(H200, calibration, measured).median < 0.01
+    assert fit.leave_one_out(H200, measured).median < 0.01
+    # One card's steps say nothing of links, and are predicted as before.
+    alone = fit.fit(H200, timed(), "made up")
+    assert (alone.links, alone.beside) == (1.0, 0.0)
+
+
 def test_other_shapes_are_predicted_from_noisy_ones():
     measured = timed(noise=0.05)
     calibration = fit.fit(H200, measured[::2], "made up")
@@ -84,6 +112,24 @@ def test_a_file_of_timed_steps_is_read(tmp_path):
     assert device.name == "H200"
     assert measured[0].seconds == 0.03
     assert measured[0].config.seq_len == 512
+
+
+def test_a_file_of_timed_layouts_is_read(tmp_path):
+    path = tmp_path / "layouts.json"
+    row = {"run": "1b:8", "layout": "tensor 2, reduce_scatter", "milliseconds": 900.0}
+    row |= {"preset": "1b", "batch": 8, "seq_len": 8192, "remat": "full"}
+    row |= {"choices": {"tensor_reduce": "reduce_scatter"}, "mesh": {"tensor": 2}}
+    failed = {"run": "1b:8", "layout": "data 2", "failed": "no room"}
+    about = {"device": "2 x NVIDIA H200", "results": [row, failed]}
+    path.write_text(json.dumps(about))
+    device, (item,) = fit.read_measurements(path)
+    assert device == H200 and item.name == "1b:8, tensor 2, reduce_scatter"
+    assert item.sizes == {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 2}
+    assert item.config.layout.scatters and item.config.model.recompute == "full"
+    del row["batch"]
+    path.write_text(json.dumps(about))
+    with pytest.raises(DataError, match="has a step without 'batch'; time it anew"):
+        fit.read_measurements(path)
 
 
 @pytest.mark.parametrize(

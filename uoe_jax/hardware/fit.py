@@ -1,6 +1,7 @@
 """Calibration of the cost model from measured steps, and its error. Imports no jax.
 
-A measured step is a sum of kinds of work at the data sheet's rate, each times a factor.
+A measured step is a sum of kinds of work at the data sheet's rate, each times a factor;
+of several devices also the collectives that are waited for and those beside other work.
 The factors are those that make the relative errors least, none below 1: nothing runs
 faster than its peak.
 """
@@ -8,13 +9,15 @@ faster than its peak.
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uoe_jax.config import ExperimentConfig
+from uoe_jax.config import ExperimentConfig, LayoutConfig
 from uoe_jax.errors import DataError
 from uoe_jax.files import format_json, read_json
 from uoe_jax.hardware.devices import Device, Topology, find_device
@@ -24,6 +27,7 @@ from uoe_jax.hardware.roofline import (
     LEARNED_FACTORS,
     UNCALIBRATED,
     Calibration,
+    Prediction,
     predict,
 )
 from uoe_jax.presets import get_preset
@@ -31,7 +35,10 @@ from uoe_jax.presets import get_preset
 ONE = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
 _LEAST_LEARNED = 0.8
 _FIXED = "fixed"  # what a step costs whatever its size
-_KINDS = (*DEFAULT_FACTORS, _FIXED)
+# Seconds of collectives at the data sheet's bandwidth: those that nothing hides, and
+# the others. How much of these is waited for is a factor like the rest.
+_LINKS, _BESIDE = "links", "beside"
+_KINDS = (*DEFAULT_FACTORS, _LINKS, _BESIDE, _FIXED)
 # Weights of the default factors beside one measurement. What is measured decides which:
 # a few steps, or ones that the model explains badly, need a strong one.
 _PRIORS = (0.02, 0.06, 0.2, 0.6)
@@ -39,11 +46,12 @@ _PRIORS = (0.02, 0.06, 0.2, 0.6)
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One timed configuration on one chip."""
+    """One timed configuration, on one chip or laid out on several."""
 
     name: str
     config: ExperimentConfig
     seconds: float
+    sizes: Mapping[str, int] = field(default_factory=lambda: dict(ONE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +72,8 @@ class Errors:
 
 
 def read_measurements(path: Path) -> tuple[Device, list[Measurement]]:
-    """Return the device and the steps timed in a file of `benchmarks/bench_train.py`.
+    """Return the device and the steps timed in a file of `benchmarks/bench_train.py`,
+    or of `benchmarks/bench_layouts.py`.
 
     Raises:
       DataError: not such a file, or of a device that isn't known.
@@ -72,6 +81,7 @@ def read_measurements(path: Path) -> tuple[Device, list[Measurement]]:
     try:
         content = read_json(path)
         results, kind = content["results"], content["device"]
+        kind = re.sub(r"^\d+ x ", "", kind)  # of so many
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} isn't a file of timed steps ({error}); make one with "
@@ -87,7 +97,13 @@ def read_measurements(path: Path) -> tuple[Device, list[Measurement]]:
                 f"{path} has {result['run']!r}, whose union isn't its preset's; time "
                 "the runs to fit without mlp_experts and attention_experts"
             )
-    return device, [_measurement(result) for result in timed]
+    try:
+        return device, [_measurement(result) for result in timed]
+    except KeyError as error:
+        raise DataError(
+            f"{path} has a step without {error}; time it anew with "
+            "benchmarks/bench_train.py or bench_layouts.py"
+        ) from None
 
 
 def _measurement(result: dict[str, Any]) -> Measurement:
@@ -101,9 +117,16 @@ def _measurement(result: dict[str, Any]) -> Measurement:
     )
     data = dataclasses.replace(config.data, batch_size=batch, seq_len=length)
     train = dataclasses.replace(config.train, accumulate=result.get("accumulate", 1))
-    config = dataclasses.replace(config, model=model, data=data, train=train)
+    layout = LayoutConfig(**result.get("choices", {}))
+    config = dataclasses.replace(
+        config, model=model, data=data, train=train, layout=layout
+    )
     name = result.get("run", f"{result['preset']}:{batch} x {length}")
-    return Measurement(name=name, config=config, seconds=result["milliseconds"] / 1000)
+    sizes = ONE | result.get("mesh", {})
+    if "layout" in result:
+        name += f", {result['layout']}"
+    seconds = result["milliseconds"] / 1000
+    return Measurement(name=name, config=config, seconds=seconds, sizes=sizes)
 
 
 def fit(
@@ -124,13 +147,15 @@ def fit(
     rows, learned = _rows(device, measured, gemm), gemm is not None
     solved = _solve(rows, _best_prior(rows, learned), learned)
     factors = dict(zip(_KINDS, solved, strict=True))
-    fixed = factors.pop(_FIXED)
+    fixed, links, beside = (factors.pop(kind) for kind in (_FIXED, _LINKS, _BESIDE))
     return Calibration(
         device=device.name,
         factors={kind: round(value, 4) for kind, value in factors.items()},
         step_seconds=round(fixed * _UNIT, 6),
         source=source,
         learned=learned,
+        links=round(links, 4),
+        beside=round(beside, 4),
     )
 
 
@@ -165,7 +190,7 @@ def _rows(
     the factors, is the predicted time over the measured one."""
     rows = []
     for item in measured:
-        ideal = _ideal(device, item.config, gemm)
+        ideal = _ideal(device, item, gemm)
         rows.append([ideal[kind] / item.seconds for kind in _KINDS])
     return rows
 
@@ -192,23 +217,34 @@ def _best_prior(rows: Sequence[Sequence[float]], learned: bool) -> float:
 
 def _solve(rows: Sequence[Sequence[float]], prior: float, learned: bool) -> list[float]:
     factors = LEARNED_FACTORS if learned else DEFAULT_FACTORS
-    defaults = [*factors.values(), 0.0]
+    defaults = [*factors.values(), 1.0, 0.0, 0.0]
     # Only a data sheet's rate can't be beaten: a model may be slow by its own error.
     same = [factors[kind] == DEFAULT_FACTORS[kind] for kind in factors]
-    least = [1.0 if known else _LEAST_LEARNED for known in same] + [0.0]
+    least = [1.0 if known else _LEAST_LEARNED for known in same] + [1.0, 0.0, 0.0]
     return _least_squares(rows, defaults, least, prior)
 
 
 def _ideal(
-    device: Device, config: ExperimentConfig, gemm: GemmModel | None
+    device: Device, item: Measurement, gemm: GemmModel | None
 ) -> dict[str, float]:
-    """Return the seconds of each kind of work at the full rate, or by `gemm`."""
-    topology = Topology(name="one", device=device, shape=(1,) * _dimensions(device))
+    """Return the seconds of each kind of work at the full rate, or by `gemm`, and of
+    the collectives."""
     factors = dict.fromkeys(DEFAULT_FACTORS, 1.0)
     learned = gemm is not None
     calibration = dataclasses.replace(UNCALIBRATED, factors=factors, learned=learned)
-    found = predict(config, ONE, topology, calibration, gemm)
-    return {**found.work_seconds, _FIXED: _UNIT}
+    found = _predict(device, calibration, item, gemm)
+    hidden = sum(time for c, time in found.collectives if c.hidden)
+    waits = sum(time for c, time in found.collectives if not c.hidden)
+    return {**found.work_seconds, _LINKS: waits, _BESIDE: hidden, _FIXED: _UNIT}
+
+
+def _predict(
+    device: Device, calibration: Calibration, item: Measurement, gemm: GemmModel | None
+) -> Prediction:
+    count = math.prod(item.sizes.values())
+    shape = (count,) + (1,) * (_dimensions(device) - 1)
+    topology = Topology(name="measured", device=device, shape=shape)
+    return predict(item.config, item.sizes, topology, calibration, gemm)
 
 
 def _dimensions(device: Device) -> int:
@@ -253,10 +289,9 @@ def check(
     gemm: GemmModel | None = None,
 ) -> Errors:
     """Return the relative errors of a calibration on measured steps."""
-    topology = Topology(name="one", device=device, shape=(1,) * _dimensions(device))
     errors = {}
     for item in measured:
-        found = predict(item.config, ONE, topology, calibration, gemm)
+        found = _predict(device, calibration, item, gemm)
         errors[item.name] = found.step_seconds / item.seconds - 1
     return Errors(errors=errors)
 

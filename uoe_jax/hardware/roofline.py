@@ -46,6 +46,8 @@ class Calibration:
 
     `step_seconds` is added once a step. Factors not given are `DEFAULT_FACTORS`. With
     `learned` those of products are of the seconds that a model of products predicts.
+    Collectives take `links` times as long as at the data sheet's bandwidth; of those
+    that run beside other work, `beside` times that are waited for at least.
     """
 
     device: str
@@ -53,6 +55,8 @@ class Calibration:
     step_seconds: float = 0.0
     source: str = "typical shares of the peak, not measured"
     learned: bool = False
+    links: float = 1.0
+    beside: float = 0.0
 
 
 DEFAULT_FACTORS = {
@@ -165,13 +169,15 @@ def predict(
     groups = place_axes(topology, sizes)
     for axis, step in (rings or {}).items():
         groups[axis] = dataclasses.replace(groups[axis], step=step)
+    slower = calibration.links
     talk = tuple(
-        (c, c.count * seconds(c.kind, c.num_bytes, groups[c.axis]))
+        (c, slower * c.count * seconds(c.kind, c.num_bytes, groups[c.axis]))
         for c in collectives(config, sizes)
     )
     hidden = sum(time for c, time in talk if c.hidden)
     exposed = sum(time for c, time in talk if not c.hidden)
-    exposed += max(0.0, hidden - _OVERLAP * sum(spent[kind] for kind in FLOP_KINDS))
+    room = _OVERLAP * sum(spent[kind] for kind in FLOP_KINDS)
+    exposed += max(calibration.beside * hidden / slower, hidden - room)
     tokens = config.data.batch_size * num_tokens(config.model, config.seq_len)
     chips = 1
     for size in sizes.values():
