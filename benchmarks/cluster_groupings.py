@@ -15,6 +15,8 @@ of a pass:
     core    half of the chosen experts always on, those whose neurons write most
     alone   core, and each layer's down-projection fitted to the dense model's inputs
     refit   core, and fitted to what the cut layers before it write
+    most    alone, and all but an eighth of the chosen experts always on
+    whole   most, and fitted to what the cut layers before it write
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ from uoe_jax.runs.probe import in_float32, mean_loss
 
 ARTICLES = 600  # and as many of Python's files
 KEY = ("seed", "keep", "experts", "grouping", "variant")  # of a row
-VARIANTS = ("plain", "core", "alone", "refit")
+VARIANTS = ("plain", "core", "alone", "refit", "most", "whole")
+FOLLOWS = ("refit", "whole")
 
 
 def open_model(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -90,12 +93,14 @@ def passes(options: argparse.Namespace) -> list[Pass]:
 def make_cut(wanted: Pass, variant: str) -> Cut:
     """Return the cut of a pass that a variant names."""
     chosen = max(round(wanted.experts * wanted.keep), 1)
+    shared = {"plain": 0, "most": chosen - max(chosen // 8, 1)}
+    shared["whole"] = shared["most"]
     return Cut(
         num_experts=wanted.experts,
         top_k=chosen,
         parts=("mlp",),
-        shared=0 if variant == "plain" else chosen // 2,
-        refit=variant in ("alone", "refit"),
+        shared=shared.get(variant, chosen // 2),
+        refit=variant not in ("plain", "core"),
         grouping=wanted.grouping,
         seed=wanted.seed,
     )
@@ -112,7 +117,7 @@ def measure(
         union = union_config(
             model.config, cut.experts, cut.chosen, cut.parts, None, cut.shared
         )
-        found.append(Decided(union, cut, follows=variant == "refit"))
+        found.append(Decided(union, cut, follows=variant in FOLLOWS))
     decide(model, found, calibrate, held)
     rows = []
     for variant, row in zip(

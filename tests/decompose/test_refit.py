@@ -13,7 +13,7 @@ from tests.decompose.test_exact import DENSE, draw
 from uoe_jax.config import UnionConfig
 from uoe_jax.decompose.cut import Cut
 from uoe_jax.decompose.plan import as_written, make_plan
-from uoe_jax.decompose.refit import chosen_gates, core_first, fit_down
+from uoe_jax.decompose.refit import RIDGES, chosen_gates, core_first, fit_down
 from uoe_jax.decompose.route import RouterFit
 from uoe_jax.decompose.split import merge_params, union_config
 from uoe_jax.errors import ConfigError
@@ -42,6 +42,27 @@ def test_the_fit_is_the_least_squares_solution(seed, top_k, ridge):
     assert np.abs(found.w_down - want).max() < 1e-4 * max(1, np.abs(want).max())
     assert np.abs(found.outputs - on @ want).max() < 1e-3
     assert found.after <= found.before + 1e-6
+
+
+@settings(max_examples=10, deadline=None)
+@given(seeds, st.sampled_from([0.01, 3.0]))
+def test_the_ridge_is_that_of_the_least_error_on_the_last_quarter(seed, noise):
+    """Against lstsq in float64 for each ridge, fitted to the first three quarters."""
+    rng = np.random.default_rng(seed)
+    neurons, w = rng.normal(size=(40, 12)), rng.normal(size=(12, 5))
+    gates = np.ones((40, 4))
+    wanted = neurons @ (w + 0.3 * rng.normal(size=w.shape))
+    wanted += noise * rng.normal(size=wanted.shape)
+    errors = []
+    for ridge in RIDGES:
+        on = neurons[:30]
+        root = np.sqrt(ridge * np.trace(on.T @ on) / 12) * np.eye(12)
+        rows, right = np.vstack([on, root]), np.vstack([wanted[:30], root @ w])
+        fit = np.linalg.lstsq(rows, right)[0]
+        errors.append(np.square(neurons[30:] @ fit - wanted[30:]).sum())
+    arrays = [a.astype(np.float32) for a in (neurons, gates, w, wanted)]
+    found = errors[RIDGES.index(fit_down(*arrays).ridge)]
+    assert found <= min(errors) + 1e-4 * np.square(wanted[30:]).sum()
 
 
 def test_neurons_that_are_never_on_keep_their_weights():
