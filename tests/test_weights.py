@@ -3,12 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uoe_jax.config import HeadGroups, ModelConfig
-from uoe_jax.model import param_shapes
+from uoe_jax.config import HeadGroups, LayerWidths, ModelConfig
+from uoe_jax.model import abstract_model, make_model, param_shapes
 from uoe_jax.presets import PRESETS, get_preset
 from uoe_jax.tree import fill_leaves, leaf_name, named_leaves, replace_leaves
 from uoe_jax.weights import find_weight, is_decayed, model_params
@@ -76,6 +78,19 @@ CASES = {
 def check(model):
     built = {name: leaf.shape for name, leaf in param_shapes(model).items()}
     assert {name: param.shape for name, param in model_params(model).items()} == built
+
+
+@pytest.mark.parametrize("name", ["dense", "union", "narrow"])
+def test_a_model_of_shapes_alone_is_the_drawn_one_but_for_its_numbers(name):
+    narrow = LayerWidths(d_ff=(16, 8, 16), value_dim=(4, 2, 3))
+    changes = {"dense": {}, "union": {"mlp": ("union",)}, "narrow": {"widths": narrow}}
+    config = small(**changes[name], param_dtype="bfloat16")
+    drawn = nnx.split(make_model(config, 3), nnx.Param, ...)
+    kind = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    shapes = abstract_model(config)
+    assert shapes[0] == drawn[0] and kind(shapes[1:]) == kind(drawn[1:])
+    embedding = named_leaves(drawn[1])["embed.embedding"]
+    assert float(jnp.abs(embedding).min()) < float(jnp.abs(embedding).max())
 
 
 @pytest.mark.parametrize("name", PRESETS)

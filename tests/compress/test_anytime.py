@@ -9,14 +9,20 @@ from tests.compress.test_apply import WIDE, logits, near
 from tests.compress.test_statistics import batch_of
 from tests.decompose.test_exact import draw
 from uoe_jax.compress import anytime
-from uoe_jax.compress.anytime import read_anytime, sort_run, write_anytime
+from uoe_jax.compress.anytime import (
+    open_run,
+    read_anytime,
+    sort_run,
+    write_anytime,
+)
 from uoe_jax.compress.methods import sort_model
 from uoe_jax.compress.observed import take_apart
 from uoe_jax.compress.options import ANYTIME, Compress
 from uoe_jax.compress.statistics import observe
-from uoe_jax.config import UnionConfig
+from uoe_jax.config import ExperimentConfig, UnionConfig
 from uoe_jax.errors import ConfigError, DataError
-from uoe_jax.model import with_params
+from uoe_jax.model import flat_buffers, flat_params, with_params
+from uoe_jax.runs.write import Origin, write_run
 
 UNION = dataclasses.replace(
     WIDE, mlp=("union",), union=UnionConfig(num_experts=4, top_k=2)
@@ -97,6 +103,35 @@ def test_what_cannot_be_opened_is_refused(tmp_path):
     file.write_bytes(whole)
     with pytest.raises(DataError, match="has changed bytes"):
         read_anytime(*args, Compress(cut=0.3))
+
+
+def as_run(folder, made, options, beside):
+    config = ExperimentConfig(name="any", model=made.config)
+    origin = Origin(
+        made_by="compress",
+        source="test",
+        files={ANYTIME: lambda path: write_anytime(path, *beside, options)},
+    )
+    write_run(folder, config, made.params, origin, buffers=made.buffers)
+
+
+def test_a_run_is_opened_as_its_file_says_and_refused_if_it_has_trained(tmp_path):
+    options = Compress(anytime=True, multiple=2)
+    _, batch, model = sort(dataclasses.replace(WIDE, vocab_size=256))
+    made, beside = sort_run(model)
+    as_run(tmp_path / "any", made, options, (made, beside))
+    opened = open_run(tmp_path / "any", cut=0.7)
+    wanted = model.cut(Compress(cut=0.7, multiple=2))
+    assert opened.config.model == wanted.config and opened.folder == tmp_path / "any"
+    assert wanted.buffers  # of which pairs are kept
+    arrays = flat_params(opened.model), batch, flat_buffers(opened.model)
+    apart = logits(*wanted[:2], batch, wanted.buffers)
+    near(logits(opened.config.model, *arrays), apart, 1e-4)
+    later = {name: array + np.float32(1e-3) for name, array in made.params.items()}
+    as_run(tmp_path / "later", made._replace(params=later), options, (made, beside))
+    with pytest.raises(ConfigError, match="other weights than the run's, which has tr"):
+        open_run(tmp_path / "later", cut=0.7)
+    assert open_run(tmp_path / "later").config.model == made.config
 
 
 def test_factors_of_bfloat16_weights_are_bfloat16_and_near(tmp_path):

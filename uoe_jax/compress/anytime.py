@@ -23,6 +23,7 @@ from uoe_jax.compress.channels import (
 )
 from uoe_jax.compress.files import (
     digest_arrays,
+    digest_described,
     from_triangle,
     read_about,
     read_arrays,
@@ -38,10 +39,12 @@ from uoe_jax.compress.widths import Curves
 from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.fields import check_ranges
-from uoe_jax.model import flat_buffers, flat_params, with_params
+from uoe_jax.model import with_params
 from uoe_jax.model.stacks import from_layers, to_layers
-from uoe_jax.runs.load import LoadedRun, load_run
-from uoe_jax.tree import Arrays
+from uoe_jax.runs.checkpoint import Checkpoints
+from uoe_jax.runs.folder import BEST, CHECKPOINTS
+from uoe_jax.runs.load import LoadedRun, load_run, read_run
+from uoe_jax.tree import Arrays, named_leaves
 
 _FORMAT = 1
 
@@ -60,14 +63,41 @@ def open_run(
     """
     options = Compress(cut=cut)
     check_ranges(options)
-    run = load_run(folder, which=which, step=step)
     if options.cut is None:
-        return run
-    arrays = flat_params(run.model), flat_buffers(run.model)
-    model, options = read_anytime(folder, run.config.model, *arrays, options)
+        return load_run(folder, which=which, step=step)
+    folder, config, saved = read_run(folder, which=which, step=step)
+    # On the host: what a cut leaves out never goes to the device.
+    params, buffers = (
+        {name: saved.arrays[f"{part}.{name}"] for name in named_leaves(tree)}
+        for part, tree in saved.template.items()
+    )
+    digest = _saved_digest(folder, which, saved.step)
+    model, options = read_anytime(
+        folder, config.model, params, buffers, options, digest
+    )
     made = model.cut(options)
-    config = dataclasses.replace(run.config, model=made.config)
-    return run._replace(config=config, model=with_params(*made))
+    config = dataclasses.replace(config, model=made.config)
+    return LoadedRun(config, with_params(*made), saved.step, folder, saved.progress)
+
+
+def _saved_digest(
+    folder: Path, which: Literal["last", "best"], step: int
+) -> str | None:
+    """Return what `digest_arrays` says of a checkpoint that has just been read.
+
+    Its arrays were compared with these digests then. None where it has none of them:
+    several processes wrote it.
+    """
+    store = Checkpoints(folder / (BEST if which == "best" else CHECKPOINTS))
+    saved = store.about(step)["arrays"]
+    own = {
+        name.split(".", 1)[1]: described
+        for name, described in saved.items()
+        if name.startswith(("params.", "buffers."))
+    }
+    if not all("blake2b" in described for described in own.values()):
+        return None
+    return digest_described(own)
 
 
 def sort_run(model: SortedModel) -> tuple[Smaller, Arrays]:
@@ -101,11 +131,17 @@ def write_anytime(path: Path, made: Smaller, beside: Arrays, options: Compress) 
 
 
 def read_anytime(
-    folder: Path, config: ModelConfig, params: Arrays, buffers: Arrays, wanted: Compress
+    folder: Path,
+    config: ModelConfig,
+    params: Arrays,
+    buffers: Arrays,
+    wanted: Compress,
+    digest: str | None = None,
 ) -> tuple[SortedModel, Compress]:
     """Return a run's sorted model, and how it is cut: as it was made to be.
 
-    What `wanted` says of the way that a cut is spread goes first.
+    What `wanted` says of the way that a cut is spread goes first. `digest` is that of
+    the arrays, if it is known.
 
     Raises ConfigError for a run that isn't such a one or has trained since, or for
     another method; DataError for a damaged file.
@@ -122,7 +158,7 @@ def read_anytime(
             f"{file} is of another version of this program; make a new one of the run "
             "that it was made of: uoe compress RUN --anytime"
         )
-    if about.get("weights") != digest_arrays({**params, **buffers}):
+    if about.get("weights") != (digest or digest_arrays({**params, **buffers})):
         raise ConfigError(
             f"{file} is of other weights than the run's, which has trained since; make "
             f"a new one: uoe compress {folder} --anytime"

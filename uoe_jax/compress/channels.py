@@ -104,14 +104,23 @@ def _first_neurons(
     for name in ("mlp.w_up", "mlp.w_gate", "mlp.b_up", "mlp.b_gate"):
         if name in kept:
             parts = zip(layer[name], orders, strict=True)
-            kept[name] = np.stack([w[..., order] for w, order in parts])
-    experts = list(zip(found.neurons, w_down.astype(np.float64), strict=True))
+            kept[name] = np.stack([_columns(w, order) for w, order in parts])
+    experts = list(zip(found.neurons, w_down, strict=True))
     kept["mlp.w_down"] = np.stack([n.down(count, w) for n, w in experts])
     if "mlp.b_down" in kept:
         kept["mlp.b_down"] = kept["mlp.b_down"] + sum(
-            n.shift(count, w) for n, w in experts
+            n.shift(count, w.astype(np.float64)) for n, w in experts
         )
     return as_before(kept, layer)
+
+
+def _columns(
+    weight: Float[np.ndarray, "*I F"], order: Int[np.ndarray, " K"]
+) -> Float[np.ndarray, "*I K"]:
+    """Return columns in an order; of a run in order already they are the first ones."""
+    if np.array_equal(order, np.arange(len(order))):
+        return weight[..., : len(order)]
+    return weight[..., order]
 
 
 def cut_query_key(

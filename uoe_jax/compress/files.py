@@ -5,6 +5,7 @@ Second moments and their factors are stored as their lower triangles, row after 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,16 +18,22 @@ from safetensors.numpy import save_file
 
 from uoe_jax.errors import DataError
 from uoe_jax.files import format_json, parse_json
-from uoe_jax.runs.integrity import digest_array
+from uoe_jax.runs.integrity import describe_arrays, digest_array
 
 _ABOUT, _CHECKSUM = "about", "blake2b"
 
 
 def digest_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     """Return 32 hex digits that tell arrays apart, names and dtypes included."""
+    described = describe_arrays(arrays)
+    return digest_described(described)
+
+
+def digest_described(described: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what `digest_arrays` does, of arrays whose digests are known by name."""
     lines = [
-        f"{name} {array.dtype} {array.shape} {digest_array(array)}"
-        for name, array in sorted(arrays.items())
+        f"{name} {array['dtype']} {tuple(array['shape'])} {array['blake2b']}"
+        for name, array in sorted(described.items())
     ]
     return digest_array(np.frombuffer("\n".join(lines).encode(), np.uint8))
 
@@ -88,11 +95,12 @@ def from_triangle(
     """Return the matrices of lower triangles: symmetric, or zero above."""
     size = int(((8 * triangle.shape[-1] + 1) ** 0.5 - 1) / 2)
     whole = np.zeros((*triangle.shape[:-1], size, size), triangle.dtype)
-    # Row by row: indices of all entries would be larger than the matrix.
-    for row in range(size):
-        start = row * (row + 1) // 2
-        values = triangle[..., start : start + row + 1]
-        whole[..., row, : row + 1] = values
+    lower = np.tri(size, dtype=bool)  # indices would be larger than the matrix
+    count = math.prod(triangle.shape[:-1])
+    matrices = whole.reshape(count, size, size)
+    rows = triangle.reshape(count, triangle.shape[-1])
+    for one, values in zip(matrices, rows, strict=True):
+        one[lower] = values
         if symmetric:
-            whole[..., : row + 1, row] = values
+            one.T[lower] = values
     return whole

@@ -17,6 +17,7 @@ from uoe_jax.config import ExperimentConfig, ModelConfig
 from uoe_jax.errors import ConfigError, choose, shown
 from uoe_jax.kinds import AttentionFacts, MlpFacts, RouterFacts
 from uoe_jax.model.cache import Cache
+from uoe_jax.model.layers import NoDraws
 from uoe_jax.model.routing import ROUTERS
 from uoe_jax.model.routing.balance import Aux, router_losses, update_router_bias
 from uoe_jax.model.routing.token import RouterBias
@@ -40,6 +41,7 @@ __all__ = [
     "Encoder",
     "RouterBias",
     "VisionTransformer",
+    "abstract_model",
     "check_pairs",
     "check_params",
     "flat_buffers",
@@ -82,8 +84,8 @@ def make_model(
     return _build(config, _as_key(0 if key is None else key))
 
 
-def _build(config: ModelConfig, key: jax.Array) -> Any:
-    return choose("kind", config.kind, KINDS)(config, rngs=nnx.Rngs(key))
+def _build(config: ModelConfig, key: jax.Array, kind: type[nnx.Rngs] = nnx.Rngs) -> Any:
+    return choose("kind", config.kind, KINDS)(config, rngs=kind(key))
 
 
 def _as_key(key: jax.Array | int) -> jax.Array:
@@ -109,19 +111,19 @@ def split_model(
 
 
 @functools.cache
-def _abstract(config: ModelConfig) -> tuple[Any, Any]:
-    """Return the shapes of a model's parameters and buffers.
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, Any, Any]:
+    """Return a model's static half, and the shapes of its parameters and buffers.
 
     Traced once: many unequal layers take a second.
     """
-    build = lambda: nnx.split(_build(config, jax.random.key(0)), nnx.Param, ...)[1:]
-    return jax.eval_shape(build)
+    build = lambda: _build(config, jax.random.key(0), NoDraws)
+    return jax.eval_shape(lambda: nnx.split(build(), nnx.Param, ...))
 
 
 @functools.cache
 def param_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shape and dtype of every parameter by name; nothing is computed."""
-    return named_leaves(_abstract(config)[0])
+    return named_leaves(abstract_model(config)[1])
 
 
 def flat_params(model: nnx.Module) -> Arrays:
@@ -150,7 +152,7 @@ def with_params(
     missing, too many or of another shape, and for pairs that can't be.
     """
     check_params(config, params)
-    graphdef, (shapes, biases) = split_model(config)[0], _abstract(config)
+    graphdef, shapes, biases = abstract_model(config)
     cast = lambda tree, arrays: {
         name: jnp.asarray(arrays[name], leaf.dtype)
         for name, leaf in named_leaves(tree).items()
@@ -190,7 +192,7 @@ def whole_buffers(config: ModelConfig, given: Mapping[str, Any]) -> Arrays:
     ConfigError for pairs that aren't of a head, or that a head has twice.
     """
     pairs, whole = rotary_pairs(config), {}
-    leaves = named_leaves(_abstract(config)[1])
+    leaves = named_leaves(abstract_model(config)[2])
     for name, leaf in leaves.items():
         value = given.get(name)
         if value is None:
@@ -293,3 +295,5 @@ def _register(name: str, part: type, facts: Any, tables: tuple[Any, Any, type]) 
             )
     kinds.add_kind(known, name, facts, kind)
     classes[name] = part
+    for known_models in (abstract_model, param_shapes):
+        known_models.cache_clear()  # the name may have meant another class before

@@ -25,6 +25,13 @@ PROJECTION = "projection"
 _TRUNCATED_STD = 0.87962566103423978
 
 
+class NoDraws(nnx.Rngs):
+    """Randomness of a model of which only shapes are asked: weights are zeros.
+
+    Tracing a generator for every weight takes most of the time of tracing a model.
+    """
+
+
 def init_weight(
     rngs: nnx.Rngs,
     shape: tuple[int, ...],
@@ -45,6 +52,8 @@ def truncated_normal(
     rngs: nnx.Rngs, shape: tuple[int, ...], std: float
 ) -> Float[Array, "*shape"]:
     """Return normal values cut at two deviations, of standard deviation `std`."""
+    if isinstance(rngs, NoDraws):
+        return jnp.zeros(shape)
     # Drawn flat: the generator takes a second to compile, once for each size.
     draw = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, (math.prod(shape),))
     return (draw * (std / _TRUNCATED_STD)).reshape(shape)

@@ -154,7 +154,7 @@ class Trunk(nnx.Module):
         self.remat = config.recompute
         self.scan_layers = config.scan_layers and self.alike
         self.blocks = nnx.List(
-            [_stack(config, i, keys[i::period]) for i in range(period)]
+            [_stack(config, i, keys[i::period], type(rngs)) for i in range(period)]
         )
         self.norm = None if config.post_norm else Norm(config)
 
@@ -278,8 +278,10 @@ def _unstack(block: Block, start: int) -> list[Block]:
     ]
 
 
-def _stack(config: ModelConfig, layer: int, keys: jax.Array) -> Block:
-    make = lambda key: Block(config, layer, rngs=nnx.Rngs(key))
+def _stack(
+    config: ModelConfig, layer: int, keys: jax.Array, kind: type[nnx.Rngs]
+) -> Block:
+    make = lambda key: Block(config, layer, rngs=kind(key))
     return jax.vmap(make)(keys)
 
 

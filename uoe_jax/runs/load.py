@@ -23,7 +23,7 @@ from uoe_jax.data.record import (
     with_run_tokenizer,
 )
 from uoe_jax.errors import CheckpointError, DataError
-from uoe_jax.model import split_model
+from uoe_jax.model import abstract_model
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import BEST, CHECKPOINTS, CONFIG, check_saved
 from uoe_jax.runs.state import Progress, check_buffers
@@ -65,6 +65,22 @@ def load_run(
     Raises CheckpointError if `run_dir` isn't a run, has no such checkpoint or the
     checkpoint's checksums don't match, ConfigError if its config can't be.
     """
+    run_dir, config, saved = read_run(run_dir, which=which, step=step)
+    state = jax.device_put(fill_leaves(saved.template, saved.arrays))
+    model = nnx.merge(saved.graphdef, *state.values())
+    return LoadedRun(config, model, saved.step, run_dir, saved.progress)
+
+
+def read_run(
+    run_dir: Path,
+    *,
+    which: Literal["last", "best"] = "last",
+    step: int | None = None,
+) -> tuple[Path, ExperimentConfig, SavedWeights]:
+    """Return a run's folder here, its config, and a checkpoint on the host.
+
+    Raises what `load_run` does.
+    """
     run_dir = run_folder(run_dir, "the run")
     file = run_dir / CONFIG
     if not file.is_file():
@@ -78,10 +94,7 @@ def load_run(
             f"{run_dir / 'merged'}, which `uoe adapt --merge` writes"
         )
     config = read_config(run_dir)
-    saved = read_weights(run_dir, config, which=which, step=step)
-    state = jax.device_put(fill_leaves(saved.template, saved.arrays))
-    model = nnx.merge(saved.graphdef, *state.values())
-    return LoadedRun(config, model, saved.step, run_dir, saved.progress)
+    return run_dir, config, read_weights(run_dir, config, which=which, step=step)
 
 
 def read_weights(
@@ -95,8 +108,7 @@ def read_weights(
 
     Raises CheckpointError as `load_run` does, and for rotated pairs that can't be.
     """
-    graphdef, make = split_model(config.model, config.train.seed)
-    params, buffers = jax.eval_shape(make)
+    graphdef, params, buffers = abstract_model(config.model)
     template = {"params": params, "buffers": buffers}
     store = Checkpoints(run_dir / (BEST if which == "best" else CHECKPOINTS))
     step, arrays, progress = store.restore(named_leaves(template), step=step)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from uoe_jax.config import ExperimentConfig
@@ -18,7 +17,7 @@ from uoe_jax.data.progress import note_once
 from uoe_jax.data.record import DataRecord
 from uoe_jax.errors import CheckpointError, ConfigError
 from uoe_jax.files import write_atomically
-from uoe_jax.model import check_params, split_model, whole_buffers
+from uoe_jax.model import abstract_model, check_params, whole_buffers
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS, write_environment, write_settings
 from uoe_jax.runs.lock import NAME, RunLock
@@ -114,7 +113,7 @@ def _arrays(
     Arrays that have their dtype aren't copied: a large model is in memory once.
     """
     check_params(config.model, params)
-    weights = jax.eval_shape(split_model(config.model)[1])[0]
+    weights = abstract_model(config.model)[1]
     arrays = {name: np.asarray(n, np.int32) for name, n in _counts(step).items()}
     for name, leaf in named_leaves(weights).items():
         arrays[f"params.{name}"] = np.asarray(params[name], leaf.dtype)
