@@ -178,10 +178,12 @@ def complete(
 def _open(folder: Path, options: GenerateOptions) -> LoadedRun:
     """Return a run whose model decodes as the options say."""
     from uoe_jax.compress.anytime import open_run
+    from uoe_jax.compress.products import with_fast_products
     from uoe_jax.generate import need_decoder
     from uoe_jax.model.decoding.step import with_decode_weights
 
-    run = open_run(folder, cut=options.cut)
+    rows = 1 if options.prompts is None else options.batch_size
+    run = with_fast_products(open_run(folder, cut=options.cut), rows)
     model = with_decode_weights(need_decoder(run), options.weights)
     return run._replace(model=model)
 

@@ -52,12 +52,18 @@ def evaluate(args: list[str]) -> int:
 
     prepare()
     from uoe_jax.compress.anytime import open_run
+    from uoe_jax.compress.products import with_fast_products
     from uoe_jax.evaluate import evaluate as run_evaluation
+    from uoe_jax.hardware.count import num_tokens
     from uoe_jax.report.read import routed_layers
     from uoe_jax.report.table import format_table
     from uoe_jax.runs.load import run_dataset
 
     run = open_run(folder, which=options.checkpoint, cut=options.cut)
+    tokens = run.config.data.batch_size * num_tokens(
+        run.config.model, run.config.seq_len
+    )
+    run = with_fast_products(run, tokens)
     dataset = run_dataset(folder, run.config, options.split, options.data)
     found: dict[str, Any] = {
         "step": run.step,

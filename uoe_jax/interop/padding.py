@@ -54,7 +54,7 @@ def _pad_layer(
     layer = dict(layer)
     for weight in RANKS:
         if f"mlp.{weight}_a" in layer:
-            layer[f"mlp.{weight}"] = _multiply(
+            layer[f"mlp.{weight}"] = multiply_out(
                 layer.pop(f"mlp.{weight}_a"), layer.pop(f"mlp.{weight}_b")
             )
     pairs, found = buffers.get("attention.rotary_pairs"), {}
@@ -70,7 +70,7 @@ def _pad_layer(
     return found
 
 
-def _multiply(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def multiply_out(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return a product of low rank as one matrix, multiplied in float32."""
     product = first.astype(np.float32) @ second.astype(np.float32)
     return product.astype(first.dtype)
