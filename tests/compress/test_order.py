@@ -13,6 +13,7 @@ from uoe_jax.compress.low_rank import (
     check_rank,
 )
 from uoe_jax.compress.order import (
+    LEVERAGE_RIDGE,
     best_first,
     cholesky,
     dropping_errors,
@@ -119,6 +120,17 @@ def test_triangular_systems_are_solved_block_by_block(count):
     right = rng.normal(size=(count, 3))
     found = solve_transposed(factor, right)
     assert np.abs(factor.T @ found - right).max() < 1e-10
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.sampled_from([1, 64, 65, 300]))
+def test_leverage_scores_are_those_of_the_whole_inverse(seed, count):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(40, count)) * rng.exponential(size=count)
+    moment = x.T @ x  # of low rank from 65 on
+    added = LEVERAGE_RIDGE * np.trace(moment) / count
+    wanted = np.diag(moment @ np.linalg.inv(moment + added * np.eye(count)))
+    assert np.abs(leverage_scores(moment) - wanted).max() < 1e-9
 
 
 def test_a_factor_in_bfloat16_gives_nearly_the_same_outputs():
