@@ -52,6 +52,7 @@ CASES = {
     ),
     "convolution": small(attention=("moh",), convolution=4),
     "output gate": small(attention=("union", "dense"), output_gate=True),
+    "sink": small(attention=("union", "dense"), sink=True),
     "post norm": small(
         kind="encoder",
         norm_place="post",

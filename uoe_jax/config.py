@@ -266,6 +266,8 @@ class ModelConfig(Checked):
     # What a head reads times 2 sigmoid of a product of what attention reads: 1 at the
     # start, near 0 where a head has nothing to say.
     output_gate: bool = False
+    # A learned logit a head in the softmax's denominator: what it gives to no token.
+    sink: bool = False
     # Rotated queries and keys, or a learned vector a position.
     position: Literal["rope", "learned"] = "rope"
     rope_theta: Positive = 10_000.0  # base of the rotation's wavelengths
@@ -439,6 +441,7 @@ class ModelConfig(Checked):
             "model.head_groups": bool(self.head_groups.local or self.head_groups.full),
             "model.convolution": self.convolution > 0,
             "model.output_gate": self.output_gate,
+            "model.sink": self.sink,
         }
         return tuple(name for name, given in found.items() if given)
 

@@ -142,6 +142,7 @@ def _model_rules(model: ModelConfig) -> Iterator[str]:
     yield from _positions(model)
     yield from _head_groups(model)
     yield from _convolution(model)
+    yield from _sink(model)
     yield from _ends(model)
     yield from _union(model)
     yield from _moe(model)
@@ -275,6 +276,22 @@ def _head_groups(model: ModelConfig) -> Iterator[str]:
             "model.head_groups are set with 'mod' blocks, in which only tokens that "
             "entered see each other; use 0 heads"
         )
+
+
+def _sink(model: ModelConfig) -> Iterator[str]:
+    """Yield what is wrong with sinks: not every kind of attention has them."""
+    kinds = sorted({*model.attention} - {"dense", "union"})
+    if model.sink and kinds:
+        yield (
+            f"model.sink is on and model.attention has {kinds[0]!r}, which has none; "
+            "switch it off or take dense and union"
+        )
+    if model.sink and "union" in model.attention:
+        if model.union_for("attention").shared_kv:
+            yield (
+                "model.sink is on and the union's keys and values are shared "
+                "(shared_kv), whose attention has none; switch one off"
+            )
 
 
 def _convolution(model: ModelConfig) -> Iterator[str]:

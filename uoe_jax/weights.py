@@ -120,6 +120,8 @@ ATTENTION = {
     "wg": Weight(
         axes="edjg", ins="d", outs="jg", heads="jg", cut="j", fsdp="d", cast=True
     ),
+    # Logits in the heads' denominators.
+    "sink": Weight(axes="ejg", ins="", outs="jg", heads="jg", cut="j"),
     "bq": Weight(axes="ejgh", ins="", outs="jgh", heads="jgh", cut="j"),
     "bk": Weight(axes="ejh", ins="", outs="jh", heads="jh", cut="j"),
     "bv": Weight(axes="ejh", ins="", outs="jh", heads="jh", cut="j"),
@@ -198,12 +200,12 @@ def find_weight(name: str) -> Weight | None:
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay acts on a parameter: not on norms, biases and routers.
+    """Whether weight decay acts on a parameter: not on norms, biases, sinks, routers.
 
     By the convention of names, as optimizers also serve models that aren't ours.
     """
     *folders, last = name.split(".")
-    if last == "scale" or last.startswith(("b", "bias")):
+    if last in ("scale", "sink") or last.startswith(("b", "bias")):
         return False
     return not any("norm" in part or "router" in part for part in [*folders, last])
 
@@ -360,7 +362,7 @@ def _attention(
 
 def _has(model: ModelConfig, name: str) -> bool:
     """Whether a model's attention has a weight of the table."""
-    asked = {"wg": model.output_gate, "bo": model.output_bias}
+    asked = {"wg": model.output_gate, "sink": model.sink, "bo": model.output_bias}
     return asked.get(name, name.startswith("w") or model.qkv_bias)
 
 

@@ -27,6 +27,7 @@ LADDER = (
     "local + routed + conv",
     "local + few routed + conv",
     "local + few routed, gated values + conv",
+    "local + few routed, sink + conv",
     "local + few routed, thresholds + conv",
     "local + 2 full + conv",
     "local + full + conv",

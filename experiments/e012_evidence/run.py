@@ -45,9 +45,9 @@ from experiments.shared.fit import Limits, OutOfTime, describe
 from experiments.shared.part import Part
 from experiments.shared.work import prepare
 from uoe_jax.bench.record import commit, made_with, write_record
-from uoe_jax.config import ExperimentConfig
+from uoe_jax.config import ExperimentConfig, from_json
 from uoe_jax.errors import ConfigError, UoeError
-from uoe_jax.files import parse_json
+from uoe_jax.files import format_json, parse_json
 from uoe_jax.hardware.count import cache_bytes
 
 _LEAST = 30.0  # seconds left in which a run is worth to begin; it can wait half done
@@ -115,7 +115,8 @@ class Session:
             if job.rate is not None:
                 alike &= row["rate"] == job.rate
             # Blocks share runs: a model is trained once for a setting and its lengths.
-            if alike and row["key"] == key and row["planned_steps"] == list(job.steps):
+            lengths = row["planned_steps"] == list(job.steps)
+            if alike and lengths and key_of(row) == key:
                 return True
             if alike and (row["block"], row["case"]) == (job.block, job.name):
                 raise ConfigError(
@@ -189,6 +190,14 @@ class Session:
                     f"{self.file} was made with another text of {name}; give that one, "
                     "or another --out"
                 )
+
+
+def key_of(row: dict[str, Any]) -> str:
+    """Return the key of a run's configuration as it would be written today.
+
+    Options that came later are at their defaults.
+    """
+    return program_key(from_json(format_json(row["config"]), ExperimentConfig))
 
 
 def about(job: Job, family: str, config: ExperimentConfig) -> dict[str, Any]:

@@ -88,6 +88,7 @@ LADDER = (
     "SMHA",
     "dense",
     "local + routed",
+    "local + few routed, sink + conv",
 )
 MLP = (
     "dense",

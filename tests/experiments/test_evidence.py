@@ -410,8 +410,12 @@ def test_blocks_run_tiny_to_their_end_and_go_on(tmp_path, capsys):
     again.run_block("1")
     again.run_block("5")  # has the same model with the same lengths
     assert len(again.rows) == 1
+    # An option that came after the run changes nothing; another width does.
+    again.mine[0]["key"] = "of another version"
+    del again.mine[0]["config"]["model"]["sink"]
+    again.run_block("1")
     del again._train
-    again.mine[0]["key"] = "another"
+    again.mine[0]["config"]["model"]["d_ff"] = 64
     with pytest.raises(ConfigError, match="of another configuration"):
         again.run_block("1")
     again.mine.clear()

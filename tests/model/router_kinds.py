@@ -41,6 +41,12 @@ OTHERS = {
         "union": UnionConfig(num_experts=4, top_k=2),
         "output_gate": True,
     },
+    "sink": {
+        "attention": ("union",),
+        "union": UnionConfig(num_experts=4, top_k=2),
+        "head_groups": HeadGroups(local=2, window=4),
+        "sink": True,
+    },
     "mod": {"blocks": ("mod",), "mod": ModConfig(capacity_factor=0.75)},
 }
 LENGTH = 12

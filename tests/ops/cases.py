@@ -116,6 +116,8 @@ def segment_attention_cases():
         "full window": {"mask": (False, 20), "groups": 1, "width": 128},
         "documents": {"mask": CAUSAL, "groups": 2, "width": 16, "documents": True},
         "full documents": {"mask": FULL, "groups": 2, "width": 16, "documents": True},
+        "sink": {"mask": (True, 20), "groups": 2, "width": 16, "sink": True},
+        "full sink": {"mask": FULL, "groups": 1, "width": 16, "sink": True},
     }
     kinds = {about: whole | sizes for about, sizes in kinds.items()}
     # In 16 bits weights, gradients of scores and results are each rounded once, and a
@@ -130,6 +132,7 @@ def segment_attention_cases():
     yield at("full window", few | {"mask": (False, 9)}, running=other)
     sizes = few | {"mask": (True, 20), "documents": True}
     yield at("causal documents", sizes, running=usual)
+    yield at("sink", few | {"mask": CAUSAL, "groups": 2, "sink": True}, running=usual)
     sizes = few | {"mask": FULL, "width": 32}
     at = partial(at, dtype="bfloat16", tolerance=3 * STEP["bfloat16"], marks=())
     yield at("full, bfloat16", sizes, running=other)
@@ -162,6 +165,14 @@ def segment_attention_cases():
         marks=(FLOAT16,),
     )
 
+    yield at(
+        "sink",
+        sizes | {"mask": CAUSAL, "groups": 1, "width": 64, "sink": True},
+        dtype="float16",
+        tolerance=3 * STEP["float16"],
+        running=on_hopper,
+    )
+
     sizes = {"rows": 330, "count": 5}
     at = partial(Case, "segment_attention", "mosaic_tpu")
     sides = ("rows", "chunk", "key_rows", "key_chunk")
@@ -171,6 +182,7 @@ def segment_attention_cases():
     rounded = {"dtype": "bfloat16", "tolerance": 3 * STEP["bfloat16"], "examples": 0}
     yield at("causal, bfloat16", one, running=large, **rounded)
     yield at("causal documents", one | {"documents": True}, running=large)
+    yield at("sink", one | {"groups": 2, "sink": True}, running=small)
     two = sizes | {"mask": (True, 170), "groups": 2, "width": 128}
     yield at("causal window", two, running=small)
     wide = sizes | {"mask": (False, 90), "groups": 2, "width": 192}
@@ -186,7 +198,9 @@ def dense_attention_cases():
             "length": 75, "mask": (True, 9), "documents": True
         },
         "long documents": {"length": 75, "mask": FULL, "documents": True},
+        "long sink": {"length": 75, "mask": CAUSAL, "sink": True, "documents": True},
         "causal": {"length": 40, "mask": CAUSAL},
+        "sink": {"length": 40, "mask": (False, 9), "sink": True},
         "window documents": {"length": 40, "mask": (False, 9), "documents": True},
     }  # fmt: skip
     kinds = {about: {"width": 16} | sizes for about, sizes in kinds.items()}

@@ -20,21 +20,32 @@ def segment_visible(offsets, num_rows, causal, window):
     return visible if window is None else visible & (np.abs(distance) < window)
 
 
-def attention(q, k, v, grad, visible, scale):
-    """[out, dq, dk, dv] of q [M, G, H], k, v [M, H] in float64."""
+def attention(q, k, v, grad, visible, scale, sink=None):
+    """[out, dq, dk, dv] of q [M, G, H], k, v [M, H] in float64; of a sink [M, G] too.
+
+    A sink is one more key, whose score is given and whose value is zero.
+    """
     q, k, v, grad = (np.asarray(x, np.float64) for x in (q, k, v, grad))
     s = np.einsum("mgh,nh->mgn", q, k) * scale
     s = np.where(visible[:, None, :], s, -np.inf)
     top = s.max(axis=-1, keepdims=True)
     p = np.exp(s - np.where(np.isfinite(top), top, 0))
     total = p.sum(axis=-1, keepdims=True)
+    if sink is not None:
+        sunk = np.asarray(sink, np.float64)[..., None]
+        sunk = np.exp(sunk - np.where(np.isfinite(top), top, 0))
+        total = total + sunk
     p = p / np.where(total == 0, 1, total)
     out = np.einsum("mgn,nh->mgh", p, v)
     dp = np.einsum("mgh,nh->mgn", grad, v)
     ds = p * (dp - (grad * out).sum(axis=-1, keepdims=True)) * scale
     dq = np.einsum("mgn,nh->mgh", ds, k)
     dk = np.einsum("mgn,mgh->nh", ds, q)
-    return out, dq, dk, np.einsum("mgn,mgh->nh", p, grad)
+    found = out, dq, dk, np.einsum("mgn,mgh->nh", p, grad)
+    if sink is None:
+        return found
+    delta = (grad * out).sum(axis=-1)
+    return *found, np.where(visible.any(1)[:, None], -(sunk / total)[..., 0] * delta, 0)
 
 
 def grouped(x, w, offsets, grad):

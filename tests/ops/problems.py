@@ -54,6 +54,7 @@ def segments(seed, dtype, spoilt, *, rows, count, groups, width, mask, **options
     offsets = cut(rng, seed, rows, count)
     shapes = (rows, groups, width), (rows, width), (rows, width), (rows, groups, width)
     arrays = draw(rng, dtype, *shapes)
+    sink = draw(rng, dtype, (rows, groups)) if options.get("sink") else []
     visible = ops_oracle.segment_visible(offsets, rows, *mask)
     bounds = None
     if options.get("documents"):  # that end inside the segments, too
@@ -62,8 +63,9 @@ def segments(seed, dtype, spoilt, *, rows, count, groups, width, mask, **options
         bounds = edges[run].astype(np.int32), (edges[run + 1] - 1).astype(np.int32)
         visible &= run[:, None] == run
     factor = options.get("scale", width**-0.5)
-    want = ops_oracle.attention(*arrays, visible, factor)
-    *arrays, grad = spoil(arrays, offsets[-1], spoilt)
+    want = ops_oracle.attention(*arrays, visible, factor, *sink)
+    *arrays, grad = arrays[:3] + sink + arrays[3:]
+    *arrays, grad = spoil([*arrays, grad], offsets[-1], spoilt)
     rest = np.asarray(offsets, np.int32), bounds
     return Problem(tuple(arrays), rest, grad, list(want), offsets[-1])
 
@@ -125,19 +127,27 @@ def dense(seed, dtype, spoilt, *, length, width, mask, documents=False, **sizes)
     ids = rng.integers(0, 3, (batch, length // 5 + 1)).repeat(5, axis=1)[:, :length]
     ids[:, 7] = 9
     segments = ids.astype(np.int32) if documents else None
+    sink = draw(rng, dtype, (heads,)) if sizes.get("sink") else []
     runs = np.cumsum(np.diff(ids, axis=1, prepend=ids[:, :1]) != 0, axis=1)
     visible = ops_oracle.segment_visible([0, length], length, *mask)
-    want = [np.zeros(a.shape) for a in (arrays[0], *arrays[:3])]
+    want = [np.zeros(a.shape) for a in (arrays[0], *arrays[:3], *sink)]
     for b in range(batch):
         seen = visible & (runs[b][:, None] == runs[b]) if documents else visible
         for kv in range(kv_heads):
             own = slice(kv * heads // kv_heads, (kv + 1) * heads // kv_heads)
             places = own, kv, kv, own
             one = [a[b, :, at] for a, at in zip(arrays, places, strict=True)]
-            parts = ops_oracle.attention(*one, seen, width**-0.5)
-            for whole, part, at in zip(want, parts, (own, own, kv, kv), strict=True):
+            rows = [np.broadcast_to(a[own], (length, heads // kv_heads)) for a in sink]
+            parts = ops_oracle.attention(*one, seen, width**-0.5, *rows)
+            places = own, own, kv, kv
+            for whole, part, at in zip(want, parts, places, strict=False):
                 whole[b, :, at] = part
-    return Problem(tuple(arrays[:3]), (segments,), arrays[3], want)
+            if sink:
+                want[-1][own] += parts[-1].sum(axis=0)
+    # A head's sink has the gradients of all its rows.
+    terms = [*want[:4], *(np.full(heads, batch * length / 4) for _ in sink)]
+    arrays, grad = (*arrays[:3], *sink), arrays[3]
+    return Problem(arrays, (segments,), grad, want, sizes=terms)
 
 
 def lists(seed, dtype, spoilt, *, rows, count, keys, groups, width):

@@ -126,19 +126,22 @@ class Case:
                 assert not got[problem.counted :].any()
 
 
-def _segments(implementation, sizes, q, k, v, offsets, bounds):
+def _segments(implementation, sizes, q, k, v, *rest):
     causal, window = sizes["mask"]
+    *sink, offsets, bounds = rest
     return ops.segment_attention(
         q, k, v, offsets, causal=causal, window=window, bounds=bounds,
+        sink=sink[0] if sink else None,
         scale=sizes.get("scale"), implementation=implementation,
     )  # fmt: skip
 
 
-def _dense(implementation, sizes, q, k, v, segments):
+def _dense(implementation, sizes, q, k, v, *rest):
     causal, window = sizes["mask"]
+    *sink, segments = rest
     return ops.dense_attention(
         q, k, v, causal=causal, window=window, segments=segments,
-        implementation=implementation,
+        sink=sink[0] if sink else None, implementation=implementation,
     )  # fmt: skip
 
 

@@ -62,8 +62,8 @@ def test_a_batch_is_each_of_its_calls(case):
 @pytest.mark.parametrize("case", of(SEEING))
 def test_a_row_moves_only_those_that_see_it(case):
     """Later rows, other segments, documents and windows keep every bit."""
-    q, k, v = case.problem(0).arrays
-    rest = case.problem(0).rest
+    q, k, v, *sink = case.problem(0).arrays
+    rest = (*sink, *case.problem(0).rest)
     run = jax.jit(lambda *arrays: case.call(*arrays, *rest))
     row = int(np.random.default_rng().integers(k.shape[0] // 2, k.shape[0] * 3 // 4))
     moved = [a.copy() for a in (k, v)]
@@ -71,7 +71,7 @@ def test_a_row_moves_only_those_that_see_it(case):
         array[row] += 3
     with case.running():
         before, after = (np.asarray(run(q, *kv)) for kv in ((k, v), moved))
-    offsets, bounds = rest
+    offsets, bounds = rest[-2:]
     rows = np.arange(k.shape[0])
     low, high = (0, rows[-1]) if bounds is None else bounds
     own = np.searchsorted(offsets[1:], rows, side="right")

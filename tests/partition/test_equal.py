@@ -80,6 +80,21 @@ CASES = {
         {"data": 2, "sequence": 2, "tensor": 2},
         EVERYTHING,
     ),
+    "sink": (
+        "sink",
+        {"fsdp": 2, "sequence": 2, "tensor": 2},
+        {"tensor_reduce": "reduce_scatter"},
+    ),
+    "sink gathered": (
+        "sink",
+        {"sequence": 4, "tensor": 2},
+        {"sequence_attention": "gather"},
+    ),
+    "sink union": (
+        "sink union",
+        {"data": 2, "sequence": 2, "tensor": 2},
+        EVERYTHING,
+    ),
     "drawn": ("drawn", {"data": 2, "sequence": 2, "tensor": 2}, EVERYTHING),
     "gated values": (
         "gated values",
@@ -117,13 +132,16 @@ def test_a_model_starts_the_same_on_every_mesh():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
+@pytest.mark.parametrize("with_sink", [False, True])
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 5), (False, None)])
-def test_rings_and_gathers_attend_as_one_device_does(causal, window):
+def test_rings_and_gathers_attend_as_one_device_does(causal, window, with_sink):
     rng = np.random.default_rng(0)
     draw = lambda heads: jnp.asarray(rng.normal(size=(2, 16, heads, 4)), jnp.float32)
     q, k, v = draw(4), draw(2), draw(2)
     segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, 16)), axis=1), jnp.int32)
-    expected = dense_attention(Call(q, k, v, Mask(causal, window), segments, 0.5))
+    sink = jnp.asarray(rng.normal(size=4), jnp.float32) if with_sink else None
+    call = Call(q, k, v, Mask(causal, window), segments, 0.5, sink)
+    expected = dense_attention(call)
     split = PartitionSpec(None, "sequence")
     sees = Mask(causal, window)
     for attend, size in (
@@ -133,7 +151,7 @@ def test_rings_and_gathers_attend_as_one_device_does(causal, window):
     ):
         mesh = jax.make_mesh((size,), ("sequence",))
         run = jax.shard_map(
-            partial(attend, sees=sees, axis="sequence", size=size),
+            partial(attend, sees=sees, sink=sink, axis="sequence", size=size),
             mesh=mesh,
             in_specs=split,
             out_specs=split,

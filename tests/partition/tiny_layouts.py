@@ -63,6 +63,8 @@ KINDS["threshold"] = KINDS["union"] | {
 KINDS |= {
     "output gate": KINDS["dense"] | GROUPS | {"output_gate": True},
     "output gate union": KINDS["union"] | {"output_gate": True},
+    "sink": KINDS["dense"] | GROUPS | {"sink": True},
+    "sink union": KINDS["union"] | {"sink": True},
 }
 KINDS["drawn"] = KINDS["union"] | {
     "union": UnionConfig(num_experts=4, top_k=4, least_top_k=1)
@@ -134,8 +136,9 @@ def first_state(kind):
         return np.array([[[0], [1], [1], [0]]], leaf.dtype)
 
     def other_taps(path, leaf):
-        """Let convolutions and gates of heads, which start at 0, change something."""
-        if not leaf_name(path).endswith(("convolution.weight", "attention.wg")):
+        """Let convolutions, gates and sinks, which start at 0, change something."""
+        zeros = ("convolution.weight", "attention.wg", "attention.sink")
+        if not leaf_name(path).endswith(zeros):
             return leaf
         draw = np.random.default_rng(1)
         return draw.normal(0, 0.5, leaf.shape).astype(leaf.dtype)

@@ -78,6 +78,8 @@ def _attention(model: ModelConfig, kind: str) -> _Attention:
     side, keys = d * heads * both, d * kv * both
     if model.output_gate:
         side += d * heads
+    if model.sink:
+        side += heads
     if model.qkv_bias:
         side, keys = side + heads * model.key_dim, keys + kv * both
     if model.output_bias:

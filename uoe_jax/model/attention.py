@@ -2,7 +2,7 @@
 
 An expert is J key/value heads with their G query heads each; dense attention is one
 expert with all K heads. Weights: wq [E,D,J,G,H], wk and wv [E,D,J,H], wo [E,J,G,H,D],
-and with output gates wg [E,D,J,G];
+and with output gates wg [E,D,J,G], with sinks a logit a head [E,J,G];
 where a layer is narrower than the model, H is `key_dim` of wq and wk and `value_dim` of
 wv and wo.
 """
@@ -51,6 +51,7 @@ from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.packing import Packing
 from uoe_jax.ops.rotary import frequencies, rotate, rotate_pairs
 from uoe_jax.ops.segment_attention.api import segment_attention
+from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.ops.split_heads import split_heads
 
 NO_EXPERT = -1  # in a log, of picks that don't count
@@ -95,6 +96,8 @@ class AttentionWeights(nnx.Module):
         self.bo = init_bias((d,), config, config.output_bias)
         gates = jnp.zeros((e, d, j, g), config.param_dtype)
         self.wg = nnx.Param(gates) if config.output_gate else None
+        sinks = jnp.zeros((e, j, g), config.param_dtype)
+        self.sink = nnx.Param(sinks) if config.sink else None
         self.q_norm = HeadNorm(config) if config.qk_norm else None
         self.k_norm = HeadNorm(config) if config.qk_norm else None
         # What other widths of keys or values change; see `narrow`.
@@ -189,7 +192,8 @@ class AttentionWeights(nnx.Module):
         q, k, v = self.project_qkv(x, slot.lengths)
         slot, (keys, values) = slot.append_token(k, v)
         q = q.reshape(*k.shape[:2], -1, k.shape[2])
-        out = attend_cache(q, keys, values, visible(q, keys))
+        sink = None if self.sink is None else self.sink[...].reshape(q.shape[1:3])
+        out = attend_cache(q, keys, values, visible(q, keys), sink)
         out = self.gate_heads(x, out.reshape(x.shape[0], -1, v.shape[2]))
         return self.project_out(out), slot
 
@@ -243,7 +247,8 @@ class DenseAttention(AttentionWeights):
         """Return what each head reads of the values, and the keys and values."""
         q, k, v = self.project_qkv(x, context.positions)
         heads = equal_widths(q, k, v) if self.narrow else (q, k, v)
-        out = attend(*heads, context, self.causal, self.window)
+        sink = None if self.sink is None else self.sink[...].reshape(-1)
+        out = attend(*heads, context, Mask(self.causal, self.window), sink)
         if self.narrow:
             out = out[..., : v.shape[-1]]
         return out, (k, v)
@@ -317,7 +322,8 @@ class UnionAttention(AttentionWeights):
                 if bounds is None
                 else (jnp.maximum(bounds[0], near), bounds[1])
             )
-        out = self._attend(q, k, v, packing.segment_offsets, bounds)
+        sink = self.row_sinks(packing)
+        out = self._attend(q, k, v, packing.segment_offsets, bounds, sink)
         out = self.gate_rows(x, out, packing)
         y = self.project_picks(out, routing, packing).reshape(x.shape)
         log = lambda a: self.log_rows(a, routing, packing).reshape(
@@ -352,7 +358,8 @@ class UnionAttention(AttentionWeights):
             written = jnp.where(kept[:, 0], choices, NO_EXPERT)
         slot, (keys, values, experts) = slot.append(first, k=k, v=v, experts=written)
         log = (keys, values, experts)
-        out = attend_log(q, choices, *log, slot.lengths, self.window)
+        sink = None if self.sink is None else self.sink[...][choices]
+        out = attend_log(q, choices, *log, slot.lengths, self.window, sink)
         if kept is not None:  # what sees nothing, not even itself, is no number
             kept = kept.reshape(*choices.shape, *[1] * (out.ndim - 2))
             out = jnp.where(kept, out, jnp.zeros_like(out))
@@ -372,6 +379,15 @@ class UnionAttention(AttentionWeights):
             return values
         gates = row_gates(routing.gates, packing)[None, :, None]
         return scale_rows(values, gates)
+
+    def row_sinks(self, packing: Packing) -> Float[Array, "J M G"] | None:
+        """Return the sinks of the packed rows' heads, where there are some."""
+        if self.sink is None:
+            return None
+        e, j, g = self.sink.shape
+        rows = jnp.zeros((packing.token_ids.shape[0], j * g), jnp.float32)
+        rows = add_expert_bias(rows, self.sink[...].reshape(e, -1), packing)
+        return jnp.moveaxis(rows.reshape(-1, j, g), 1, 0)
 
     def project_rows(
         self, x: Float[Array, "B T D"], packing: Packing, positions: Int[Array, "B T"]
@@ -404,7 +420,7 @@ class UnionAttention(AttentionWeights):
         return q, self.settle(k[:, :, None], self.k_norm, places)[:, :, 0], v
 
     def _attend(
-        self, q: Array, k: Array, v: Array, offsets: Array, bounds: Any
+        self, q: Array, k: Array, v: Array, offsets: Array, bounds: Any, sink: Any
     ) -> Float[Array, "J M G H"]:
         """Attend inside each segment and document, every key head on its own."""
         heads, rows = k.shape[:2]
@@ -413,8 +429,9 @@ class UnionAttention(AttentionWeights):
                 bounds = tuple(each_head(x, rows, heads) for x in bounds)
             offsets = head_offsets(offsets, rows, heads)
         q, k, v = (a.reshape(-1, *a.shape[2:]) for a in (q, k, v))
-        causal = self.causal
-        out = segment_attention(q, k, v, offsets, causal=causal, bounds=bounds)
+        sink = None if sink is None else sink.reshape(-1, sink.shape[2])
+        options = {"causal": self.causal, "bounds": bounds, "sink": sink}
+        out = segment_attention(q, k, v, offsets, **options)
         return out.reshape(heads, rows, *out.shape[1:])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from uoe_jax.ops.dense_attention.api import dense_attention
 from uoe_jax.ops.partial_attention import Call, Part, partial_attention
 from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.ops.segment_attention.layout import visible_range
+from uoe_jax.ops.segment_attention.sinks import beside_sink
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def ring_attention(
     segments: Int[Array, "B T"] | None,
     *,
     sees: Mask,
+    sink: Float[Array, " N2"] | None = None,
     axis: str,
     size: int,
 ) -> Float[Array, "B T N H"]:
@@ -80,7 +83,8 @@ def ring_attention(
     for turn in range(1, size):
         held = jax.lax.ppermute(held, axis, step)
         found = found.plus(visit(held, (rank - turn) % size))
-    return found.out.astype(q.dtype)
+    out = found.out if sink is None else beside_sink(found.out, found.lse, sink)
+    return out.astype(q.dtype)
 
 
 def gathered_attention(
@@ -90,6 +94,7 @@ def gathered_attention(
     segments: Int[Array, "B T"] | None,
     *,
     sees: Mask,
+    sink: Float[Array, " N2"] | None = None,
     axis: str,
     size: int,
 ) -> Float[Array, "B T N H"]:
@@ -98,7 +103,8 @@ def gathered_attention(
     gather = lambda a: jax.lax.all_gather(a, axis, axis=1, tiled=True)
     ends = view.among(0)
     call = Call(q, gather(k), gather(v), *ends, q.shape[3] ** -0.5)
-    return partial_attention(call).out
+    found = partial_attention(call)
+    return found.out if sink is None else beside_sink(found.out, found.lse, sink)
 
 
 def exchanged_attention(
@@ -108,6 +114,7 @@ def exchanged_attention(
     segments: Int[Array, "B T"] | None,
     *,
     sees: Mask,
+    sink: Float[Array, " N2"] | None = None,
     axis: str,
     size: int,
 ) -> Float[Array, "B T N H"]:
@@ -117,11 +124,15 @@ def exchanged_attention(
     share of the heads, so all have the same work, and any kernel of whole sequences
     serves. The key heads must divide by the devices.
     """
-    del size
     swap = lambda a, here, there: jax.lax.all_to_all(a, axis, here, there, tiled=True)
     q, k, v = (swap(a, 2, 1) for a in (q, k, v))
     ids = None if segments is None else _all_ids(segments, axis)
-    out = dense_attention(q, k, v, causal=sees.causal, segments=ids, window=sees.window)
+    if sink is not None:
+        share = sink.shape[0] // size
+        start = jax.lax.axis_index(axis) * share
+        sink = jax.lax.dynamic_slice_in_dim(sink, start, share)
+    options: dict[str, Any] = {"causal": sees.causal, "window": sees.window}
+    out = dense_attention(q, k, v, segments=ids, sink=sink, **options)
     return swap(out, 1, 2)
 
 

@@ -23,7 +23,7 @@ from uoe_jax.ops.packing import Packing, pack_choices
 from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.partition.collectives import Parallel
 from uoe_jax.tree import leaf_name
-from uoe_jax.varying import vary_over
+from uoe_jax.varying import vary_over, vary_together
 
 
 def pack_local(
@@ -51,13 +51,15 @@ def attend(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     context: Context,
-    causal: bool,
-    window: int | None = None,
+    sees: Mask,
+    sink: Float[Array, " N2"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Return dense attention, to the tokens of all sequence devices."""
     parallel, segments = context.parallel, context.segments
     if parallel is None or not parallel.has("sequence"):
-        return dense_attention(q, k, v, causal=causal, segments=segments, window=window)
+        causal, window = sees
+        options: dict[str, Any] = {"causal": causal, "window": window, "sink": sink}
+        return dense_attention(q, k, v, segments=segments, **options)
     runs = {
         "ring": ring_attention,
         "gather": gathered_attention,
@@ -66,8 +68,9 @@ def attend(
     how = parallel.layout.sequence_attention
     run = choose("layout.sequence_attention", how, runs)
     size = parallel.size("sequence")
-    sees = Mask(causal, window)
-    return run(q, k, v, segments, sees=sees, axis="sequence", size=size)
+    if sink is not None:
+        sink, _ = vary_together(sink, q)
+    return run(q, k, v, segments, sees=sees, sink=sink, axis="sequence", size=size)
 
 
 def splits_tokens(context: Context) -> Parallel | None:

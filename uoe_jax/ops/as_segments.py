@@ -325,6 +325,7 @@ def packed_attention(kernels: Kernels, call: DenseCall) -> Float[Array, "B T N H
         call.mask,
         call.scale,
         bounds,
+        pack_sinks(call),
     )
     return unpack_heads(kernels(rows), call.q)
 
@@ -344,14 +345,16 @@ def packed_attention_on_tpu(call: DenseCall) -> Float[Array, "B T N H"]:
         found = document_edges(call.segments, batch, length, num_kv)
         return pad_rows(found, num_rows, axis=1)
 
-    out = mosaic_tpu.attend(
+    rows = Call(
         pack_heads(call.q, num_kv),
         pack_heads(call.k, num_kv)[:, 0],
         pack_heads(call.v, num_kv)[:, 0],
-        mosaic_tpu.Runs(edges, batch * num_kv),
+        jnp.arange(batch * num_kv + 1, dtype=jnp.int32) * length,
         call.mask,
         call.scale,
+        sink=pack_sinks(call),
     )
+    out = mosaic_tpu.attend(rows, mosaic_tpu.Runs(edges, batch * num_kv))
     return unpack_heads(out, call.q)
 
 
@@ -360,6 +363,16 @@ def pack_heads(x: Float[Array, "B T N H"], num_kv: int) -> Float[Array, "M G H"]
     batch, length, _, width = x.shape
     x = x.reshape(batch, length, num_kv, -1, width)
     return x.transpose(0, 2, 1, 3, 4).reshape(-1, x.shape[3], width)
+
+
+def pack_sinks(call: DenseCall) -> Float[Array, "M G"] | None:
+    """Return the packed rows' sinks: those of their heads."""
+    if call.sink is None:
+        return None
+    batch, length = call.q.shape[:2]
+    heads = call.sink.reshape(1, call.k.shape[2], 1, -1)
+    rows = jnp.broadcast_to(heads, (batch, heads.shape[1], length, heads.shape[3]))
+    return rows.reshape(-1, rows.shape[3])
 
 
 def unpack_heads(rows: Float[Array, "M G H"], like: jax.Array) -> jax.Array:

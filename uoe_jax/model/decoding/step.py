@@ -279,7 +279,8 @@ def _prepare_part(part: Any, wanted: Form) -> Any:
         form = NarrowTokenAttention.of
     if getattr(part, "low_rank", ()):  # forms are of whole matrices
         form = None
-    if getattr(part, "wg", None) is not None:  # and have no gates of heads
+    # And have no gates or sinks of heads.
+    if any(getattr(part, name, None) is not None for name in ("wg", "sink")):
         form = None
     if form is None:
         return OwnPart(part)

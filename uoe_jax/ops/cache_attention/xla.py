@@ -82,12 +82,27 @@ def attend_cache(
     keys: Float[Array, "B S K H"],
     values: Float[Array, "B S K W"],
     visible: Bool[Array, "B K2 G2 S"],
+    sink: Float[Array, "K G"] | None = None,
 ) -> Float[Array, "B K G W"]:
     """Return the attention of one query a head over the visible rows, at least one."""
     scores = jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)
     scores = jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    weights = softmax(scores, -1, None if sink is None else sink[None, :, :, None])
+    weights = weights.astype(values.dtype)
     return jnp.einsum("bkgs,bskh->bkgh", weights, values)
+
+
+def softmax(
+    scores: Float[Array, ...], axis: int, sink: Float[Array, ...] | None
+) -> Float[Array, ...]:
+    """Return weights that with the sink's sum to 1; its axis has one entry."""
+    if sink is None:
+        return jax.nn.softmax(scores, axis=axis)
+    shape = [*scores.shape]
+    shape[axis] = 1
+    sink = jnp.broadcast_to(sink.astype(scores.dtype), shape)
+    whole = jax.nn.softmax(jnp.concatenate([scores, sink], axis=axis), axis=axis)
+    return jax.lax.slice_in_dim(whole, 0, scores.shape[axis], axis=axis)
 
 
 def written_rows(
@@ -112,6 +127,7 @@ def attend_log(
     experts: Int[Array, "B R"],
     position: Int[Array, " B"],
     window: int | None = None,
+    sink: Float[Array, "B X J G"] | None = None,
 ) -> Float[Array, "B X J G H"]:
     """Return the attention of each pick over the log rows of its expert, of the last
     `window` tokens.
@@ -129,5 +145,6 @@ def attend_log(
     scores = jnp.sum(q_rows * keys[:, :, :, None], axis=-1, dtype=jnp.float32)
     scores = scores[:, :, None] * q.shape[-1] ** -0.5
     scores = jnp.where(match[..., None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=1).astype(values.dtype)
+    weights = softmax(scores, 1, None if sink is None else sink[:, None])
+    weights = weights.astype(values.dtype)
     return jnp.einsum("brxjg,brjh->bxjgh", weights, values)

@@ -52,6 +52,13 @@ def _settle(given: checks.Given) -> None:
     checks.whole(given, "window", optional=True)
     checks.number(given, "scale")
     checks.backend(given)
+    if given["sink"] is not None:
+        checks.floats(given, "sink", "N")
+        if given["sink"].shape != given["q"].shape[2:3]:
+            raise ConfigError(
+                f"sink is {list(given['sink'].shape)} beside q "
+                f"{list(given['q'].shape)}; each query head needs one"
+            )
     if given["segments"] is not None:
         checks.ints(given, "segments", "B T")
         if given["segments"].shape != given["q"].shape[:2]:
@@ -71,6 +78,7 @@ def dense_attention(
     causal: bool,
     segments: Int[Array, "B T"] | None = None,
     window: int | None = None,
+    sink: Float[Array, " N2"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -83,6 +91,7 @@ def dense_attention(
       causal: token t sees only tokens s <= t.
       segments: document ids; a token sees only its own run of equal ids.
       window: token t sees only tokens with |t - s| < window.
+      sink: a logit [N] a head of what tokens may attend to instead, with value zero.
       scale: factor of the scores; None: 1 / sqrt(H).
       implementation: backend name; None: the fastest that can serve.
 
@@ -103,8 +112,8 @@ def dense_attention(
         )
     if window is not None and window < 1:
         raise ConfigError(f"window is {window}; tokens it sees must be >= 1, or None")
-    # Tables hold plain calls; documents and windows go by the order above.
-    plain = segments is None and window is None
+    # Tables hold plain calls; others go by the order above.
+    plain = segments is None and window is None and sink is None
     shape = call_shape(q, causal) if plain else None
     return dispatch(
         "dense_attention",
@@ -117,6 +126,7 @@ def dense_attention(
             Mask(causal, window),
             segments,
             scale=width**-0.5 if scale is None else scale,
+            sink=sink,
         ),
         shape=shape,
     )

@@ -16,6 +16,7 @@ class Call:
     """Attention of whole sequences, as `dense_attention` defines it.
 
     Tokens with `segments` see only their own run of equal ids; None: all are one.
+    `sink` is a logit a head that its softmaxes have beside their scores.
     """
 
     q: Float[Array, "B T N H"]
@@ -24,11 +25,11 @@ class Call:
     mask: Mask
     segments: Int[Array, "B T"] | None
     scale: float
+    sink: Float[Array, " N"] | None = None
 
     def together(self) -> Call:
         """Return the call with arrays that vary over the same mesh axes."""
-        if self.segments is None:
-            q, k, v = vary_together(self.q, self.k, self.v)
-            return dataclasses.replace(self, q=q, k=k, v=v)
-        q, k, v, ids = vary_together(self.q, self.k, self.v, self.segments)
-        return dataclasses.replace(self, q=q, k=k, v=v, segments=ids)
+        given = {name: getattr(self, name) for name in ("q", "k", "v", "segments")}
+        given = {name: a for name, a in given.items() if a is not None}
+        arrays = vary_together(*given.values())
+        return dataclasses.replace(self, **dict(zip(given, arrays, strict=True)))

@@ -20,6 +20,8 @@ def dense_attention(call: Call) -> Float[Array, "B T N H"]:
         raise NotImplementedError(f"it takes bfloat16 or float16, not {q.dtype}")
     if call.segments is not None:
         raise NotImplementedError("it takes no segments")
+    if call.sink is not None:
+        raise NotImplementedError("it takes no sink")
     if q.shape[3] % 8 or q.shape[3] > 128:
         raise NotImplementedError(
             f"head width {q.shape[3]}; it takes multiples of 8 up to 128"

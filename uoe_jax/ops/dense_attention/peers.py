@@ -54,8 +54,9 @@ def _load(module: str, call: Call) -> Any:
         )
     if call.q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"it takes bfloat16 or float16, not {call.q.dtype}")
-    if call.segments is not None or call.mask.window is not None:
-        raise NotImplementedError("it takes no segments or windows")
+    given = call.segments, call.mask.window, call.sink
+    if any(option is not None for option in given):
+        raise NotImplementedError("it takes no segments, windows or sinks")
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -21,7 +21,11 @@ def dense_attention(call: Call) -> Float[Array, "B T N H"]:
     high = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("btkgh,bskh->bkgts", qs, k, precision=high) * call.scale
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
+    if call.sink is not None:
+        sink = call.sink.reshape(1, k.shape[2], -1, 1, 1).astype(dtype)
+        sink = jnp.broadcast_to(sink, (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sink], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :length]
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=high)
     return out.reshape(call.q.shape).astype(call.q.dtype)
 

@@ -42,6 +42,8 @@ def dense_attention(call: Call) -> Float[Array, "B T N H"]:
     target = tpu.current_target()
     q, (causal, window) = call.q, call.mask
     _, length, heads, width = q.shape
+    if call.sink is not None:
+        raise NotImplementedError("it takes no sink")
     if length % LANES:
         raise NotImplementedError(f"length {length}; it takes multiples of {LANES}")
     if width % 64 or width > 256:

@@ -24,7 +24,7 @@ def dense_attention(call: Call) -> Float[Array, "B T N H"]:
     num_kv = k.shape[2]
     if batch * length * width == 0:
         return q
-    if length <= _longest_plain():
+    if length <= _longest_plain() and call.sink is None:
         visible = visibility(batch, length, call.mask, segments)
         return jax.nn.dot_product_attention(
             q, k, v, mask=visible[:, None], scale=call.scale, implementation="xla"
@@ -43,9 +43,15 @@ def dense_attention(call: Call) -> Float[Array, "B T N H"]:
     low, high = (_slots(x, num_kv, block) for x in bounds)
     layout = Layout(rows=None, slots=None, low=low, high=high)
     whole = call.mask == Mask(causal=False) and segments is None
+    sink = call.sink
+    if sink is not None:
+        heads = sink.reshape(1, num_kv, 1, groups)
+        rows = (batch, num_kv, padded, groups)
+        sink = jnp.broadcast_to(heads, rows).reshape(-1, groups)
     out = blockwise_attention(
-        pack(q), pack(k)[:, 0], pack(v)[:, 0], layout, Options(call.scale, chunk, whole)
-    )
+        pack(q), pack(k)[:, 0], pack(v)[:, 0], layout,
+        Options(call.scale, chunk, whole), sink,
+    )  # fmt: skip
     out = out.reshape(batch, num_kv, padded, groups, width).transpose(0, 2, 1, 3, 4)
     return out.reshape(batch, padded, num_heads, width)[:, :length]
 

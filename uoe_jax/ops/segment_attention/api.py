@@ -35,6 +35,13 @@ def _settle(given: checks.Given) -> None:
     checks.whole(given, "window", optional=True)
     checks.number(given, "scale")
     checks.backend(given)
+    if given["sink"] is not None:
+        checks.floats(given, "sink", "M G")
+        if given["sink"].shape != given["q"].shape[:2]:
+            raise ConfigError(
+                f"sink is {list(given['sink'].shape)} beside q "
+                f"{list(given['q'].shape)}; each row and query head needs one"
+            )
     if given["bounds"] is not None:
         given["bounds"] = _settle_bounds(given["bounds"], given["q"].shape[0])
 
@@ -65,6 +72,7 @@ def segment_attention(
     causal: bool,
     window: int | None = None,
     bounds: tuple[Int[Array, " M"], Int[Array, " M"]] | None = None,
+    sink: Float[Array, "M2 G2"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "M G H"]:
@@ -83,6 +91,7 @@ def segment_attention(
       window: row i sees only rows with |i - j| < window.
       bounds: first and last row of its segment that each row may see, as where a
         segment holds several documents; a row always sees itself.
+      sink: logits [M, G] of what each row may attend to instead, whose value is zero.
       scale: factor of the scores; None: 1 / sqrt(H).
       implementation: backend name; None: the fastest that can serve.
 
@@ -118,5 +127,6 @@ def segment_attention(
             Mask(causal, window),
             scale=q.shape[2] ** -0.5 if scale is None else scale,
             bounds=bounds,
+            sink=sink,
         ),
     )

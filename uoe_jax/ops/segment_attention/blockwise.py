@@ -41,22 +41,27 @@ def blockwise_attention(
     v: Float[Array, "M H"],
     layout: Layout,
     options: Options,
+    sink: Float[Array, "M G"] | None = None,
 ) -> Float[Array, "M G H"]:
     """Return attention of every row to the rows it sees; memory linear in M."""
-    leaves, tree = jax.tree.flatten(layout)
+    leaves, tree = jax.tree.flatten((layout, sink))
     q, k, v, *leaves = vary_together(q, k, v, *leaves)
-    return _attend(q, k, v, jax.tree.unflatten(tree, leaves), options)
+    return _attend(q, k, v, *jax.tree.unflatten(tree, leaves), options)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, layout, options):
-    return _attend_fwd(q, k, v, layout, options)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, k, v, layout, sink, options):
+    return _attend_fwd(q, k, v, layout, sink, options)[0]
 
 
-def _attend_fwd(q, k, v, layout, options):
+def _attend_fwd(q, k, v, layout, sink, options):
     plan = make_plan(layout, options.chunk)
-    out, lse = _forward(q, k, v, layout, plan, options)
-    return out, (q, k, v, layout, plan, out, lse)
+    sinks = None
+    if sink is not None:
+        blocks = to_blocks(sink.astype(accumulator_dtype(q.dtype)), layout)
+        sinks = blocks.reshape(blocks.shape[0], -1)[plan.order]  # [chunks, C, R]
+    out, lse = _forward(q, k, v, layout, plan, sinks, options)
+    return out, (q, k, v, layout, sink, sinks, plan, out, lse)
 
 
 def _forward(
@@ -65,6 +70,7 @@ def _forward(
     v: jax.Array,
     layout: Layout,
     plan: Plan,
+    sinks: jax.Array | None,
     options: Options,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the output [M, G, H] and the logsumexp by chunks [chunks, C, R]."""
@@ -87,11 +93,10 @@ def _forward(
             return new_top, total, out * shrink[:, :, None] + update
 
         shape = chunk.q.shape
-        start = (
-            zeros_varying(shape[:2], dtype, q, MASKED),
-            zeros_varying(shape[:2], dtype, q),
-            zeros_varying(shape, dtype, q),
-        )
+        top, total = (zeros_varying(shape[:2], dtype, q, x) for x in (MASKED, 0.0))
+        if sinks is not None:  # seen before all keys
+            top, total = sinks[index], total + 1
+        start = top, total, zeros_varying(shape, dtype, q)
         steps = chunk.num_steps(options.cyclic)
         top, total, out = lax.fori_loop(0, steps, step, start)
         total = jnp.where(total == 0, 1, total)  # blocks that took no step
@@ -103,7 +108,7 @@ def _forward(
 
 
 def _attend_bwd(options, saved, grad):
-    q, k, v, layout, plan, out, lse = saved
+    q, k, v, layout, sink, sinks, plan, out, lse = saved
     size, dtype = layout.low.shape[1], accumulator_dtype(q.dtype)
     delta = (grad.astype(dtype) * out.astype(dtype)).sum(axis=2, keepdims=True)
     kb, vb = to_blocks(k, layout), to_blocks(v, layout)
@@ -140,7 +145,13 @@ def _attend_bwd(options, saved, grad):
     (dk, dv), dq = lax.scan(run_chunk, (zeros, zeros), chunks)
     dq = to_rows(dq.reshape(-1, size, *q.shape[1:]), layout, plan.places)
     dk, dv = (to_rows(x.astype(k.dtype), layout, None) for x in (dk, dv))
-    return dq, dk, dv, None
+    if sink is None:
+        return dq, dk, dv, None, None
+    # A sink's value is zero: of its score's gradient only -delta is left.
+    dsink = -jnp.exp(sinks - lse) * delta[plan.order][..., 0]
+    dsink = dsink.reshape(-1, size, q.shape[1])
+    dsink = to_rows(dsink.astype(sink.dtype), layout, plan.places)
+    return dq, dk, dv, None, dsink
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from uoe_jax.varying import vary_together
 
@@ -32,6 +33,7 @@ class Call:
     """Attention of M rows inside their segments, as `segment_attention` defines it.
 
     `bounds` are the first and last row that each row may see; None: its whole segment.
+    `sink` are logits that the rows' softmaxes have beside their scores.
     """
 
     q: Float[Array, "M G H"]
@@ -41,6 +43,13 @@ class Call:
     mask: Mask
     scale: float
     bounds: tuple[Int[Array, " M"], Int[Array, " M"]] | None = None
+    sink: Float[Array, "M G"] | None = None
+
+    @property
+    def real(self) -> Bool[Array, " M"]:
+        """Which rows are of a segment."""
+        row = jnp.arange(self.q.shape[0], dtype=jnp.int32)
+        return row < self.offsets[-1]
 
     def together(self) -> Call:
         """Return the call with arrays that vary over the same mesh axes."""
@@ -49,4 +58,8 @@ class Call:
         if bounds is not None:
             first, last, _ = vary_together(*bounds, q)
             bounds = first, last
-        return dataclasses.replace(self, q=q, k=k, v=v, offsets=offsets, bounds=bounds)
+        sink = self.sink
+        if sink is not None:
+            sink, _ = vary_together(sink, q)
+        parts = {"q": q, "k": k, "v": v, "offsets": offsets}
+        return dataclasses.replace(self, **parts, bounds=bounds, sink=sink)

@@ -34,8 +34,15 @@ def segment_attention(call: Call) -> Float[Array, "M G H"]:
     # Rows with nothing to see (past the last segment) stay zero, without a 0 / 0.
     scores = jnp.where(visible[:, None, :], scores, -jnp.inf)
     top = scores.max(axis=-1, keepdims=True, initial=jnp.finfo(dtype).min)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(top))
+    sink = call.sink
+    if sink is not None:
+        sink = jnp.where(real, sink, 0).astype(dtype)[:, :, None]
+        top = jnp.maximum(top, sink)
+    top = jax.lax.stop_gradient(top)
+    weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
+    if sink is not None:
+        total = total + jnp.exp(sink - top)
     weights = weights / jnp.where(total == 0, 1, total)
     out = jnp.einsum("mgn,nh->mgh", weights, v, precision=high)
     return out.astype(q.dtype)

@@ -21,7 +21,7 @@ def segment_attention(call: Call) -> Float[Array, "M G H"]:
     # Without a window, all blocks of a full segment need the same key blocks.
     whole = call.mask == Mask(causal=False) and call.bounds is None
     options = Options(call.scale, chunk, cyclic=whole)
-    return blockwise_attention(call.q, call.k, call.v, layout, options)
+    return blockwise_attention(call.q, call.k, call.v, layout, options, call.sink)
 
 
 def choose_tile(num_rows: int, mean_rows: int, groups: int) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from uoe_jax.ops.segment_attention.nvidia.mosaic_key_gradients import (
 )
 from uoe_jax.ops.segment_attention.nvidia.mosaic_parts import WG_ROWS, Options
 from uoe_jax.ops.segment_attention.nvidia.mosaic_query_gradient import query_gradient
+from uoe_jax.ops.segment_attention.sinks import beside_sink
 from uoe_jax.varying import vary_together, zeros_varying
 
 WGS = 2  # warpgroups that compute
@@ -63,7 +64,11 @@ def segment_attention(
     call: Call, *, deterministic: bool = True
 ) -> Float[Array, "M G H"]:
     """Return attention inside each segment; see `attend`."""
-    return attend(call, deterministic=deterministic)[0]
+    out, lse = attend(call, deterministic=deterministic)
+    if call.sink is None:
+        return out
+    call = call.together()
+    return beside_sink(out, lse, call.sink, call.real[:, None])
 
 
 def attend(

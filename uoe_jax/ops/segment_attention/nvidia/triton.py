@@ -19,6 +19,7 @@ from uoe_jax.ops import measured, nvidia
 from uoe_jax.ops.segment_attention.call import Call, Mask
 from uoe_jax.ops.segment_attention.nvidia import schedule
 from uoe_jax.ops.segment_attention.nvidia.limits import check_call
+from uoe_jax.ops.segment_attention.sinks import beside_sink
 
 WIDTHS = (16, 32, 64, 128, 256)  # of a head
 LOG2E = 1.4426950408889634
@@ -65,7 +66,11 @@ DEFAULTS = {
 
 def segment_attention(call: Call) -> Float[Array, "M G H"]:
     """Return attention inside each segment; see `attend`."""
-    return attend(call)[0]
+    out, lse = attend(call)
+    if call.sink is None:
+        return out
+    call = call.together()
+    return beside_sink(out, lse, call.sink, call.real[:, None])
 
 
 def attend(call: Call) -> tuple[Float[Array, "M G H"], Float[Array, "M G"]]:

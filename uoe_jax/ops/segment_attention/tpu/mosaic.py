@@ -6,6 +6,7 @@ Rows, offsets and what is seen are data; every shape is static. FlashAttention-2
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from uoe_jax.ops import tpu
 from uoe_jax.ops.segment_attention.call import Call, Mask
+from uoe_jax.ops.segment_attention.sinks import beside_sink
 from uoe_jax.ops.segment_attention.tpu.backward import (
     key_gradients,
     query_gradient,
@@ -64,7 +66,7 @@ def segment_attention(call: Call) -> Float[Array, "M G H"]:
     """
     edges = partial(_run_edges, call.offsets, call.bounds)
     runs = Runs(edges, call.offsets.shape[0] - 1)
-    return attend(call.q, call.k, call.v, runs, call.mask, call.scale)
+    return attend(call, runs)
 
 
 def _run_edges(offsets, bounds, num_rows):
@@ -89,20 +91,14 @@ class Runs(NamedTuple):
     count: int
 
 
-def attend(
-    q: Float[Array, "M G H"],
-    k: Float[Array, "M H"],
-    v: Float[Array, "M H"],
-    runs: Runs,
-    mask: Mask,
-    scale: float,
-) -> Float[Array, "M G H"]:
-    """Return attention inside runs of rows.
+def attend(call: Call, runs: Runs) -> Float[Array, "M G H"]:
+    """Return attention inside runs of rows, whatever the call's segments are.
 
     Raises:
       NotImplementedError: as `segment_attention`.
     """
     target = tpu.current_target()
+    q, k, v, mask, scale = call.q, call.k, call.v, call.mask, call.scale
     num_rows, groups, width = q.shape
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"TPUs multiply bfloat16 or float32, not {q.dtype}")
@@ -118,7 +114,12 @@ def attend(
     q, k, v, ends = vary_together(q, k, v, runs.edges(padded))
     heads = tpu.pad_rows(q.transpose(1, 0, 2), padded, axis=1)
     k, v = tpu.pad_rows(k, padded), tpu.pad_rows(v, padded)
-    out = _attention(options, heads, k, v, ends)
+    sink = call.sink
+    if sink is not None:
+        sink = tpu.pad_rows(vary_together(sink, q)[0].T, padded, axis=1)
+    out, lse = _attention(options, heads, k, v, ends)
+    if sink is not None:
+        out = beside_sink(out, lse, sink, ends[1] > ends[0])
     return out[:, :num_rows].transpose(1, 0, 2)
 
 
@@ -215,19 +216,23 @@ def tile_bytes(sides: dict[str, int], groups: int, width: int, dtype) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(options, q, k, v, edges):
-    return forward(q, k, v, edges, options)[0]
+    return _attention_fwd(options, q, k, v, edges)[0]
 
 
 def _attention_fwd(options, q, k, v, edges):
     out, lse = forward(q, k, v, edges, options)
-    return out, (q, k, v, edges, out, lse)
+    results = out, lse * math.log(2)  # the kernel's is of base 2
+    return results, (q, k, v, edges, out, lse)
 
 
-def _attention_bwd(options, saved, dout):
+def _attention_bwd(options, saved, grads):
     q, k, v, edges, out, lse = saved
+    dout, dlse = grads
     # Rows past the last segment see nothing; what flows into them must not count.
     product = dout.astype(jnp.float32) * out.astype(jnp.float32)
-    delta = jnp.where(edges[1] > edges[0], jnp.sum(product, axis=2), 0)
+    # The scores' gradient is p * (dp - delta), and that of their logsumexp p.
+    delta = jnp.sum(product, axis=2) - dlse
+    delta = jnp.where(edges[1] > edges[0], delta, 0)
     stats = jnp.stack([lse, delta], axis=1)
     dq = query_gradient(q, k, v, edges, dout, stats, options)
     dk, dv = key_gradients(q, k, v, edges, dout, stats, options)
