@@ -43,6 +43,7 @@ from experiments.e009_real_model.study import (
 )
 from experiments.e009_real_model.table import write_summary
 from experiments.shared.case import change
+from experiments.shared.flags import switch_off_command_buffers
 from experiments.shared.part import Part
 from experiments.shared.work import prepare
 from uoe_jax.bench.record import made_with, write_record
@@ -328,18 +329,6 @@ def plan(study: Study, speeds: bool) -> list[tuple[str, Entry]]:
     mine = study.part.take(own)
     left = [e for e in mine if not done["entries"].get(e.name, {}).get(key)]
     return [(kind, entry) for entry in left]
-
-
-def switch_off_command_buffers() -> None:
-    """Set XLA's flag, before jax has asked for a device.
-
-    On an H200 with jax 0.11.2 a command buffer that captured a cuDNN graph failed, and
-    every later program of the process with it.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_enable_command_buffer" not in flags:
-        flags = f"{flags} --xla_gpu_enable_command_buffer=".strip()
-        os.environ["XLA_FLAGS"] = flags
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import datetime
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ from experiments.shared.branches import Run, run_lengths
 from experiments.shared.case import program_key, without_folders
 from experiments.shared.compare import read_plan
 from experiments.shared.fit import Limits, OutOfTime, describe
+from experiments.shared.flags import switch_off_command_buffers
 from experiments.shared.part import Part
 from experiments.shared.work import prepare
 from uoe_jax.bench.record import commit, made_with, write_record
@@ -51,7 +53,7 @@ from uoe_jax.files import format_json, parse_json
 from uoe_jax.hardware.count import cache_bytes
 
 _LEAST = 30.0  # seconds left in which a run is worth to begin; it can wait half done
-_AHEAD = 120.0  # seconds left in which the next model is worth to be compiled already
+_AHEAD = 60.0  # seconds left in which the next model is worth to be compiled already
 _FURTHER_SEED = 1000  # added for the order of the data of runs that go on
 
 
@@ -245,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="minutes on a CPU")
     options = parser.parse_args(argv)
     try:
+        switch_off_command_buffers()
         session = Session(options)
         prepare(options.out / "compiled")
         for block in options.block:
@@ -258,4 +261,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # a model that is still being compiled would be waited for
