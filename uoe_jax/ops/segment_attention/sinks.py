@@ -17,8 +17,8 @@ from uoe_jax.ops.numerics import accumulator_dtype
 def beside_sink(
     out: Float[Array, "*N H"],
     lse: Float[Array, "*N"],
-    sink: Float[Array, "..."],
-    real: Bool[Array, "..."] | None = None,
+    sink: Float[Array, ...],
+    real: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*N H"]:
     """Return attention with a sink, of that without one and its scores' logsumexp.
 

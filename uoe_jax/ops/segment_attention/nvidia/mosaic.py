@@ -65,9 +65,9 @@ def segment_attention(
 ) -> Float[Array, "M G H"]:
     """Return attention inside each segment; see `attend`."""
     out, lse = attend(call, deterministic=deterministic)
+    call = call.together()
     if call.sink is None:
         return out
-    call = call.together()
     return beside_sink(out, lse, call.sink, call.real[:, None])
 
 

@@ -67,9 +67,9 @@ DEFAULTS = {
 def segment_attention(call: Call) -> Float[Array, "M G H"]:
     """Return attention inside each segment; see `attend`."""
     out, lse = attend(call)
+    call = call.together()
     if call.sink is None:
         return out
-    call = call.together()
     return beside_sink(out, lse, call.sink, call.real[:, None])
 
 
