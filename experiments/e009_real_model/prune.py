@@ -120,9 +120,9 @@ def heads_first(
 ) -> Bool[np.ndarray, " K"]:
     """Return the key/value heads whose query heads write most, root mean square."""
     wo = layer["attention.wo"][0].astype(np.float32)  # [K, G, H, D]
-    groups = heads.reshape(len(heads), wo.shape[0], -1)
-    out = np.einsum("nki,kid->nkd", groups, wo.reshape(*groups.shape[1:], -1))
-    return core_first(np.linalg.norm(out, axis=-1), size)
+    groups = heads.reshape(len(heads), wo.shape[0], -1).swapaxes(0, 1)
+    out = groups @ wo.reshape(len(groups), groups.shape[2], -1)  # [K, N, D]
+    return core_first(np.linalg.norm(out, axis=-1).T, size)
 
 
 def take(
