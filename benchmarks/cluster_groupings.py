@@ -23,18 +23,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
 
 from experiments.e009_real_model.study import Scale, base_config, write_texts
 from uoe_jax.bench.record import arguments, header, read_record, write_record
 from uoe_jax.data import make_dataset
 from uoe_jax.decompose.compare import measure_losses
 from uoe_jax.decompose.cut import Cut, Grouping
-from uoe_jax.decompose.group import GROUPINGS
 from uoe_jax.decompose.plan import Decided, decide
 from uoe_jax.decompose.split import union_config
 from uoe_jax.interop.importing import import_run
@@ -43,8 +43,9 @@ from uoe_jax.runs.batches import probe_batch
 from uoe_jax.runs.load import load_run
 from uoe_jax.runs.probe import in_float32, mean_loss
 
-ARTICLES = 600  # and as many of Python's files
+ARTICLES = 200  # and as many of Python's files
 KEY = ("seed", "keep", "experts", "grouping", "variant")  # of a row
+ORDER = ["coactivation", "weights", "spectral", "random", "contiguous", "mlc"]
 VARIANTS = ("plain", "core", "alone", "refit", "most", "whole")
 FOLLOWS = ("refit", "whole")
 
@@ -133,12 +134,18 @@ class Clock:
 
     def __init__(self) -> None:
         self.began = self._last = time.perf_counter()
+        self._compiled = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._compiled += seconds
 
     def stage(self, name: str) -> None:
         now = time.perf_counter()
-        print(f"[{now - self.began:5.0f} s] {name}: {now - self._last:.1f} s")
-        sys.stdout.flush()
-        self._last = now
+        spent = f"{now - self._last:.1f} s, {self._compiled:.1f} s of it compiling"
+        print(f"[{now - self.began:5.0f} s] {name}: {spent}", flush=True)
+        self._last, self._compiled = now, 0.0
 
     def minutes(self) -> float:
         return (time.perf_counter() - self.began) / 60
@@ -164,7 +171,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 8, 32, 64])
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.75])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--groupings", nargs="+", default=[*GROUPINGS])
+    parser.add_argument("--groupings", nargs="+", default=ORDER)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--part", type=int, nargs=2, default=(1, 1), help="of how many")
     parser.add_argument("--minutes", type=float, default=1e9, help="to start passes in")

@@ -134,9 +134,9 @@ def test_refitted_layers_write_what_the_union_computes(dense, shared):
         gates = np.asarray(chosen_gates(last.mlp_input, router, mlp))
         gates = np.repeat(gates, 6, axis=1)
         neurons = np.asarray(last.neurons)[:, plan.order[number]]
-        outputs = (neurons * gates) @ fit.w_down
+        outputs = (neurons * gates) @ np.asarray(fit.w_down)
         stream.replace_output(outputs + bias)
-    x = np.asarray(last.residual) + outputs + bias
+    x = np.asarray(last.residual) + np.asarray(outputs) + bias
     found = with_params(union, params, biases)
     tokens, segments = jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"])
     hidden = np.asarray(found.hidden(tokens, segments=segments)[0])

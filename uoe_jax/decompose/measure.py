@@ -22,7 +22,7 @@ class LayerError(NamedTuple):
 def layer_error(
     neurons: Float[np.ndarray, "N F"] | Float[Array, "N F"],
     wanted: Float[np.ndarray, "N D"] | Float[Array, "N D"],
-    w_down: Float[np.ndarray, "F D"],
+    w_down: Float[np.ndarray, "F D"] | Float[Array, "F D"],
     gates: Float[np.ndarray, "N E"] | Float[Array, "N E"],
 ) -> LayerError:
     """Return how far a layer's chosen experts are from what is wanted of it.

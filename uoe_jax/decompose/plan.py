@@ -143,9 +143,12 @@ class Decided:
             self.routers |= _fit_layer(weights, self.union, cut, number, order, now)
         if not routed:
             return
-        router, w_down = self.routers.get((number, "mlp")), layer.w_down[order]
+        router = self.routers.get((number, "mlp"))
+        w_down = jnp.take(layer.w_down, order, axis=0)
         if now is not None and seen is not None and cut.refit:
-            found = _refit_layer(weights, self.union, order, router, (seen, now))
+            gates = chosen_gates(now.mlp_input, router, self.union.union_for("mlp"))
+            wanted = seen.residual + seen.output - now.residual - _bias(weights)
+            found = fit_down(_taken(now.neurons, order), gates, w_down, wanted)
             w_down = found.w_down
             if self._after is not None:
                 self._after.replace_output(found.outputs + _bias(weights))
@@ -175,7 +178,7 @@ class _Layer:
         held: LayerValues | None,
     ):
         self.number, self.weights, self.seen, self.held = number, weights, seen, held
-        self.w_down = weights["mlp.w_down"][0].astype(np.float32)
+        self.w_down = jnp.asarray(weights["mlp.w_down"][0], jnp.float32)
         self._parts: dict[int, tuple[np.ndarray, np.ndarray, Neurons]] = {}
         self._orders: dict[Any, np.ndarray] = {}
 
@@ -227,24 +230,6 @@ def _bias(layer: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the MLP's output bias, a row of no expert's; 0 without one."""
     found = layer.get("mlp.b_down")
     return np.zeros((1, 1), np.float32) if found is None else found[None]
-
-
-def _refit_layer(
-    layer: Mapping[str, np.ndarray],
-    union: ModelConfig,
-    order: Int[np.ndarray, " F"],
-    router: RouterFit | None,
-    values: tuple[LayerValues, LayerValues],
-) -> Refit:
-    """Return the down-projection that brings the stream back to the dense model's.
-
-    `values` are the dense model's and those after the cuts so far.
-    """
-    seen, now = values
-    gates = chosen_gates(now.mlp_input, router, union.union_for("mlp"))
-    wanted = seen.residual + seen.output - now.residual - _bias(layer)
-    w_down = layer["mlp.w_down"][0].astype(np.float32)
-    return fit_down(_taken(now.neurons, order), gates, w_down[order], wanted)
 
 
 def _fit_layer(

@@ -31,7 +31,7 @@ class Refit(NamedTuple):
     Errors are on the tokens it was fitted on: |found - wanted| / |wanted|.
     """
 
-    w_down: Float[np.ndarray, "F D"]  # neurons in the experts' order
+    w_down: Float[Array, "F D"]  # neurons in the experts' order
     outputs: Float[Array, "N D"]  # what the chosen experts write now
     before: float
     after: float
@@ -80,7 +80,7 @@ def _gates(
 def fit_down(
     neurons: Float[np.ndarray, "N F"] | Float[Array, "N F"],
     gates: Float[np.ndarray, "N E"] | Float[Array, "N E"],
-    w_down: Float[np.ndarray, "F D"],
+    w_down: Float[np.ndarray, "F D"] | Float[Array, "F D"],
     wanted: Float[np.ndarray, "N D"] | Float[Array, "N D"],
     ridge: float | None = None,
 ) -> Refit:
@@ -100,10 +100,11 @@ def fit_down(
             left = np.asarray(_left_over(moments, crosses, np.asarray(RIDGES)))
             ridge = RIDGES[int(np.argmin(left))]
         moment, cross = moments.sum(axis=0), crosses.sum(axis=0)
-        change, rho = map(np.asarray, _solution(moment, cross, ridge))
-    if rho <= 0:  # nothing is ever on
+        change, rho = _solution(moment, cross, ridge)
+    w_down = jnp.asarray(w_down, jnp.float32)
+    if float(rho) <= 0:  # nothing is ever on
         return Refit(w_down, jnp.zeros_like(wanted), 1.0, 1.0, ridge)
-    new = (w_down + change).astype(np.float32)
+    new = w_down + change
     outputs, after = _apply(on, new, wanted)
     length = max(float(length), 1e-30)
     return Refit(new, outputs, float(before) / length, float(after) / length, ridge)
