@@ -37,6 +37,7 @@ from uoe_jax.compress.methods import prepare
 from uoe_jax.compress.observed import Observed, Smaller, take_apart
 from uoe_jax.compress.options import LOW_RANK, Compress
 from uoe_jax.compress.statistics import observe
+from uoe_jax.config import ModelConfig
 from uoe_jax.errors import UoeError
 from uoe_jax.model import flat_buffers, flat_params, with_params
 from uoe_jax.runs.batches import calibration_batch
@@ -58,6 +59,7 @@ ROWS = (
     ("flap", "uniform"),
 )
 SHARES = (0.99, 0.96, 0.9, 0.83, 0.69)  # of the rank from which nothing is saved
+SMALL = (0.01, 0.02, 0.05, 0.1)  # cuts by ranks of each matrix
 OPENED = (0.1, 0.2, 0.3, 0.4, 0.5)
 # Pairs of the same widths, which are the same programs.
 HEALED = (
@@ -164,10 +166,25 @@ def wanted_rows(
         for cut, (method, allocate) in itertools.product(cuts, ROWS):
             yield {"method": method, "allocate": allocate, "cut": cut}
     else:
-        model = observed.model
-        most = model.d_model * model.d_ff / (model.d_model + model.d_ff)
-        for share, method in itertools.product(SHARES, LOW_RANK):
-            yield {"method": method, "rank": max(math.floor(share * most), 1)}
+        yield from wanted_ranks(observed.model)
+
+
+def wanted_ranks(model: ModelConfig) -> Iterator[dict[str, Any]]:
+    """Yield what is to be cut to find how little low ranks cost.
+
+    One rank of all matrices, beside plain SVD; and ranks by curves, beside neurons,
+    pairs and values that save as much.
+    """
+    most = model.d_model * model.d_ff / (model.d_model + model.d_ff)
+    shares = list(itertools.product(SHARES, LOW_RANK))
+    ranks = [
+        {"method": method, "rank": max(math.floor(share * most), 1)}
+        for share, method in shares
+    ]
+    yield from ranks[:2]
+    for cut, method in itertools.product(SMALL, ("lord", "modegpt")):
+        yield {"method": method, "allocate": "curve", "cut": cut}
+    yield from ranks[2:]
 
 
 def anytime_rows(experiment: Experiment, observed: Observed) -> None:

@@ -59,6 +59,42 @@ def test_ranks_by_outputs_keep_more_of_them_than_ranks_by_weights():
     assert outputs["lord"] < outputs["svd"]
 
 
+@pytest.mark.parametrize("config", [WIDE, GELU])
+def test_ranks_by_curves_take_from_matrices_that_are_of_low_rank(config):
+    """One layer's matrices have rank 4: a cut that they can give costs nothing."""
+    params, batch = draw(config, 2), batch_of(config)
+    rest, layers = to_layers(params, config)
+    names = [name for name in layers[1] if name in ("mlp.w_up", "mlp.w_gate")]
+    names.append("mlp.w_down")
+    for name in names:
+        u, s, v = np.linalg.svd(layers[1][name][0].astype(np.float64))
+        planted = (u[:, :4] * s[:4]) @ v[:4]
+        layers[1][name] = planted[None].astype(np.float32)
+    params = from_layers(rest, layers, config)
+    observed = take_apart(
+        config, params, {}, observe(with_params(config, params), batch)
+    )
+    ready = prepare(observed, "lord")
+    way = {"method": "lord", "multiple": 2}
+    made = ready(Compress(cut=0.09, allocate="curve", **way))
+    widths = made.config.widths
+    for ranks in (widths.up_rank, widths.down_rank):
+        assert ranks[0] == 0 < ranks[1] < break_even(16, 24)
+    saved = block_params(config) - block_params(made.config)
+    assert 0.09 * block_params(config) <= saved
+    wanted = logits(config, params, batch)
+    near(logits(made.config, made.params, batch), wanted, 1e-3)
+    alike = ready(Compress(cut=0.09, **way))
+    lost = np.abs(logits(alike.config, alike.params, batch) - wanted).max()
+    assert lost > 10 * np.abs(logits(made.config, made.params, batch) - wanted).max()
+
+
+def test_a_cut_that_low_ranks_by_curves_have_not_got_is_refused():
+    _, _, observed = look(WIDE)
+    with pytest.raises(ConfigError, match="what the least widths cost; cut less"):
+        prepare(observed, "lord")(Compress(cut=0.9, method="lord", allocate="curve"))
+
+
 def test_ranks_that_save_nothing_and_cuts_that_are_not_there_are_refused():
     _, _, observed = look(WIDE)
     ready = prepare(observed, "lord")
@@ -110,8 +146,10 @@ def test_a_cut_of_no_layer_is_refused():
 @pytest.mark.parametrize("given, message", [
     ({"rank": 4}, "rank is 4 with method modegpt; only lord and svd have ranks"),
     ({"rank": 4, "cut": 0.3, "method": "svd"}, "cut is 0.3 and rank 4; one settles"),
-    ({"cut": 0.3, "method": "depth", "allocate": "bi"}, "takes from whole layers"),
-    ({"cut": 0.3, "method": "lord", "allocate": "curve"}, "takes from layers alike"),
+    ({"cut": 0.3, "method": "depth", "allocate": "bi"}, "none, it drops whole layers"),
+    ({"cut": 0.3, "method": "lord", "allocate": "bi"}, "which has uniform and curve"),
+    ({"cut": 0.3, "method": "svd", "allocate": "curve"}, "which has uniform alone"),
+    ({"rank": 3, "method": "lord", "allocate": "curve"}, "rank 3, which is every"),
     ({"cut": 0.3, "anytime": True}, "cut is 0.3 with anytime"),
     ({"method": "flap", "anytime": True}, "method is flap with anytime; modegpt, sort"),
 ])  # fmt: skip

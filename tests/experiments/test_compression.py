@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.e010_compression.run import OPENED, ROWS, SHARES
+from experiments.e010_compression.run import OPENED, ROWS, SHARES, SMALL
 from tests.interop.tiny_folders import TEXT, write_folder
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def test_one_file_opens_as_what_is_cut_apart_and_a_second_call_goes_on(place):
     found = run(place, "rows", "ranks")["rows"]
     assert found[: len(first)] == first
     more = found[len(first) :]
-    assert len(more) == len(ROWS) + 2 * len(SHARES)
+    assert len(more) == len(ROWS) + 2 * len(SHARES) + 2 * len(SMALL)
     assert all(row["blocks"] < 1 and row["python"] > 1 for row in more)
     ranks = [
         row["blocks"] for row in more if row.get("rank") and row["method"] == "svd"
@@ -82,7 +82,7 @@ def test_a_model_of_ours_is_trained_first_and_goes_on_where_time_ended(place):
     assert done.returncode == 0, done.stderr
     found = json.loads((out / "results.json").read_text())
     assert found["model"] == "ours" and found["rows"][0]["method"] == "dense"
-    assert len(found["rows"]) == 1 + 2 * len(SHARES)
+    assert len(found["rows"]) == 1 + 2 * len(SHARES) + 2 * len(SMALL)
     assert all(row["python"] < 256 for row in found["rows"])
 
 

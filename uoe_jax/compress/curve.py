@@ -104,7 +104,8 @@ def _one(options: Curve, method: str, cut: float) -> Compress:
     names = [field.name for field in dataclasses.fields(Compress)]
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
     given |= {"method": method, "cut": cut}
-    if method in (*LOW_RANK, "depth"):
+    by_curves = method == "lord" and options.allocate == "curve"
+    if method in (*LOW_RANK, "depth") and not by_curves:
         given["allocate"] = None
     return Compress(**given)
 

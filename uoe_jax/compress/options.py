@@ -100,11 +100,24 @@ class Compress(Checked):
         if self.cut is None and self.rank is None and not self.anytime:
             raise ConfigError("no cut given; give a share of the blocks, such as 0.3")
         if self.spread != "uniform" and method in (*LOW_RANK, "depth"):
-            way = "layers alike" if method in LOW_RANK else "whole layers"
+            self._check_spread()
+
+    def _check_spread(self) -> None:
+        """Refuse ways to spread a cut that low ranks and whole layers haven't got."""
+        method = self.chosen
+        if method == "lord" and self.spread == "curve":
+            if self.rank is None:
+                return
             raise ConfigError(
-                f"allocate is {self.allocate!r} with method {method}, which takes from "
-                f"{way}; leave it out"
+                f"allocate is 'curve' with rank {self.rank}, which is every matrix's; "
+                "give a cut, or leave one of them out"
             )
+        ways = {"lord": "uniform and curve", "svd": "uniform alone"}
+        way = ways.get(method, "none, it drops whole layers")
+        raise ConfigError(
+            f"allocate is {self.allocate!r} with method {method}, which has {way}; "
+            "leave it out"
+        )
 
     def _check_anytime(self) -> None:
         given = {"cut": self.cut, "rank": self.rank}

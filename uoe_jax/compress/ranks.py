@@ -1,14 +1,15 @@
-"""A model whose MLP matrices are products of low rank, all of one rank."""
+"""A model whose MLP matrices are products of low rank: of one rank, or by curves."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from uoe_jax.compress.allocate import Part, by_curve, candidates
 from uoe_jax.compress.channels import Layer, as_before
 from uoe_jax.compress.low_rank import (
     LowRank,
@@ -39,19 +40,74 @@ def prepare_ranks(observed: Observed, method: str) -> Callable[[Compress], Small
                 f"layer {number} has mlp {mlp}; method {method} takes dense MLPs, use "
                 "another --method"
             )
-    pairs = zip(observed.layers, observed.seen, strict=True)
+    pairs = list(zip(observed.layers, observed.seen, strict=True))
     factors = [_factors(layer, seen, method) for layer, seen in pairs]
 
     def cut(options: Compress) -> Smaller:
+        if options.spread == "curve":
+            parts = [
+                part
+                for number, (layer, seen) in enumerate(pairs)
+                for part in rank_parts(number, layer, factors[number], seen, options)
+            ]
+            ranks = ranks_by_curve(observed.model, parts, options.cut or 0.0)
+            return _with_ranks(observed, factors, ranks)
         rank = options.rank
         if rank is None:
             rank = uniform_rank(observed.model, options.cut or 0.0)
         for name in factors[0]:
             rows, columns = observed.layers[0][f"mlp.{name}"].shape[1:]
             check_rank(rank, rows, columns, f"mlp.{name}")
-        return _with_rank(observed, factors, rank)
+        same = {name: (rank,) * len(factors) for name in factors[0]}
+        return _with_ranks(observed, factors, same)
 
     return cut
+
+
+def rank_parts(
+    number: int,
+    layer: Layer,
+    factors: Mapping[str, LowRank],
+    seen: LayerStatistics,
+    options: Compress,
+) -> Iterator[Part]:
+    """Yield the ranks that a layer's matrices may have, and their errors.
+
+    They are of the MLP's output over the residual's energy. A matrix that goes to
+    neurons is taken to lose the share of the output that it loses of its own.
+    """
+    tokens = max(float(seen.tokens), 1.0)
+    w_down = layer["mlp.w_down"][0].astype(np.float64)
+    moment = seen.neurons[0].astype(np.float64) / tokens
+    written = float(np.sum(moment * (w_down @ w_down.T))) / seen.residual_square
+    for name, factor in factors.items():
+        rows, columns = layer[f"mlp.{name}"].shape[1:]
+        most = math.ceil(break_even(rows, columns)) - 1
+        ranks = candidates(most, options.way().multiple)
+        errors, whole = factor.errors(), min(rows, columns)
+        yield Part(
+            number,
+            name,
+            np.append(ranks, whole),
+            np.append(errors[ranks] / max(errors[0], 1e-300) * written, 0.0),
+            np.append(ranks * (rows + columns), rows * columns).astype(float),
+        )
+
+
+def ranks_by_curve(
+    model: ModelConfig, parts: Sequence[Part], cut: float
+) -> dict[str, tuple[int, ...]]:
+    """Return each matrix's ranks by layer, 0: whole, of least error in all at a cut.
+
+    Raises ConfigError for a cut that the MLPs haven't got.
+    """
+    whole = sum(float(part.costs[-1]) for part in parts)
+    chosen = by_curve(parts, whole - cut * block_params(model))
+    found: dict[str, list[int]] = {}
+    for part, rank in zip(parts, chosen, strict=True):
+        low = int(rank) if rank < part.widths[-1] else 0
+        found.setdefault(part.name, []).append(low)
+    return {name: tuple(ranks) for name, ranks in found.items()}
 
 
 def uniform_rank(model: ModelConfig, cut: float) -> int:
@@ -95,13 +151,17 @@ def _bias(layer: Layer, name: str) -> Any:
     return None if bias is None else bias.reshape(-1).astype(np.float64)
 
 
-def _with_rank(
-    observed: Observed, factors: list[dict[str, LowRank]], rank: int
+def _with_ranks(
+    observed: Observed,
+    factors: list[dict[str, LowRank]],
+    ranks: Mapping[str, Sequence[int]],
 ) -> Smaller:
     new = []
-    for layer, own in zip(observed.layers, factors, strict=True):
+    for number, (layer, own) in enumerate(zip(observed.layers, factors, strict=True)):
         kept: Arrays = dict(layer)
         for name, factor in own.items():
+            if not (rank := ranks[name][number]):
+                continue
             weight = kept.pop(f"mlp.{name}")
             first, second = factor.into[:, :rank], factor.out[:rank]
             kept[f"mlp.{name}_a"] = first[None].astype(weight.dtype)
@@ -113,7 +173,7 @@ def _with_rank(
                 kept |= as_before({key: shifted}, layer)
         new.append(kept)
     model = observed.model
-    ranks = {RANKS[name]: (rank,) * model.num_layers for name in factors[0]}
-    config = dataclasses.replace(model, widths=LayerWidths(**ranks))
+    given = {RANKS[name]: tuple(own) for name, own in ranks.items() if any(own)}
+    config = dataclasses.replace(model, widths=LayerWidths(**given))
     params = from_layers(observed.rest, new, config)
     return Smaller(config, params, from_layers({}, observed.buffers, config))
