@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,7 @@ class Session:
         if self.file.is_file():
             self.results = parse_json(self.file.read_text("utf-8"), self.file.name)
         self.builder = Builder(options)
+        self.failed: set[Job] = set()  # of this call; the next one tries them again
 
     @property
     def mine(self) -> list[dict[str, Any]]:
@@ -82,20 +84,40 @@ class Session:
                   if f != self.file]  # fmt: skip
         return [*self.mine, *(row for found in others for row in found["runs"])]
 
+    def run(self, blocks: Sequence[str]) -> int:
+        """Train blocks as long as there is time; 1 if some run failed, else 0."""
+        try:
+            for block in blocks:
+                self.run_block(block)
+        except OutOfTime as stop:
+            say(f"time is up: {stop}; the same line goes on")
+        return 1 if self.failed else 0
+
     def run_block(self, block: str) -> None:
         """Train what the block still lacks; what it lacks may follow from its runs."""
         while self._left > _LEAST:
             rows = self.rows
-            open_jobs = [j for j in self._jobs(block, rows) if not self._done(j, rows)]
+            open_jobs = [
+                job for job in self._jobs(block, rows)
+                if job not in self.failed and not self._done(job, rows)
+            ]  # fmt: skip
             if not open_jobs:
+                say(f"block {block}: no run is left")
                 break
             say(f"block {block}: {len(open_jobs)} runs to go")
             job, *later = open_jobs
             building = self.builder.ask(job)
             if later and self._left > _AHEAD:
                 self.builder.ask(later[0])
-            self._note(job, building.result().measures.contents)
-            self._train(job, rows)
+            try:
+                self._note(job, building.result().measures.contents)
+                self._train(job, rows)
+            except (OutOfTime, UoeError):
+                raise
+            except Exception:  # one model that fails must not end the others
+                traceback.print_exc()
+                say(f"block {block}: {job.name}, seed {job.seed}, FAILED")
+                self.failed.add(job)
 
     @property
     def _left(self) -> float:
@@ -226,7 +248,7 @@ def about(job: Job, family: str, config: ExperimentConfig) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the blocks asked for; 0, or 2 for a bad request."""
+    """Run the blocks asked for; 0, 1 where a run failed, 2 for a bad request."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -250,14 +272,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         switch_off_command_buffers()
         session = Session(options)
         prepare(options.out / "compiled")
-        for block in options.block:
-            session.run_block(block)
-    except OutOfTime as stop:
-        say(f"time is up: {stop}; the same line goes on")
+        return session.run(options.block)
     except UoeError as error:
         print(f"experiment: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

@@ -425,6 +425,32 @@ def test_blocks_run_tiny_to_their_end_and_go_on(tmp_path, capsys):
     assert "1 runs to go" in capsys.readouterr().out
 
 
+def test_a_model_that_fails_ends_no_other(tmp_path, capsys):
+    options = argparse.Namespace(
+        out=tmp_path, minutes=60.0, articles=None, python=None, tiny=True,
+        only=["local + conv", "dense + conv"], seeds=[0], part=Part(1, 1),
+    )  # fmt: skip
+    session, tried = Session(options), []
+
+    def train(job, rows):
+        tried.append(job.name)
+        if job.name == "local + conv":
+            raise RuntimeError("a kernel failed")
+        session.mine.append({"case": job.name})
+
+    built = argparse.Namespace(measures=argparse.Namespace(contents={}))
+    done = argparse.Namespace(result=lambda: built)
+    session.builder.ask = lambda job: done
+    session._train = train
+    session._done = lambda job, rows: job.name in [row["case"] for row in rows]
+    assert session.run(["1"]) == 1
+    assert tried == ["local + conv", "dense + conv"]
+    assert {job.name for job in session.failed} == {"local + conv"}
+    said = capsys.readouterr()
+    assert "local + conv, seed 0, FAILED" in said.out and "a kernel failed" in said.err
+    assert said.out.endswith("block 1: no run is left\n")
+
+
 def test_a_cut_model_goes_on_from_a_dense_ones_end(tmp_path):
     """The start is trained where its file isn't there; parts share a folder."""
     options = argparse.Namespace(
