@@ -219,6 +219,9 @@ HLO = """HloModule step
 ENTRY %main (a: f32[8]) -> f32[8] {
   %w = (s32[], bf16[8,16]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"24"}}
   %s = (bf16[4,16]{1,0}, bf16[8,16]{1,0}) all-gather-start(%x), replica_groups={{0,1}}
+  %b = ((f32[3]{0}, bf16[4]{0:T(8)(128)}), (f32[3]{0}, bf16[4]{0})) all-reduce-start(%a, %c), replica_groups={{0,1}}
+  %v = ((bf16[6,2]{1,0}, bf16[6,2]{1,0:S(1)}, s64[2]{0}), bf16[6,2]{1,0:S(1)}) ragged-all-to-all-start(%a), replica_groups={{0,1}}
+  %u = bf16[6,2]{1,0} ragged-all-to-all(%a), replica_groups={{0,1}}
   %m = f32[10]{0} all-reduce(%a), replica_groups=mesh['data'=1,'tensor'=2] {'tensor'}
   %one = f32[10]{0} all-reduce(%a), replica_groups=mesh['data'=1,'tensor'=2] {'data'}
 }
@@ -231,6 +234,8 @@ def test_collectives_are_counted_with_their_turns():
         ("all_gather", 8 * 16 * 2): 24 + 1,
         ("reduce_scatter", 2 * 4 * 16 * 4): 24,
         ("all_reduce", 40): 1,
+        ("all_reduce", 3 * 4 + 4 * 2): 1,  # what it takes, not what it gives as well
+        ("ragged_all_to_all", 6 * 2 * 2): 2,
     }
     with pytest.raises(ValueError, match="unknown length"):
         traffic(HLO.replace("known_trip_count", "unknown"))

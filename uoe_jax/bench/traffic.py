@@ -96,15 +96,26 @@ def _turns(line: str, parts: dict[str, list[str]]) -> int:
 
 def _whole_bytes(line: str, kind: str, started: bool, stop: int) -> int:
     """Return the bytes of a collective's whole array from its line."""
-    shapes = [_size(*shape) for shape in _SHAPE.findall(line[:stop].split(" = ", 1)[1])]
+    text = line[:stop].split(" = ", 1)[1]
+    shapes = [_size(*shape) for shape in _SHAPE.findall(_results(text))]
     if kind == "collective-permute":
         return shapes[0]
-    if started and kind in ("all-gather", "reduce-scatter") and len(shapes) > 1:
+    flat = started and not text.startswith("((")
+    if flat and kind != "all-reduce" and len(shapes) > 1:
         shapes = shapes[len(shapes) // 2 :]  # operands, then results
-    if started and kind.endswith("all-to-all"):
-        shapes = shapes[len(shapes) // 2 :]
     total = sum(shapes)
     return total * _group_size(line) if kind == "reduce-scatter" else total
+
+
+def _results(text: str) -> str:
+    """Return the types of a started collective's results: `((operands), results)`."""
+    if not text.startswith("(("):
+        return text
+    depth, end = 1, 2
+    while depth and end < len(text):
+        depth += {"(": 1, ")": -1}.get(text[end], 0)
+        end += 1
+    return text[end:]
 
 
 def _size(dtype: str, sides: str) -> int:

@@ -172,7 +172,7 @@ def predict(
     slower = calibration.links
     talk = tuple(
         (c, slower * c.count * seconds(c.kind, c.num_bytes, groups[c.axis]))
-        for c in collectives(config, sizes)
+        for c in collectives(config, sizes, chosen=topology.is_tpu)
     )
     hidden = sum(time for c, time in talk if c.hidden)
     exposed = sum(time for c, time in talk if not c.hidden)

@@ -217,13 +217,16 @@ def held_params(
 
 
 def collectives(
-    config: ExperimentConfig, sizes: Mapping[str, int]
+    config: ExperimentConfig, sizes: Mapping[str, int], *, chosen: bool = True
 ) -> Iterator[Collective]:
-    """Yield the collectives of one step."""
+    """Yield the collectives of one step.
+
+    `chosen`: an all-to-all sends the tokens that go, as TPUs do, not all its room.
+    """
     steps = config.train.accumulate
     yield from _weights(config, sizes, steps)
     for group, layers in layer_groups(config.model).items():
-        yield from _tensor(config, sizes, group, layers * steps)
+        yield from _tensor(config, sizes, group, layers * steps, chosen)
         yield from _sequence(config, sizes, group, layers * steps)
     yield from _gradients(config, sizes)
 
@@ -266,6 +269,7 @@ def _tensor(
     sizes: Mapping[str, int],
     group: LayerKind,
     count: int,
+    chosen: bool,
 ) -> Iterator[Collective]:
     model, layout = config.model, config.layout
     if sizes["tensor"] == 1:
@@ -279,7 +283,9 @@ def _tensor(
     routed = MLPS[group.mlp].router(model)
     if layout.dispatches and routed is not None:
         parts = 1
-        visited = visits(routed.top_k, routed.num_experts, sizes["tensor"])
+        visited: float = sizes["tensor"]
+        if chosen:
+            visited = visits(routed.top_k, routed.num_experts, sizes["tensor"])
         yield Collective(
             kind="all_to_all",
             axis="tensor",
