@@ -53,12 +53,12 @@ def test_plans_count_what_a_traced_step_does(case, remat):
     kind, mesh, layout = CASES[case]
     config = make_config(kind, mesh, layout, remat=remat)
     want = traced(config, mesh)  # all the room of an all-to-all, as it is sent here
-    assert counted(config, mesh) == pytest.approx(want)
+    assert counted(config, mesh) == pytest.approx(want, rel=0, abs=1)
     if config.layout.dispatches:
         experts = config.model.moe
         share = visits(experts.top_k, experts.num_experts, 4) / 4
         want["all_to_all", "tensor"] *= share
-        assert counted(config, mesh, chosen=True) == pytest.approx(want)
+        assert counted(config, mesh, chosen=True) == pytest.approx(want, rel=0, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -68,4 +68,4 @@ def test_visited_devices_are_the_mean_over_all_sets_of_experts(experts, picks, d
     local = experts // devices
     sets = list(itertools.combinations(range(experts), picks))
     mean = sum(len({e // local for e in chosen}) for chosen in sets) / len(sets)
-    assert visits(picks, experts, devices) == pytest.approx(mean)
+    assert visits(picks, experts, devices) == pytest.approx(mean, rel=0, abs=1e-9)
