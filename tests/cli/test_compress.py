@@ -36,6 +36,7 @@ def test_a_run_becomes_smaller_and_every_verb_reads_it(dense_run, tmp_path, caps
     ["--method", "flap", "--allocate", "bi", "--temperature", "3"],
     ["--method", "magnitude", "--allocate", "seconds", "--device", "H200"],
     ["--method", "sort", "--allocate", "uniform", "--checkpoint", "best"],
+    ["--method", "lord", "--allocate", "curve", "--multiple", "2"],
 ])  # fmt: skip
 def test_lines_say_what_was_cut(dense_run, tmp_path, capsys, words):  # noqa: F811
     args = ["compress", str(dense_run), "--cut", "0.2", "--calibrate", "256"]
