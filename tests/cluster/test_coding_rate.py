@@ -110,6 +110,13 @@ def bytes_of_a_gradient(count):
     return compiled.compile().memory_analysis().temp_size_in_bytes
 
 
+def test_the_gradient_of_a_membership_keeps_no_half_steps_matrix():
+    """Of 15 half-steps each would keep N x N numbers; a few are needed at most."""
+    total = lambda c: jnp.square(sinkhorn(c @ c.T, 0.2)).sum()
+    compiled = jax.jit(jax.grad(total)).lower(jnp.zeros((512, 8))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 10 * 512 * 512 * 4
+
+
 def test_memory_doesnt_hold_a_matrix_for_each_point_and_is_linear_in_the_batch():
     small, large = bytes_of_a_gradient(128), bytes_of_a_gradient(512)
     assert large < 512 * 64 * 64 * 4 / 2  # half of N matrices D x D

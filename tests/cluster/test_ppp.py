@@ -15,7 +15,7 @@ from uoe_jax.cluster.kmeans import Split, lloyd
 from uoe_jax.cluster.metrics import adjusted_rand
 from uoe_jax.cluster.mixture import grow_mixture
 from uoe_jax.cluster.ppp import PPP
-from uoe_jax.cluster.prepare import coreset, make_frame
+from uoe_jax.cluster.prepare import canonical_order, coreset, make_frame
 from uoe_jax.errors import ConfigError, DataError
 
 
@@ -29,6 +29,12 @@ def blobs(seed, clusters=4, width=2, count=400, spread=0.08):
             centres = np.vstack([centres, new])
     label = draw.integers(clusters, size=count)
     return centres[label] + spread * draw.normal(size=(count, width)), label
+
+
+@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 4))
+def test_rows_are_ordered_by_all_their_numbers(seed, count, width):
+    rows = np.random.default_rng(seed).integers(0, 3, (count, width)).astype(float)
+    assert (canonical_order(rows) == np.lexsort(rows.T[::-1])).all()
 
 
 @settings(max_examples=12, deadline=None)

@@ -44,8 +44,17 @@ def check_points(points: Shaped[np.ndarray, "*shape"]) -> Float[np.ndarray, "N P
 
 
 def canonical_order(points: Float[np.ndarray, "N P"]) -> Int[np.ndarray, " N"]:
-    """Return rows in an order that only what is in them decides."""
-    return np.lexsort(points.T[::-1])
+    """Return rows in an order that only what is in them decides: by their numbers.
+
+    Rows that share the first number are few, mostly: only these are sorted by the rest.
+    """
+    order = np.argsort(points[:, 0], kind="stable")
+    first = points[order, 0]
+    same = np.r_[False, first[1:] == first[:-1]]
+    tied = np.flatnonzero(same | np.r_[same[1:], False])
+    some = order[tied]
+    order[tied] = some[np.lexsort(points[some].T[::-1])]
+    return order
 
 
 @dataclass(frozen=True, kw_only=True)
