@@ -59,7 +59,7 @@ def test_lines_say_what_was_cut(dense_run, tmp_path, capsys, words):  # noqa: F8
      "--statistics nowhere/s.safetensors can't be written"),
     (["--cut", "0"], "cut is 0.0; it must be in (0, 1)"),
     (["--cut", "1.5"], "cut is 1.5; it must be in (0, 1)"),
-    (["--cut", "0.99"], "what the least widths cost; cut less"),
+    (["--cut", "0.99"], "cut is 0.99; every part keeps some of its width, so at most"),
     (["--cut", "0.97", "--allocate", "bi"], "a layer can lose at most 0.95"),
     (["--cut", "0.3", "--method", "prune"], "prune"),
     (["--cut", "0.3", "--allocate", "seconds", "--device", "abacus"],

@@ -13,6 +13,7 @@ from uoe_jax.compress.allocate import (
     by_curve,
     by_influence,
     candidates,
+    check_cut,
     nearest_widths,
 )
 from uoe_jax.errors import ConfigError
@@ -67,6 +68,20 @@ def test_curves_follow_their_parts_not_their_places(seed):
         totals([parts[i] for i in order], other)[0], abs=1e-12
     )
     assert (other == widths[order]).all()
+
+
+def test_a_cut_that_parts_have_not_got_is_refused_with_the_most_they_have():
+    parts = [
+        Part(
+            0, "mlp", np.array([2, 10]), np.array([1.0, 0.0]), np.array([20.0, 100.0])
+        ),
+        Part(0, "pairs", np.array([1, 4]), np.array([1.0, 0.0]), np.array([9.0, 36.0])),
+    ]
+    check_cut(parts, 107 / 136, 136.0)
+    with pytest.raises(ConfigError, match="cut is 0.8; .* at most 0.786 can go"):
+        check_cut(parts, 0.8, 136.0)
+    with pytest.raises(ConfigError, match="at most 0.428 can go"):
+        check_cut(parts, 0.5, 250.0)
 
 
 def test_a_budget_for_everything_keeps_everything():

@@ -91,7 +91,7 @@ def test_ranks_by_curves_take_from_matrices_that_are_of_low_rank(config):
 
 def test_a_cut_that_low_ranks_by_curves_have_not_got_is_refused():
     _, _, observed = look(WIDE)
-    with pytest.raises(ConfigError, match="what the least widths cost; cut less"):
+    with pytest.raises(ConfigError, match="so at most 0.071 can go; cut less"):
         prepare(observed, "lord")(Compress(cut=0.9, method="lord", allocate="curve"))
 
 

@@ -6,6 +6,7 @@ parameters, or seconds of a device's model of products: nothing here knows which
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -49,6 +50,17 @@ def nearest_widths(
         wanted = share * part.widths[-1]
         found.append(part.widths[int(np.argmin(np.abs(part.widths - wanted)))])
     return np.array(found)
+
+
+def check_cut(parts: Sequence[Part], cut: float, of: float) -> None:
+    """Raise ConfigError for a cut, a share of the cost `of`, that parts haven't got."""
+    most = sum(float(part.costs[-1] - part.costs[0]) for part in parts) / of
+    if cut > most * (1 + 1e-9):
+        floor = math.floor(1000 * most) / 1000
+        raise ConfigError(
+            f"cut is {cut:g}; every part keeps some of its width, so at most "
+            f"{floor:g} can go; cut less"
+        )
 
 
 def by_curve(parts: Sequence[Part], budget: float) -> Int[np.ndarray, " N"]:

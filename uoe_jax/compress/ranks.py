@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from uoe_jax.compress.allocate import Part, by_curve, candidates
+from uoe_jax.compress.allocate import Part, by_curve, candidates, check_cut
 from uoe_jax.compress.channels import Layer, as_before
 from uoe_jax.compress.low_rank import (
     LowRank,
@@ -101,8 +101,9 @@ def ranks_by_curve(
 
     Raises ConfigError for a cut that the MLPs haven't got.
     """
-    whole = sum(float(part.costs[-1]) for part in parts)
-    chosen = by_curve(parts, whole - cut * block_params(model))
+    whole, blocks = sum(float(part.costs[-1]) for part in parts), block_params(model)
+    check_cut(parts, cut, float(blocks))
+    chosen = by_curve(parts, whole - cut * blocks)
     found: dict[str, list[int]] = {}
     for part, rank in zip(parts, chosen, strict=True):
         low = int(rank) if rank < part.widths[-1] else 0

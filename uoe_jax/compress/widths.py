@@ -14,6 +14,7 @@ from uoe_jax.compress.allocate import (
     by_curve,
     by_influence,
     candidates,
+    check_cut,
     nearest_widths,
 )
 from uoe_jax.compress.channels import (
@@ -139,6 +140,7 @@ def choose_widths(
     whole = sum(float(part.costs[-1]) for part in parts)
     way = options.way()
     if way.allocate in ("curve", "seconds"):
+        check_cut(parts, cut, whole)
         return by_curve(parts, (1 - cut) * whole)
     shares = np.full(len(influences), cut)
     if way.allocate == "bi":
