@@ -15,6 +15,7 @@ TINY = dataclasses.replace(
     selective=((1, 16, 4, 2, 8),),
     matmul=((64, 8, 16, 4),),
     mlp=((8, 32, 4, 2, 1, 16),),
+    narrow=((16, 8, 4, 2, 16),),
     smha=((8, 4, 2, 4, 1, 16),),
     sweep=(8, 16, 4, 4, 16),
     sweep_lengths=(16,),
@@ -66,6 +67,9 @@ def test_tuned_table_orders_backends(tiny):
     (gated,) = table["order"]["swiglu"]
     assert gated["fastest"] == ["xla"]
     assert gated["shape"] == {"rows": 32, "width": 8, "dtype": "float32"}
+    (narrow,) = table["order"]["expert_mlp"]
+    assert narrow["fastest"] == ["steps"]
+    assert narrow["shape"]["rows"] == 2 * 16 and narrow["shape"]["hidden"] == 8
     near = entry["shape"] | {"rows": 100}
     names = ("triton", "xla", "reference")
     assert measured.prefer("grouped_matmul", names, near) == (

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uoe_jax.model.layers import picks_to_rows, rows_to_picks, scale_rows
+from uoe_jax.model.layers import picks_to_rows, rows_to_picks
+from uoe_jax.ops.numerics import scale_rows
 from uoe_jax.ops.packing import Packing, pack_choices
 
 BATCH, LENGTH, EXPERTS, PICKS = 2, 13, 6, 3

@@ -16,6 +16,7 @@ from uoe_jax.ops import nvidia, tpu
 from uoe_jax.ops.as_segments import packed_attention
 from uoe_jax.ops.cache_attention.nvidia import triton as cache_attention
 from uoe_jax.ops.dense_attention import api as dense_attention
+from uoe_jax.ops.expert_mlp.nvidia import triton as expert_mlp
 from uoe_jax.ops.grouped_matmul import batched, serial, xla
 from uoe_jax.ops.grouped_matmul.nvidia import launch
 from uoe_jax.ops.grouped_matmul.nvidia import triton as grouped_matmul
@@ -45,6 +46,7 @@ OTHER_TILES = {
 }
 TILE = Tiles(16, 16, 16, 2, 4, 2)
 AHEAD = TILE._replace(in_turn=2, ahead=True)
+EXPERT_KERNELS = (expert_mlp.forward, expert_mlp.backward)
 
 
 @contextlib.contextmanager
@@ -52,7 +54,7 @@ def on_triton(*changes) -> Iterator[None]:
     """Triton's kernels in its interpreter, with some choices changed."""
     from tests.ops.gpu import triton_on_cpu
 
-    for traced in (launch.products, launch.weight_grads):
+    for traced in (launch.products, launch.weight_grads, *EXPERT_KERNELS):
         traced.clear_cache()  # of other tiles
     with nvidia.interpreted(triton_on_cpu.run), changed(*changes):
         yield
@@ -309,6 +311,31 @@ def packed_matmul_cases(op):
     yield at("rows picked", sizes, tolerance=1e-5)
 
 
+def expert_mlp_cases():
+    sizes = {"tokens": 9, "experts": 5, "width": 24, "hidden": 20}
+    # Activations and results are rounded, rows before their sum and after it.
+    rounded = 4 * STEP["bfloat16"]
+    yield from anywhere("expert_mlp", {"few": sizes}, rounded, backends=("steps",))
+    # In blocks that no side fills, and rows that are several tiles of an expert.
+    tile = expert_mlp.Tiles(16, 16, 16, 16, 4, 2)
+    changes = [(expert_mlp, name, tile) for name in ("FORWARD", "BACKWARD")]
+    changes.append((launch, "choose_tiles", lambda op, shape: TILE))
+    # Of scores far from zero, whose exponentials overflow; GPUs say nothing.
+    quiet = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+    at = partial(Case, "expert_mlp", "triton", marks=(quiet,))
+    at = partial(at, running=partial(on_triton, *changes))
+    yield at("sides past tiles", sizes, examples=2)
+    long = {"tokens": 30, "experts": 3, "width": 32, "hidden": 40}
+    yield at("tiles of an expert", long)
+    # Rows of picks that aren't kept are zero; picks past M have no rows.
+    cut = sizes | {"experts": 3, "kept": 8 / 9, "num_rows": 32}
+    yield at("cut", cut, examples=2)
+    yield at("most past", sizes | {"tokens": 20, "kept": 0.3})
+    one = sizes | {"picks": 1, "hidden": 16, "width": 16}
+    yield at("one row a token", one)
+    yield at("bfloat16", sizes, dtype="bfloat16", tolerance=rounded)
+
+
 def elementwise_cases():
     # float32's error in products of a few numbers and sums of them, of the largest;
     # bfloat16 is rounded once, half a step of 8 bits whatever the value's size.
@@ -431,6 +458,7 @@ def every() -> list[Case]:
         *grouped_matmul_cases(),
         *packed_matmul_cases("gather_project"),
         *packed_matmul_cases("project_scatter"),
+        *expert_mlp_cases(),
         *elementwise_cases(),
         *decoding_cases(),
     ]

@@ -145,3 +145,22 @@ def swiglu(rows, factors, grad):
     d_rows = [grad * factors * silu, grad * factors * up * slope]
     out = silu * up * factors
     return out, np.concatenate(d_rows, axis=1), np.sum(grad * silu * up, axis=1)
+
+
+def expert_mlp(x, w_up, w_down, factors, grad, matrix, offsets):
+    """[out, dx, dw_up, dw_down, dfactors] in float64; matrix [M, N] is row <- token."""
+    x, w_up, w_down, factors, grad = (
+        np.asarray(a, np.float64) for a in (x, w_up, w_down, factors, grad)
+    )
+    rows, row_grad, factors = matrix @ x, matrix @ grad, factors[:, None]
+    ups = grouped(rows, w_up, offsets, np.zeros((len(rows), w_up.shape[2])))[0]
+    root = math.sqrt(2 / math.pi)
+    tanh = np.tanh(root * (ups + 0.044715 * ups**3))
+    active = ups * (1 + tanh) / 2
+    slope = (1 + tanh) / 2
+    slope += ups * (1 - tanh**2) * root * (1 + 3 * 0.044715 * ups**2) / 2
+    out, d_hidden, d_down = grouped(active * factors, w_down, offsets, row_grad)
+    d_ups = d_hidden * factors * slope
+    _, dx, d_up = grouped(rows, w_up, offsets, d_ups)
+    d_factors = np.sum(d_hidden * active, axis=1)
+    return matrix.T @ out, matrix.T @ dx, d_up, d_down, d_factors

@@ -80,9 +80,11 @@ def groups(seed, dtype, spoilt, *, rows, count, inner, outer):
     return Problem((x, w), rest, grad, list(want))
 
 
-def packed(seed, dtype, spoilt, *, op, tokens, experts, inner, outer, **sizes):
-    """Of `gather_project` or `project_scatter`; a share of the picks is kept."""
-    rng = np.random.default_rng(seed)
+def pack(rng, seed, tokens, experts, **sizes):
+    """A packing of two samples, and [M, N]: which of its rows in groups is which token.
+
+    A share of the picks is kept.
+    """
     picks, num_rows = sizes.get("picks", 2), sizes.get("num_rows")
     scores = rng.random((2, tokens, experts))
     scores += np.arange(experts) / (3 if seed else 1)  # all may pick the same
@@ -96,10 +98,18 @@ def packed(seed, dtype, spoilt, *, op, tokens, experts, inner, outer, **sizes):
             num_rows,
         )
     packing = jax.tree.map(np.asarray, packing)
+    end = packing.group_offsets[-1]
+    matrix = np.zeros((packing.token_ids.shape[0], 2 * tokens))
+    matrix[np.arange(end), packing.token_ids[:end]] = 1
+    return packing, matrix
+
+
+def packed(seed, dtype, spoilt, *, op, tokens, experts, inner, outer, **sizes):
+    """Of `gather_project` or `project_scatter`."""
+    rng = np.random.default_rng(seed)
+    packing, matrix = pack(rng, seed, tokens, experts, **sizes)
     offsets, rows = packing.group_offsets, packing.token_ids.shape[0]
     end = offsets[-1]
-    matrix = np.zeros((rows, 2 * tokens))  # row <- token
-    matrix[np.arange(end), packing.token_ids[:end]] = 1
     wide = lambda a: np.asarray(a, np.float64)
     sides = (2 * tokens, rows) if op == "gather_project" else (rows, 2 * tokens)
     shapes = (sides[0], inner), (experts, inner, outer), (sides[1], outer)
@@ -113,6 +123,21 @@ def packed(seed, dtype, spoilt, *, op, tokens, experts, inner, outer, **sizes):
         want = [matrix.T @ out, dx, dw]
         (x,) = spoil([x], end, spoilt)
     return Problem((x, w), (packing,), grad, want)
+
+
+def experts(seed, dtype, spoilt, *, tokens, experts, width, hidden, **sizes):
+    rng = np.random.default_rng(seed)
+    packing, matrix = pack(rng, seed, tokens, experts, **sizes)
+    shapes = (2 * tokens, width), (experts, width, hidden), (experts, hidden, width)
+    x, w_up, w_down, grad = draw(rng, dtype, *shapes, (2 * tokens, width))
+    # Values of about one in every step, as trained weights give.
+    w_up, w_down = w_up / width**0.5, w_down / hidden**0.5
+    w_up, w_down = (w.astype(x.dtype) for w in (w_up, w_down))
+    (factors,) = draw(rng, np.promote_types(dtype, np.float32), (len(matrix),))
+    offsets = packing.group_offsets
+    want = ops_oracle.expert_mlp(x, w_up, w_down, factors, grad, matrix, offsets)
+    (factors,) = spoil([factors], offsets[-1], spoilt)
+    return Problem((x, w_up, w_down, factors), (packing,), grad, list(want))
 
 
 def dense(seed, dtype, spoilt, *, length, width, mask, documents=False, **sizes):

@@ -24,6 +24,7 @@ from uoe_jax import ops
 from uoe_jax.ops.as_segments import LIST_BACKENDS, Lists, list_attention
 from uoe_jax.ops.cache_attention import api as cache_attention
 from uoe_jax.ops.dense_attention import api as dense_attention
+from uoe_jax.ops.expert_mlp import api as expert_mlp
 from uoe_jax.ops.grouped_matmul import api as grouped_matmul
 from uoe_jax.ops.segment_attention import api as segment_attention
 from uoe_jax.ops.split_heads import BACKENDS as SPLIT_HEADS
@@ -39,6 +40,7 @@ TABLES = {
     "grouped_matmul": grouped_matmul.GROUPED_MATMUL,
     "gather_project": grouped_matmul.GATHER_PROJECT,
     "project_scatter": grouped_matmul.PROJECT_SCATTER,
+    "expert_mlp": expert_mlp.BACKENDS,
     "swiglu": SWIGLU,
     "split_heads": SPLIT_HEADS,
     "token_project": token_products.BACKENDS,
@@ -166,6 +168,7 @@ CALLS = {
     "grouped_matmul": _plainly(ops.grouped_matmul),
     "gather_project": _plainly(ops.gather_project),
     "project_scatter": _plainly(ops.project_scatter),
+    "expert_mlp": _plainly(ops.expert_mlp),
     "swiglu": _plainly(ops.swiglu),
     "split_heads": _heads,
 }
@@ -176,6 +179,7 @@ PROBLEMS = {
     "grouped_matmul": problems.groups,
     "gather_project": problems.packed,
     "project_scatter": problems.packed,
+    "expert_mlp": problems.experts,
     "swiglu": problems.swiglu,
     "split_heads": problems.heads,
 }

@@ -18,6 +18,8 @@ class Sizes:
     matmul: tuple[tuple[int, int, int, int], ...]
     # D, F, experts, chosen, B, T
     mlp: tuple[tuple[int, int, int, int, int, int], ...]
+    # D, F of an expert, experts, chosen, tokens
+    narrow: tuple[tuple[int, int, int, int, int], ...]
     # D, heads, chosen, head width, B, T
     smha: tuple[tuple[int, int, int, int, int, int], ...]
     # D, F, experts, head width, tokens; T of the sweep
@@ -53,6 +55,7 @@ FULL = Sizes(
         (131072, 128, 2048, 16),
     ),
     mlp=((2048, 8192, 4, 2, 2, 8192), (2048, 8192, 16, 8, 2, 8192)),
+    narrow=((512, 256, 32, 8, 65536), (768, 192, 16, 8, 65536)),
     smha=((2048, 16, 8, 128, 2, 8192), (2048, 16, 8, 128, 8, 2048)),
     sweep=(2048, 8192, 16, 128, 65536),
     sweep_lengths=(1024, 2048, 4096, 8192, 16384, 32768, 65536),
@@ -66,6 +69,7 @@ SMALL = Sizes(
     selective=((2, 256, 8, 4, 32),),
     matmul=((1024, 64, 128, 8),),
     mlp=((64, 256, 4, 2, 2, 256),),
+    narrow=((64, 16, 8, 4, 256),),
     smha=((64, 8, 4, 16, 2, 256),),
     sweep=(64, 256, 8, 16, 512),
     sweep_lengths=(256,),

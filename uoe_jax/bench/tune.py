@@ -18,13 +18,17 @@ from uoe_jax.bench.union import uneven_offsets
 from uoe_jax.files import format_json
 from uoe_jax.ops import (
     dense_attention,
+    expert_mlp,
     grouped_matmul,
     measured,
+    pack_choices,
     split_heads,
     swiglu,
 )
 from uoe_jax.ops.dense_attention.api import BACKENDS as DENSE
 from uoe_jax.ops.dense_attention.api import call_shape as dense_shape
+from uoe_jax.ops.expert_mlp.api import BACKENDS as EXPERT_MLP
+from uoe_jax.ops.expert_mlp.api import call_shape as expert_shape
 from uoe_jax.ops.grouped_matmul.api import GROUPED_MATMUL
 from uoe_jax.ops.grouped_matmul.api import call_shape as matmul_shape
 from uoe_jax.ops.grouped_matmul.nvidia.launch import products, weight_grads
@@ -60,6 +64,8 @@ def tune(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> Path:
         _order_heads(case, sizes.dtype, rounds, found["order"], say)
     for case in sizes.mlp:
         _order_swiglu(case, sizes.dtype, rounds, found["order"], say)
+    for case in sizes.narrow:
+        _order_expert_mlp(case, sizes.dtype, rounds, found["order"], say)
     return _write(found)
 
 
@@ -197,6 +203,25 @@ def _order_swiglu(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -
         return out, vjp(grad)
 
     _order("swiglu", swiglu_shape(x), SWIGLU, run, args, rounds, found, say)
+
+
+def _order_expert_mlp(
+    case: tuple, dtype: str, rounds: int, found: dict, say: Any
+) -> None:
+    width, hidden, experts, chosen, tokens = case
+    ranks = jax.random.uniform(jax.random.key(0), (1, tokens, experts))
+    picks = jax.lax.top_k(ranks, chosen)[1].astype(jnp.int32)
+    packing = pack_choices(picks, experts)
+    weights = (experts, width, hidden), (experts, hidden, width)
+    x, up, down, grad = draw(dtype, (tokens, width), *weights, (tokens, width))
+    factors = jnp.ones(tokens * chosen, jnp.float32)
+
+    def call(x: Any, up: Any, down: Any, factors: Any, implementation: str) -> Any:
+        return expert_mlp(x, up, down, factors, packing, implementation=implementation)
+
+    shape, args = expert_shape(up, packing), (x, up, down, factors, grad)
+    run = _both(call)
+    _order("expert_mlp", shape, EXPERT_MLP, run, args, rounds, found, say)
 
 
 def _tune_tiles(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -> None:

@@ -29,7 +29,6 @@ from uoe_jax.model.cache import (
 )
 from uoe_jax.model.context import Context, document_span
 from uoe_jax.model.layers import (
-    PROJECTION,
     HeadNorm,
     add_expert_bias,
     init_bias,
@@ -39,7 +38,6 @@ from uoe_jax.model.layers import (
     residual_scale,
     row_gates,
     rows_to_picks,
-    scale_rows,
 )
 from uoe_jax.model.routing import make_router
 from uoe_jax.model.routing.balance import Stats
@@ -47,7 +45,7 @@ from uoe_jax.model.routing.token import Routing
 from uoe_jax.model.sharded import attend, pack_local, share_experts, splits_tokens
 from uoe_jax.ops.as_segments import Lists, list_attention
 from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
-from uoe_jax.ops.numerics import accumulator_dtype
+from uoe_jax.ops.numerics import PROJECTION, accumulator_dtype, scale_rows
 from uoe_jax.ops.packing import Packing
 from uoe_jax.ops.rotary import frequencies, rotate, rotate_pairs
 from uoe_jax.ops.segment_attention.api import segment_attention

@@ -14,12 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.ops.numerics import accumulator_dtype
+from uoe_jax.ops.numerics import PROJECTION
 from uoe_jax.ops.packing import Packing, take_rows
 from uoe_jax.varying import vary_together
-
-# The name remat policy "dots" keeps: outputs of projections, never attention scores.
-PROJECTION = "projection"
 
 # Standard deviation of a unit normal truncated to [-2, 2].
 _TRUNCATED_STD = 0.87962566103423978
@@ -144,36 +141,6 @@ def rows_to_picks(
 def row_gates(gates: Float[Array, "B T X"], packing: Packing) -> Float[Array, " M"]:
     """Return each packed row's gate, that of its pick."""
     return picks_to_rows(gates.reshape(-1, gates.shape[-1]), packing)
-
-
-def scale_rows(
-    rows: Float[Array, "*S"], factors: Float[Array, "*#S"]
-) -> Float[Array, "*S"]:
-    """Return rows times their factors, which have one entry along their other axes.
-
-    The gradient of a factor is summed in float32 or wider, whatever the rows are.
-    """
-    return _scale(*vary_together(rows, factors))
-
-
-@jax.custom_vjp
-def _scale(rows, factors):
-    return rows * factors.astype(rows.dtype)
-
-
-def _scale_fwd(rows, factors):
-    return _scale(rows, factors), (rows, factors)
-
-
-def _scale_bwd(saved, grad):
-    rows, factors = saved
-    wide = accumulator_dtype(rows.dtype)
-    axes = tuple(axis for axis in range(rows.ndim) if factors.shape[axis] == 1)
-    total = jnp.sum(grad.astype(wide) * rows.astype(wide), axis=axes, keepdims=True)
-    return grad * factors.astype(rows.dtype), total.astype(factors.dtype)
-
-
-_scale.defvjp(_scale_fwd, _scale_bwd)
 
 
 def fold_key(key: jax.Array | None, number: int | Array) -> jax.Array | None:

@@ -18,20 +18,20 @@ from uoe_jax.config import RANKS, ModelConfig
 from uoe_jax.model.cache import Slot, route_token
 from uoe_jax.model.context import Context
 from uoe_jax.model.layers import (
-    PROJECTION,
     add_expert_bias,
     init_bias,
     init_weight,
     project,
     residual_scale,
     row_gates,
-    scale_rows,
 )
 from uoe_jax.model.routing import make_router
 from uoe_jax.model.routing.balance import Stats
 from uoe_jax.model.routing.token import Router, Routing
 from uoe_jax.model.sharded import pack_local, route
+from uoe_jax.ops.expert_mlp.api import expert_mlp
 from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
+from uoe_jax.ops.numerics import PROJECTION, scale_rows
 from uoe_jax.ops.packing import Packing
 from uoe_jax.ops.swiglu import swiglu
 
@@ -183,6 +183,10 @@ class RoutedMlp(nnx.Module):
     ) -> Float[Array, "N D"]:
         """Return each token's sum over the packed rows it has, times their gates."""
         factors = None if gates is None else row_gates(gates, packing)
+        plain = self.w_gate is None and self.b_up is None and not self.exact
+        if plain and factors is not None:
+            w_up, w_down = (w[...].astype(x.dtype) for w in (self.w_up, self.w_down))
+            return expert_mlp(x, w_up, w_down, factors, packing)
         hidden = self._hidden(x, packing, factors)
         return project_scatter(hidden, self.w_down[...].astype(x.dtype), packing)
 

@@ -24,7 +24,6 @@ from uoe_jax.model.decoding.step import prepare
 from uoe_jax.model.head_groups import HeadGroup, LayerHeads, write_beside
 from uoe_jax.model.heads import Pooler, TokenHead
 from uoe_jax.model.layers import (
-    PROJECTION,
     Head,
     Norm,
     PatchEmbedding,
@@ -38,6 +37,7 @@ from uoe_jax.model.mlp import DenseMlp, UnionMlp
 from uoe_jax.model.routing import ROUTERS
 from uoe_jax.model.routing.balance import Aux, Stats, router_configs, stack_stats
 from uoe_jax.model.sharded import run_part
+from uoe_jax.ops.numerics import PROJECTION
 from uoe_jax.partition.collectives import GATHERED
 from uoe_jax.weights import GROUPS, layer_period
 

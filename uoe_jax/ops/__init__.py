@@ -1,6 +1,7 @@
 """Pure array functions under the models, each with a choice of backends."""
 
 from uoe_jax.ops.dense_attention.api import dense_attention
+from uoe_jax.ops.expert_mlp.api import expert_mlp
 from uoe_jax.ops.grouped_matmul.api import (
     gather_project,
     grouped_matmul,
@@ -15,6 +16,7 @@ __all__ = [
     "Packing",
     "combine_rows",
     "dense_attention",
+    "expert_mlp",
     "gather_project",
     "gather_rows",
     "grouped_matmul",

@@ -41,6 +41,11 @@ def interpreted(run: Callable) -> Iterator[None]:
         yield
 
 
+def is_interpreted() -> bool:
+    """Return whether kernels run on the CPU, which has no instructions of a GPU."""
+    return _INTERPRETER.value is not None
+
+
 def require(dtype: Any) -> None:
     """Return if Triton kernels can serve arrays of `dtype` here.
 

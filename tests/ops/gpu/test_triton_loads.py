@@ -20,6 +20,7 @@ OFTEN = {
     "products": [("ids ahead", 128, 256), ("products_in_turn", 192, 384)],
     "heads": [("split", 128, 1), ("join", 64, 3)],
     "swiglu": [("forward", 24), ("backward", 24)],
+    "experts": [("forward", 128), ("backward", 128)],
 }
 NIGHTLY = {
     "products": [
@@ -99,6 +100,15 @@ def test_swiglu_is_moved_16_bytes_at_a_time_through_registers(loads):
         assert sum(found["stores"].values()) == backward, width
         # Room for the sums of a row's threads, of 64 rows at most.
         assert found["shared"] <= (256 if backward else 0), width
+
+
+@pytest.mark.parametrize("loads", ["often"], indirect=True)
+def test_experts_compute_gelu_once_and_move_16_bits(loads):
+    """In two layouts it took twice the registers, and up to 1.4 times as long."""
+    for case, found in loads["experts"]:
+        assert found["exponentials"] == 1, case
+        assert "f32" not in found["moved"], case
+        assert found["shared"] <= 227 << 10, case
 
 
 def compiled(call, *arrays):
@@ -219,6 +229,35 @@ def swiglu_loads(kernel, width):
     }
 
 
+def expert_loads(kernel, hidden):
+    """How often gelu is computed, and the types that change their layout."""
+    import jax
+    import jax.numpy as jnp
+
+    from uoe_jax.ops.expert_mlp.nvidia.triton import backward, forward
+    from uoe_jax.ops.packing import Packing
+
+    shape, half = jax.ShapeDtypeStruct, jnp.bfloat16
+    ids, picks = shape((512,), jnp.int32), shape((256, 2), jnp.int32)
+    offsets = shape((5,), jnp.int32)
+    packing = Packing(ids, picks, offsets, offsets)
+    x, factors = shape((256, 128), half), shape((512,), jnp.float32)
+    up, down = shape((4, 128, hidden), half), shape((4, hidden, 128), half)
+    if kernel == "forward":
+        made = compiled(forward, x, up, down, factors, packing)
+    else:
+        ups = shape((512, hidden), half)
+        made = compiled(backward, x, up, down, factors, ups, packing)
+    text = made.asm["ttgir"]
+    # Of tensors: sums of rows are vectors.
+    moved = re.findall(r"convert_layout .*: tensor<\d+x\d+x(\w+),", text)
+    return {
+        "exponentials": text.count("math.exp"),
+        "moved": sorted(set(moved)),
+        "shared": made.metadata.shared,
+    }
+
+
 def words(text, kind):
     """How many loads or stores of each width there are in PTX."""
     return collections.Counter(re.findall(rf"{kind}\.global\.((?:v\d\.)?b\d+)", text))
@@ -226,6 +265,7 @@ def words(text, kind):
 
 if __name__ == "__main__":
     measure = {"products": product_loads, "heads": head_loads, "swiglu": swiglu_loads}
+    measure["experts"] = expert_loads
     found = {
         kind: [(case, measure[kind](*case)) for case in cases]
         for kind, cases in (NIGHTLY if sys.argv[1] == "nightly" else OFTEN).items()

@@ -1,0 +1,1 @@
+"""Experts' MLPs: gather, up, activation times gate, down, added up."""

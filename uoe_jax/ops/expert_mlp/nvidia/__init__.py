@@ -1,0 +1,1 @@
+"""Expert MLPs on NVIDIA GPUs, in Triton."""
