@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from experiments.e009_real_model.study import Scale, base_config, write_texts
 from uoe_jax.bench.record import arguments, header, read_record, write_record
@@ -124,7 +125,9 @@ def measure(
     for variant, row in zip(
         variants, measure_losses(model, found, held)[0], strict=True
     ):
+        squares = float(np.mean(np.square(row.errors)))  # shares of the outputs' energy
         facts = row.as_row() | {"errors": [round(e, 5) for e in row.errors]}
+        facts["squared_error"] = squares
         rows.append({**wanted._asdict(), "variant": variant, **facts})
     return rows
 
@@ -214,8 +217,9 @@ def show(row: Mapping[str, Any]) -> None:
     named = " ".join(f"{row[name]!s:13s}" for name in KEY)
     dense = row["dense_loss"]
     print(
-        f"{named} error {row['error']:.3f} worst {row['worst_error']:.3f} oracle "
-        f"{row['oracle_error']:.3f} loss {row['loss']:.3f} (dense {dense:.3f})",
+        f"{named} error {row['error']:.3f} squared {row['squared_error']:.3f} worst "
+        f"{row['worst_error']:.3f} oracle {row['oracle_error']:.3f} "
+        f"loss {row['loss']:.3f} (dense {dense:.3f})",
         flush=True,
     )
 
