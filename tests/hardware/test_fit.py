@@ -126,6 +126,15 @@ def test_a_file_of_timed_layouts_is_read(tmp_path):
     assert device == H200 and item.name == "1b:8, tensor 2, reduce_scatter"
     assert item.sizes == {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 2}
     assert item.config.layout.scatters and item.config.model.recompute == "full"
+    for wrong, said in (
+        ({"choices": {"tensor_reduction": "x"}}, "can't be read"),
+        ({"mesh": {"model": 2}}, "its axes are data, fsdp, sequence, tensor"),
+        ({"mesh": {"tensor": "2"}}, "its axes are"),
+        ({"mesh": {"tensor": 4}}, "on 2 devices"),
+    ):
+        path.write_text(json.dumps(about | {"results": [row | wrong]}))
+        with pytest.raises(DataError, match=said):
+            fit.read_measurements(path)
     del row["batch"]
     path.write_text(json.dumps(about))
     with pytest.raises(DataError, match="has a step without 'batch'; time it anew"):

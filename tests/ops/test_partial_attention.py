@@ -16,11 +16,11 @@ from tests.ops.suite import changed
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import sequence
 from uoe_jax.ops import partial_attention as module
-from uoe_jax.ops.as_segments import MASKED
 from uoe_jax.ops.dense_attention import reference
 from uoe_jax.ops.dense_attention.call import Call as Whole
 from uoe_jax.ops.partial_attention import Call, partial_attention
 from uoe_jax.ops.segment_attention.call import Mask
+from uoe_jax.ops.segment_attention.plan import MASKED
 
 BATCH, QUERIES, KEYS, HEADS, KV_HEADS, SCALE = 2, 12, 10, 4, 2, 0.4
 
@@ -88,13 +88,27 @@ def run(q, k, v, first, last, dout, dlse, backend):
     return *found, *grads
 
 
-@pytest.mark.parametrize("chunk", [QUERIES, 4])
+@pytest.mark.parametrize("chunk", [QUERIES, 4, 5])
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_plain_jax_is_exact(chunk, seed):
     with changed((module, "_CHUNK", chunk)):
         run.clear_cache()
         hold("xla", "float32", 8, 1e-5, seed)
+
+
+@pytest.mark.parametrize("queries", [64, 70, 128])
+def test_plain_jax_keeps_no_scores_for_the_way_back(queries):
+    q = jnp.ones((1, queries, 2, 8))
+    k = jnp.ones((1, 512, 2, 8))
+    ends = jnp.zeros((1, queries), jnp.int32), jnp.full((1, queries), 511)
+    attend = lambda q, k, v: partial_attention(
+        Call(q, k, v, *ends, SCALE), implementation="xla"
+    )
+    with changed((module, "_CHUNK", 64)):
+        kept = jax.tree.leaves(jax.vjp(attend, q, k, k)[1])
+    scores = 2 * queries * 512
+    assert sum(a.size for a in kept) < scores / 2
 
 
 def test_plain_jax_is_exact_in_float64():

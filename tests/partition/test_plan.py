@@ -137,9 +137,22 @@ def test_pictures_say_who_holds_what_and_what_moves():
     assert held[0].rows == "0-3" and held[4].rows == "4-7"
     assert held[2].tokens == "8-15"
     assert any(
-        "tokens to experts and back" in line for line in movements(config, sizes)
+        "tokens to experts and back" in line
+        for line in movements(config, sizes, chosen=True)
     )
-    assert movements(config, dict.fromkeys(AXES, 1)) == []
+    assert movements(config, dict.fromkeys(AXES, 1), chosen=True) == []
+
+
+def test_a_picture_has_what_devices_send_not_what_others_would():
+    config = make_config("moe", layout={"dispatch": "all_to_all"})
+    sizes = dict.fromkeys(AXES, 1) | {"tensor": 4}
+    sent = {
+        chosen: [
+            m for m in movements(config, sizes, chosen=chosen) if "all-to-all" in m
+        ]
+        for chosen in (True, False)
+    }
+    assert sent[True] and sent[False] and sent[True] != sent[False]
 
 
 def test_a_layout_file_brings_mesh_and_choices(tmp_path):

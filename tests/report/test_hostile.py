@@ -59,7 +59,7 @@ def test_a_name_is_text_in_a_layout(name, tmp_path):
     import dataclasses
 
     config = dataclasses.replace(get_preset("tiny"), name=name)
-    figure = draw_layout(config, mesh_sizes(config.mesh, 1))
+    figure = draw_layout(config, mesh_sizes(config.mesh, 1), chosen=True)
     assert isinstance(figure, Figure)
     figure.savefig(tmp_path / "x.png")
 

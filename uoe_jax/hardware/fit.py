@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,7 +80,8 @@ def read_measurements(path: Path) -> tuple[Device, list[Measurement]]:
     try:
         content = read_json(path)
         results, kind = content["results"], content["device"]
-        kind = re.sub(r"^\d+ x ", "", kind)  # of so many
+        before, _, after = kind.partition(" x ")  # so many of a kind
+        devices, kind = (int(before), after) if before.isdecimal() else (1, kind)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} isn't a file of timed steps ({error}); make one with "
@@ -98,15 +98,20 @@ def read_measurements(path: Path) -> tuple[Device, list[Measurement]]:
                 "the runs to fit without mlp_experts and attention_experts"
             )
     try:
-        return device, [_measurement(result) for result in timed]
+        return device, [_measurement(result, devices) for result in timed]
     except KeyError as error:
         raise DataError(
             f"{path} has a step without {error}; time it anew with "
             "benchmarks/bench_train.py or bench_layouts.py"
         ) from None
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} has a step that can't be read ({error}); time it anew with "
+            "benchmarks/bench_train.py or bench_layouts.py"
+        ) from None
 
 
-def _measurement(result: dict[str, Any]) -> Measurement:
+def _measurement(result: dict[str, Any], devices: int) -> Measurement:
     config = get_preset(result["preset"])
     batch, length = result["batch"], result["seq_len"]
     model = dataclasses.replace(
@@ -123,6 +128,11 @@ def _measurement(result: dict[str, Any]) -> Measurement:
     )
     name = result.get("run", f"{result['preset']}:{batch} x {length}")
     sizes = ONE | result.get("mesh", {})
+    whole = all(type(size) is int and size > 0 for size in sizes.values())
+    if sizes.keys() != ONE.keys() or not whole:
+        raise ValueError(f"mesh {sizes}: its axes are {', '.join(ONE)}")
+    if math.prod(sizes.values()) not in (1, devices):
+        raise ValueError(f"mesh {sizes} on {devices} devices")
     if "layout" in result:
         name += f", {result['layout']}"
     seconds = result["milliseconds"] / 1000

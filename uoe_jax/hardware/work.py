@@ -20,6 +20,7 @@ from uoe_jax.hardware.count import (
     DTYPE_BYTES,
     count_params,
     flops_per_token,
+    group_title,
     head_numbers,
     model_layers,
     num_tokens,
@@ -115,7 +116,7 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
             share = tokens if name in ("routers", "convolution") else split
             times = passes if "scores" in name else again
             if kind == "scores":
-                share *= _latest(config, sizes["sequence"])
+                share *= _latest(config, sizes["sequence"], _window(group, name))
             times -= last if name == "mlp" else 0.0
             work[kind] += layers * flops * share * times
         size = DTYPE_BYTES[model.compute_dtype]
@@ -129,14 +130,23 @@ def device_work(config: ExperimentConfig, sizes: Mapping[str, int]) -> dict[str,
     return work
 
 
-def _latest(config: ExperimentConfig, sequence: int) -> float:
+def _latest(config: ExperimentConfig, sequence: int, window: int) -> float:
     """Return how many times the mean share of the scores the last device has.
 
     It holds the last tokens, which see the most keys, unless heads are shared out: of
-    `s` devices, (2s - 1) / s. Windows, under which all see the same, aren't counted.
+    `s` devices, (2s - 1) / s. With a window no longer than a device's tokens all but
+    the first see as much.
     """
     even = config.layout.sequence_attention == "heads" or not config.model.causal
+    even |= 0 < window <= config.seq_len // sequence
     return 1.0 if even else 2 - 1 / sequence
+
+
+def _window(group: LayerKind, part: str) -> int:
+    """Return how many tokens the heads of a part see, 0 for all."""
+    beside = group.own.beside
+    own = next((beside[n] for n in beside if group_title(n) in part), group.own)
+    return own.window[0]
 
 
 def _gathers(group: LayerKind, part: str) -> bool:
@@ -217,7 +227,7 @@ def held_params(
 
 
 def collectives(
-    config: ExperimentConfig, sizes: Mapping[str, int], *, chosen: bool = True
+    config: ExperimentConfig, sizes: Mapping[str, int], *, chosen: bool
 ) -> Iterator[Collective]:
     """Yield the collectives of one step.
 

@@ -157,9 +157,12 @@ def sends_what_is_chosen() -> bool:
     """Whether devices can send numbers of rows that are known only when they run.
 
     XLA has no such collective on CPUs, and on two H200s its one for GPUs never ended
-    (jax 0.11.2; docs/lab/products.md).
+    (jax 0.11.2; docs/lab/products.md). The devices may be elsewhere, where a program is
+    compiled ahead.
     """
-    return jax.default_backend() == "tpu"
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return platform == "tpu"
 
 
 def _send_fwd(rows, leave, arrive):

@@ -67,8 +67,8 @@ def ring_attention(
 ) -> Float[Array, "B T N H"]:
     """Return attention of this device's tokens to all; keys and values go round.
 
-    Ring Attention (Liu et al. 2023): softmax sums are carried from device to device's
-    keys, and the next keys travel while these are worked on.
+    Ring Attention (Liu et al. 2023): results and their logsumexp are carried from
+    device to device's keys, and the next keys travel while these are worked on.
     """
     view, length = own_view(segments, q, sees, axis, size), q.shape[1]
     rank = jax.lax.axis_index(axis)
@@ -79,7 +79,7 @@ def ring_attention(
         return partial_attention(Call(q, *held, *ends, q.shape[3] ** -0.5))
 
     held = (k, v)
-    found = visit(held, rank)  # own tokens first: something is visible
+    found = visit(held, rank)  # own tokens first: they needn't travel
     for turn in range(1, size):
         held = jax.lax.ppermute(held, axis, step)
         found = found.plus(visit(held, (rank - turn) % size))

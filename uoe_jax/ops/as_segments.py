@@ -31,11 +31,11 @@ from uoe_jax.ops.segment_attention.call import Call, Mask
 from uoe_jax.ops.segment_attention.layout import segment_layout
 from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
 from uoe_jax.ops.segment_attention.nvidia import triton
+from uoe_jax.ops.segment_attention.plan import MASKED
 from uoe_jax.ops.segment_attention.tpu import mosaic as mosaic_tpu
 from uoe_jax.ops.segment_attention.xla import choose_tile
 from uoe_jax.ops.tpu import pad_rows
 
-MASKED = -1e30  # the logsumexp of a row that sees nothing; finite, so no nan follows
 Kernels = Callable[[Call], jax.Array]  # a backend of segment attention
 # One that gives the logsumexp of each row as well.
 KernelsWithSums = Callable[[Call], tuple[jax.Array, jax.Array]]

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from uoe_jax.ops.as_segments import (
-    MASKED,
     KernelsWithSums,
     Lists,
     merged_attention,
@@ -28,6 +27,7 @@ from uoe_jax.ops.dispatch import dispatch
 from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
 from uoe_jax.ops.segment_attention.nvidia import triton
+from uoe_jax.ops.segment_attention.plan import MASKED
 from uoe_jax.varying import vary_together
 
 _CHUNK = 512  # queries whose scores exist at once in plain JAX
@@ -44,8 +44,7 @@ class Part(NamedTuple):
         lse = jnp.logaddexp(self.lse, other.lse)
         mine, theirs = jnp.exp(self.lse - lse), jnp.exp(other.lse - lse)
         return Part(
-            self.out * mine[..., None]
-            + other.out * theirs[..., None].astype(lse.dtype),
+            self.out * mine[..., None] + other.out * theirs[..., None],
             lse,
         )
 
@@ -100,17 +99,26 @@ def by_lists(kernels: KernelsWithSums, call: Call) -> Part:
 
 
 def in_chunks(call: Call) -> Part:
-    """Return it in plain JAX, so many queries at a time that their scores fit."""
+    """Return it in plain JAX, so many queries at a time that their scores fit.
+
+    Scores are worked out again on the way back rather than kept.
+    """
     length = call.q.shape[1]
-    if length <= _CHUNK or length % _CHUNK:
-        return _written_out(call.k, call.v, call.scale, call.q, call.first, call.last)
-    chunks = lambda a: a.reshape(a.shape[0], -1, _CHUNK, *a.shape[2:]).swapaxes(0, 1)
-    run = partial(_written_out, call.k, call.v, call.scale)
-    rows = tuple(map(chunks, (call.q, call.first, call.last)))
-    # Scores are worked out again on the way back rather than kept.
-    found = jax.lax.map(lambda row: jax.checkpoint(run)(*row), rows)
-    whole = lambda a: a.swapaxes(0, 1).reshape(a.shape[1], length, *a.shape[3:])
-    return Part(*map(whole, found))
+    run = jax.checkpoint(partial(_written_out, call.k, call.v, call.scale))
+    if length <= _CHUNK:
+        return run(call.q, call.first, call.last)
+    more = -length % _CHUNK
+
+    def chunks(a: Array, fill: int) -> Array:
+        a = jnp.pad(a, [(0, 0), (0, more), *[(0, 0)] * (a.ndim - 2)], "constant",
+                    constant_values=fill)  # fmt: skip
+        return a.reshape(a.shape[0], -1, _CHUNK, *a.shape[2:]).swapaxes(0, 1)
+
+    # Those added see nothing.
+    rows = chunks(call.q, 0), chunks(call.first, 0), chunks(call.last, -1)
+    found = jax.lax.map(lambda row: run(*row), rows)
+    whole = lambda a: a.swapaxes(0, 1).reshape(a.shape[1], -1, *a.shape[3:])
+    return Part(*(whole(a)[:, :length] for a in found))
 
 
 def _written_out(

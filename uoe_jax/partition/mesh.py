@@ -125,7 +125,7 @@ def axis_bytes(
 ) -> list[float]:
     """Return the bytes of a step's collectives over each axis, all devices together."""
     total = dict.fromkeys(axes, 0.0)
-    for found in collectives(config, sizes):
+    for found in collectives(config, sizes, chosen=True):
         total[found.axis] += found.num_bytes * found.count
     return list(total.values())
 

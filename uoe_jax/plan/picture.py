@@ -102,9 +102,15 @@ def _list(numbers: Sequence[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-def movements(config: ExperimentConfig, sizes: Sizes) -> list[str]:
-    """Return what moves in a step, a line a collective, the most bytes first."""
-    found = sorted(collectives(config, sizes), key=lambda c: -c.num_bytes * c.count)
+def movements(config: ExperimentConfig, sizes: Sizes, *, chosen: bool) -> list[str]:
+    """Return what moves in a step, a line a collective, the most bytes first.
+
+    `chosen` as `collectives` takes it.
+    """
+    found = sorted(
+        collectives(config, sizes, chosen=chosen),
+        key=lambda c: -c.num_bytes * c.count,
+    )
     return [
         f"{c.kind.replace('_', '-')} over {c.axis}: {c.what}, {c.count} x "
         f"{_bytes(c.num_bytes)}" + (" (beside the arithmetic)" if c.hidden else "")
@@ -119,10 +125,11 @@ def _bytes(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def draw_layout(config: ExperimentConfig, sizes: Sizes) -> Figure:
+def draw_layout(config: ExperimentConfig, sizes: Sizes, *, chosen: bool) -> Figure:
     """Return a picture of the mesh: a box a device, coloured by tensor place.
 
     Boxes of one batch share, its sequence and tensor devices, lie side by side.
+    `chosen` as `collectives` takes it.
     """
     with extra_packages():
         from matplotlib.figure import Figure
@@ -132,7 +139,7 @@ def draw_layout(config: ExperimentConfig, sizes: Sizes) -> Figure:
     columns = min(len(held), group * max(1, _WIDE // group))
     shown = held[: max(columns, _SHOWN // columns * columns)]
     rows = -(-len(shown) // columns)
-    lines = movements(config, sizes) or ["nothing moves: one device"]
+    lines = movements(config, sizes, chosen=chosen) or ["nothing moves: one device"]
     heights = [0.95 * rows + 0.5, 0.2 * len(lines) + 0.4]
     figure = Figure(
         figsize=(max(7.5, 1.9 * columns), sum(heights)), layout="constrained"

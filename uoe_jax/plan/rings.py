@@ -32,7 +32,7 @@ def ring_steps(
     {} where there is none, where a switch joins the devices, or where there are too
     many of them to look for their order.
     """
-    moved = list(collectives(config, sizes))
+    moved = list(collectives(config, sizes, chosen=True))
     walked = {c.axis for c in moved if c.kind == "collective_permute"}
     torus = topology.is_tpu and topology.num_devices <= _MOST
     if not walked or not torus:

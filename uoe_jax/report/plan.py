@@ -51,6 +51,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _svg(plan: Plan, found: Prediction) -> str:
     file = io.StringIO()
-    draw_layout(plan.config, found.sizes).savefig(file, format="svg")
+    chosen = plan.topology.is_tpu
+    figure = draw_layout(plan.config, found.sizes, chosen=chosen)
+    figure.savefig(file, format="svg")
     text = file.getvalue()
     return text[text.index("<svg") :]

@@ -17,9 +17,10 @@ from uoe_jax.model.cache import KeyValue, Slot
 from uoe_jax.model.context import Context, document_span
 from uoe_jax.model.layers import picks_to_rows, row_experts, rows_to_picks
 from uoe_jax.model.routing.balance import Stats
-from uoe_jax.ops.as_segments import MASKED, Lists, tiled_attention
+from uoe_jax.ops.as_segments import Lists, tiled_attention
 from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.packing import combine_rows, gather_rows, pack_choices
+from uoe_jax.ops.segment_attention.plan import MASKED
 
 HIDDEN = -1e30  # score of a block that a query can't see
 

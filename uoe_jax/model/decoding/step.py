@@ -246,8 +246,9 @@ def prepare_block(block: Any, form: Form) -> TokenBlock:
     attention = _prepare_part(block.attention, form)
     if not block.plain:
         _, groups, convolution = block.heads
-        # Norms stay as they are, matrices are cast on every use anyway.
-        cast = lambda a: a.astype(form.dtype) if a.ndim > 2 else a
+        # Norms [1, H] and sinks [1, J, G] stay as they are, others are cast on every
+        # use anyway.
+        cast = lambda a: a.astype(form.dtype) if a.ndim > 3 else a
         attention = TokenHeads(attention, jax.tree.map(cast, dict(groups)), convolution)
     return TokenBlock(
         attention_norm=block.attention_norm,

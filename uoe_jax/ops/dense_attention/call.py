@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 from uoe_jax.ops.segment_attention.call import Mask
 from uoe_jax.varying import vary_together
 
+_ARRAYS = ("q", "k", "v", "segments", "sink")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -29,7 +31,7 @@ class Call:
 
     def together(self) -> Call:
         """Return the call with arrays that vary over the same mesh axes."""
-        given = {name: getattr(self, name) for name in ("q", "k", "v", "segments")}
+        given = {name: getattr(self, name) for name in _ARRAYS}
         given = {name: a for name, a in given.items() if a is not None}
         arrays = vary_together(*given.values())
         return dataclasses.replace(self, **dict(zip(given, arrays, strict=True)))

@@ -17,7 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.segment_attention.layout import Layout
 
-MASKED = -1e30  # a score; finite: a slot that sees nothing must not make nan
+# The score of an unseen key and the logsumexp of a row that sees none; finite, so that
+# neither makes nan.
+MASKED = -1e30
 
 
 class Plan(NamedTuple):
