@@ -276,6 +276,28 @@ def test_who_stood_still_himself_blames_nobody(monkeypatch):
         meeting.leave(index)
 
 
+def test_who_stood_still_says_of_nobody_that_he_is_behind(monkeypatch, capfd):
+    """What the others said meanwhile is read only after that."""
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.1)
+    clock, ahead = time.monotonic, [0.0]
+    meeting = Meeting()
+    first = meeting.watches[0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock() + ahead[0])
+    for index, member in enumerate(meeting.watches):
+        member.at(3 if index == 2 else 5)
+    end = clock() + 20
+    while not first._behind and clock() < end:
+        time.sleep(0.05)
+    assert first._behind
+    ahead[0] = 100.0
+    while first._beaten < end and clock() < end:  # the jump is longer than the wait
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert first._beaten > end and "behind" not in capfd.readouterr().err
+    for index in (2, 1, 0):
+        meeting.leave(index)
+
+
 @pytest.mark.parametrize("victim", [0, 2])
 def test_who_hangs_before_a_step_of_the_others_is_named(victim, monkeypatch, capfd):
     monkeypatch.setattr(watch, "BEAT_SECONDS", 0.1)
@@ -289,7 +311,7 @@ def test_who_hangs_before_a_step_of_the_others_is_named(victim, monkeypatch, cap
         time.sleep(0.1)  # where this test is, the process's main thread
         told += capfd.readouterr().err
     first, second = told.strip().splitlines()[:2]
-    assert first.startswith(f"uoe: {name}") and "has been at step 3 for " in first
+    assert first.startswith(f"uoe: {name}") and "has been behind at step 3 for " in first
     assert first.endswith("s; others have begun step 5 and wait for it")
     assert second.startswith(f"uoe: {name}")
     assert "test_who_hangs_before_a_step_of_the_others_is_named" in second

@@ -155,6 +155,7 @@ def train(
             run = _Run(config, run_dir, data, mesh, subject, display, signals)
             run.lock, run.watch = lock, watch
             run.restore(resume_step)
+            watch.at(run.step)
             return run.train()
         except Exception as error:
             if out_of_memory(error):

@@ -33,7 +33,7 @@ BEAT_SECONDS = 2.0  # between two signs of life
 # back is a call into C that keeps Python's lock, and none here takes half as long. The
 # whole is under a minute, and before jax's own abort (see `peers`).
 SILENT_SECONDS = 40.0
-BEHIND_SECONDS = 40.0  # at one step while others are past it: said, and no more
+BEHIND_SECONDS = 40.0  # that others have been past a step: said, and no more
 LOST_SECONDS = 30  # a machine that answers no probe for so long is gone
 GRACE_SECONDS = 5.0  # for a process to report an error of its own, and to end
 _ADDRESS_BYTES = 1024
@@ -79,8 +79,9 @@ class Watch:
         self._heard: dict[_Line, float] = {}  # when each gave its last sign of life
         self._beaten = 0.0  # when this one gave its last
         self._step = 0  # the last that this process began
-        # The step that each has begun, since when, and whether that was said.
-        self._begun: dict[_Line | None, tuple[int, float, bool]] = {}
+        self._begun: dict[_Line | None, int] = {}  # the step of each; None: this one
+        # Since when others have been past the step of each, and whether that was said.
+        self._behind: dict[_Line | None, tuple[float, bool]] = {}
         self._plan: tuple[float, str, int] | None = None  # when to end, with what
         self._failed: int | None = None  # the exit code of this process's own error
         self._thread: threading.Thread | None = None
@@ -169,6 +170,7 @@ class Watch:
         self._peers.pop(line, None)
         self._heard.pop(line, None)
         self._begun.pop(line, None)
+        self._behind.pop(line, None)
         line.connection.close()
 
     def _tell(self, message: str, but: _Line | None = None) -> None:
@@ -195,6 +197,8 @@ class Watch:
                 wait = BEAT_SECONDS
                 if woken - before > SILENT_SECONDS / 2:  # it was this one that stood
                     self._heard = dict.fromkeys(self._peers, woken)
+                    told = self._behind.items()
+                    self._behind = {line: (woken, said) for line, (_, said) in told}
                 if self._beat(woken):
                     return
             if self._plan is not None:
@@ -226,25 +230,32 @@ class Watch:
                 return True
         return False
 
-    def _note_step(self, line: _Line | None, step: int, now: float) -> None:
-        if self._begun.get(line, (-1,))[0] != step:
-            self._begun[line] = step, now, False
+    def _note_step(self, line: _Line | None, step: int) -> None:
+        if self._begun.get(line) != step:
+            self._begun[line] = step
+            self._behind.pop(line, None)
 
     def _find_behind(self, now: float) -> None:
         """Say who hangs before a step that others have begun: they wait for it.
 
+        What counts is how long they have waited, not how long its step takes: all may
+        compile or validate together, and their words come a beat apart.
         It may only be slow, so nothing is ended; it says itself where it is.
         """
-        self._note_step(None, self._step, now)
-        furthest = max(step for step, _, _ in self._begun.values())
-        for line, (step, since, said) in list(self._begun.items()):
-            if said or step == furthest or now - since <= BEHIND_SECONDS:
+        self._note_step(None, self._step)
+        furthest = max(self._begun.values())
+        for line, step in self._begun.items():
+            if step == furthest:
+                self._behind.pop(line, None)
                 continue
-            self._begun[line] = step, since, True
+            since, said = self._behind.setdefault(line, (now, False))
+            if said or now - since <= BEHIND_SECONDS:
+                continue
+            self._behind[line] = since, True
             name = self._name if line is None else self._peers[line]
             _say(
-                f"{name} has been at step {step} for {now - since:.0f} s; others have "
-                f"begun step {furthest} and wait for it"
+                f"{name} has been behind at step {step} for {now - since:.0f} s; others "
+                f"have begun step {furthest} and wait for it"
             )
             if line is None:
                 self._say_where()
@@ -308,7 +319,7 @@ class Watch:
             word, _, text = message.partition(" ")
             self._heard[line] = time.monotonic()
             if word == "beat":
-                self._note_step(line, int(text or 0), self._heard[line])
+                self._note_step(line, int(text or 0))
                 continue
             if word == "where":
                 self._say_where()
