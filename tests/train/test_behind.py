@@ -1,5 +1,8 @@
 """Who is said to hold the other processes up: only one that they have waited for."""
 
+import threading
+import time
+
 import pytest
 
 from tests.train.tiny_runs import make_tiny
@@ -17,6 +20,7 @@ class First:
         monkeypatch.setattr(watch, "_say", self.said.append)
         self.watch = Watch(0, count, lambda text: text)
         self.watch._name = "process 0"
+        self.watch._trains = threading.get_ident()
         self.others = [Other() for _ in range(1, count)]
         for number, other in enumerate(self.others, 1):
             self.watch._peers[other] = f"process {number}"
@@ -121,3 +125,24 @@ def test_a_resumed_run_says_the_step_that_it_resumes_from(tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "watch_peers", lambda: Noted(0, 1, lambda text: text))
     train(config, tmp_path / "run", quiet=True)  # nothing is left to do
     assert steps == [2]
+
+
+def test_where_the_training_is_though_it_is_not_the_main_thread(monkeypatch):
+    said, done = [], threading.Event()
+    monkeypatch.setattr(watch, "_say", said.append)
+    member = Watch(0, 2, lambda text: text)
+
+    def train_in_a_thread():
+        with member:
+            done.wait(60)
+
+    thread = threading.Thread(target=train_in_a_thread)
+    thread.start()
+    end = time.monotonic() + 30
+    while not any("train_in_a_thread" in text for text in said):
+        assert time.monotonic() < end, said[-1:]
+        member._say_where()
+        time.sleep(0.05)
+    done.set()
+    thread.join(30)
+    assert not thread.is_alive() and "holds the others up at" in said[-1]

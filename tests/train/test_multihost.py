@@ -311,7 +311,8 @@ def test_who_hangs_before_a_step_of_the_others_is_named(victim, monkeypatch, cap
         time.sleep(0.1)  # where this test is, the process's main thread
         told += capfd.readouterr().err
     first, second = told.strip().splitlines()[:2]
-    assert first.startswith(f"uoe: {name}") and "has been behind at step 3 for " in first
+    assert first.startswith(f"uoe: {name}")
+    assert "has been behind at step 3 for " in first
     assert first.endswith("s; others have begun step 5 and wait for it")
     assert second.startswith(f"uoe: {name}")
     assert "test_who_hangs_before_a_step_of_the_others_is_named" in second

@@ -2,7 +2,7 @@
 
 Every process holds a connection to the first one. The kernel closes the connections of
 a process that dies, and probes those of a machine that falls silent: neither load nor
-a main thread that hangs in a collective delays the news.
+a training that hangs in a collective delays the news.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Watch:
     """Context in which a process that vanishes or fails ends the others, named by them.
 
     Whoever leaves without an error, or for a signal that all heed, is not missed.
-    One thread owns the connections; the main thread only sends it words.
+    One thread owns the connections; the one that enters, and trains, only sends it
+    words.
 
     Args:
       index, count: this process, and how many there are; of one nothing is watched.
@@ -85,10 +86,12 @@ class Watch:
         self._plan: tuple[float, str, int] | None = None  # when to end, with what
         self._failed: int | None = None  # the exit code of this process's own error
         self._thread: threading.Thread | None = None
+        self._trains = 0  # the thread that trains, as Python numbers it
 
     def __enter__(self) -> Watch:
         if self._count == 1:
             return self
+        self._trains = threading.get_ident()  # the main thread or another
         self._selector = selectors.DefaultSelector()
         main, thread = socket.socketpair()
         self._main = _Line(main)
@@ -254,8 +257,8 @@ class Watch:
             self._behind[line] = since, True
             name = self._name if line is None else self._peers[line]
             _say(
-                f"{name} has been behind at step {step} for {now - since:.0f} s; others "
-                f"have begun step {furthest} and wait for it"
+                f"{name} has been behind at step {step} for {now - since:.0f} s; "
+                f"others have begun step {furthest} and wait for it"
             )
             if line is None:
                 self._say_where()
@@ -263,8 +266,8 @@ class Watch:
                 line.send("where")
 
     def _say_where(self) -> None:
-        """Say where the main thread of this process is."""
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        """Say where the training of this process is."""
+        frame = sys._current_frames().get(self._trains)
         if frame is not None:
             places = traceback.extract_stack(frame)[-3:]
             told = " > ".join(f"{p.filename}:{p.lineno} {p.name}" for p in places)
@@ -282,7 +285,7 @@ class Watch:
             self._drop(key.data[0])
 
     def _obey(self, line: _Line) -> None:
-        """Do what the main thread says."""
+        """Do what the thread that trains says."""
         for message in line.receive() or []:
             if message == "done":
                 self._tell("done")
@@ -409,7 +412,7 @@ def _say(text: str) -> None:
 
 
 def _exit(text: str, code: int) -> None:
-    # The main thread may hang in a collective: nothing else ends it.
+    # The training may hang in a collective: nothing else ends it.
     if text:
         _say(text)
     os._exit(code)
