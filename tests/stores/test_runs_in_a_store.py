@@ -356,6 +356,26 @@ def test_of_two_commands_that_write_one_address_one_does(
     assert main(made) == 2  # and later it isn't empty
 
 
+def test_an_address_stays_locked_however_long_it_is_sent_to(run, store, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    held, sent = store / "b/runs/cut/.lock", []
+
+    def slowly(folder):
+        first = json.loads(held.read_text())["beat"]
+        end = time.monotonic() + 20
+        while json.loads(held.read_text())["beat"] < first + 3:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        sent.append(folder)
+        publish(folder)
+
+    monkeypatch.setattr(write, "publish", slowly)
+    out = "bucket://b/runs/cut"
+    assert main(["decompose", "bucket://b/runs/r", "--merge", "--out", out]) == 0
+    assert len(sent) == 1 and not held.exists()
+    assert load_run(Path(out)).config.model.mlp == ("dense",)
+
+
 def test_what_stays_local_says_what_to_do(store, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     grid = ["--grid", "optim.learning-rate=1e-3,1e-4"]

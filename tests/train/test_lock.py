@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -132,6 +133,54 @@ def test_a_renamed_folder_is_noticed(tmp_path, quick):
     assert not run.exists()
     with open_run_dir(moved, CONFIG):
         pass
+
+
+def test_a_folder_that_its_holder_moves_stays_held(tmp_path, quick):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    run.mkdir()
+    held = RunLock(run, print)
+    held.acquire()
+    held.move(moved)
+    held.look()
+    held.check()
+    before = content(moved)["beat"]
+    wait_until(lambda: content(moved)["beat"] > before + 1)
+    with pytest.raises(Locked, match="is training in .*moved"):
+        RunLock(moved, print).acquire()
+    held.release()
+    assert not run.exists() and (moved / ".lock").read_bytes() == b""
+
+
+def test_nobody_looks_for_a_folder_while_it_is_moved(tmp_path, monkeypatch):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    run.mkdir()
+    held, rename, lookers = RunLock(run, print), Path.rename, []
+    held.acquire()
+
+    def and_look(self, target):
+        rename(self, target)
+        lookers.append(threading.Thread(target=held.look))
+        lookers[0].start()
+        lookers[0].join(0.3)  # before the lock knows where it is now
+
+    monkeypatch.setattr(Path, "rename", and_look)
+    held.move(moved)
+    lookers[0].join()
+    held.check()
+    held.release()
+
+
+def test_a_folder_that_cannot_be_moved_is_held_where_it_is(tmp_path):
+    run, taken = tmp_path / "run", tmp_path / "taken"
+    run.mkdir(), taken.mkdir()
+    (taken / "file").touch()
+    held = RunLock(run, print)
+    held.acquire()
+    with pytest.raises(OSError):
+        held.move(taken)
+    held.look()
+    held.check()
+    held.release()
 
 
 def test_a_folder_taken_over_is_noticed_and_left_to_the_other(tmp_path):

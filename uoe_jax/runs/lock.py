@@ -35,7 +35,8 @@ class RunLock:
 
     The kernel frees it when its holder dies, however it dies. Where a file system has
     no such locks, or the holder was on another machine, its signs of life decide: a
-    thread writes one every `BEAT_SECONDS`. It also sees when the folder is renamed.
+    thread writes one every `BEAT_SECONDS`. It also sees when the folder is renamed, but
+    by `move`.
     """
 
     def __init__(self, folder: Path, note: Callable[[str], None]):
@@ -51,6 +52,7 @@ class RunLock:
             "beat": 0,
         }
         self._lost: str | None = None
+        self._moving = threading.Lock()  # nobody looks where the folder just isn't
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -85,8 +87,18 @@ class RunLock:
         if self._lost:
             raise FolderLost(self._lost)
 
+    def move(self, folder: Path) -> None:
+        """Rename the folder, which stays this process's; raises OSError as a rename."""
+        with self._moving:
+            self._folder.rename(folder)
+            self._folder, self._path = folder, folder / NAME
+
     def look(self) -> None:
         """Look whether the folder is still this process's; `check` raises if not."""
+        with self._moving:
+            self._look()
+
+    def _look(self) -> None:
         try:
             here = os.stat(self._path).st_ino == os.fstat(self._file).st_ino
         except FileNotFoundError:

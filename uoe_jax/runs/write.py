@@ -150,7 +150,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
             check_free(wanted)  # another may have written it since
             _clear(unfinished)
             yield unfinished
-            unfinished.rename(folder)
+            lock.move(folder)
             publish(wanted)
         except BaseException:
             if ours:
