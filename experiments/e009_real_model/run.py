@@ -45,7 +45,7 @@ from experiments.e009_real_model.table import write_summary
 from experiments.shared.case import change
 from experiments.shared.flags import switch_off_command_buffers
 from experiments.shared.part import Part
-from experiments.shared.work import prepare
+from experiments.shared.work import prepare, set_flax
 from uoe_jax.bench.record import made_with, write_record
 from uoe_jax.config import ExperimentConfig, ModelConfig, config_hash
 from uoe_jax.data import make_dataset
@@ -261,12 +261,6 @@ def shape_of(made: Cut | Prune | None, dense: ModelConfig) -> ModelConfig:
         return narrower(dense, made)
     where = (made.parts, made.attention_experts, made.shared)
     return union_config(dense, made.num_experts, made.chosen, *where)
-
-
-def set_flax() -> None:
-    """Make flax's settings; they are each thread's own."""
-    nnx.set_graph_mode(False)
-    nnx.set_graph_updates(False)
 
 
 def describe(dense: ExperimentConfig, config: ExperimentConfig) -> dict[str, Any]:

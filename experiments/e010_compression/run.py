@@ -25,9 +25,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.e009_real_model.run import switch_off_command_buffers
 from experiments.e010_compression.heal import heal, write_cut
 from experiments.e010_compression.subject import Unfinished, imported, trained
+from experiments.shared.flags import switch_off_command_buffers
 from experiments.shared.work import prepare as prepare_process
 from uoe_jax.bench.record import commit, made_with, read_record, write_record
 from uoe_jax.compress.anytime import open_run

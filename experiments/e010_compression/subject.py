@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.e009_real_model.run import Part, Study
+from experiments.e009_real_model.run import Study
 from experiments.shared.case import change
+from experiments.shared.part import Part
 from uoe_jax.config import DataConfig, ExperimentConfig
 from uoe_jax.data import make_dataset
 from uoe_jax.data.record import with_run_tokenizer

@@ -1,7 +1,9 @@
 """Experiments: which run comes next, who takes it, and what isn't run again."""
 
+import ast
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -171,6 +173,47 @@ def test_bad_requests_are_one_line(capsys, tmp_path):
     for own in ("009", "e010"):
         assert main([own, *out]) == 2
         assert "commands of its own" in capsys.readouterr().err
+
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def functions(tree):
+    """Return a module's functions by what they do: name, arguments and body."""
+    found = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+    return {ast.dump(node): node.name for node in found}
+
+
+def defined(tree):
+    """Return the names that a module has of its own, not by an import."""
+    words = {node.name for node in tree.body if hasattr(node, "name")}
+    return words | {
+        node.id for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }  # fmt: skip
+
+
+def test_what_experiments_share_is_written_once_and_taken_from_where_it_is():
+    parse = lambda path: ast.parse(path.read_text("utf-8"))
+    trees = {path: parse(path) for path in sorted(EXPERIMENTS.glob("*/*.py"))}
+    shared = {}
+    for path, tree in trees.items():
+        if path.parent.name == "shared":
+            shared |= dict.fromkeys(functions(tree), path.name)
+    own = {path: tree for path, tree in trees.items() if path.parent.name != "shared"}
+    assert len(own) > 20 and len(shared) > 50
+    for path, tree in own.items():
+        again = [name for said, name in functions(tree).items() if said in shared]
+        assert not again, (path, again)
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            package, _, rest = (node.module or "").partition(".")
+            file = EXPERIMENTS / f"{rest.replace('.', '/')}.py"
+            if package == "experiments" and file in trees:
+                names = {alias.name for alias in node.names}
+                assert names <= defined(trees[file]), (path, node.module)
 
 
 def test_seeds_and_fields_can_be_changed():
