@@ -36,7 +36,8 @@ LADDER = (
 _WORDS = re.compile(r"UoME \d+ of 32")  # a model of one budget
 # Whose law predicts XL; the last is compared with the first.
 FITTED = ("dense + conv", "MoE 2 of 8 + conv", "best lean + conv")
-_FITTED_SIZES = ("S", "M", "L")  # XL is held out
+_FITTED_SIZES = ("S", "M", "L")
+_HELD_OUT, _LAW_LENGTH = "XL", "T 4096"  # sizes are of one law at one T
 _LABELS = {
     "flops": "training FLOPs",
     "seconds": "seconds of training",
@@ -158,13 +159,13 @@ def _fronts(theme: Theme, groups: Sequence[Group], axis: str) -> Figure:
 def _law(groups: Sequence[Group]) -> tuple[Law, dict[str, list], str] | None:
     """Return the law of the families over sizes, its points, what its bounds are."""
     points: dict[str, list[tuple[float, float]]] = {}
-    for group in groups:
-        if group.setting.split(",")[0] in _FITTED_SIZES and len(group.steps) > 2:
-            for name in FITTED:
-                if model := group.resolve(name):
-                    points.setdefault(name, []).append(_end(group, model))
+    fitted = [g for g in groups if _at(g, *_FITTED_SIZES) and len(g.steps) > 2]
+    for group in fitted:
+        for name in FITTED:
+            if model := group.resolve(name):
+                points.setdefault(name, []).append(_end(group, model))
     deviations = [
-        spread.deviation for g in groups if (spread := g.spread(g.corpora[0]))
+        spread.deviation for g in fitted if (spread := g.spread(g.corpora[0]))
     ]
     if len(points) < 2 or not deviations:
         return None
@@ -183,6 +184,12 @@ def _law(groups: Sequence[Group]) -> tuple[Law, dict[str, list], str] | None:
     return law, points, text + f"{high:.2f}) the FLOPs of {family}"
 
 
+def _at(group: Group, *sizes: str) -> bool:
+    """Whether a group is of one of these sizes, at the T of the one held out."""
+    size, length = group.setting.split(", ")[:2]
+    return size in sizes and length == _LAW_LENGTH
+
+
 def _end(group: Group, model: str) -> tuple[float, float]:
     runs = group.models[model]
     flops = spent(runs[0], "flops", group.steps[-1])
@@ -196,7 +203,7 @@ def _draw_law(
     law, points, text = found
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
-    held = [g for g in groups if g.setting.startswith("XL")]
+    held = [g for g in groups if _at(g, _HELD_OUT)]
     for number, (model, pairs) in enumerate(points.items()):
         looks = _looks(theme, number)
         axes.plot(*zip(*pairs, strict=True), linestyle="none", label=model, **looks)

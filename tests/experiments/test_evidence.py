@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments.e012_evidence import figures as drawn
 from experiments.e012_evidence import measure, tables
 from experiments.e012_evidence.choose import by_validation, chosen_lean, survivors
 from experiments.e012_evidence.cut import go_on, save_model
@@ -221,6 +222,8 @@ def full_rows():
     for seed, off in ((0, -0.0003), (1, 0.0003)):
         for name, end in ends.items():
             rows.append(row(name, seed, [x + off for x in falling(end)]))
+        longer = [x + 20 * off for x in falling(1.45, 4)]
+        rows.append(row("dense + conv", seed, longer, "M, T 8192"))
         fast = {"step_seconds": 0.08, "training_flops_per_step": 240.0}
         for name, end in (("dense + conv", 1.5), ("MoE 2 of 8 + conv", 1.46)):
             for size, less in (("S", 0.3), ("L", -0.2), ("XL", -0.3)):
@@ -290,6 +293,23 @@ def test_tables_and_figures_come_from_the_results_alone(tmp_path):
         "f_cache.png", "g_ladder.png", "h_budgets.png",
     ]  # fmt: skip
     assert set(figures(full_rows()[:1])) == {"a_flops.png", "b_seconds.png"}
+
+
+def test_the_law_is_of_sizes_at_the_length_of_the_one_held_out():
+    rows = full_rows()
+    alike = [one for one in rows if one["setting"] != "M, T 8192"]
+    assert len(alike) == len(rows) - 2
+    # An MLP's runs at T 1024 spread as widely and are of no law either.
+    others = [row("dense", s, falling(1.6 + s / 10), "M, T 1024") for s in (0, 1)]
+    law, points, text = drawn._law(tables.find_groups(rows + others))
+    assert {name: len(pairs) for name, pairs in points.items()} == {
+        "dense + conv": 3, "MoE 2 of 8 + conv": 2, "best lean + conv": 3,
+    }  # fmt: skip
+    assert (law, points, text) == drawn._law(tables.find_groups(alike))
+    assert (
+        drawn._law(tables.find_groups([r for r in rows if "8192" in r["setting"]]))
+        is None
+    )
 
 
 def test_the_page_says_what_came_out_and_nothing_without_runs(tmp_path):
