@@ -49,7 +49,7 @@ def results_page(
         lines.append(f"Not measured yet: {', '.join(named)} of the plan.\n")
     figure = next(name for name in (*_FIGURES, *drawn) if name in drawn)
     lines.append(f"![{figure[2:-4]} of the models]({figure})\n")
-    shown = max(groups, key=lambda group: len(group.models))
+    shown = max(groups, key=lambda group: len(group.trained))
     lines += [f"## {shown.title}\n", model_table(shown)]
     lines += ["## How sure\n", _how_sure(judged, groups)]
     return "\n".join(lines), figure
@@ -69,13 +69,13 @@ def _answer(verdict: Verdict, groups: Sequence[Group]) -> str:
 
 def _how_sure(judged: Sequence[Verdict], groups: Sequence[Group]) -> str:
     rows: list[Row] = [
-        row for group in groups for runs in group.models.values() for row in runs
+        row for group in groups for runs in group.trained.values() for row in runs
     ]
     told = lambda name: ", ".join(sorted({row[name] for row in rows}))
     commits = ", ".join(sorted({row["commit"][:9] for row in rows}))
     measured = sum(one.difference is not None for one in judged)
     searched = sum(row["rate_by"] == "search" for row in rows)
-    seeds = {len(runs) for group in groups for runs in group.models.values()}
+    seeds = {len(runs) for group in groups for runs in group.trained.values()}
     few = min(seeds) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     return (
         f"- {measured} of {len(judged)} planned comparisons are measured; p is "

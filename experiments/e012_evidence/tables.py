@@ -55,6 +55,12 @@ class Group:
         row = next(iter(self.models.values()))[0]
         return f"{self.setting}, {si(row['tokens_per_step'] * self.steps[-1])} tokens"
 
+    @property
+    def trained(self) -> dict[str, list[Row]]:
+        """The models that were trained: one at a smaller budget is no other run."""
+        some = self.models.items()
+        return {m: rows for m, rows in some if not any("at_budget" in r for r in rows)}
+
     def losses(self, model: str, corpus: str, length: int = -1) -> list[float]:
         """Return the test bits/byte of a model's seeds."""
         rows = self.models[model]
@@ -62,9 +68,9 @@ class Group:
 
     def spread(self, corpus: str, length: int = -1) -> Spread | None:
         """Return the seeds' spread pooled over the models; None: one seed each."""
-        if all(len(rows) < 2 for rows in self.models.values()):
+        if all(len(rows) < 2 for rows in self.trained.values()):
             return None
-        return pooled({m: self.losses(m, corpus, length) for m in self.models})
+        return pooled({m: self.losses(m, corpus, length) for m in self.trained})
 
     def fronts(self, model: str, axis: str, corpus: str) -> list[list[tuple]]:
         """Return (spent, loss) of each length, a list a seed."""
@@ -108,7 +114,8 @@ def at_budgets(row: Row) -> Iterator[Row]:
         corpus = next(iter(last["test"]))
         last |= {"test": last["test"] | {corpus: loss}}
         lengths = [*row["lengths"][:-1], last]
-        yield row | {"case": f"{row['case']} at {top_k}", "lengths": lengths}
+        told = {"at_budget": int(top_k), "lengths": lengths}
+        yield row | {"case": f"{row['case']} at {top_k}"} | told
 
 
 def equal_points(group: Group, first: str, second: str, axis: str) -> list[Equal]:
@@ -246,7 +253,7 @@ def _copied(rows: Sequence[Row]) -> str:
 def _leaks(group: Group) -> str:
     probed = {
         model: [{"seed": r["seed"], "leak": r["lengths"][-1]["leak"]} for r in rows]
-        for model, rows in group.models.items()
+        for model, rows in group.trained.items()
     }
     return causality(probed)
 

@@ -312,6 +312,23 @@ def test_the_law_is_of_sizes_at_the_length_of_the_one_held_out():
     )
 
 
+def test_a_training_counts_once_at_however_many_budgets(tmp_path):
+    names = ("UoME 2 to 16 of 32", *(f"UoME {x} of 32" for x in (2, 4, 8, 16)))
+    rows = [row(name, seed, [2.0 + seed / 100], "S, T 1024", rate_by="search")
+            for name in names for seed in range(3)]  # fmt: skip
+    for one in rows:  # of which each seed's four budgets tell nothing new
+        one["lengths"][-1]["budgets"] = {str(x): 3.0 for x in (2, 4, 8, 16)}
+    (group,) = tables.find_groups(rows)
+    assert len(group.models) == 25 and len(group.trained) == 5
+    spread = group.spread("wikipedia")
+    assert spread.freedom == 10
+    assert_close(spread.deviation, 0.01, 1e-6)
+    report([results(tmp_path, rows)], tmp_path / "out", tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "\n- 15 runs, 3 of each model (seeds), 15 of them at a rate that" in page
+    assert "changed in 15 trained models" in page
+
+
 def test_the_page_says_what_came_out_and_nothing_without_runs(tmp_path):
     page = tmp_path / "docs" / "evidence.md"
     with pytest.raises(ConfigError, match="no run has come to its end"):
@@ -331,6 +348,7 @@ def test_the_page_says_what_came_out_and_nothing_without_runs(tmp_path):
     )
     assert "**doesn't hold.** At 16 of 32 the model for every budget" in text
     assert "Not measured yet: 1a, 1b, 1d, 2a" in text and "nothing leaks" in text
+    assert f"\n- {len(rows)} runs, 2 of each model (seeds), 0 of them" in text
     # One seed: means alone.
     report([results(tmp_path, [r for r in rows if not r["seed"]])], tmp_path, page)
     text = page.read_text()
