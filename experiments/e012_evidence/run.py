@@ -4,12 +4,13 @@
         --articles enwiki_articles.jsonl.xz --python CORPUS/texts --out runs/e012
 
 Writes OUT/results.json after every run; the same line goes on where it stopped, inside
-a run too. A model is compiled while the one before it trains. `--part 1/2` takes every
-second run and writes OUT/results-1.json, so that two devices share the work. `--python`
-is the folder `texts` of experiments.shared.python_corpus; both corpora then have half
-of the training. `--tiny` is the same program on minutes of CPU and on data that every
-machine has. The planned comparisons are noted before the first run: what is written
-into planned.json later is refused by the report.
+a run too. A model is compiled while the one before it trains. `--part 1/2` takes about
+half of the runs and writes OUT/results-1.json, so that two devices share the work; a
+run's name, rate and seed say whose it is. `--python` is the folder `texts` of
+experiments.shared.python_corpus; both corpora then have half of the training. `--tiny`
+is the same program on minutes of CPU and on data that every machine has. The planned
+comparisons are noted before the first run: what is written into planned.json later is
+refused by the report.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ class Session:
         only, seeds = self.options.only, self.options.seeds
         named = [job for job in wanted if not only or job.name in only]
         seeded = [job for job in named if not seeds or job.seed in seeds]
-        return self.options.part.take(seeded)
+        part = self.options.part
+        return [job for job in seeded if part.has(job.shared_by, job.seed)]
 
     def _done(self, job: Job, rows: list[dict[str, Any]]) -> bool:
         """Whether a run is there; ConfigError if it is of another configuration."""
@@ -264,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Part.parse,
         default=Part(1, 1),
         metavar="I/N",
-        help="every N-th run, from the I-th on: a device for each part",
+        help="one of N parts of about as many runs: a device for each",
     )
     parser.add_argument("--tiny", action="store_true", help="minutes on a CPU")
     options = parser.parse_args(argv)

@@ -58,6 +58,17 @@ class Job:
         return plain if self.task == "text" else f"{plain}, {self.task}"
 
     @property
+    def shared_by(self) -> str:
+        """What says, with the seed, which of several devices trains it.
+
+        Neither the block, as blocks share runs, nor its place in a list that may grow.
+        A dense start and all that goes on from it are one device's: by the seed alone.
+        """
+        if self.kind == "cut":
+            return "cut"
+        return f"{self.size} {self.name} {self.optimizer} {self.rate}"
+
+    @property
     def place(self) -> str:
         """What data it reads in rows of which length."""
         return f"{'recall' if self.task == 'recall' else 'text'} {self.length}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Part(NamedTuple):
-    """Every `count`-th of all, from `number` on."""
+    """Part `number` of `count`: of a fixed list by place, of one that grows by name."""
 
     number: int
     count: int
@@ -18,8 +19,16 @@ class Part(NamedTuple):
         return "results.json" if self.count == 1 else f"results-{self.number}.json"
 
     def take[T](self, wanted: Sequence[T]) -> list[T]:
-        """Return what is this part's."""
+        """Return every `count`-th of a list that stays as it is while parts run."""
         return list(wanted[self.number - 1 :: self.count])
+
+    def has(self, name: str, seed: int) -> bool:
+        """Whether a run is this part's, whatever others there are or will be.
+
+        Seeds of one name take turns; a digest of the name says which part begins.
+        """
+        digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
+        return (digest + seed) % self.count == self.number - 1
 
     @classmethod
     def parse(cls, text: str) -> Part:

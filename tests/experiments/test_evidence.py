@@ -145,7 +145,8 @@ def test_lengths_of_every_block_can_branch_after_the_warm_up():
 
 def searched(job, loss):
     return row(job.name, SEARCH_SEED, [loss], block="2", setting=job.setting,
-               rate=job.rate, kind=job.kind, family="dense", size=job.size)  # fmt: skip
+               rate=job.rate, kind=job.kind, family="dense", size=job.size,
+               optimizer=job.optimizer)  # fmt: skip
 
 
 def test_rates_are_searched_further_where_the_best_is_at_the_edge():
@@ -170,6 +171,38 @@ def test_rates_are_searched_further_where_the_best_is_at_the_edge():
     assert found == rates[2] and best_rate(inside, first[0], "mixture") is None
     large = jobs("7", [row(n, 0, [2.0], block="3") for n in LEAN], False)[0]
     assert_close(best_rate(inside, large, "dense"), rates[2] / 2, 1e-6)
+
+
+def test_a_run_stays_the_same_parts_while_its_block_grows():
+    whose = lambda rows: {
+        job: [n for n in (1, 2, 3) if Part(n, 3).has(job.shared_by, job.seed)]
+        for job in jobs("2", rows, False)
+    }  # fmt: skip
+    first = whose([])
+    # Lower rates are better: each list begins with another rate now, then two.
+    rows = [searched(job, 2.0 + job.rate) for job in first]
+    grown = whose(rows)
+    rows += [searched(job, 1.0 + job.rate) for job in grown if job not in first]
+    most = whose(rows)
+    assert len(first) == 100 and len(grown) == 120 and len(most) == 140
+    assert all(most[job] == grown.get(job, most[job]) for job in most)
+    assert all(grown[job] == part for job, part in first.items())
+    assert all(len(part) == 1 for part in most.values())  # one has it
+    counts = [sum(part == [n] for part in most.values()) for n in (1, 2, 3)]
+    assert min(counts) > 30, counts
+
+
+def test_parts_have_about_as_many_runs_and_a_dense_starts_are_ones_own():
+    rows = [row(n, 0, [2.0], block="3") for n in (*LEAN, "MoE 2 of 8", "UoME 8 of 32")]
+    made = [job for block in BLOCKS for job in jobs(block, rows, False)]
+    for count in (2, 4):
+        parts = [Part(n + 1, count) for n in range(count)]
+        mine = [[j for j in made if p.has(j.shared_by, j.seed)] for p in parts]
+        assert sum(map(len, mine)) == len(made)
+        assert min(map(len, mine)) > 0.8 * len(made) / count
+        starts = [{j.start for j in some if j.start is not None} for some in mine]
+        assert len(set().union(*starts)) == sum(map(len, starts)) == 3
+        assert max(map(len, starts)) - min(map(len, starts)) <= 1
 
 
 def test_block_four_has_what_block_three_left():
@@ -493,8 +526,12 @@ def test_a_cut_model_goes_on_from_a_dense_ones_end(tmp_path):
     """The start is trained where its file isn't there; parts share a folder."""
     options = argparse.Namespace(
         out=tmp_path, minutes=60.0, articles=None, python=None, tiny=True,
-        only=[], seeds=[0], part=Part(1, 2),
+        only=["dense, trained on"], seeds=[0], part=Part(1, 2),
     )  # fmt: skip
+    # All of a seed is one part's.
+    whose = [n for n in (1, 2) if Part(n, 2).has("cut", 0)]
+    options.part = Part(whose[0], 2)
+    assert Session(options)._jobs("cut", [])
     Session(options).run_block("cut")
     made = {run["case"]: run for run in Session(options).mine}
     assert set(made) == {"dense", "dense, trained on"}
@@ -504,10 +541,12 @@ def test_a_cut_model_goes_on_from_a_dense_ones_end(tmp_path):
     # It goes on from what was learned, on other batches.
     assert later["curve"][0]["train"] < first["curve"][0]["train"] - 0.5
     (tmp_path / "models").rename(tmp_path / "kept")
-    options.part = Part(2, 2)
+    options.only = ["dense, 8 of 16 on"]
     Session(options).run_block("cut")
     again = {run["case"]: run for run in Session(options).mine}
-    assert set(again) == {"dense", "dense, 8 of 16 on"}
+    assert set(again) == {"dense", "dense, trained on", "dense, 8 of 16 on"}
+    options.part, options.only = Part(3 - whose[0], 2), []
+    assert not Session(options)._jobs("cut", [])
     cut = again["dense, 8 of 16 on"]
     assert cut["forward_flops_per_token"] < 0.9 * later["forward_flops_per_token"]
     assert cut["lengths"][-1]["leak"]["before"] < 1e-5
