@@ -39,6 +39,12 @@ class Builder:
         self.thread = ThreadPoolExecutor(1, initializer=set_flax)
         self.measures: dict[str, Measures] = {}
         self.built: dict[str, Future[Built]] = {}
+        self.asked: list[Future[Built]] = []  # that may not be made yet
+
+    @property
+    def busy(self) -> bool:
+        """Whether something that was asked for is still to be made."""
+        return not all(made.done() for made in self.asked)
 
     def ask(self, job: Job) -> Future[Built]:
         """Return a model's programs, which may still be made."""
@@ -47,6 +53,7 @@ class Builder:
         made = self.built.pop(key, None)
         if made is None:
             made = self.thread.submit(self._build, job, config)
+            self.asked = [*(one for one in self.asked if not one.done()), made]
         self.built[key] = made  # the last one asked for is dropped last
         while len(self.built) > _KEPT:
             del self.built[next(iter(self.built))]

@@ -4,13 +4,13 @@
         --articles enwiki_articles.jsonl.xz --python CORPUS/texts --out runs/e012
 
 Writes OUT/results.json after every run; the same line goes on where it stopped, inside
-a run too. A model is compiled while the one before it trains. `--part 1/2` takes about
-half of the runs and writes OUT/results-1.json, so that two devices share the work; a
-run's name, rate and seed say whose it is. `--python` is the folder `texts` of
-experiments.shared.python_corpus; both corpora then have half of the training. `--tiny`
-is the same program on minutes of CPU and on data that every machine has. The planned
-comparisons are noted before the first run: what is written into planned.json later is
-refused by the report.
+a run too. A model is compiled while the one before it trains, but for block 3's first
+seed, whose seconds choose a union. `--part 1/2` takes about half of the runs and writes
+OUT/results-1.json, so that two devices share the work; a run's name, rate and seed say
+whose it is. `--python` is the folder `texts` of experiments.shared.python_corpus; both
+corpora then have half of the training. `--tiny` is the same program on minutes of CPU
+and on data that every machine has. The planned comparisons are noted before the first
+run: what is written into planned.json later is refused by the report.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Session:
             say(f"block {block}: {len(open_jobs)} runs to go")
             job, *later = open_jobs
             building = self.builder.ask(job)
-            if later and self._left > _AHEAD:
+            if later and self._left > _AHEAD and not job.timed:
                 self.builder.ask(later[0])
             try:
                 self._note(job, building.result().measures.contents)
@@ -168,7 +168,7 @@ class Session:
         tell(f"compiled in {built.seconds:.0f} s")
         result = run_lengths(
             built.programs,
-            Run(seed, rate, job.steps, weights),
+            Run(seed, rate, job.steps, weights, lambda: self.builder.busy),
             partial(self._measure, job, built),
             Limits(self.deadline),
             tell,

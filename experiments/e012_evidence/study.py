@@ -58,6 +58,11 @@ class Job:
         return plain if self.task == "text" else f"{plain}, {self.task}"
 
     @property
+    def timed(self) -> bool:
+        """Whether what its steps take decides what later blocks train."""
+        return self.block == "3" and self.seed == 0  # by choose.chosen_lean
+
+    @property
     def shared_by(self) -> str:
         """What says, with the seed, which of several devices trains it.
 

@@ -80,6 +80,8 @@ class Run(NamedTuple):
     lengths: tuple[int, ...]
     # Parameters and buffers of another run's end; None: drawn by the seed.
     weights: Callable[[], tuple[PyTree, PyTree]] | None = None
+    # Whether something else is being compiled now: what such a chunk takes is no speed.
+    disturbed: Callable[[], bool] = lambda: False
 
 
 @dataclass
@@ -93,7 +95,8 @@ class Progress:
     told: dict[str, list[Any]] | None = None  # what goes into the result
 
     def __post_init__(self) -> None:
-        self.told = self.told or {"curve": [], "chunks": [], "lengths": []}
+        names = ("curve", "chunks", "disturbed", "lengths")
+        self.told = self.told or {name: [] for name in names}
 
     def note(self, name: str, value: Any) -> None:
         """Add to what goes into the result."""
@@ -113,7 +116,8 @@ def run_lengths(
 
     Goes on where `paused` has the state of an earlier try. Seconds are those of
     training steps, the median over chunks, so that a length's are what a run of that
-    length alone takes. A run that diverges has the lengths that ended before.
+    length alone takes; over those that nothing disturbed, if there are some. A run that
+    diverges has the lengths that ended before.
 
     Raises OutOfTime past the deadline, its state saved.
     """
@@ -139,7 +143,10 @@ def run_lengths(
     while progress.leg < len(legs):
         leg = legs[progress.leg]
         rates = step_rates(optim, leg.steps or run.lengths[-1], run.rate)
-        finite = _train_leg(programs, progress, leg, (rows, rates), limits, paused)
+        order = (rows, rates)
+        finite = _train_leg(
+            programs, progress, leg, order, limits, paused, run.disturbed
+        )
         if not finite:
             say(f"step {leg.first + progress.done}: diverged")
             break
@@ -152,13 +159,15 @@ def run_lengths(
         progress.leg, progress.done = progress.leg + 1, 0
     paused.unlink(missing_ok=True)
     assert progress.told is not None
-    chunks = progress.told.pop("chunks")
+    chunks, disturbed = (progress.told.pop(name) for name in ("chunks", "disturbed"))
+    alone = [s for s, other in zip(chunks, disturbed, strict=True) if not other]
     return {
         "seed": run.seed,
         "rate": run.rate,
         "steps": run.lengths[-1],
         "seconds": sum(chunks),
-        "step_seconds": statistics.median(chunks) / programs.chunk,
+        "step_seconds": statistics.median(alone or chunks) / programs.chunk,
+        "chunks": {"all": len(chunks), "compiled_meanwhile": sum(disturbed)},
         **progress.told,
     }
 
@@ -170,6 +179,7 @@ def _train_leg(
     order: tuple[np.ndarray, np.ndarray],
     limits: Limits,
     paused: Path,
+    disturbed: Callable[[], bool],
 ) -> bool:
     """Train what is left of a leg; return whether its losses were finite."""
     if leg.steps and progress.branch is None:  # the trunk's memory is used again
@@ -181,6 +191,7 @@ def _train_leg(
         part = slice(at, at + programs.chunk)
         state = progress.branch if leg.steps else progress.trunk
         jax.block_until_ready(state)
+        progress.note("disturbed", disturbed())
         start = time.perf_counter()
         state, metrics = programs.train(state, *(array[part] for array in order))
         metrics = jax.device_get(metrics)

@@ -129,6 +129,32 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(programs, tmp_path):
     assert without_seconds(found) == without_seconds(whole)
 
 
+def test_seconds_are_of_chunks_that_nothing_disturbed(programs, tmp_path):
+    """A compiling thread makes 13 of 18 chunks four times as slow, or all of them."""
+    train_chunk, clock = programs.train, time.perf_counter
+    now, trained = [0.0], [0]
+    for until, seconds in ((13, 1.0), (18, 4.0)):
+        trained[0] = 0
+        disturbed = lambda until=until: trained[0] < until
+
+        def slow(*args, disturbed=disturbed):
+            now[0] += 4.0 if disturbed() else 1.0
+            trained[0] += 1
+            return train_chunk(*args)
+
+        programs.train = slow
+        try:
+            time.perf_counter = lambda: now[0]
+            found = run_lengths(
+                programs, Run(3, 0.03, LENGTHS, disturbed=disturbed),
+                lambda params, buffers: {}, Limits(), print, tmp_path / "p",
+            )  # fmt: skip
+        finally:
+            time.perf_counter, programs.train = clock, train_chunk
+        assert found["chunks"] == {"all": 18, "compiled_meanwhile": until}
+        assert found["step_seconds"] * programs.chunk == seconds
+
+
 def test_every_tokens_loss_adds_up_to_the_splits(programs):
     state = programs.start(0)
     each = programs.each_token(state.params, state.buffers, "test")

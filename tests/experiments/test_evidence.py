@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import threading
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from flax import nnx
 
 from experiments.e012_evidence import figures as drawn
 from experiments.e012_evidence import measure, tables
+from experiments.e012_evidence.build import Builder
 from experiments.e012_evidence.choose import by_validation, chosen_lean, survivors
 from experiments.e012_evidence.cut import go_on, save_model
 from experiments.e012_evidence.figures import figures
@@ -476,6 +478,8 @@ def test_blocks_run_tiny_to_their_end_and_go_on(tmp_path, capsys):
     assert 1 < last["test"]["stdlib"] < 6 and 0 <= last["copy"]["right"] <= 1
     assert made["training_flops_per_step"] > 0 and made["device"] and made["commit"]
     assert made["config"]["model"]["convolution"] == 4
+    chunks = len(made["curve"])
+    assert made["chunks"] == {"all": chunks, "compiled_meanwhile": 0}
     again = Session(options)
     again._train = lambda job, rows: pytest.fail(f"{job.name} is trained twice")
     again.run_block("1")
@@ -520,6 +524,48 @@ def test_a_model_that_fails_ends_no_other(tmp_path, capsys):
     said = capsys.readouterr()
     assert "local + conv, seed 0, FAILED" in said.out and "a kernel failed" in said.err
     assert said.out.endswith("block 1: no run is left\n")
+
+
+def test_nothing_compiles_while_the_runs_train_whose_seconds_choose(tmp_path):
+    options = argparse.Namespace(
+        out=tmp_path, minutes=60.0, articles=None, python=None, tiny=True,
+        only=["dense", LEAN[0]], seeds=[], part=Part(1, 1),
+    )  # fmt: skip
+    session, asked = Session(options), []
+    built = argparse.Namespace(measures=argparse.Namespace(contents={}))
+    done = argparse.Namespace(result=lambda: built)
+    seen = lambda job: (job.name, job.seed)
+    session.builder.ask = lambda job: asked.append(seen(job)) or done
+    session._done = lambda job, rows: seen(job) in [row["job"] for row in session.mine]
+    during = {}
+
+    def train(job, rows):
+        during[seen(job)] = set(asked) - {seen(job)}
+        asked.clear()
+        session.mine.append({"job": seen(job)})
+
+    session._train = train
+    session.run_block("3")
+    names = ("dense", LEAN[0])
+    assert list(during) == [(name, seed) for seed in (0, 1, 2) for name in names]
+    assert during["dense", 0] == during[LEAN[0], 0] == set()
+    assert during["dense", 1] == {(LEAN[0], 1)}  # others are compiled ahead
+
+
+def test_a_builder_is_busy_until_all_is_made_that_was_asked_for(monkeypatch):
+    options = argparse.Namespace(articles=None, python=None, tiny=True)
+    made, free = Builder(options), [threading.Event() for _ in range(2)]
+    monkeypatch.setattr(made, "_build", lambda job, config: free[job.seed].wait(60))
+    first, second = (
+        dataclasses.replace(job, seed=n)
+        for n, job in enumerate(jobs("3", [], True)[:2])
+    )
+    assert not made.busy
+    one, two = made.ask(first), made.ask(second)
+    free[0].set()
+    assert one.result() and made.ask(first) is one and made.busy
+    free[1].set()
+    assert two.result() and not made.busy
 
 
 def test_a_cut_model_goes_on_from_a_dense_ones_end(tmp_path):
