@@ -42,7 +42,8 @@ ROWS = (
     ("depth", None, 8),
     ("modegpt", "curve", 8),
 )
-KEPT = ("run", "prompt", "new", "device")  # alike in all rows of a file
+# Alike in all rows of a file.
+KEPT = ("run", "calibrate", "prompt", "new", "device", "jax")
 LEAST = 30.0  # seconds left in which a row may begin
 
 
@@ -69,7 +70,7 @@ class Bench:
         run = load_run(args.run)
         self.found: dict[str, Any] = {"rows": [], "seconds": {}}
         about = {"run": run.config.name, "prompt": args.prompt, "new": args.new}
-        about |= header(stated=args.commit)
+        about |= {"calibrate": args.calibrate} | header(stated=args.commit)
         if args.out is not None and args.out.is_file():
             self.found = read_record(args.out)
             wrong = [n for n in KEPT if self.found.get(n) != about[n]]
@@ -78,7 +79,7 @@ class Bench:
                     f"{args.out} has {wrong[0]} {self.found.get(wrong[0])!r}, and this "
                     f"is {about[wrong[0]]!r}; give another --out"
                 )
-        self.found = about | self.found
+        self.found |= about
         self.observed, took = look(run, args)
         self.took: dict[str, float] = self.found["seconds"]
         self.took |= took
