@@ -38,11 +38,12 @@ from uoe_jax.compress.observed import Observed, Smaller, take_apart
 from uoe_jax.compress.options import LOW_RANK, Compress
 from uoe_jax.compress.statistics import observe
 from uoe_jax.config import ModelConfig
-from uoe_jax.errors import UoeError
+from uoe_jax.errors import ConfigError, UoeError
 from uoe_jax.model import flat_buffers, flat_params, with_params
 from uoe_jax.runs.batches import calibration_batch
 from uoe_jax.runs.load import load_run
 from uoe_jax.runs.probe import in_float32
+from uoe_jax.train.signals import StopRun
 
 CUTS = (0.2, 0.3, 0.4, 0.1)
 ROWS = (
@@ -102,7 +103,9 @@ class Experiment:
 
     def lacks(self, kind: str, **about: Any) -> bool:
         """Whether a row of these isn't there yet, and may begin."""
-        same = lambda row: all(row.get(k) == v for k, v in about.items())
+        # A healed row has steps too; without them it is another row.
+        wanted = {"steps": None} | about
+        same = lambda row: all(row.get(k) == v for k, v in wanted.items())
         if any(same(row) for row in self.results["rows"]):
             return False
         if self.left < _SECONDS[kind]:
@@ -148,7 +151,7 @@ def cut_rows(experiment: Experiment, observed: Observed, part: str) -> None:
         try:
             start = time.perf_counter()
             made = experiment.cut(observed, Compress(**about))
-        except UoeError as error:
+        except ConfigError as error:
             experiment.put(**about, refused=str(error))
             continue
         seconds = time.perf_counter() - start
@@ -223,7 +226,7 @@ def healed_rows(experiment: Experiment, observed: Observed) -> None:
             if not made.is_dir():
                 write_cut(subject.folder, made, experiment.cut(observed, wanted))
             found = heal(made, healed, steps, 4 if experiment.tiny else 16)
-        except UoeError as error:
+        except ConfigError as error:
             experiment.put(**about, refused=str(error))
             continue
         scores = {when: score(model, subject.held) for when, model in found.models}
@@ -231,7 +234,7 @@ def healed_rows(experiment: Experiment, observed: Observed) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Observe the model once, then cut and score it row by row; 2: a bad request."""
+    """Cut and score a model row by row; 2: a bad request, 128 + N: a signal."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -250,22 +253,28 @@ def main(argv: list[str] | None = None) -> int:
     switch_off_command_buffers()
     prepare_process(options.out / "work" / "compiled")
     try:
-        experiment = Experiment(options)
+        add_rows(Experiment(options))
     except Unfinished as stop:
         print(f"time is up: {stop}; the same line goes on", flush=True)
-        return 0
+    except StopRun as stop:
+        print(f"experiment: {stop}; the same line goes on", file=sys.stderr)
+        return stop.exit_code
     except UoeError as error:
         print(f"experiment: {error}", file=sys.stderr)
         return error.exit_code
+    return 0
+
+
+def add_rows(experiment: Experiment) -> None:
+    """Observe the model once, and add the rows of each part that are missing."""
     observed = experiment.observe()
-    for part in options.parts:
+    for part in experiment.parts:
         if part == "anytime":
             anytime_rows(experiment, observed)
         elif part == "heal":
             healed_rows(experiment, observed)
         else:
             cut_rows(experiment, observed, part)
-    return 0
 
 
 if __name__ == "__main__":

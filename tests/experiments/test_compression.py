@@ -5,11 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from experiments.e010_compression import run as e010
 from experiments.e010_compression.run import OPENED, ROWS, SHARES, SMALL
 from tests.interop.tiny_folders import TEXT, write_folder
+from uoe_jax.errors import ConfigError, NonFiniteError, OutOfMemory
+from uoe_jax.train import StopRun
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,9 +51,10 @@ def test_one_file_opens_as_what_is_cut_apart_and_a_second_call_goes_on(place):
     for row in first[1:]:
         for text, perplexity in row["apart"].items():
             assert row[text] == pytest.approx(perplexity, abs=1e-3 * perplexity)
-    found = run(place, "rows", "ranks")["rows"]
+    found = run(place, "heal", "rows", "ranks")["rows"]
     assert found[: len(first)] == first
-    more = found[len(first) :]
+    # A healed cut has its row among the rows too.
+    more = [row for row in found[len(first) :] if "steps" not in row]
     assert len(more) == len(ROWS) + 2 * len(SHARES) + 2 * len(SMALL)
     assert all(row["blocks"] < 1 and row["python"] > 1 for row in more)
     ranks = [
@@ -64,6 +69,41 @@ def test_a_cut_is_healed_by_the_same_steps_as_others(place):
     for row in rows:
         assert row["before"].keys() == row["after"].keys() == {"wikipedia", "python"}
         assert row["before"] != row["after"] and len(row["losses"]) == row["steps"]
+
+
+@pytest.mark.parametrize("error", [
+    StopRun("stopped by SIGTERM", 143), OutOfMemory("no room"), NonFiniteError("nan"),
+])  # fmt: skip
+def test_what_stops_a_row_is_no_refusal_and_ends_the_call(
+    error, tmp_path, monkeypatch, capsys
+):
+    put = []
+
+    class Stopped:
+        def __init__(self, options):
+            self.out, self.tiny, self.parts = tmp_path, True, options.parts
+            self.subject = SimpleNamespace(folder=tmp_path)
+            self.lacks = lambda kind, **about: True
+            self.put = lambda **row: put.append(row)
+
+        def observe(self):
+            return SimpleNamespace(model=None)
+
+        def cut(self, observed, wanted):
+            raise error
+
+    monkeypatch.setattr(e010, "Experiment", Stopped)
+    monkeypatch.setattr(e010, "prepare_process", lambda compiled: None)
+    monkeypatch.setattr(e010, "switch_off_command_buffers", lambda: None)
+    given = ["--model", "m", "--articles", "a", "--out", str(tmp_path), "--tiny"]
+    for part in ("heal", "rows"):
+        assert e010.main([*given, "--parts", part]) == error.exit_code
+        said = capsys.readouterr().err
+        assert str(error) in said and not put
+        assert ("the same line goes on" in said) == isinstance(error, StopRun)
+    error = ConfigError("bad")
+    assert e010.main([*given, "--parts", "heal"]) == 0
+    assert [row["refused"] for row in put] == ["bad", "bad"]
 
 
 def test_a_model_of_ours_is_trained_first_and_goes_on_where_time_ended(place):
