@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import functools
 import io
+import shlex
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +33,7 @@ from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
 
 from experiments.e011_clusters.network import ResNet, random_views
-from uoe_jax.bench.record import made_with, read_record, write_record
+from uoe_jax.bench.record import header, read_record, write_record
 from uoe_jax.cluster.metrics import (
     accuracy,
     adjusted_rand,
@@ -121,10 +123,11 @@ class Trained:
         self.state = drawn(shapes, seed)
         self._run = jax.jit(lambda state, x: nnx.merge(self.graph, state)(x))
 
-    def start(self, seconds: float) -> int:
+    def start(self, seconds: float, steps: int | None = None) -> int:
         """Train for features that are spread out and the same for two views.
 
-        In the given time at most, compiling left out; return the steps taken.
+        In the given time at most, compiling left out, or for so many steps; return the
+        steps taken.
         """
         s = self.scale
 
@@ -132,15 +135,20 @@ class Trained:
             (z, z2), _ = self._both(state, views)
             return -start_value((z, z2), s.eps2, s.invariance)
 
-        amount = s.start_steps, s.start_batch, seconds
+        amount = steps or s.start_steps, s.start_batch, seconds
         taken = sum(1 for _ in self._descend(loss, optax.adamw(s.start_rate), amount))
         net = nnx.merge(self.graph, self.state)
         nnx.update(net.clusters, nnx.state(net.features))  # the one-shot start
         self.graph, self.state = nnx.split(net)
         return taken
 
-    def go_on(self, seconds: float) -> list[float]:
-        """Train for R - Rc and keep what is best on held-out pictures; return those."""
+    def go_on(
+        self, seconds: float, steps: int | None = None
+    ) -> tuple[int, list[float]]:
+        """Train for R - Rc and keep what is best on held-out pictures.
+
+        Return the steps taken, and the values on those pictures.
+        """
         s = self.scale
 
         def loss(state: Any, views: Any) -> Any:
@@ -150,17 +158,16 @@ class Trained:
         held = jnp.asarray(self.pictures.held[: s.batch])
         views = self._views(held, jax.random.key(99))
         measure, found = jax.jit(lambda state: -loss(state, views)), []
-        best, kept = -np.inf, self.state
+        best, kept, number = -np.inf, self.state, -1
         every = max(s.steps // 20, 1)
-        amount = s.steps, s.batch, seconds
-        steps = self._descend(loss, optax.adam(s.rate), amount, falls=False)
-        for number in steps:
+        amount = steps or s.steps, s.batch, seconds
+        for number in self._descend(loss, optax.adam(s.rate), amount, falls=False):
             if number % every == 0:
                 found.append(float(measure(self.state)))
                 if found[-1] > best:
                     best, kept = found[-1], self.state
         self.state = kept
-        return found
+        return number + 1, found
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Return Z and C of all pictures, unchanged."""
@@ -228,7 +235,8 @@ class Trained:
                     begun = now
                 else:
                     each = (now - begun) / (TIMED - 1)
-                    steps = max(min(steps, int(seconds / each)), TIMED)
+                    if seconds < steps * each:
+                        steps = max(int(seconds / each), TIMED)
                     print(f"{1000 * each:.0f} ms a step, {steps} steps", flush=True)
 
 
@@ -327,11 +335,16 @@ class Record:
     """A study's results, written after every row."""
 
     def __init__(self, path: Path, facts: dict[str, Any]):
-        self._path, self._began = path, time.perf_counter()
+        self.path, self._began = path, time.perf_counter()
         found = read_record(path)
-        if found and any(found[name] != facts[name] for name in ("data", "scale")):
-            raise SystemExit(f"{path} has results at another scale; take another --out")
+        for name in ("data", "pictures", "scale"):
+            if found and found[name] != facts[name]:
+                raise SystemExit(
+                    f"{path} has results of {name} {found[name]}, and this is "
+                    f"{facts[name]}; take another --out"
+                )
         self.found = found | facts | {"seeds": found.get("seeds", [])}
+        write_record(path, self.found)  # before any weights are there
 
     def seed(self, seed: int) -> dict[str, Any]:
         """Return what is known of a seed, to be added to."""
@@ -344,30 +357,72 @@ class Record:
     def write(self, what: str) -> None:
         """Write everything, and say what is new and when."""
         print(f"[{time.perf_counter() - self._began:5.0f} s] {what}", flush=True)
-        write_record(self._path, self.found)
+        write_record(self.path, self.found)
 
     def seconds(self) -> float:
+        """Return the seconds since the start."""
         return time.perf_counter() - self._began
+
+    def steps(self, name: str) -> int | None:
+        """Return the steps that the first seed took, as all others do; None: none."""
+        taken = [each["steps"].get(name) for each in self.found["seeds"]]
+        return next((steps for steps in taken if steps), None)
+
+    def needs(self, names: Sequence[str]) -> float:
+        """Return the seconds that trainings took of the seed where they took most."""
+        spent = [
+            sum(each["seconds"].get(name, 0.0) for name in names)
+            for each in self.found["seeds"]
+        ]
+        return max(spent, default=0.0)
+
+
+def weights(out: Path, seed: int, name: str) -> Path:
+    """Return where the weights of a seed lie, of the start or of MLC."""
+    return out / f"weights-{seed}-{name}.npz"
+
+
+def study_seeds(
+    pictures: Pictures, scale: Scale, seeds: Sequence[int], record: Record, end: float
+) -> None:
+    """Study seed after seed; those that aren't trained yet share the time alike.
+
+    The first one's steps are the others': one that can't have them isn't begun.
+    """
+    out = record.path.parent
+    lacks = lambda s: [n for n in TITLES if not weights(out, s, n).is_file()]
+    for place, seed in enumerate(seeds):
+        left, share = end - record.seconds(), 0.0
+        if names := lacks(seed):
+            if left <= record.needs(names):
+                print(f"no time to train seed {seed}: the same line goes on")
+                return
+            share = left / sum(bool(lacks(other)) for other in seeds[place:])
+        study(pictures, scale, seed, record, share)
 
 
 def study(
-    pictures: Pictures, scale: Scale, seed: int, record: Record, out: Path, end: float
+    pictures: Pictures, scale: Scale, seed: int, record: Record, seconds: float
 ) -> None:
-    """Add a seed's rows and ranks that are missing; `end` is when training ends."""
+    """Add a seed's rows and ranks that are missing; train in so many seconds."""
+    out, end = record.path.parent, record.seconds() + seconds
     classes, found = pictures.classes, record.seed(seed)
     k, trained = int(classes.max()) + 1, Trained(pictures, scale, seed)
     rows = {}
     for name, share in (("start", 0.6), ("MLC", 0.9)):
-        path = out / f"weights-{seed}-{name}.npz"
+        path = weights(out, seed, name)
         if path.is_file():
             trained.load(path)
         else:
             begun = time.perf_counter()
+            steps = record.steps(name)
             left = max(share * (end - record.seconds()), 1.0)
+            amount = (left, None) if steps is None else (np.inf, steps)
             if name == "start":
-                found["steps"][name] = trained.start(left)
+                taken = trained.start(*amount)
             else:
-                found["held_out_objective"] = trained.go_on(left)
+                taken, found["held_out_objective"] = trained.go_on(*amount)
+            found["steps"][name] = taken
             found["seconds"][name] = time.perf_counter() - begun
             trained.save(path)
             record.write(f"seed {seed}: {name} in {found['seconds'][name]:.0f} s")
@@ -408,6 +463,7 @@ def add_rows(
             "nmi": mutual_information(labels, classes),
             "ari": adjusted_rand(labels, classes),
             "seconds": time.perf_counter() - begun,
+            "commit": record.found["commit"],
         }
         rows.append(row)
         figures = f"ACC {row['acc']:.3f} NMI {row['nmi']:.3f} ARI {row['ari']:.3f}"
@@ -439,15 +495,12 @@ def main() -> None:
     facts = {
         "data": options.cifar.name if options.cifar else "digits of scikit-learn",
         "pictures": len(pictures.images),
-        **made_with(),
+        **header(f"python -m experiments.e011_clusters.run {shlex.join(sys.argv[1:])}"),
         "scale": {name: as_stored(value) for name, value in scale._asdict().items()},
     }
     options.out.mkdir(parents=True, exist_ok=True)
     record = Record(options.out / "results.json", facts)
-    for seed in options.seeds:
-        if record.seconds() > 60 * options.minutes:
-            break
-        study(pictures, scale, seed, record, options.out, 60 * options.minutes)
+    study_seeds(pictures, scale, options.seeds, record, 60 * options.minutes)
 
 
 def as_stored(value: Any) -> Any:

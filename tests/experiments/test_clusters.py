@@ -1,6 +1,7 @@
 """Experiment 011 runs through at a tiny scale, and goes on where it ended."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 from experiments.e011_clusters import run
 from experiments.e011_clusters.network import ResNet, random_views
 
+FACTS = {"data": "digits", "pictures": 120, "scale": {"width": 8}, "commit": "a"}
 TINY = run.Scale(
     width=8,
     widths=(8,),
@@ -33,7 +35,7 @@ def pictures():
 def finished(pictures, tmp_path_factory):
     """A study that was stopped after its first two rows, and then went on."""
     out = tmp_path_factory.mktemp("e011")
-    facts = {"data": "digits", "scale": {"width": 8}}
+    facts = FACTS
     path, written = out / "results.json", []
 
     class Stopped(run.Record):
@@ -44,9 +46,9 @@ def finished(pictures, tmp_path_factory):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.study(pictures, TINY, 0, Stopped(path, facts), out, 1e9)
+        run.study(pictures, TINY, 0, Stopped(path, facts), 1e9)
     before = json.loads(path.read_text())
-    run.study(pictures, TINY, 0, run.Record(path, facts), out, 1e9)
+    run.study(pictures, TINY, 0, run.Record(path, facts), 1e9)
     return out, before, json.loads(path.read_text())
 
 
@@ -69,18 +71,72 @@ def test_ranks_and_the_picture_are_written(finished):
         assert 1 <= min(ranks["classes"]) <= max(ranks["classes"]) <= ranks["all"] <= 8
     assert (out / "affinity.png").read_bytes().startswith(b"\x89PNG")
     assert len(after["seeds"][0]["held_out_objective"]) == 2
+    assert after["seeds"][0]["steps"] == {"start": 3, "MLC": 2}
+    assert {row["commit"] for row in after["seeds"][0]["rows"]} == {"a"}
 
 
-def test_results_at_another_scale_are_not_mixed_in(finished):
-    out, _, _ = finished
-    facts = {"data": "digits", "scale": {"width": 16}}
-    with pytest.raises(SystemExit, match="another scale"):
-        run.Record(out / "results.json", facts)
+@pytest.mark.parametrize("name, value", [
+    ("data", "cifar"), ("pictures", 40), ("scale", {"width": 16}),
+])  # fmt: skip
+def test_results_of_something_else_are_not_mixed_in(finished, name, value):
+    path = finished[0] / "results.json"
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match=f"has results of {name} .* another --out"):
+        run.Record(path, {**FACTS, name: value})
+    assert path.read_bytes() == before
+
+
+def test_seeds_are_trained_alike_however_short_the_time(tmp_path, monkeypatch, capsys):
+    """A step takes a second, the rows of one kind of features five."""
+    now = [0.0]
+
+    class Clocked(run.Record):
+        def seconds(self):
+            return now[0]
+
+    class Trained:
+        def __init__(self, pictures, scale, seed):
+            self.load = lambda path: None
+            self.save = lambda path: path.write_bytes(b"weights")
+            self.rows = lambda: (np.eye(20, 4), np.eye(20, 4))
+
+        def start(self, seconds, steps=None):
+            taken = steps or min(int(seconds), 1000)
+            now[0] += taken
+            return taken
+
+        def go_on(self, seconds, steps=None):
+            return self.start(seconds, steps), []
+
+    def rows(*_):
+        now[0] += 5
+
+    monkeypatch.setattr(run, "Trained", Trained)
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(run, "add_rows", rows)
+    monkeypatch.setattr(run, "picture", lambda *_: None)
+    pictures = SimpleNamespace(classes=np.arange(20) % 10, images=np.zeros((20, 2)))
+
+    def go_on(end):
+        now[0] = 0.0
+        record = Clocked(tmp_path / "results.json", FACTS)
+        run.study_seeds(pictures, TINY, [0, 1, 2], record, end)
+        return record.found["seeds"], capsys.readouterr().out
+
+    # A third of 300 s: 0.6 of it, and 0.9 of the rest.
+    seeds, said = go_on(300.0)
+    assert [each["steps"] for each in seeds] == [{"start": 60, "MLC": 36}] * 2
+    assert said.splitlines()[-1] == "no time to train seed 2: the same line goes on"
+    assert "no time" in go_on(90.0)[1]
+    seeds, said = go_on(300.0)
+    assert [each["steps"] for each in seeds] == [{"start": 60, "MLC": 36}] * 3
+    assert "no time" not in said
 
 
 def test_fewer_steps_are_taken_where_time_is_short(pictures):
     trained = run.Trained(pictures, TINY._replace(start_steps=10_000), 0)
     assert trained.start(0.0) == run.TIMED
+    assert trained.start(np.inf, run.TIMED + 2) == run.TIMED + 2
 
 
 def test_first_weights_are_hes(pictures):
