@@ -97,6 +97,28 @@ def test_a_cut_that_low_ranks_by_curves_have_not_got_is_refused():
         prepare(observed, "lord")(Compress(cut=0.9, method="lord", allocate="curve"))
 
 
+def test_a_cut_that_smaller_steps_of_ranks_have_is_refused_with_them():
+    """A matrix of 64 x 128 saves at most 42 ranks' worth, and 64 is above."""
+    _, _, observed = look(dataclasses.replace(WIDE, d_model=64, d_ff=128))
+    ready = prepare(observed, "lord")
+    way = {"method": "lord", "allocate": "curve"}
+    for cut in (0.02, 0.3):
+        with pytest.raises(ConfigError, match=r"cut less or give a smaller --multiple"):
+            ready(Compress(cut=cut, multiple=64, **way))
+        assert ready(Compress(cut=cut, multiple=8, **way)).config.widths
+    for multiple in (64, 8, 1):
+        with pytest.raises(ConfigError, match=r"can go; cut less$"):
+            ready(Compress(cut=0.9, multiple=multiple, **way))
+
+
+def test_a_cut_that_smaller_steps_of_neurons_have_is_refused_with_them():
+    _, _, observed = look(WIDE)
+    ready = prepare(observed, "sort")
+    with pytest.raises(ConfigError, match=r"cut less or give a smaller --multiple"):
+        ready(Compress(cut=0.6, multiple=24, method="sort"))
+    assert ready(Compress(cut=0.6, multiple=2, method="sort")).config.widths.d_ff
+
+
 def test_ranks_that_save_nothing_and_cuts_that_are_not_there_are_refused():
     _, _, observed = look(WIDE)
     ready = prepare(observed, "lord")

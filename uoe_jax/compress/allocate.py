@@ -7,7 +7,7 @@ parameters, or seconds of a device's model of products: nothing here knows which
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,15 +52,33 @@ def nearest_widths(
     return np.array(found)
 
 
-def check_cut(parts: Sequence[Part], cut: float, of: float) -> None:
-    """Raise ConfigError for a cut, a share of the cost `of`, that parts haven't got."""
-    most = sum(float(part.costs[-1] - part.costs[0]) for part in parts) / of
-    if cut > most * (1 + 1e-9):
-        floor = math.floor(1000 * most) / 1000
-        raise ConfigError(
-            f"cut is {cut:g}; every part keeps some of its width, so at most "
-            f"{floor:g} can go; cut less"
-        )
+def check_cut(
+    parts: Sequence[Part],
+    cut: float,
+    of: float,
+    finer: Callable[[], Sequence[Part]] | None = None,
+) -> None:
+    """Raise ConfigError for a cut, a share of the cost `of`, that parts haven't got.
+
+    `finer` makes the parts without a --multiple, which may have it.
+    """
+    if _goes(parts, cut, of):
+        return
+    floor = math.floor(1000 * _most(parts) / of) / 1000
+    less = finer is not None and _goes(finer(), cut, of)
+    fix = " or give a smaller --multiple" if less else ""
+    raise ConfigError(
+        f"cut is {cut:g}; every part keeps some of its width, so at most "
+        f"{floor:g} can go; cut less{fix}"
+    )
+
+
+def _most(parts: Sequence[Part]) -> float:
+    return sum(float(part.costs[-1] - part.costs[0]) for part in parts)
+
+
+def _goes(parts: Sequence[Part], cut: float, of: float) -> bool:
+    return cut <= _most(parts) / of * (1 + 1e-9)
 
 
 def by_curve(parts: Sequence[Part], budget: float) -> Int[np.ndarray, " N"]:

@@ -5,6 +5,7 @@ A new one that sorts channels is a line and a file.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -53,8 +54,10 @@ class SortedModel(NamedTuple):
 
     def cut(self, options: Compress) -> Smaller:
         """Return the model of a cut."""
-        parts = layer_parts(self.model, self.curves, options)
-        widths = choose_widths(parts, self.influences, options.cut or 0.0, options)
+        made = lambda own: layer_parts(self.model, self.curves, own)
+        finer = lambda: made(dataclasses.replace(options, multiple=1))
+        parts, cut = made(options), options.cut or 0.0
+        widths = choose_widths(parts, self.influences, cut, options, finer)
         given = (self.rest, self.layers)
         return with_widths(self.model, given, self.found, parts, widths, self.buffers)
 

@@ -61,7 +61,8 @@ class Compress(Checked):
     # given, or as the run that opens at any cut was made to be: so are the next two.
     temperature: Positive | None = None
 
-    multiple: Count | None = None  # of the MLPs' widths, for kernels; 8 if not given
+    # Of the MLPs' widths, and of ranks that curves choose, for kernels; 8 if not given.
+    multiple: Count | None = None
 
     device: str | None = None  # seconds: whose model of products; H200 if not given
 

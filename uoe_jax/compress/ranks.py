@@ -43,14 +43,18 @@ def prepare_ranks(observed: Observed, method: str) -> Callable[[Compress], Small
     pairs = list(zip(observed.layers, observed.seen, strict=True))
     factors = [_factors(layer, seen, method) for layer, seen in pairs]
 
+    def parts(multiple: int) -> list[Part]:
+        return [
+            part
+            for number, (layer, seen) in enumerate(pairs)
+            for part in rank_parts(number, layer, factors[number], seen, multiple)
+        ]
+
     def cut(options: Compress) -> Smaller:
         if options.spread == "curve":
-            parts = [
-                part
-                for number, (layer, seen) in enumerate(pairs)
-                for part in rank_parts(number, layer, factors[number], seen, options)
-            ]
-            ranks = ranks_by_curve(observed.model, parts, options.cut or 0.0)
+            ranks = ranks_by_curve(
+                observed.model, parts, options.cut or 0.0, options.way().multiple
+            )
             return _with_ranks(observed, factors, ranks)
         rank = options.rank
         if rank is None:
@@ -69,10 +73,11 @@ def rank_parts(
     layer: Layer,
     factors: Mapping[str, LowRank],
     seen: LayerStatistics,
-    options: Compress,
+    multiple: int,
 ) -> Iterator[Part]:
     """Yield the ranks that a layer's matrices may have, and their errors.
 
+    Ranks are multiples, and the largest that saves anything.
     They are of the MLP's output over the residual's energy. A matrix that goes to
     neurons is taken to lose the share of the output that it loses of its own.
     """
@@ -83,7 +88,7 @@ def rank_parts(
     for name, factor in factors.items():
         rows, columns = layer[f"mlp.{name}"].shape[1:]
         most = math.ceil(break_even(rows, columns)) - 1
-        ranks = candidates(most, options.way().multiple)
+        ranks = candidates(most, multiple)
         errors, whole = factor.errors(), min(rows, columns)
         yield Part(
             number,
@@ -95,14 +100,19 @@ def rank_parts(
 
 
 def ranks_by_curve(
-    model: ModelConfig, parts: Sequence[Part], cut: float
+    model: ModelConfig,
+    parts_of: Callable[[int], Sequence[Part]],
+    cut: float,
+    multiple: int,
 ) -> dict[str, tuple[int, ...]]:
     """Return each matrix's ranks by layer, 0: whole, of least error in all at a cut.
 
-    Raises ConfigError for a cut that the MLPs haven't got.
+    `parts_of` a multiple are the MLPs' matrices. Raises ConfigError for a cut that they
+    haven't got.
     """
-    whole, blocks = sum(float(part.costs[-1]) for part in parts), block_params(model)
-    check_cut(parts, cut, float(blocks))
+    parts, blocks = parts_of(multiple), block_params(model)
+    whole = sum(float(part.costs[-1]) for part in parts)
+    check_cut(parts, cut, float(blocks), lambda: parts_of(1))
     chosen = by_curve(parts, whole - cut * blocks)
     found: dict[str, list[int]] = {}
     for part, rank in zip(parts, chosen, strict=True):

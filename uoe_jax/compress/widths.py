@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -135,12 +135,13 @@ def choose_widths(
     influences: Float[np.ndarray, " L"],
     cut: float,
     options: Compress,
+    finer: Callable[[], Sequence[Part]] | None = None,
 ) -> Int[np.ndarray, " N"]:
-    """Return every part's width at a cut."""
+    """Return every part's width at a cut; `finer` is as in `check_cut`."""
     whole = sum(float(part.costs[-1]) for part in parts)
     way = options.way()
     if way.allocate in ("curve", "seconds"):
-        check_cut(parts, cut, whole)
+        check_cut(parts, cut, whole, finer)
         return by_curve(parts, (1 - cut) * whole)
     shares = np.full(len(influences), cut)
     if way.allocate == "bi":
