@@ -13,7 +13,6 @@ from tests.decompose.test_exact import draw
 from uoe_jax.compress.products import fast_ranks, with_fast_products, with_ranks
 from uoe_jax.config import ExperimentConfig, LayerWidths, ModelConfig
 from uoe_jax.hardware.gemm import find
-from uoe_jax.hardware.product import Product
 from uoe_jax.model import flat_buffers, flat_params, with_params
 from uoe_jax.runs.load import LoadedRun
 from uoe_jax.runs.state import Progress
@@ -49,23 +48,24 @@ def test_a_product_multiplied_out_is_the_same_function():
     near(logits(*made[:2], batch, made.buffers), logits(LOW, params, batch), 1e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, 32, 4096, 65_536])
-@pytest.mark.parametrize("rank", [152, 304, 456, 576])
-def test_a_known_device_takes_what_its_products_say(tokens, rank):
+# Of 768 to 3,072 (up) and back (down), by the H200's model: two up to the first rank.
+@pytest.mark.parametrize("weight, tokens, two, one", [
+    ("w_up", 4096, 200, 264), ("w_down", 4096, 128, 136),
+    ("w_up", 512, 496, 520), ("w_down", 512, 512, 528),
+    ("w_up", 1, 544, 584), ("w_up", 65_536, 512, 528),
+])  # fmt: skip
+def test_a_known_device_makes_two_products_up_to_a_rank(weight, tokens, two, one):
     known = find(H200)
-    seconds = lambda k, n: known.total(
-        [(Product(m=tokens, k=k, n=n, dtype="bfloat16"), 1.0)]
-    )
-    found = fast_ranks(wide(rank), tokens, known)
-    for weight, (k, n) in {"w_up": (768, 3072), "w_down": (3072, 768)}.items():
-        two = seconds(k, rank) + seconds(rank, n)
-        assert found[weight] == ((rank if two < seconds(k, n) else 0),) * 3
+    kept = lambda rank: fast_ranks(wide(rank), tokens, known)[weight]
+    for rank in (8, two // 2, two):
+        assert kept(rank) == (rank,) * 3
+    for rank in (one, 614):
+        assert kept(rank) == (0, 0, 0)
 
 
-def test_near_the_rank_that_saves_nothing_one_product_is_faster():
-    known = find(H200)
-    assert fast_ranks(wide(576), 4096, known)["w_up"] == (0, 0, 0)
-    assert fast_ranks(wide(152), 4096, known)["w_up"] == (152, 152, 152)
+def test_one_row_down_is_always_two_products():
+    for rank in (8, 304, 608):
+        assert fast_ranks(wide(rank), 1, find(H200))["w_down"] == (rank,) * 3
 
 
 def test_without_a_known_device_multiplications_are_counted():
