@@ -79,6 +79,21 @@ def publish(folder: Path) -> None:
     push_files(mirror)
 
 
+def take_back(folder: Path) -> None:
+    """Delete from the store what was sent of a run's folder, its config.json first.
+
+    The lock stays. Raises StoreError where something can't be deleted.
+    """
+    found = mirror_of(folder)
+    if found is None:
+        return
+    mirror, place = found
+    below = f"{place}/" if place else ""
+    names = [name for name in list(mirror.sizes) if name.startswith(below)]
+    names = [name for name in names if not _is_kept(name)]
+    mirror.remove(names, first=f"{below}{_CONFIG}")
+
+
 def holds_any(folder: Path) -> bool:
     """Whether a store has something in the folder that this is the copy of."""
     found = mirror_of(folder)

@@ -20,12 +20,13 @@ from uoe_jax.files import write_atomically
 from uoe_jax.model import abstract_model, check_params, whole_buffers
 from uoe_jax.runs.checkpoint import Checkpoints
 from uoe_jax.runs.folder import CHECKPOINTS, write_environment, write_settings
-from uoe_jax.runs.lock import NAME, RunLock
+from uoe_jax.runs.lock import NAME, FolderLost, RunLock
 from uoe_jax.runs.result import write_result
 from uoe_jax.runs.state import Progress
 from uoe_jax.runs.store_lock import StoreLock
-from uoe_jax.runs.stored import holds_any, publish, run_folder
+from uoe_jax.runs.stored import holds_any, publish, run_folder, take_back
 from uoe_jax.stores.mirror import mirror_of
+from uoe_jax.stores.objects import StoreError
 from uoe_jax.tree import named_leaves
 
 
@@ -137,7 +138,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
     wanted, found = folder, mirror_of(folder)
     folder = folder.resolve()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    lock, ours = None, False
+    lock, ours, sending = None, False, False
     try:
         try:
             unfinished.mkdir(parents=True, exist_ok=True)
@@ -151,10 +152,13 @@ def _appearing(folder: Path) -> Iterator[Path]:
             _clear(unfinished)
             yield unfinished
             lock.move(folder)
+            sending = found is not None
             publish(wanted)
         except BaseException:
             if ours:
                 shutil.rmtree(unfinished, ignore_errors=True)
+            if sending and lock is not None:
+                _take_back(wanted, lock)
             with suppress(OSError):  # not where another process has begun to write
                 unfinished.rmdir()
             raise
@@ -169,6 +173,17 @@ def _appearing(folder: Path) -> Iterator[Path]:
         text = str(error).replace(str(unfinished), str(folder))
         text = text.replace("is training in", "is at work in")  # or it writes, too
         raise type(error)(text.replace("--run-dir", "--out")) from None
+
+
+def _take_back(folder: Path, lock: RunLock) -> None:
+    """Remove a run that couldn't be sent whole, here and what the store has of it."""
+    # Not where another process has taken it over: what is there may be that one's. A
+    # store that is away keeps what it got.
+    with suppress(StoreError, FolderLost):
+        lock.look()
+        lock.check()
+        take_back(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _clear(folder: Path) -> None:
