@@ -33,6 +33,7 @@ from jaxtyping import PyTree
 from experiments.e012_evidence.build import Builder, Built, say
 from experiments.e012_evidence.cut import go_on, save_model
 from experiments.e012_evidence.measure import train_data
+from experiments.e012_evidence.pick import check_picked
 from experiments.e012_evidence.study import (
     BLOCKS,
     CONTINUED,
@@ -86,7 +87,11 @@ class Session:
         return [*self.mine, *(row for found in others for row in found["runs"])]
 
     def run(self, blocks: Sequence[str]) -> int:
-        """Train blocks as long as there is time; 1 if some run failed, else 0."""
+        """Train blocks as long as there is time; 1 if some run failed, else 0.
+
+        Raises ConfigError for a name or a seed asked for that no run of them has.
+        """
+        check_picked(self.options.only, self.options.seeds, blocks, self.rows)
         try:
             for block in blocks:
                 self.run_block(block)

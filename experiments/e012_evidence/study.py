@@ -12,6 +12,7 @@ from experiments.e012_evidence.choose import Row, chosen_lean, survivors, valida
 from experiments.e012_evidence.models import BUDGETS, LEAN, SIZES, dense, make
 from experiments.shared.case import change
 from uoe_jax.config import DataConfig, ExperimentConfig
+from uoe_jax.errors import ConfigError
 
 PLANNED = Path(__file__).parent / "planned.json"
 
@@ -150,6 +151,21 @@ def jobs(block: str, rows: Sequence[Row], tiny: bool) -> list[Job]:
     return sorted(dict.fromkeys(made), key=lambda job: job.seed)
 
 
+def listed(block: str, rows: Sequence[Row]) -> set[tuple[str, int]]:
+    """Return names and seeds of a block's trainings.
+
+    Where block 3 hasn't decided yet what they are: of all that it chooses among.
+    """
+    try:
+        return {(job.name, job.seed) for job in _jobs(block, rows)}
+    except ConfigError:
+        if block == "4":
+            return listed("3", rows)
+        seeds = range(WHOLE_SIZES[block][1])
+        names = [name for lean in LEAN for name in _whole(block, lean)]
+        return {(name, seed) for name in names for seed in seeds}
+
+
 def _jobs(block: str, rows: Sequence[Row]) -> Iterator[Job]:
     if block == "1":
         yield from _each(block, "attention", ATTENTION + LADDER, "M", 4096, 3, PROBE)
@@ -163,10 +179,7 @@ def _jobs(block: str, rows: Sequence[Row]) -> Iterator[Job]:
         names = (*ATTENTION[:-1], "GQA + conv")
         yield from _each(block, "attention", names, "M", 4096, 2, FULL)
     elif block in WHOLE_SIZES:
-        lean, (size, seeds) = chosen_lean(rows), WHOLE_SIZES[block]
-        names = (*WHOLE[:2], f"{lean} + conv")  # a law predicts XL of these
-        if block in "67":
-            names = (*names, *WHOLE[2:], f"{lean}, local + full")
+        names, (size, seeds) = _whole(block, chosen_lean(rows)), WHOLE_SIZES[block]
         yield from _each(block, "whole", names, size, 4096, seeds, FULL)
     elif block == "long":
         names = ATTENTION[:4]
@@ -182,6 +195,13 @@ def _jobs(block: str, rows: Sequence[Row]) -> Iterator[Job]:
         names = ("dense, trained on", "dense, 8 of 16 on")
         for job in _each(block, "cut", names, "M", 1024, 3, FURTHER):
             yield dataclasses.replace(job, task="cut")
+
+
+def _whole(block: str, lean: str) -> tuple[str, ...]:
+    names = (*WHOLE[:2], f"{lean} + conv")  # a law predicts XL of these
+    if block in "67":
+        names = (*names, *WHOLE[2:], f"{lean}, local + full")
+    return names
 
 
 def _each(

@@ -18,6 +18,7 @@ from experiments.e012_evidence.choose import by_validation, chosen_lean, survivo
 from experiments.e012_evidence.cut import go_on, save_model
 from experiments.e012_evidence.figures import figures
 from experiments.e012_evidence.models import LEAN, MODELS, SIZES, dense, make
+from experiments.e012_evidence.pick import check_picked
 from experiments.e012_evidence.report import report
 from experiments.e012_evidence.run import Session, main
 from experiments.e012_evidence.study import (
@@ -30,6 +31,7 @@ from experiments.e012_evidence.study import (
     SEARCH_SEED,
     best_rate,
     jobs,
+    listed,
 )
 from experiments.shared.branches import plan_legs
 from experiments.shared.case import change, program_key
@@ -668,6 +670,42 @@ def test_what_a_text_holds_out_is_in_no_mixtures_training(tmp_path):
             assert not any(article.encode() in trained for article in held)
         own = [a for a in articles if a.encode() in text(data, "train")]
         assert own and all(article.encode() in trained for article in own)
+
+
+@pytest.mark.parametrize(
+    ("picked", "said"),
+    [
+        (["1", "--only", "dense + conv", "dense + cnv"],
+         "--only 'dense + cnv' is no model of block 1; did you mean dense + conv"),
+        # Which lean union it has block 3 will say: any may be asked for, no other one.
+        (["9", "--only", "UoME 1 of 16 laen + conv"],
+         "is no model of block 9; did you mean UoME 1 of 16 lean + conv"),
+        (["4", "--only", "MoE 2 of 9"], "did you mean MoE 2 of 8"),
+        (["3", "--seeds", "0", "3"],
+         "--seeds 3: block 3 has no such run; use some of [0, 1, 2]"),
+        (["2", "--seeds", "0"], "use some of [100]"),
+        # dense + conv has the seed in block 1 alone, MoE nowhere.
+        (["1", "9", "--only", "dense + conv", "MoE 2 of 8 + conv", "--seeds", "1"],
+         "--seeds 1: 'MoE 2 of 8 + conv' of block 1, 9 has none of these; use some of "
+         "[0]"),
+    ],
+)  # fmt: skip
+def test_a_name_or_seed_that_no_run_has_is_refused(picked, said, tmp_path, capsys):
+    assert main(["--block", *picked, "--tiny", "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert said in told.err and "no run is left" not in told.out
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_every_name_that_a_block_may_have_is_taken():
+    """Before block 3 has run too; a name of any block asked for will do."""
+    rows = [row(n, 0, [2.0], block="3") for n in (*LEAN, "MoE 2 of 8", "UoME 8 of 32")]
+    for block in BLOCKS:
+        made = {(job.name, job.seed) for job in jobs(block, rows, True)}
+        assert made == listed(block, rows) and made <= listed(block, [])
+        for name, seed in made:
+            check_picked([name], [seed], [block], [])
+    check_picked(["dense", "SMHA"], [0, 100], ["1", "2"], [])
 
 
 def test_without_text_or_with_a_wrong_path_nothing_begins(tmp_path, capsys):
