@@ -174,22 +174,31 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 8, 32, 64])
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.75])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--groupings", nargs="+", default=ORDER)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--groupings", nargs="+", choices=ORDER, default=ORDER)
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)
+    )
     parser.add_argument("--part", type=int, nargs=2, default=(1, 1), help="of how many")
     parser.add_argument("--minutes", type=float, default=1e9, help="to start passes in")
     options = parser.parse_args()
     clock = Clock()
     model, config = open_model(options)
     clock.stage("model")
-    results = {"rows": []} | read_record(options.out)
-    results |= {
+    about = {
         **header(stated=options.commit),
         "model": config.name,
         "layers": config.model.num_layers,
         "neurons": config.model.d_ff,
         "tokens": dict(zip(("calibration", "held_out"), options.tokens, strict=True)),
     }
+    before = read_record(options.out)
+    for name in ("model", "tokens"):
+        if before.get(name, about[name]) != about[name]:
+            parser.error(
+                f"{options.out} is of {name} {before[name]}, this is {about[name]}; "
+                "choose another --out"
+            )
+    results = {"rows": []} | before | about
     done = {tuple(row[name] for name in KEY) for row in results["rows"]}
     left = {
         each: [v for v in options.variants if (*each, v) not in done]
@@ -207,7 +216,8 @@ def main() -> None:
             losses[each.seed] = mean_loss(model, found[1])
             clock.stage(f"tokens of seed {each.seed}")
         for row in measure(model, batches[each.seed], each, variants):
-            results["rows"].append({**row, "dense_loss": losses[each.seed]})
+            more = {"dense_loss": losses[each.seed], "commit": about["commit"]}
+            results["rows"].append(row | more)
             show(results["rows"][-1])
         write_record(options.out, results)
         clock.stage(f"pass {number} of {len(left)}: {' '.join(map(str, each))}")

@@ -97,17 +97,26 @@ class ChatTemplate:
                 "prompts without it"
             ) from None
 
-    def write_for_others(self, folder: Path) -> None:
-        """Write it into a folder of a model as transformers reads it.
+    def write_for_others(self, folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Write it into a folder of a model as transformers reads it; say how to stop.
 
-        Other settings of the tokenizer that are there already stay as they are.
+        A name that is no token of the tokenizer isn't written as one: transformers
+        would add it to the vocabulary, past the last row of the weights. Other settings
+        of the tokenizer that are there already stay as they are.
         """
         config = _object(folder / _CONFIG)
         config.pop("chat_template", None)  # an older place of the same
-        named = {"bos_token": self.bos, "eos_token": self.eos}
+        known, end = special_tokens(tokenizer), end_of_turn(tokenizer, self)
+        named = {"bos_token": self.bos if self.bos in known else None}
+        named["eos_token"] = next(
+            (n for n, number in known.items() if number == end), None
+        )
         config |= {name: token for name, token in named.items() if token}
         write_atomically(folder / _TEMPLATE, self.text or _CHATML)
         write_atomically(folder / _CONFIG, format_json(config, indent=2) + "\n")
+        stop = {} if end is None else {"eos_token_id": end}
+        text = text_end(tokenizer, self).decode()
+        return stop | ({"stop_strings": [text]} if text else {})
 
     def to_json(self) -> str:
         """Return it as the text of a chat.json."""

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from uoe_jax.config import ExperimentConfig, ModelConfig
-from uoe_jax.data.chat import CHAT, KEPT_FOLDER, end_of_turn, read_template
+from uoe_jax.data.chat import CHAT, KEPT_FOLDER, read_template
 from uoe_jax.data.record import TOKENIZER, read_record, run_tokenizer
 from uoe_jax.errors import ConfigError, DataError, shown
 from uoe_jax.files import format_json, local_path, write_atomically
@@ -199,7 +199,7 @@ def _copy_others(folder: Path, config: ExperimentConfig, out: Path) -> None:
     """Write the tokenizer, the small files that came with the model, and its chats.
 
     A run that was trained on messages gives the template that it was trained with, and
-    the token that ends its turn as the one that generation stops at.
+    what ends its turn as that which generation stops at.
     """
     for name in KEPT:
         file = folder / KEPT_FOLDER / name
@@ -209,10 +209,9 @@ def _copy_others(folder: Path, config: ExperimentConfig, out: Path) -> None:
     if record is not None and record.tokenizer_text is not None:
         write_atomically(out / TOKENIZER, record.tokenizer_text)
     if (folder / CHAT).is_file() and (template := read_template(folder)):
-        template.write_for_others(out)
-        end = end_of_turn(run_tokenizer(folder, config), template)
+        stop = template.write_for_others(out, run_tokenizer(folder, config))
         about = read_object(file) if (file := out / GENERATION).is_file() else {}
-        about |= {} if end is None else {"eos_token_id": end}
+        about |= stop
         write_atomically(file, format_json(about, indent=2) + "\n")
 
 
