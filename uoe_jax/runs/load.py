@@ -65,6 +65,7 @@ def load_run(
     Raises CheckpointError if `run_dir` isn't a run, has no such checkpoint or the
     checkpoint's checksums don't match, ConfigError if its config can't be.
     """
+    run_dir = run_folder(run_dir, "the run")
     run_dir, config, saved = read_run(run_dir, which=which, step=step)
     state = jax.device_put(fill_leaves(saved.template, saved.arrays))
     model = nnx.merge(saved.graphdef, *state.values())
