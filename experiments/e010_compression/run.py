@@ -26,7 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments.e010_compression.heal import heal, write_cut
-from experiments.e010_compression.subject import Unfinished, imported, trained
+from experiments.e010_compression.subject import (
+    Unfinished,
+    imported,
+    planned,
+    trained,
+)
 from experiments.shared.flags import switch_off_command_buffers
 from experiments.shared.work import prepare as prepare_process
 from uoe_jax.bench.record import commit, made_with, read_record, write_record
@@ -84,17 +89,25 @@ class Experiment:
         self.started, self.limit = time.perf_counter(), 60 * options.minutes
         self.file = self.out / "results.json"
         self.results: dict[str, Any] = read_record(self.file) or {"rows": []}
+        self.agree(**planned(options))
         self.subject = (
             trained(options, self.left) if options.ours else imported(options)
         )
+        held = self.subject.held.items()
+        self.agree(held_out_tokens={n: int(b["mask"].sum()) for n, b in held})
         self.ready: dict[str, Callable[[Compress], Smaller]] = {}
-        held = self.subject.held
-        self.results |= {
-            "model": self.subject.name,
-            **made_with(),
-            "calibration_tokens": self.subject.calibration,
-            "held_out_tokens": {n: int(b["mask"].sum()) for n, b in held.items()},
-        }
+        self.results |= made_with()
+        write_record(self.file, self.results)
+
+    def agree(self, **about: Any) -> None:
+        """Note what all rows are of; raise ConfigError where the file is of another."""
+        for name, value in about.items():
+            known = self.results.setdefault(name, value)
+            if known != value:
+                raise ConfigError(
+                    f"{self.file} has {name} {known!r}, and this is {value!r}; give "
+                    "another --out"
+                )
 
     @property
     def left(self) -> float:
@@ -250,6 +263,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU")
     options = parser.parse_args(argv)
+    if options.ours and options.python is None:
+        parser.error("--ours needs --python FOLDER, a Python corpus' texts")
+    if options.python is not None and not options.ours:
+        parser.error("--python is of --ours; a model of --model has its own texts")
     switch_off_command_buffers()
     prepare_process(options.out / "work" / "compiled")
     try:

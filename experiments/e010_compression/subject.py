@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.e009_real_model.run import Study
+from experiments.e009_real_model.study import TINY, Scale
 from experiments.shared.case import change
 from experiments.shared.part import Part
 from uoe_jax.config import DataConfig, ExperimentConfig
@@ -36,7 +37,6 @@ _TEXTS = ("wikipedia", "python")
 class Subject(NamedTuple):
     """A dense run, held-out texts by name, and tokens to calibrate on."""
 
-    name: str
     folder: Path
     held: dict[str, Batch]
     calibration: int
@@ -47,6 +47,14 @@ class Unfinished(Exception):
     """The time is over before the model has all its steps."""
 
 
+def planned(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what is known of a study's rows before anything is made."""
+    if options.ours:
+        return {"model": "ours", "calibration_tokens": _calibration(options.tiny)}
+    scale = TINY if options.tiny else Scale()
+    return {"model": options.model.name, "calibration_tokens": scale.calibration}
+
+
 def imported(options: argparse.Namespace) -> Subject:
     """Import a model, and prepare the texts of experiment 009; once."""
     work = options.out / "work"
@@ -55,8 +63,7 @@ def imported(options: argparse.Namespace) -> Subject:
     study.begin(options.model, options.articles)
     scale = study.scale
     held = {name: probe_batch(d, scale.held_out) for name, d in study.data.items()}
-    folder, name = study.work / "imported", options.model.name
-    return Subject(name, folder, held, scale.calibration, scale.length)
+    return Subject(study.work / "imported", held, scale.calibration, scale.length)
 
 
 def trained(options: argparse.Namespace, seconds: float) -> Subject:
@@ -75,8 +82,11 @@ def trained(options: argparse.Namespace, seconds: float) -> Subject:
         raise Unfinished(f"{summary['step']} of {config.train.steps} steps are done")
     tokens = 512 if options.tiny else HELD_OUT
     held = {n: held_out(config, folder, texts / f"held_{n}", tokens) for n in _TEXTS}
-    calibration = 1024 if options.tiny else CALIBRATION
-    return Subject("ours", folder, held, calibration, config.seq_len)
+    return Subject(folder, held, _calibration(options.tiny), config.seq_len)
+
+
+def _calibration(tiny: bool) -> int:
+    return 1024 if tiny else CALIBRATION
 
 
 def our_config(texts: Path, tiny: bool) -> ExperimentConfig:
@@ -118,7 +128,7 @@ def write_texts(articles: Path, python: Path, texts: Path) -> None:
     if (texts / "held_python" / "valid.jsonl").is_file():
         return
     for path in (articles, python):
-        if path is None or not path.exists():
+        if not path.exists():
             raise ConfigError(f"{path} isn't there; --ours takes --articles, --python")
     lines: dict[str, dict[str, list[str]]] = {
         n: {"train": [], "valid": []} for n in _TEXTS

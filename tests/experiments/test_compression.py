@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from experiments.e010_compression import run as e010
 from experiments.e010_compression.run import OPENED, ROWS, SHARES, SMALL
+from experiments.e010_compression.subject import write_texts
 from tests.interop.tiny_folders import TEXT, write_folder
 from uoe_jax.errors import ConfigError, NonFiniteError, OutOfMemory
 from uoe_jax.train import StopRun
@@ -126,7 +128,49 @@ def test_a_model_of_ours_is_trained_first_and_goes_on_where_time_ended(place):
     assert all(row["python"] < 256 for row in found["rows"])
 
 
-def test_ours_without_its_texts_is_refused_in_a_line(place):
-    done = start(place, "--ours", "--out", place / "none")
-    assert done.returncode == 2 and not (place / "none" / "results.json").exists()
-    assert done.stderr.splitlines()[-1].startswith("experiment: None isn't there")
+def test_another_study_in_the_same_folder_is_refused_and_changes_nothing(place):
+    """The imported run there is the other model's."""
+    run(place, "anytime")
+    before = (place / "out" / "results.json").read_bytes()
+    shutil.copytree(place / "model", place / "other")
+    done = start(place, "--model", place / "other", "--out", place / "out")
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("experiment: ") and last.endswith(
+        "has model 'model', and this is 'other'; give another --out"
+    )
+    assert (place / "out" / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name, value", [
+    ("model", "other"), ("calibration_tokens", 512),
+    ("held_out_tokens", {"wikipedia": 448, "python": 448}),
+])  # fmt: skip
+def test_rows_are_of_one_model_and_as_many_tokens(name, value):
+    about = {"model": "m", "calibration_tokens": 16_384, "rows": []}
+    about["held_out_tokens"] = {"wikipedia": 196_608, "python": 196_494}
+    study = object.__new__(e010.Experiment)
+    study.file, study.results = Path("results.json"), dict(about)
+    study.agree(**about)
+    with pytest.raises(ConfigError, match=rf"^results.json has {name} .*another --out"):
+        study.agree(**{**about, name: value})
+    assert study.results == about
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--ours"], "--ours needs --python FOLDER"),
+    (["--model", "m", "--python", "texts"], "--python is of --ours"),
+])  # fmt: skip
+def test_pythons_texts_go_with_our_model(words, said, tmp_path, capsys):
+    out = tmp_path / "none"
+    with pytest.raises(SystemExit) as stop:
+        e010.main([*words, "--articles", "a", "--out", str(out)])
+    assert stop.value.code == 2 and not out.exists()
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_texts_that_are_not_there_are_named(tmp_path):
+    (tmp_path / "articles").write_text("")
+    gone = tmp_path / "gone"
+    with pytest.raises(ConfigError, match=f"{gone} isn't there; --ours takes"):
+        write_texts(tmp_path / "articles", gone, tmp_path / "texts")
