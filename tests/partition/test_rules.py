@@ -146,10 +146,14 @@ def test_a_plan_knows_the_rules(tmp_path, capsys):
     assert abs(more - matrices * (1 / 2 - 1 / 8)) < 1e-6 * matrices
     assert held["embedding"] == 4 * usual["embedding"]
     assert held["mlp"] == usual["mlp"]
-    summed = [c for c in collectives(whole, sizes) if "whole weights" in c.what]
+    summed = [
+        c for c in collectives(whole, sizes, chosen=True) if "whole weights" in c.what
+    ]
     embedding = config.model.vocab_size * config.model.d_model
     assert [c.num_bytes for c in summed] == [4.0 * (matrices / 2 + embedding)]
-    assert not any("whole weights" in c.what for c in collectives(config, sizes))
+    assert not any(
+        "whole weights" in c.what for c in collectives(config, sizes, chosen=True)
+    )
     # What doesn't divide is illegal with its reason.
     odd = ruled({"*.attention.wq": {"fsdp": "g"}}, mesh={})
     illegal = make_plan(odd, parse_topology("cpu:8")).illegal

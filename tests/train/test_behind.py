@@ -1,5 +1,6 @@
 """Who is said to hold the other processes up: only one that they have waited for."""
 
+import socket
 import threading
 import time
 
@@ -146,3 +147,27 @@ def test_where_the_training_is_though_it_is_not_the_main_thread(monkeypatch):
     done.set()
     thread.join(30)
     assert not thread.is_alive() and "holds the others up at" in said[-1]
+
+
+def test_what_is_said_last_arrives_though_something_lies_unread():
+    """A short word waits for the last one's receipt, and a reset would drop it."""
+    with socket.create_server(("localhost", 0)) as server:
+        ours = watch._Line(socket.create_connection(server.getsockname()))
+        theirs = watch._Line(server.accept()[0])
+    heard = []
+
+    def listen():
+        while (lines := theirs.receive()) is not None:
+            heard.extend(lines)
+        theirs.connection.close()
+
+    theirs.send("beat 1")
+    ours.send("beat 1")
+    ours.send("lost why")
+    thread = threading.Thread(target=listen)
+    thread.start()
+    ours.say_no_more()
+    ours.wait_for_end(time.monotonic() + 20)
+    ours.connection.close()
+    thread.join(20)
+    assert heard == ["beat 1", "lost why"]

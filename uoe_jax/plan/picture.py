@@ -125,7 +125,9 @@ def _bytes(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def draw_layout(config: ExperimentConfig, sizes: Sizes, *, chosen: bool) -> Figure:
+def draw_layout(
+    config: ExperimentConfig, sizes: Sizes, *, chosen: bool = True
+) -> Figure:
     """Return a picture of the mesh: a box a device, coloured by tensor place.
 
     Boxes of one batch share, its sequence and tensor devices, lie side by side.

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +34,7 @@ BEAT_SECONDS = 2.0  # between two signs of life
 # back is a call into C that keeps Python's lock, and none here takes half as long. The
 # whole is under a minute, and before jax's own abort (see `peers`).
 SILENT_SECONDS = 40.0
+LAST_SECONDS = 1.0  # that others have to read why this one leaves
 BEHIND_SECONDS = 40.0  # that others have been past a step: said, and no more
 LOST_SECONDS = 30  # a machine that answers no probe for so long is gone
 GRACE_SECONDS = 5.0  # for a process to report an error of its own, and to end
@@ -158,6 +160,8 @@ class Watch:
     def _watch(self, line: _Line, name: str) -> None:
         line.connection.settimeout(None)
         line.connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # What is said last mustn't wait for the receipt of the beat before it.
+        line.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for option, value in _PROBES:
             if number := getattr(socket, option, None):
                 line.connection.setsockopt(socket.IPPROTO_TCP, number, value)
@@ -281,8 +285,16 @@ class Watch:
         self._end(text, code)
 
     def _leave(self) -> None:
-        for key in list(self._selector.get_map().values()):
-            self._drop(key.data[0])
+        """Close all connections, others' once they have read what was said to them."""
+        lines = [key.data[0] for key in self._selector.get_map().values()]
+        others = [line for line in lines if line in self._peers]
+        until = time.monotonic() + LAST_SECONDS
+        for line in others:
+            line.say_no_more()
+        for line in others:
+            line.wait_for_end(until)
+        for line in lines:
+            self._drop(line)
 
     def _obey(self, line: _Line) -> None:
         """Do what the thread that trains says."""
@@ -368,6 +380,23 @@ class _Line:
             self.connection.sendall(line.encode() + b"\n")
         except OSError:
             pass  # reading will find it closed
+
+    def say_no_more(self) -> None:
+        """End what is sent; what comes is still read."""
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+
+    def wait_for_end(self, until: float) -> None:
+        """Read until the other side closes, at most until then.
+
+        A connection that is closed with something unread is reset, and the other side
+        loses what it hasn't read yet: why this process left.
+        """
+        with suppress(OSError):
+            while (left := until - time.monotonic()) > 0:
+                self.connection.settimeout(left)
+                if not self.connection.recv(4096):
+                    return
 
     def receive(self) -> list[str] | None:
         """Return the lines that have come, None once the connection is closed."""
