@@ -46,10 +46,10 @@ def test_clusters_that_are_apart_are_found(seed, clusters, width):
     assert found.found == clusters
     # A mixture may stretch to one far point of another part: it isn't sure of that one.
     assert adjusted_rand(found.labels[found.core], label[found.core]) == 1
-    # Outside of the core a point far out may lie nearer to another centre. One wrong
-    # point of n takes about 4 / n off; two of them are let pass.
-    least = min(0.98, 1 - 9 / len(points))
-    assert adjusted_rand(found.labels, label) > least and found.core.mean() > 0.95
+    # Outside of the core, where the two partitions differ, a label may be wrong; each
+    # that is takes 4 / n off, more where clusters are of unequal size.
+    outside = 1 - found.core.mean()
+    assert adjusted_rand(found.labels, label) >= 1 - 10 * outside and outside < 0.05
     assert np.array_equal(found.predict(points), found.labels)
 
 
