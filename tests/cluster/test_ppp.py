@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
@@ -18,8 +18,10 @@ from uoe_jax.cluster.ppp import PPP
 from uoe_jax.cluster.prepare import canonical_order, coreset, make_frame
 from uoe_jax.errors import ConfigError, DataError
 
+SPREAD = 0.08  # deviation of the points around a centre
 
-def blobs(seed, clusters=4, width=2, count=400, spread=0.08):
+
+def blobs(seed, clusters=4, width=2, count=400, spread=SPREAD):
     """Points around centres that are at least 10 deviations apart."""
     draw = np.random.default_rng(seed)
     centres = np.zeros((0, width))
@@ -42,14 +44,15 @@ def test_rows_are_ordered_by_all_their_numbers(seed, count, width):
 @example(1849, 4, 2)
 def test_clusters_that_are_apart_are_found(seed, clusters, width):
     points, label = blobs(seed, clusters, width)
+    # Columns are standardised. One in which the centres hardly differ becomes noise as
+    # wide as the distances: clusters are long and parallel then, and PPP takes such as
+    # one.
+    assume(clusters == 1 or (points.std(axis=0) > 3 * SPREAD).all())
     found = PPP(max_clusters=8).fit(points)
     assert found.found == clusters
     # A mixture may stretch to one far point of another part: it isn't sure of that one.
     assert adjusted_rand(found.labels[found.core], label[found.core]) == 1
-    # Outside of the core, where the two partitions differ, a label may be wrong; each
-    # that is takes 4 / n off, more where clusters are of unequal size.
-    outside = 1 - found.core.mean()
-    assert adjusted_rand(found.labels, label) >= 1 - 10 * outside and outside < 0.05
+    assert adjusted_rand(found.labels, label) > 0.98 and found.core.mean() > 0.95
     assert np.array_equal(found.predict(points), found.labels)
 
 

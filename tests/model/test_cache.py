@@ -36,6 +36,15 @@ def decoded_logits(model, tokens, lengths, steps):
     return jnp.stack(found, axis=1)
 
 
+def check_decoding(model, tokens, lengths, steps):
+    """Decoding gives the logits of the forward pass, after prompts of any length."""
+    wanted = forward(model, tokens)[0]
+    found = decoded_logits(model, tokens, lengths, steps)
+    for row, length in enumerate(np.asarray(lengths)):
+        expected = wanted[row, length - 1 : length + steps]
+        np.testing.assert_allclose(found[row], expected, atol=1e-4)
+
+
 # The mixed model's MLP is a mixture of experts, too.
 @pytest.mark.parametrize(
     "name",

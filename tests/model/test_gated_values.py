@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from tests.compare import assert_close
-from tests.model.test_cache import decoded_logits
+from tests.model.test_cache import check_decoding
 from tests.model.tiny_models import (
     assert_is_dense_when_cut,
     build,
-    forward,
     tiny,
     tokens_like,
 )
@@ -72,11 +71,7 @@ def test_decoding_equals_the_full_forward_by_pick_and_by_table(batch):
     model = build(config)
     tokens = tokens_like(config, batch, 12, seed=2)
     lengths = jnp.array([5, 2, 1, 6, 3, 4, 2, 1, 6])[:batch]
-    wanted = forward(model, tokens)[0]
-    found = decoded_logits(model, tokens, lengths, 6)
-    for row, length in enumerate(np.asarray(lengths)):
-        expected = wanted[row, length - 1 : length + 6]
-        np.testing.assert_allclose(found[row], expected, atol=1e-4)
+    check_decoding(model, tokens, lengths, 6)
 
 
 class Fixed:

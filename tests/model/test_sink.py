@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from tests.compare import assert_close
-from tests.model.test_cache import decoded_logits
+from tests.model.test_cache import check_decoding
 from tests.model.tiny_models import build, forward, shapes_of, tiny, tokens_like
 from uoe_jax.config import HeadGroups, LayerWidths, UnionConfig
 from uoe_jax.errors import ConfigError
@@ -53,11 +53,7 @@ def test_decoding_equals_the_full_forward(name):
     model = drawn(tiny(sink=True, **LAYERS[name]))
     tokens = tokens_like(model.config, 2, 12, seed=1)
     lengths = jnp.array([6, 1])
-    wanted = forward(model, tokens)[0]
-    found = decoded_logits(model, tokens, lengths, 6)
-    for row, length in enumerate(np.asarray(lengths)):
-        expected = wanted[row, length - 1 : length + 6]
-        np.testing.assert_allclose(found[row], expected, atol=1e-4)
+    check_decoding(model, tokens, lengths, 6)
 
 
 @pytest.mark.parametrize("kind", ["dense", "union"])

@@ -19,7 +19,7 @@ from typing import NamedTuple, no_type_check
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from uoe_jax import checks
 from uoe_jax.errors import ConfigError
@@ -277,20 +277,30 @@ def _attend_tiles(
     visible = (place >= low[..., None]) & (place <= high[..., None])
     visible = (visible & tiles.filled[..., None])[:, :, None]
     s = jnp.einsum("cpgh,clh->cpgl", qt, keys, preferred_element_type=dtype) * scale
-    s = jnp.where(visible, s, MASKED)
-    top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
-    p = jnp.where(visible, jnp.exp(s - top), 0)
-    total = jnp.sum(p, axis=-1, keepdims=True)
-    seen = total > 0
-    total = jnp.where(seen, total, 1)
-    p = (p / total).astype(v.dtype)
+    p, lse = masked_softmax(s, visible)
+    p = p.astype(v.dtype)
     out = jnp.einsum("cpgl,clh->cpgh", p, values, preferred_element_type=dtype)
-    lse = jnp.where(seen, top + jnp.log(total), MASKED)[..., 0]
     back = lambda a: combine_rows(a.reshape(tiles.filled.size, -1), tiles.queries)
     out = back(out.astype(q.dtype)).reshape(q.shape)
     # Rows outside every segment find no slot, and so zeros.
     inside = (jnp.arange(num_rows) < offsets[-1])[:, None]
     return out, jnp.where(inside, back(lse), MASKED)
+
+
+def masked_softmax(
+    s: Float[Array, "*N L"], visible: Bool[Array, "*#N L"]
+) -> tuple[Float[Array, "*N L"], Float[Array, "*N"]]:
+    """Return the softmax of the visible scores, and their logsumexp.
+
+    Where nothing is visible that is zeros, and `MASKED`.
+    """
+    s = jnp.where(visible, s, MASKED)
+    top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
+    p = jnp.where(visible, jnp.exp(s - top), 0)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    some = total > 0
+    total = jnp.where(some, total, 1)
+    return p / total, jnp.where(some, top + jnp.log(total), MASKED)[..., 0]
 
 
 # In order of preference; `implementation=None` takes the first that can serve. Each

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from uoe_jax.ops.as_segments import (
     KernelsWithSums,
     Lists,
+    masked_softmax,
     merged_attention,
     pack_heads,
     unpack_heads,
@@ -27,7 +28,6 @@ from uoe_jax.ops.dispatch import dispatch
 from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.segment_attention.nvidia import mosaic as mosaic_gpu
 from uoe_jax.ops.segment_attention.nvidia import triton
-from uoe_jax.ops.segment_attention.plan import MASKED
 from uoe_jax.varying import vary_together
 
 _CHUNK = 512  # queries whose scores exist at once in plain JAX
@@ -134,15 +134,9 @@ def _written_out(
     seen = _seen(first, last, k.shape[1])[:, None, None]
     q = q.reshape(*shape[:2], k.shape[2], -1, shape[3])
     s = jnp.einsum("btkgh,blkh->bkgtl", q, k, preferred_element_type=dtype) * scale
-    s = jnp.where(seen, s, MASKED)
-    top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
-    p = jnp.where(seen, jnp.exp(s - top), 0)
-    total = jnp.sum(p, axis=-1, keepdims=True)
-    some = total > 0
-    total = jnp.where(some, total, 1)
-    p = (p / total).astype(v.dtype)
+    p, lse = masked_softmax(s, seen)
+    p = p.astype(v.dtype)
     out = jnp.einsum("bkgtl,blkh->btkgh", p, v, preferred_element_type=dtype)
-    lse = jnp.where(some, top + jnp.log(total), MASKED)[..., 0]
     lse = lse.transpose(0, 3, 1, 2).reshape(shape[:3])
     return Part(out.reshape(shape).astype(v.dtype), lse)
 
