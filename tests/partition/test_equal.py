@@ -90,6 +90,11 @@ CASES = {
         {"sequence": 4, "tensor": 2},
         {"sequence_attention": "gather"},
     ),
+    "sink exchanged": (
+        "sink",
+        {"fsdp": 4, "sequence": 2},
+        {"sequence_attention": "heads"},
+    ),
     "sink union": (
         "sink union",
         {"data": 2, "sequence": 2, "tensor": 2},
