@@ -7,7 +7,8 @@
 
 An imported model has the texts of experiment 009. With `--ours` it is one that is
 trained first, on articles and on `experiments.shared.python_corpus`. Each row is
-written as soon as it is there, and the same line goes on where the last one ended.
+written as soon as it is there, `table.md` and `healing.png` at the end; the same line
+goes on where the last one ended.
 Parts: `rows` (methods and allocations at each cut), `ranks` (low ranks against
 perplexity), `anytime` (cuts opened from one file beside cuts made one by one), `heal`
 (the same LoRA steps on several cuts). `--tiny` is the same on seconds of CPU with a
@@ -32,6 +33,7 @@ from experiments.e010_compression.subject import (
     planned,
     trained,
 )
+from experiments.e010_compression.table import write_summary
 from experiments.shared.flags import switch_off_command_buffers
 from experiments.shared.work import prepare as prepare_process
 from uoe_jax.bench.record import commit, made_with, read_record, write_record
@@ -292,6 +294,7 @@ def add_rows(experiment: Experiment) -> None:
             healed_rows(experiment, observed)
         else:
             cut_rows(experiment, observed, part)
+    write_summary(experiment.out, experiment.results)
 
 
 if __name__ == "__main__":

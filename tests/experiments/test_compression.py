@@ -13,6 +13,7 @@ import pytest
 from experiments.e010_compression import run as e010
 from experiments.e010_compression.run import OPENED, ROWS, SHARES, SMALL
 from experiments.e010_compression.subject import write_texts
+from experiments.e010_compression.table import tables
 from tests.interop.tiny_folders import TEXT, write_folder
 from uoe_jax.errors import ConfigError, NonFiniteError, OutOfMemory
 from uoe_jax.train import StopRun
@@ -71,6 +72,8 @@ def test_a_cut_is_healed_by_the_same_steps_as_others(place):
     for row in rows:
         assert row["before"].keys() == row["after"].keys() == {"wikipedia", "python"}
         assert row["before"] != row["after"] and len(row["losses"]) == row["steps"]
+    assert "| lord |  | 20% |" in (place / "out" / "table.md").read_text()
+    assert (place / "out" / "healing.png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize("error", [
@@ -84,6 +87,7 @@ def test_what_stops_a_row_is_no_refusal_and_ends_the_call(
     class Stopped:
         def __init__(self, options):
             self.out, self.tiny, self.parts = tmp_path, True, options.parts
+            self.results = {}
             self.subject = SimpleNamespace(folder=tmp_path)
             self.lacks = lambda kind, **about: True
             self.put = lambda **row: put.append(row)
@@ -97,6 +101,7 @@ def test_what_stops_a_row_is_no_refusal_and_ends_the_call(
     monkeypatch.setattr(e010, "Experiment", Stopped)
     monkeypatch.setattr(e010, "prepare_process", lambda compiled: None)
     monkeypatch.setattr(e010, "switch_off_command_buffers", lambda: None)
+    monkeypatch.setattr(e010, "write_summary", lambda out, results: None)
     given = ["--model", "m", "--articles", "a", "--out", str(tmp_path), "--tiny"]
     for part in ("heal", "rows"):
         assert e010.main([*given, "--parts", part]) == error.exit_code
@@ -174,3 +179,26 @@ def test_texts_that_are_not_there_are_named(tmp_path):
     gone = tmp_path / "gone"
     with pytest.raises(ConfigError, match=f"{gone} isn't there; --ours takes"):
         write_texts(tmp_path / "articles", gone, tmp_path / "texts")
+
+
+def test_tables_have_a_row_a_method_and_mark_the_best_of_a_cut():
+    row = lambda method, cut, value, **more: {
+        "method": method, "allocate": None, "cut": cut, "blocks": 1 - cut,
+        "wikipedia": value, "python": 2 * value, **more,
+    }  # fmt: skip
+    dense = {"method": "dense", "cut": 0.0, "wikipedia": 10.0, "python": 20.0}
+    ranked = {"rank": 7, "blocks": 0.99, "wikipedia": 10.1, "python": 600.0}
+    found = tables([
+        dense, row("depth", 0.2, 15.0), row("modegpt", 0.2, 12.0, allocate="curve"),
+        row("modegpt", 0.1, 11.0, allocate="curve"), {"method": "svd", **ranked},
+    ])  # fmt: skip
+    assert "dense is 10.00 / 20.00" in found
+    lines = found.splitlines()
+    assert (
+        "| modegpt | curve | **11.00** / **22.00** | **12.00** / **24.00** |" in lines
+    )
+    assert "| depth |  |  | 15.00 / 30.00 |" in lines
+    assert "| svd | rank 7 | 99.0% | 10.10 / 600.00 | +1.00% / 30 times |" in lines
+    assert (
+        "| modegpt | curve, 10% | 90.0% | 11.00 / 22.00 | +10.00% / +10.00% |" in lines
+    )
