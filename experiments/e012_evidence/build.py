@@ -46,10 +46,14 @@ class Builder:
         """Whether something that was asked for is still to be made."""
         return not all(made.done() for made in self.asked)
 
+    def ready(self, job: Job) -> bool:
+        """Whether a model's programs are made and kept."""
+        made = self.built.get(self._key(job)[0])
+        return made is not None and made.done() and made.exception() is None
+
     def ask(self, job: Job) -> Future[Built]:
         """Return a model's programs, which may still be made."""
-        config = job.config(train_data(job, self.options))[1]
-        key = f"{job.place} {job.steps} {job.optimizer} {program_key(config)}"
+        key, config = self._key(job)
         made = self.built.pop(key, None)
         if made is None:
             made = self.thread.submit(self._build, job, config)
@@ -58,6 +62,11 @@ class Builder:
         while len(self.built) > _KEPT:
             del self.built[next(iter(self.built))]
         return made
+
+    def _key(self, job: Job) -> tuple[str, ExperimentConfig]:
+        config = job.config(train_data(job, self.options))[1]
+        key = f"{job.place} {job.steps} {job.optimizer} {program_key(config)}"
+        return key, config
 
     def _build(self, job: Job, config: ExperimentConfig) -> Built:
         if job.place not in self.measures:

@@ -24,6 +24,29 @@ def spent(row: Row, axis: str, steps: int) -> float:
     return steps * step[axis]
 
 
+def undisturbed(row: Row) -> bool:
+    """Whether a run's seconds are of steps beside which nothing was compiled."""
+    chunks = row.get("chunks")
+    return chunks is None or chunks["compiled_meanwhile"] < chunks["all"]
+
+
+def with_one_speed(rows: Sequence[Row]) -> list[Row]:
+    """Return a model's runs with the same seconds a step: seeds run the same program.
+
+    The median of the runs that nothing disturbed, if there are some; by device.
+    """
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["device"], []).append(row)
+    speed = {
+        device: statistics.median(
+            row["step_seconds"] for row in list(filter(undisturbed, same)) or same
+        )
+        for device, same in found.items()
+    }
+    return [row | {"step_seconds": speed[row["device"]]} for row in rows]
+
+
 def validated(row: Row) -> float:
     """Return the mean of a run's valid bits/byte over its corpora; inf: it diverged."""
     if not row["lengths"] or row["lengths"][-1]["steps"] != row["steps"]:
@@ -94,7 +117,7 @@ def _models(rows: Sequence[Row], block: str) -> dict[str, list[Row]]:
     for row in rows:
         if row["block"] == block:
             found.setdefault(row["case"], []).append(row)
-    return found
+    return {model: with_one_speed(runs) for model, runs in found.items()}
 
 
 def _kind(name: str) -> str:

@@ -4,13 +4,14 @@
         --articles enwiki_articles.jsonl.xz --python CORPUS/texts --out runs/e012
 
 Writes OUT/results.json after every run; the same line goes on where it stopped, inside
-a run too. A model is compiled while the one before it trains, but for block 3's first
-seed, whose seconds choose a union. `--part 1/2` takes about half of the runs and writes
-OUT/results-1.json, so that two devices share the work; a run's name, rate and seed say
-whose it is. `--python` is the folder `texts` of experiments.shared.python_corpus; both
-corpora then have half of the training. `--tiny` is the same program on minutes of CPU
-and on data that every machine has. The planned comparisons are noted before the first
-run: what is written into planned.json later is refused by the report.
+a run too. A model is compiled beside the run before it, after that one's first steps,
+whose seconds count; till it is ready further seeds of others train. `--part 1/2` takes
+about half of the runs and writes OUT/results-1.json, so that two devices share the
+work; a run's name, rate and seed say whose it is. `--python` is the folder `texts` of
+experiments.shared.python_corpus; both corpora then have half of the training. `--tiny`
+is the same program on minutes of CPU and on data that every machine has. The planned
+comparisons are noted before the first run: what is written into planned.json later is
+refused by the report.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,8 @@ from experiments.e012_evidence.build import Builder, Built, say
 from experiments.e012_evidence.cut import go_on, save_model
 from experiments.e012_evidence.measure import train_data
 from experiments.e012_evidence.pick import check_picked
-from experiments.e012_evidence.study import (
-    BLOCKS,
-    CONTINUED,
-    PLANNED,
-    Job,
-    best_rate,
-    jobs,
-)
+from experiments.e012_evidence.rates import choose_rate
+from experiments.e012_evidence.study import BLOCKS, PLANNED, Job, jobs
 from experiments.shared.branches import Run, run_lengths
 from experiments.shared.case import program_key, without_folders
 from experiments.shared.compare import read_plan
@@ -56,6 +51,7 @@ from uoe_jax.files import format_json, parse_json
 from uoe_jax.hardware.count import cache_bytes
 
 _LEAST = 30.0  # seconds left in which a run is worth to begin; it can wait half done
+_ALONE = 3  # chunks of steps of every run beside which nothing is compiled
 _AHEAD = 60.0  # seconds left in which the next model is worth to be compiled already
 _FURTHER_SEED = 1000  # added for the order of the data of runs that go on
 
@@ -71,6 +67,7 @@ class Session:
         if self.file.is_file():
             self.results = parse_json(self.file.read_text("utf-8"), self.file.name)
         self.builder = Builder(options)
+        self.later: Job | None = None  # whose model is compiled beside the run now
         self.failed: set[Job] = set()  # of this call; the next one tries them again
 
     @property
@@ -78,12 +75,16 @@ class Session:
         """The runs of this part."""
         return self.results["runs"]
 
+    def _others(self) -> dict[Path, dict[str, Any]]:
+        """Return what is in the results files of other parts and machines."""
+        files = sorted(self.options.out.glob("results*.json"))
+        return {f: parse_json(f.read_text("utf-8"), f.name) for f in files
+                if f != self.file}  # fmt: skip
+
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The runs so far, those of other parts too."""
-        files = sorted(self.options.out.glob("results*.json"))
-        others = [parse_json(f.read_text("utf-8"), f.name) for f in files
-                  if f != self.file]  # fmt: skip
+        others = self._others().values()
         return [*self.mine, *(row for found in others for row in found["runs"])]
 
     def run(self, blocks: Sequence[str]) -> int:
@@ -111,10 +112,8 @@ class Session:
                 say(f"block {block}: no run is left")
                 break
             say(f"block {block}: {len(open_jobs)} runs to go")
-            job, *later = open_jobs
+            job, self.later = self._next(open_jobs)
             building = self.builder.ask(job)
-            if later and self._left > _AHEAD and not job.timed:
-                self.builder.ask(later[0])
             try:
                 self._note(job, building.result().measures.contents)
                 self._train(job, rows)
@@ -124,6 +123,33 @@ class Session:
                 traceback.print_exc()
                 say(f"block {block}: {job.name}, seed {job.seed}, FAILED")
                 self.failed.add(job)
+
+    def _next(self, open_jobs: list[Job]) -> tuple[Job, Job | None]:
+        """Return what is trained now, and what is compiled beside it.
+
+        While a model is compiled a further seed of one that is ready goes first.
+        """
+        ready = list(filter(self.builder.ready, open_jobs))
+        job = ready[0] if ready else open_jobs[0]
+        others = (one for one in open_jobs if one not in (job, *ready))
+        return job, next(others, None)
+
+    def _disturbed(self) -> Callable[[], bool]:
+        """Return what tells before each chunk of steps whether a model is compiled.
+
+        That begins after the first chunks: every run has seconds without it.
+        """
+        alone = 0
+
+        def disturbed() -> bool:
+            nonlocal alone
+            if alone == _ALONE and self.later is not None and self._left > _AHEAD:
+                self.builder.ask(self.later)
+            busy = self.builder.busy
+            alone += not busy
+            return busy
+
+        return disturbed
 
     @property
     def _left(self) -> float:
@@ -159,11 +185,10 @@ class Session:
     def _train(self, job: Job, rows: list[dict[str, Any]]) -> None:
         start = time.perf_counter()
         family, config = job.config(train_data(job, self.options))
-        searched = best_rate(rows, job, family)
-        rate = job.rate or searched or config.optim.learning_rate
+        rate, by = choose_rate(rows, job, family, config.optim.learning_rate)
         weights, seed = None, job.seed
         if job.start is not None:
-            rate, seed = CONTINUED * rate, seed + _FURTHER_SEED
+            seed += _FURTHER_SEED
             weights = partial(self._weights, job, rows)
             if not self._end(job.start).is_file():
                 self._train(job.start, rows)
@@ -173,7 +198,7 @@ class Session:
         tell(f"compiled in {built.seconds:.0f} s")
         result = run_lengths(
             built.programs,
-            Run(seed, rate, job.steps, weights, lambda: self.builder.busy),
+            Run(seed, rate, job.steps, weights, self._disturbed()),
             partial(self._measure, job, built),
             Limits(self.deadline),
             tell,
@@ -181,7 +206,7 @@ class Session:
         )
         row = about(job, family, config) | result | {"seed": job.seed}
         row |= {
-            "rate_by": "given" if job.rate else "search" if searched else "default",
+            "rate_by": by,
             "compile_seconds": built.seconds,
             "wall_seconds": time.perf_counter() - start,
         }
@@ -211,16 +236,18 @@ class Session:
     def _note(self, job: Job, contents: dict[str, str]) -> None:
         """Note what identifies the texts; ConfigError if they aren't those of before.
 
-        An environment with other packages makes another corpus of Python.
+        An environment with other packages makes another corpus of Python. The texts of
+        other parts and machines are looked at too.
         """
-        noted = self.results.setdefault("texts", {})
-        noted = noted.setdefault(job.place, contents)
-        for name in contents:
-            if noted.get(name) != contents[name]:
-                raise ConfigError(
-                    f"{self.file} was made with another text of {name}; give that one, "
-                    "or another --out"
-                )
+        self.results.setdefault("texts", {}).setdefault(job.place, contents)
+        for file, found in {self.file: self.results, **self._others()}.items():
+            noted = found.get("texts", {}).get(job.place, contents)
+            for name in contents:
+                if noted.get(name) != contents[name]:
+                    raise ConfigError(
+                        f"{file} was made with another text of {name}; give that one, "
+                        "or another --out"
+                    )
 
 
 def key_of(row: dict[str, Any]) -> str:

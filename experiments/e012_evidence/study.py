@@ -20,7 +20,6 @@ FULL = (400, 800, 1600, 3200, 6400)  # steps: 13, 26, 52, 105, 210 MB
 PROBE = (920, 1840)  # 30, 60 MB
 QUARTER = (1600,)
 FURTHER = (320, 640)  # after FULL[-1]: 5%, 10%
-CONTINUED = 0.3  # of the rate that a run's start was trained at
 TINY = (20, 40, 80)
 GRID = 1.4  # between two rates of a search
 _REACH = 2  # rates on each side of the middle one
@@ -57,11 +56,6 @@ class Job:
         """Size, T and task: what is compared is alike in these."""
         plain = f"{self.size}, T {self.length}"
         return plain if self.task == "text" else f"{plain}, {self.task}"
-
-    @property
-    def timed(self) -> bool:
-        """Whether what its steps take decides what later blocks train."""
-        return self.block == "3" and self.seed == 0  # by choose.chosen_lean
 
     @property
     def shared_by(self) -> str:
@@ -255,25 +249,6 @@ def rated(rows: Sequence[Row], job: Job) -> float | None:
         if same and row["block"] == "2" and row["rate"] == job.rate:
             if row["size"] in (job.size, "tiny") and row["kind"] == job.kind:
                 return validated(row)
-    return None
-
-
-def best_rate(rows: Sequence[Row], job: Job, family: str) -> float | None:
-    """Return the rate that a family's search found for a size; None: none was searched.
-
-    A size without a search of its own takes that of the nearest searched one, scaled
-    by the middles of both grids.
-    """
-    searched = [
-        row for row in rows
-        if row["block"] == "2" and row["family"] == family
-        and row["optimizer"] == job.optimizer
-    ]  # fmt: skip
-    for size in (job.size, "M", "S", "tiny"):
-        mine = [row for row in searched if row["size"] == size]
-        if mine:
-            found = min(mine, key=validated)["rate"]
-            return round(found * SIZES[job.size].rate / SIZES[size].rate, 7)
     return None
 
 

@@ -8,7 +8,14 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from experiments.e012_evidence.choose import Row, by_validation, spent, validated
+from experiments.e012_evidence.choose import (
+    Row,
+    by_validation,
+    spent,
+    undisturbed,
+    validated,
+    with_one_speed,
+)
 from experiments.e012_evidence.models import LEAN
 from experiments.e012_evidence.study import SEARCH_SEED
 from experiments.shared.compare import (
@@ -101,7 +108,11 @@ def find_groups(rows: Sequence[Row]) -> list[Group]:
         models = found.setdefault((row["setting"], steps), {})
         models.setdefault(row["case"], {})[row["seed"]] = row
     return [
-        Group(setting, steps, {m: list(r.values()) for m, r in models.items()})
+        Group(
+            setting,
+            steps,
+            {m: with_one_speed(list(r.values())) for m, r in models.items()},
+        )
         for (setting, steps), models in found.items()
     ]
 
@@ -214,9 +225,9 @@ def model_table(group: Group) -> str:
         for corpus in group.corpora:
             cells.append(_mean(group, model, corpus))
         cells += [_late(rows, group.corpora[0]), _copied(rows)]
-        seconds = [spent(r, "seconds", group.steps[-1]) for r in rows]
-        lines.append("| " + " | ".join([*cells, f"{min(seconds):.0f}"]) + " |")
-    return "\n".join(lines) + "\n" + _leaks(group)
+        seconds = spent(row, "seconds", group.steps[-1])
+        lines.append("| " + " | ".join([*cells, f"{seconds:.0f}"]) + " |")
+    return "\n".join(lines) + "\n" + _leaks(group) + _disturbed(group)
 
 
 def _mean(group: Group, model: str, corpus: str) -> str:
@@ -256,6 +267,18 @@ def _leaks(group: Group) -> str:
         for model, rows in group.trained.items()
     }
     return causality(probed)
+
+
+def _disturbed(group: Group) -> str:
+    """Return which models' seconds are of steps beside which another was compiled."""
+    some = group.trained.items()
+    names = [model for model, rows in some if not any(map(undisturbed, rows))]
+    if not names:
+        return ""
+    return (
+        f"\nSeconds of {', '.join(names)}: another model was compiled beside all "
+        "steps so far, which may have slowed them.\n"
+    )
 
 
 def equal_table(group: Group, axis: str, against: str) -> str:

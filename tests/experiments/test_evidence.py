@@ -14,22 +14,26 @@ from flax import nnx
 from experiments.e012_evidence import figures as drawn
 from experiments.e012_evidence import measure, tables
 from experiments.e012_evidence.build import Builder
-from experiments.e012_evidence.choose import by_validation, chosen_lean, survivors
+from experiments.e012_evidence.choose import (
+    by_validation,
+    chosen_lean,
+    survivors,
+    with_one_speed,
+)
 from experiments.e012_evidence.cut import go_on, save_model
 from experiments.e012_evidence.figures import figures
 from experiments.e012_evidence.models import LEAN, MODELS, SIZES, dense, make
 from experiments.e012_evidence.pick import check_picked
+from experiments.e012_evidence.rates import CONTINUED, best_rate, choose_rate
 from experiments.e012_evidence.report import report
 from experiments.e012_evidence.run import Session, main
 from experiments.e012_evidence.study import (
     ATTENTION,
     BLOCKS,
-    CONTINUED,
     FULL,
     GRID,
     PLANNED,
     SEARCH_SEED,
-    best_rate,
     jobs,
     listed,
 )
@@ -496,6 +500,12 @@ def test_blocks_run_tiny_to_their_end_and_go_on(tmp_path, capsys):
     with pytest.raises(ConfigError, match="of another configuration"):
         again.run_block("1")
     again.mine.clear()
+    # Of another machine, whose results were put beside.
+    other = {"runs": [], "texts": {"text 64": {"stdlib": "another"}}}
+    (tmp_path / "results-2.json").write_text(json.dumps(other))
+    with pytest.raises(ConfigError, match=r"results-2\.json was made with"):
+        again.run_block("1")
+    (tmp_path / "results-2.json").unlink()
     again.results["texts"]["text 64"]["stdlib"] = "another"
     with pytest.raises(ConfigError, match="made with another text of stdlib"):
         again.run_block("1")
@@ -528,30 +538,99 @@ def test_a_model_that_fails_ends_no_other(tmp_path, capsys):
     assert said.out.endswith("block 1: no run is left\n")
 
 
-def test_nothing_compiles_while_the_runs_train_whose_seconds_choose(tmp_path):
+def queue_of(tmp_path, only):
     options = argparse.Namespace(
         out=tmp_path, minutes=60.0, articles=None, python=None, tiny=True,
-        only=["dense", LEAN[0]], seeds=[], part=Part(1, 1),
+        only=only, seeds=[], part=Part(1, 1),
     )  # fmt: skip
-    session, asked = Session(options), []
+    return Session(options)
+
+
+def test_every_run_has_steps_beside_which_nothing_compiles(tmp_path):
+    session, asked = queue_of(tmp_path, []), []
+    session.later = "the next model"
+    session.builder = argparse.Namespace(busy=True, ask=asked.append)
+    disturbed = session._disturbed()
+    assert [disturbed() for _ in range(9)] == [True] * 9  # the one asked for before
+    session.builder.busy = False
+    assert [disturbed() for _ in range(3)] == [False] * 3 and not asked
+    disturbed()
+    assert asked == ["the next model"]
+    asked.clear()
+    assert [session._disturbed()() for _ in range(9)] == [False] * 9 and not asked
+
+
+def test_a_further_seed_trains_while_the_next_model_is_compiled(tmp_path):
+    session, seen = queue_of(tmp_path, ["dense", LEAN[0]]), []
     built = argparse.Namespace(measures=argparse.Namespace(contents={}))
-    done = argparse.Namespace(result=lambda: built)
-    seen = lambda job: (job.name, job.seed)
-    session.builder.ask = lambda job: asked.append(seen(job)) or done
-    session._done = lambda job, rows: seen(job) in [row["job"] for row in session.mine]
-    during = {}
+    done, ready = argparse.Namespace(result=lambda: built), {"dense"}
+    session.builder.ask = lambda job: done
+    session.builder.ready = lambda job: job.name in ready
+    told = lambda job: (job.name, job.seed)
+    session._done = lambda job, rows: told(job) in [row["job"] for row in rows]
 
     def train(job, rows):
-        during[seen(job)] = set(asked) - {seen(job)}
-        asked.clear()
-        session.mine.append({"job": seen(job)})
+        seen.append((*told(job), session.later and told(session.later)))
+        session.mine.append({"job": told(job)})
+        if len(seen) == 2:
+            ready.add(LEAN[0])
 
     session._train = train
     session.run_block("3")
-    names = ("dense", LEAN[0])
-    assert list(during) == [(name, seed) for seed in (0, 1, 2) for name in names]
-    assert during["dense", 0] == during[LEAN[0], 0] == set()
-    assert during["dense", 1] == {(LEAN[0], 1)}  # others are compiled ahead
+    lean = LEAN[0]
+    assert seen == [
+        ("dense", 0, (lean, 0)), ("dense", 1, (lean, 0)),
+        (lean, 0, None), (lean, 1, None), ("dense", 2, None), (lean, 2, None),
+    ]  # fmt: skip
+
+
+def test_a_builder_says_what_is_ready(monkeypatch):
+    options = argparse.Namespace(articles=None, python=None, tiny=True)
+    made, (first, second) = Builder(options), jobs("3", [], True)[:2]
+    monkeypatch.setattr(made, "_build", lambda job, config: 1 / (job == first))
+    assert not made.ready(first)
+    assert made.ask(first).result() and made.ready(first)
+    assert made.ready(dataclasses.replace(first, seed=7))  # it is the same program
+    with pytest.raises(ZeroDivisionError):
+        made.ask(second).result()
+    assert not made.ready(second)
+
+
+def test_seeds_of_a_model_and_models_that_are_compared_have_one_kind_of_rate():
+    job = next(j for j in jobs("3", [], False) if j.name == "dense" and j.seed == 1)
+    other = dataclasses.replace(job, name="MoE 2 of 8", seed=0)
+    losses = (5.0, 4.0, 1.0, 2.0, 3.0)  # of dense's rates at S
+    rates = jobs("2", [], False)[:5]
+    search = [searched(j, loss) for j, loss in zip(rates, losses, strict=True)]
+    ask = lambda rows: choose_rate(rows, job, "dense", 0.5)
+    assert ask([]) == (0.5, "default")
+    assert ask(search) == (rates[2].rate, "search")
+    said = {"setting": job.setting, "planned_steps": list(job.steps)}
+    before = row(other.name, 0, falling(1.6)) | said
+    assert ask([*search, before]) == (0.5, "default")
+    assert ask([*search, before | {"rate_by": "search"}])[1] == "search"
+    # Runs of other lengths, and a search's, are none that it is compared with.
+    assert ask([*search, before | {"planned_steps": [1]}])[1] == "search"
+    assert ask([*search, before | {"seed": SEARCH_SEED}])[1] == "search"
+    mine = before | {"case": "dense", "rate": 0.25}
+    assert ask([*search, mine]) == (0.25, "default")
+    given = dataclasses.replace(job, rate=0.125)
+    assert choose_rate([mine], given, "dense", 0.5) == (0.125, "given")
+
+
+def test_seconds_are_a_models_where_nothing_was_compiled_beside_it(tmp_path):
+    chunks = lambda beside: {"all": 11, "compiled_meanwhile": beside}
+    alone = row("dense + conv", 0, falling(1.5), step_seconds=0.2, chunks=chunks(10))
+    beside = row("dense + conv", 1, falling(1.5), step_seconds=0.3, chunks=chunks(11))
+    assert [r["step_seconds"] for r in with_one_speed([alone, beside])] == [0.2, 0.2]
+    (kept,) = with_one_speed([beside])
+    assert kept["step_seconds"] == 0.3
+    mixed = with_one_speed([alone, beside | {"device": "another"}])
+    assert [r["step_seconds"] for r in mixed] == [0.2, 0.3]
+    local = row("local + conv", 0, falling(1.6), chunks=chunks(11))
+    text = report([results(tmp_path, [alone, beside, local])], tmp_path, None)
+    assert "Seconds of local + conv: another model was compiled" in text
+    assert "| 1280 |" in text and "| 1920 |" not in text  # 6,400 steps of 0.2 s
 
 
 def test_a_builder_is_busy_until_all_is_made_that_was_asked_for(monkeypatch):
