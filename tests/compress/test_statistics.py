@@ -2,19 +2,22 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.decompose.test_exact import DENSE, draw
+from uoe_jax.compress.devices import begin, data_mesh
 from uoe_jax.compress.sorting import expert_neurons, few_tokens
 from uoe_jax.compress.statistics import _observe, observe
-from uoe_jax.config import UnionConfig
+from uoe_jax.config import MeshConfig, UnionConfig
 from uoe_jax.decompose.split import split_params, union_config
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import with_params
 from uoe_jax.model.observe import Stream, layer_values
 from uoe_jax.model.stacks import to_layers
+from uoe_jax.partition.mesh import make_mesh
 
 
 def batch_of(model, rows=5, length=12, seed=0):
@@ -89,6 +92,38 @@ def test_sums_are_the_same_however_many_tokens_are_taken_at_once():
     for first, second in zip(whole, parts, strict=True):
         for name in first._fields:
             near(getattr(second, name), getattr(first, name), 1e-5)
+
+
+@pytest.mark.parametrize("mlp, devices, at_once", [
+    ("dense", 3, 12), ("union", 8, 4096),
+])  # fmt: skip
+def test_several_devices_find_the_sums_of_one(mlp, devices, at_once):
+    """Eleven rows, which divide over neither: three at a time, and all at once."""
+    union = UnionConfig(num_experts=4, top_k=2)
+    config = dataclasses.replace(DENSE, mlp=(mlp,), union=union)
+    model = with_params(config, draw(config, 5))
+    batch = batch_of(config, rows=11)
+    mesh = make_mesh(MeshConfig(data=devices), devices=jax.devices()[:devices])
+    one = observe(model, batch)
+    found = observe(model, batch, tokens_at_once=at_once, mesh=mesh)
+    for first, second in zip(one, found, strict=True):
+        for name in first._fields:
+            near(getattr(second, name), getattr(first, name), 1e-5)
+
+
+def test_each_device_has_rows_of_its_own():
+    model, batch = with_params(DENSE, draw(DENSE, 5)), batch_of(DENSE, rows=6)
+    mesh = make_mesh(MeshConfig(data=4), devices=jax.devices()[:4])
+    stream, run = begin(model, batch, mesh, _observe)
+    stream.step(run)
+    shards = stream._residual.addressable_shards
+    assert [shard.data.shape for shard in shards] == [(2, 12, 16)] * 4
+
+
+def test_a_mesh_has_as_many_devices_as_there_are_rows():
+    assert data_mesh(1) is None
+    assert data_mesh(5).shape == {"data": 5}
+    assert data_mesh(11).shape == {"data": 8}
 
 
 def test_experts_see_the_tokens_that_chose_them():

@@ -21,7 +21,8 @@ def see(file, seed=1, batch=None, tokenizer="a", given=False):
 def counted(monkeypatch):
     """How often a model was observed."""
     calls, observe = [], stored.observe
-    monkeypatch.setattr(stored, "observe", lambda *a: calls.append(1) or observe(*a))
+    count = lambda *a, **more: calls.append(1) or observe(*a, **more)
+    monkeypatch.setattr(stored, "observe", count)
     return calls
 
 

@@ -1,29 +1,32 @@
 """Second moments of what a model's layers compute on a text: one pass for all methods.
 
 Sums are made batch by batch in float32 at full precision and added up in float64 on the
-host.
+host. Several devices share the rows of a batch and add up their sums.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from uoe_jax.compress.devices import begin
 from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model.context import Context
 from uoe_jax.model.layers import project
 from uoe_jax.model.mlp import activate
-from uoe_jax.model.observe import Stream, run_attention, run_mlp
+from uoe_jax.model.observe import run_attention, run_mlp
 from uoe_jax.model.transformer import Block
+from uoe_jax.partition.mesh import replicated
 
-TOKENS_AT_ONCE = 4096  # of a calibration text; the sums don't depend on a run's batches
+# Of a calibration text, on each device; the sums don't depend on a run's batches.
+TOKENS_AT_ONCE = 4096
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -81,9 +84,15 @@ def check_kinds(model: ModelConfig) -> None:
 
 
 def observe(
-    model: Any, batch: Mapping[str, np.ndarray], tokens_at_once: int = TOKENS_AT_ONCE
+    model: Any,
+    batch: Mapping[str, np.ndarray],
+    tokens_at_once: int = TOKENS_AT_ONCE,
+    mesh: Mesh | None = None,
 ) -> tuple[LayerStatistics, ...]:
     """Return each layer's sums over a batch, `tokens_at_once` in memory at a time.
+
+    With a mesh of one axis, `data`, each of its devices holds the whole model and takes
+    as many tokens at a time.
 
     Raises ConfigError for a model with kinds that aren't dense or union.
     """
@@ -93,13 +102,14 @@ def observe(
     if "tokens" in batch:
         length = batch["tokens"].shape[1]
     step = max(tokens_at_once // length, 1)
+    if mesh is not None:
+        step *= mesh.size
+        model = jax.device_put(model, replicated(mesh))
     totals: list[dict[str, np.ndarray] | None] = [None] * model.config.num_layers
     with jax.default_matmul_precision("highest"):
         for start in range(0, rows, step):
             part = {k: v[start : start + step] for k, v in batch.items()}
-            stream = Stream(model, part)
-            valid = jnp.asarray(stream.valid)
-            run = functools.partial(_observe, valid=valid)
+            stream, run = begin(model, part, mesh, _observe)
             for number in range(len(totals)):
                 sums = stream.step(run)
                 totals[number] = _added(totals[number], sums)

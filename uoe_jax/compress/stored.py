@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from uoe_jax.compress.devices import data_mesh
 from uoe_jax.compress.files import (
     digest_arrays,
     from_triangle,
@@ -86,7 +87,8 @@ def stored_statistics(
             note(f"compress: {error}: observing again")
     model = in_float32(model)
     note(f"compress: observing what {model.num_layers} layers do")
-    seen = observe(with_params(model, *arrays), batch)
+    mesh = data_mesh(len(next(iter(batch.values()))))
+    seen = observe(with_params(model, *arrays), batch, mesh=mesh)
     _check_finite(seen)
     try:
         write_arrays(file, _as_arrays(seen), wanted)

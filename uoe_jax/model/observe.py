@@ -38,7 +38,7 @@ class Stream:
     [B, T] says which tokens aren't padding.
     """
 
-    def __init__(self, model: Any, batch: Mapping[str, np.ndarray]):
+    def __init__(self, model: Any, batch: Mapping[str, np.ndarray | Array]):
         config = model.config
         if "images" in batch:
             x = model.embed(jnp.asarray(batch["images"]))
