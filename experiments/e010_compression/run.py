@@ -65,6 +65,7 @@ ROWS = (
     ("modegpt", "bi"),
     ("drop", "uniform"),
     ("flap", "uniform"),
+    ("slice", None),
 )
 SHARES = (0.99, 0.96, 0.9, 0.83, 0.69)  # of the rank from which nothing is saved
 SMALL = (0.01, 0.02, 0.05, 0.1)  # cuts by ranks of each matrix
@@ -76,6 +77,7 @@ HEALED = (
     ("modegpt", "uniform", 0.3),
     ("drop", "uniform", 0.3),
     ("modegpt", "curve", 0.3),
+    ("slice", None, 0.3),
 )
 PARTS = ("ranks", "rows", "anytime", "heal")
 _SECONDS = {"row": 10.0, "anytime": 30.0, "heal": 75.0}  # what one takes, about

@@ -15,7 +15,7 @@ from uoe_jax.appearing import appearing_together
 from uoe_jax.compress.apply import look
 from uoe_jax.compress.methods import prepare
 from uoe_jax.compress.observed import Observed, Smaller, block_params
-from uoe_jax.compress.options import LOW_RANK, Compress, Curve
+from uoe_jax.compress.options import ALIKE, LOW_RANK, Compress, Curve
 from uoe_jax.data.progress import note
 from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.fields import check_ranges
@@ -105,7 +105,7 @@ def _one(options: Curve, method: str, cut: float) -> Compress:
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
     given |= {"method": method, "cut": cut}
     by_curves = method == "lord" and options.allocate == "curve"
-    if method in (*LOW_RANK, "depth") and not by_curves:
+    if method in (*LOW_RANK, *ALIKE) and not by_curves:
         given["allocate"] = None
     return Compress(**given)
 

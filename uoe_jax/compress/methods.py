@@ -19,6 +19,7 @@ from uoe_jax.compress.observed import Observed, Smaller
 from uoe_jax.compress.options import LOW_RANK, Compress
 from uoe_jax.compress.pruning import drop, flap, magnitude
 from uoe_jax.compress.ranks import prepare_ranks
+from uoe_jax.compress.slicing import prepare_slice
 from uoe_jax.compress.statistics import LayerStatistics
 from uoe_jax.compress.widths import (
     Curves,
@@ -85,4 +86,6 @@ def prepare(observed: Observed, method: str) -> Callable[[Compress], Smaller]:
         return prepare_ranks(observed, method)
     if method == "depth":
         return prepare_depth(observed)
+    if method == "slice":
+        return prepare_slice(observed)
     return sort_model(observed, method).cut

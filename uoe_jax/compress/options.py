@@ -11,9 +11,12 @@ from uoe_jax.config import Share
 from uoe_jax.errors import ConfigError
 from uoe_jax.fields import Checked, Count, Positive
 
-Method = Literal["modegpt", "sort", "drop", "flap", "magnitude", "lord", "svd", "depth"]
+Method = Literal[
+    "modegpt", "sort", "drop", "flap", "magnitude", "lord", "svd", "depth", "slice"
+]
 Allocation = Literal["uniform", "bi", "curve", "seconds"]
 LOW_RANK = ("lord", "svd")
+ALIKE = ("depth", "slice")  # no way to spread a cut
 # flap keeps the means of what a cut drops in biases, other than at another cut.
 ANYTIME_METHODS = ("modegpt", "sort", "drop", "magnitude")
 LEAST_TOKENS = 64  # of a calibration text
@@ -40,7 +43,8 @@ class Compress(Checked):
 
     # modegpt: fitted; sort: its MLPs without fits; drop, flap, magnitude: by what
     # channels write, fluctuate, weigh; lord, svd: MLPs of low rank, by what comes out
-    # of them, by weights; depth: whole layers. modegpt if not given.
+    # of them, by weights; depth: whole layers; slice: the residual stream's last
+    # principal components. modegpt if not given.
     method: Method | None = None
 
     # Which layers and parts lose how much: all alike, by Block Influence, by error
@@ -61,7 +65,8 @@ class Compress(Checked):
     # given, or as the run that opens at any cut was made to be: so are the next two.
     temperature: Positive | None = None
 
-    # Of the MLPs' widths, and of ranks that curves choose, for kernels; 8 if not given.
+    # Of the MLPs' widths, of ranks that curves choose and of the width that slice
+    # leaves, for kernels; 8 if not given.
     multiple: Count | None = None
 
     device: str | None = None  # seconds: whose model of products; H200 if not given
@@ -74,7 +79,7 @@ class Compress(Checked):
     @property
     def spread(self) -> Allocation:
         """How the cut is spread: by curves, or of methods without any alike."""
-        sorts = self.chosen not in (*LOW_RANK, "depth")
+        sorts = self.chosen not in (*LOW_RANK, *ALIKE)
         return self.allocate or ("curve" if sorts else "uniform")
 
     def way(self, usual: Mapping[str, Any] = USUAL) -> Way:
@@ -100,7 +105,7 @@ class Compress(Checked):
             )
         if self.cut is None and self.rank is None and not self.anytime:
             raise ConfigError("no cut given; give a share of the blocks, such as 0.3")
-        if self.spread != "uniform" and method in (*LOW_RANK, "depth"):
+        if self.spread != "uniform" and method in (*LOW_RANK, *ALIKE):
             self._check_spread()
 
     def _check_spread(self) -> None:
@@ -113,8 +118,12 @@ class Compress(Checked):
                 f"allocate is 'curve' with rank {self.rank}, which is every matrix's; "
                 "give a cut, or leave one of them out"
             )
-        ways = {"lord": "uniform and curve", "svd": "uniform alone"}
-        way = ways.get(method, "none, it drops whole layers")
+        way = {
+            "lord": "uniform and curve",
+            "svd": "uniform alone",
+            "depth": "none, it drops whole layers",
+            "slice": "none, it makes all layers narrower alike",
+        }[method]
         raise ConfigError(
             f"allocate is {self.allocate!r} with method {method}, which has {way}; "
             "leave it out"
