@@ -143,7 +143,11 @@ def test_wrong_cuts_are_one_line():
     with pytest.raises(ConfigError, match="no part"):
         union_config(DENSE, 4, 2, ())
     with pytest.raises(ConfigError, match="experts don't divide"):
-        split_params(params, DENSE, union_config(DENSE, 5, 2))
+        split_params(params, DENSE, union_config(DENSE, 5, 2, ("mlp",)))
+    with pytest.raises(ConfigError, match="one of 1, 2, 4, or cut the MLP alone"):
+        union_config(DENSE, 8, 2)  # more experts than key/value heads
+    union_config(DENSE, 8, 2, ("mlp",))
+    assert union_config(DENSE, 8, 2, attention_experts=4).union_for("attention")
     wide = dataclasses.replace(union, d_model=32)
     with pytest.raises(ConfigError, match="the same sizes"):
         split_params(params, DENSE, wide)

@@ -119,9 +119,14 @@ def test_a_model_without_a_tokenizer_says_where_to_put_one(tmp_path, capsys):
     write_folder(tmp_path / "model", tokenizer=False)
     imported = tmp_path / "run"
     run(capsys, "import", tmp_path / "model", "--run-dir", imported)
+    (tmp_path / "text.txt").write_text(TEXT)
     ask = ["generate", imported, "--prompt", "the 7", "--max-new-tokens", "2"]
-    assert main([str(a) for a in ask]) == 2
-    said = capsys.readouterr().err
-    assert f"put the model's tokenizer.json into {imported}" in said
+    data = ["--data.path", tmp_path / "text.txt"]
+    cut = ["decompose", imported, "--experts", "2", "--out", tmp_path / "cut"]
+    for command in (ask, ["eval", imported, *data], ["train", imported, *data], cut):
+        assert main([str(a) for a in command]) == 2
+        said = capsys.readouterr().err
+        assert f"put the model's tokenizer.json into {imported}" in said
+        assert said.count("\n") == 1 and not (tmp_path / "cut").exists()
     (imported / "tokenizer.json").write_text(train_bpe([TEXT.encode()], 320))
     assert run(capsys, *ask).startswith("the 7")

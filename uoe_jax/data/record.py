@@ -24,6 +24,7 @@ from uoe_jax.data.tokenize import (
     is_file_tokenizer,
     load_tokenizer,
     make_tokenizer,
+    no_tokenizer_in,
 )
 from uoe_jax.errors import ConfigError, DataError, nearest, shown
 from uoe_jax.fields import INT32_MAX, convert
@@ -249,10 +250,7 @@ def run_tokenizer(run_dir: Path, config: ExperimentConfig) -> Tokenizer:
         return make_tokenizer({"name": "byte"}, None)
     if is_file_tokenizer(config.data.tokenizer) and not _maybe_ids(config.data):
         if config.data.tokenizer == str(copy.absolute()):  # of an import
-            raise DataError(
-                f"{run_dir} has no tokenizer: none came with its model; put the "
-                f"model's {TOKENIZER} into {run_dir}"
-            )
+            raise DataError(no_tokenizer_in(run_dir))
         return load_tokenizer(config.data.tokenizer)
     raise _no_tokenizer(run_dir)
 

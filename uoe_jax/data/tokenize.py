@@ -199,11 +199,21 @@ def check_tokenizer(name: str) -> None:
     file = tokenizer_file(name)
     if file.is_file():
         return
+    if file.name == "tokenizer.json" and (file.parent / "checkpoints").is_dir():
+        raise DataError(no_tokenizer_in(file.parent))  # a run, of an import
     if "/" in name or file.suffix == ".json":
         raise DataError(missing_file(file, "data.tokenizer"))
     raise DataError(
         f"data.tokenizer is {name!r}; use byte, bpe, a tokenizer.json, or {HUB}NAME of "
         f"the hub, as {HUB}{name}"
+    )
+
+
+def no_tokenizer_in(run: Path | str) -> str:
+    """Return the message for a run whose model was imported without a tokenizer."""
+    return (
+        f"{run} has no tokenizer: none came with its model; put the model's "
+        f"tokenizer.json into {run}"
     )
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from uoe_jax.config import LayerWidths, ModelConfig, UnionOverrides
 from uoe_jax.decompose.cut import PARTS, Part
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import ConfigError, divisors
 from uoe_jax.kinds import ROUTERS
 from uoe_jax.model import check_params, param_shapes
 from uoe_jax.model.stacks import from_layers, to_layers
@@ -53,6 +53,13 @@ def union_config(
     parts = tuple(parts)
     if not parts:
         raise ConfigError("no part to decompose; name attention, mlp or both")
+    heads = attention_experts or num_experts
+    if "attention" in parts and config.num_kv_heads % heads:
+        raise ConfigError(
+            f"{heads} experts can't share out the model's {config.num_kv_heads} "
+            "key/value heads; set attention_experts to one of "
+            f"{divisors(config.num_kv_heads)}, or cut the MLP alone (parts mlp)"
+        )
     union = dataclasses.replace(
         config.union, num_experts=num_experts, top_k=top_k, num_shared=shared
     )
