@@ -7,6 +7,9 @@ what belongs together, Rc. In nats; both without a factor of one half.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -26,16 +29,31 @@ def cluster_coding_rate(
     """Return Rc(Z, Pi) = 1/N sum_j log det(I + D / eps2 Z^T diag(Pi_j) Z).
 
     Pi_j is column j of a doubly stochastic matrix: which points belong to point j.
-    Columns are taken a few at a time and computed again for the gradient, so that it
-    needs no N matrices of D x D.
+    """
+    return column_rates(z, lambda column: column, membership.T, eps2)[0]
+
+
+def column_rates(
+    z: Float[Array, "N D"],
+    column_of: Callable[[Any], Float[Array, " N"]],
+    items: Any,
+    eps2: float,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return Rc(Z, Pi) and |Pi|^2 of a Pi whose columns are `column_of` each item.
+
+    Columns are made a few at a time and again for the gradient, so that it needs
+    neither Pi nor N matrices of D x D.
     """
     width = z.shape[1]
 
     @jax.checkpoint
-    def one(column: Array) -> Array:
-        return _log_det(width / eps2 * (z.T @ (column[:, None] * z)))
+    def one(item: Any) -> tuple[Array, Array]:
+        column = column_of(item)
+        rate = _log_det(width / eps2 * (z.T @ (column[:, None] * z)))
+        return rate, jnp.square(column).sum()
 
-    return jax.lax.map(one, membership.T, batch_size=CHUNK).mean()
+    rates, squares = jax.lax.map(one, items, batch_size=CHUNK)
+    return rates.mean(), squares.sum()
 
 
 def rate_reduction(

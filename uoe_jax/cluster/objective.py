@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from uoe_jax.cluster.coding_rate import coding_rate, rate_reduction
+from uoe_jax.cluster.coding_rate import coding_rate, column_rates
 from uoe_jax.cluster.network import unit_rows
-from uoe_jax.cluster.sinkhorn import sinkhorn
+from uoe_jax.cluster.sinkhorn import find_scales, sinkhorn
 
 Rows = Float[Array, "N D"]
 
@@ -16,6 +19,29 @@ def membership(c: Rows, eta: float, absolute: bool) -> Float[Array, "N N"]:
     """Return Pi = Sinkhorn(C C^T / eta), or of |C C^T|."""
     scores = c @ c.T
     return sinkhorn(jnp.abs(scores) if absolute else scores, eta)
+
+
+class Columns(NamedTuple):
+    """A membership's columns, each made of a point when it is wanted."""
+
+    of: Callable[[Any], Float[Array, " N"]]
+    points: Any  # what `of` takes, for all N columns
+
+
+def columns_of(c: Rows, eta: float, absolute: bool) -> Columns:
+    """Return `membership` without its N x N entries: N numbers and C tell them."""
+
+    def logs_of(row: Float[Array, " D"]) -> Float[Array, " N"]:
+        scores = c @ row
+        return (jnp.abs(scores) if absolute else scores) / eta
+
+    scales = find_scales(logs_of, c)
+
+    def column(point: tuple[Array, Array]) -> Float[Array, " N"]:
+        row, scale = point
+        return jnp.exp(logs_of(row) + scale - scales.rows)
+
+    return Columns(column, (c, scales.columns))
 
 
 def start_value(
@@ -42,8 +68,16 @@ def value(
     """Return R(Z) - Rc(Z, Pi) - gamma / 2 |Pi|^2: equation 8, where gamma is 0.
 
     Z is the normalised mean of both views' features, Pi the mean of their memberships.
+    Memory is linear in N: columns of Pi are made a few at a time, and again for the
+    gradient.
     """
     z = unit_rows(0.5 * (features[0] + features[1]))
-    first, second = (membership(c, eta, absolute) for c in clusters)
-    pi = 0.5 * (first + second)
-    return rate_reduction(z, pi, eps2) - 0.5 * gamma * jnp.square(pi).sum()
+    columns = [columns_of(c, eta, absolute) for c in clusters]
+
+    def mean_column(points: list[Any]) -> Float[Array, " N"]:
+        pairs = zip(columns, points, strict=True)
+        return jnp.stack([each.of(point) for each, point in pairs]).mean(axis=0)
+
+    points = [each.points for each in columns]
+    within, squares = column_rates(z, mean_column, points, eps2)
+    return coding_rate(z, eps2) - within - 0.5 * gamma * squares
