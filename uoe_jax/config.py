@@ -299,6 +299,9 @@ class ModelConfig(Checked):
     scan_layers: bool = True  # compile one layer of each kind, not all
     param_dtype: DType = "float32"  # of weights
     compute_dtype: DType = "float32"  # of activations and products
+    # Operands of layers' products rounded to float8_e4m3fn in the forward pass of
+    # training and validation: a scale a tensor, or one a row and a weight's column.
+    float8: Literal["none", "tensor", "rows"] = "none"
 
     @property
     def causal(self) -> bool:

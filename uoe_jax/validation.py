@@ -9,6 +9,7 @@ from pathlib import Path
 from uoe_jax.config import (
     DataConfig,
     ExperimentConfig,
+    LayerWidths,
     ModelConfig,
     UnionConfig,
     from_json,
@@ -143,6 +144,7 @@ def _model_rules(model: ModelConfig) -> Iterator[str]:
     yield from _head_groups(model)
     yield from _convolution(model)
     yield from _sink(model)
+    yield from _float8(model)
     yield from _ends(model)
     yield from _union(model)
     yield from _moe(model)
@@ -292,6 +294,54 @@ def _sink(model: ModelConfig) -> Iterator[str]:
                 "model.sink is on and the union's keys and values are shared "
                 "(shared_kv), whose attention has none; switch one off"
             )
+
+
+def _float8(model: ModelConfig) -> Iterator[str]:
+    """Yield which weights can't be multiplied in eight bits."""
+    if model.float8 == "none":
+        return
+    asked = f"model.float8 is {model.float8!r}"
+    if model.compute_dtype != "bfloat16":
+        yield (
+            f"{asked} and model.compute_dtype {model.compute_dtype!r}; eight bits "
+            "stand in for bfloat16, use that or model.float8 none"
+        )
+    if model.widths != LayerWidths():
+        yield (
+            f"{asked} and model.widths are set; matrix units take multiples of 16, "
+            "which narrow layers needn't be, use model.float8 none"
+        )
+    for name, side in _product_sides(model):
+        if side % 16:
+            yield (
+                f"{asked} and {name} {side}; matrix units take multiples of 16, use "
+                f"{-(-side // 16) * 16} or model.float8 none"
+            )
+            return
+
+
+def _product_sides(model: ModelConfig) -> Iterator[tuple[str, int]]:
+    """Yield the sides of the weights of attention and MLP, with what they are called.
+
+    Numbers that don't divide are left to their own rules.
+    """
+    yield "model.d_model is", model.d_model
+    heads = {"heads of an expert are together": 0, "heads are together": 0}
+    part = model.num_kv_heads * model.head_dim
+    if {"union", "moh"} & {*model.attention}:
+        experts = model.union_for("attention").num_experts
+        heads["heads of an expert are together"] = part // max(experts, 1)
+    if {*model.attention} - {"union", "moh"}:
+        heads["heads are together"] = part
+    for name, width in heads.items():
+        yield f"key {name}", width
+    if "dense" in model.mlp:
+        yield "model.d_ff is", model.d_ff
+    if "union" in model.mlp:
+        width = model.d_ff // max(model.union.num_experts, 1)
+        yield "model.d_ff of an expert is", width
+    if "moe" in model.mlp and model.moe.top_k:
+        yield "model.moe.d_expert is", model.d_expert
 
 
 def _convolution(model: ModelConfig) -> Iterator[str]:

@@ -44,6 +44,7 @@ from uoe_jax.model.routing.balance import Stats
 from uoe_jax.model.routing.token import Routing
 from uoe_jax.model.sharded import attend, pack_local, share_experts, splits_tokens
 from uoe_jax.ops.as_segments import Lists, list_attention
+from uoe_jax.ops.float8 import float8_products
 from uoe_jax.ops.grouped_matmul.api import gather_project, project_scatter
 from uoe_jax.ops.numerics import PROJECTION, accumulator_dtype, scale_rows
 from uoe_jax.ops.packing import Packing
@@ -156,7 +157,8 @@ class AttentionWeights(nnx.Module):
         """
         if self.wg is None:
             return heads
-        scores = project(x, self.wg[...].reshape(x.shape[-1], -1))
+        with float8_products("none"):
+            scores = project(x, self.wg[...].reshape(x.shape[-1], -1))
         return scale_rows(heads, _output_gates(scores)[..., None])
 
     def gate_rows(
@@ -167,7 +169,9 @@ class AttentionWeights(nnx.Module):
             return heads
         e, d, j, g = self.wg.shape
         weight = self.wg[...].reshape(e, d, -1).astype(x.dtype)
-        scores = gather_project(x.reshape(-1, d), weight, packing).reshape(-1, j, g)
+        with float8_products("none"):
+            scores = gather_project(x.reshape(-1, d), weight, packing)
+        scores = scores.reshape(-1, j, g)
         return scale_rows(heads, jnp.moveaxis(_output_gates(scores), 1, 0)[..., None])
 
     def project_out(self, heads: Float[Array, "*N Q H"]) -> Float[Array, "*N D"]:

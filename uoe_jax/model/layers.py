@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.config import ModelConfig
+from uoe_jax.ops import float8
 from uoe_jax.ops.numerics import PROJECTION
 from uoe_jax.ops.packing import Packing, take_rows
 from uoe_jax.varying import vary_together
@@ -75,8 +76,11 @@ def project(
     weight: Float[Array, "I O"],
     bias: Float[Array, " O"] | None = None,
 ) -> Float[Array, "*N O"]:
-    """Return `x @ weight + bias` in the dtype of x."""
-    out = jnp.dot(x, weight.astype(x.dtype))
+    """Return `x @ weight + bias` in the dtype of x.
+
+    Within `float8_products` of operands rounded to eight bits.
+    """
+    out = float8.matmul(x, weight.astype(x.dtype))
     if bias is not None:
         out = out + _expand(bias.astype(x.dtype), out.ndim)
     return checkpoint_name(out, PROJECTION)

@@ -37,6 +37,7 @@ from uoe_jax.model.mlp import DenseMlp, UnionMlp
 from uoe_jax.model.routing import ROUTERS
 from uoe_jax.model.routing.balance import Aux, Stats, router_configs, stack_stats
 from uoe_jax.model.sharded import run_part
+from uoe_jax.ops.float8 import float8_products
 from uoe_jax.ops.numerics import PROJECTION
 from uoe_jax.partition.collectives import GATHERED
 from uoe_jax.weights import GROUPS, layer_period
@@ -151,7 +152,7 @@ class Trunk(nnx.Module):
         # Layers none of which is like another are not scanned: XLA would undo a loop
         # of one turn, and then the recomputation in it.
         self.alike = config.widths == LayerWidths() or period < config.num_layers
-        self.remat = config.recompute
+        self.remat, self.float8 = config.recompute, config.float8
         self.scan_layers = config.scan_layers and self.alike
         self.blocks = nnx.List(
             [_stack(config, i, keys[i::period], type(rngs)) for i in range(period)]
@@ -190,7 +191,8 @@ class Trunk(nnx.Module):
             number = index * period + stack
             return apply(x, block, *(fold_key(key, number) for key in keys))
 
-        x, outs = self.scan(body, x)
+        with float8_products(self.float8):
+            x, outs = self.scan(body, x)
         return self.finish(x), stack_stats(outs, self.num_layers)
 
     def prefill(

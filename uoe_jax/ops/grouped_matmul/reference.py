@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from uoe_jax.ops.float8 import chosen_scales
 from uoe_jax.ops.numerics import accumulator_dtype
 from uoe_jax.ops.packing import Packing
 
@@ -13,7 +14,13 @@ from uoe_jax.ops.packing import Packing
 def grouped_matmul(
     x: Float[Array, "M I"], w: Float[Array, "E I O"], offsets: Int[Array, " E1"]
 ) -> Float[Array, "M O"]:
-    """Return each row times its group's weight; rows past the last group are zero."""
+    """Return each row times its group's weight; rows past the last group are zero.
+
+    Raises:
+      NotImplementedError: operands of eight bits are asked for.
+    """
+    if chosen_scales() != "none":
+        raise NotImplementedError("its operands aren't rounded to eight bits")
     dtype = accumulator_dtype(x.dtype)
     row = jnp.arange(x.shape[0])[None]
     member = (row >= offsets[:-1, None]) & (row < offsets[1:, None])

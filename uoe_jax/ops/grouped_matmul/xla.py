@@ -16,6 +16,7 @@ from uoe_jax.ops.grouped_matmul.derivative import (
     grouped,
     scattered,
 )
+from uoe_jax.ops.grouped_matmul.float8 import forward_form
 from uoe_jax.ops.packing import Packing, combine_rows
 from uoe_jax.varying import vary_together
 
@@ -33,7 +34,7 @@ def grouped_matmul(
     """
     if x.shape[0] == 0:
         return jnp.zeros((0, w.shape[2]), x.dtype)
-    return grouped(_backend(_choose(blocks)), *vary_together(x, w, offsets))
+    return grouped(_choose(blocks), *vary_together(x, w, offsets))
 
 
 def gather_project(
@@ -44,7 +45,7 @@ def gather_project(
     blocks: ModuleType | None = None,
 ) -> Float[Array, "M O"]:
     """Return each row's token times the row's expert weight; keeps only x and w."""
-    return gathered(_backend(_choose(blocks)), *packing.together(x, w))
+    return gathered(_choose(blocks), *packing.together(x, w))
 
 
 def project_scatter(
@@ -55,13 +56,14 @@ def project_scatter(
     blocks: ModuleType | None = None,
 ) -> Float[Array, "N O"]:
     """Return each token's sum of its rows times their expert weights."""
-    return scattered(_backend(_choose(blocks)), *packing.together(rows, w))
+    return scattered(_choose(blocks), *packing.together(rows, w))
 
 
-def _choose(blocks: ModuleType | None) -> ModuleType:
+def _choose(blocks: ModuleType | None) -> Products:
     if blocks is not None:
-        return blocks
-    return serial if jax.default_backend() == "cpu" else batched
+        return forward_form(_backend(blocks))
+    usual: ModuleType = serial if jax.default_backend() == "cpu" else batched
+    return forward_form(_backend(usual))
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
 from uoe_jax.ops import nvidia
+from uoe_jax.ops.float8 import chosen_scales
 from uoe_jax.ops.grouped_matmul.nvidia.launch import map_tiles, sum_rows, weight_grads
 from uoe_jax.ops.grouped_matmul.nvidia.tiles import power_above
 from uoe_jax.ops.numerics import PROJECTION
@@ -154,6 +155,8 @@ def expert_mlp(
     nvidia.require(x.dtype)
     if 0 in (*x.shape, *w_up.shape, *packing.row_ids.shape, *packing.token_ids.shape):
         raise NotImplementedError("it takes no empty arrays")
+    if chosen_scales() != "none":
+        raise NotImplementedError("its operands aren't rounded to eight bits")
     if w_up.shape[2] > WIDEST:
         raise NotImplementedError(
             f"an expert is {w_up.shape[2]} wide; it takes up to {WIDEST}"

@@ -22,6 +22,7 @@ from uoe_jax.ops.grouped_matmul.derivative import (
     grouped,
     scattered,
 )
+from uoe_jax.ops.grouped_matmul.float8 import forward_form
 from uoe_jax.ops.grouped_matmul.nvidia.launch import products, sum_rows, weight_grads
 from uoe_jax.ops.grouped_matmul.nvidia.tiles import dense_pays
 from uoe_jax.ops.packing import Packing, take_rows
@@ -38,7 +39,7 @@ def grouped_matmul(
     """
     require(x, w)
     x, w, offsets = vary_together(x, w, offsets)
-    return grouped(TRITON, x, w, offsets.astype(jnp.int32))
+    return grouped(forward_form(TRITON), x, w, offsets.astype(jnp.int32))
 
 
 def gather_project(
@@ -50,7 +51,7 @@ def gather_project(
       NotImplementedError: as `grouped_matmul`.
     """
     require(x, w, packing.token_ids)
-    return gathered(TRITON, *packing.together(x, w))
+    return gathered(forward_form(TRITON), *packing.together(x, w))
 
 
 def project_scatter(
@@ -62,7 +63,7 @@ def project_scatter(
       NotImplementedError: as `grouped_matmul`.
     """
     require(rows, w, packing.row_ids)
-    return scattered(TRITON, *packing.together(rows, w))
+    return scattered(forward_form(TRITON), *packing.together(rows, w))
 
 
 def require(x: jax.Array, w: jax.Array, *ids: jax.Array) -> None:

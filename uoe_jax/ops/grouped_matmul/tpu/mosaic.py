@@ -21,6 +21,7 @@ from uoe_jax.ops.grouped_matmul.derivative import (
     grouped,
     scattered,
 )
+from uoe_jax.ops.grouped_matmul.float8 import forward_form
 from uoe_jax.ops.grouped_matmul.tpu.kernels import (
     Tiles,
     products,
@@ -46,7 +47,7 @@ def grouped_matmul(
     x, w, offsets = vary_together(x, w, offsets)
     padded = tpu.pad_rows(x, round_up(x.shape[0], LANES))
     check_tiles(target, padded.shape[0], w, PLAIN)
-    return grouped(_backend(target), padded, w, offsets)[: x.shape[0]]
+    return grouped(forward_form(_backend(target)), padded, w, offsets)[: x.shape[0]]
 
 
 def gather_project(
@@ -63,7 +64,7 @@ def gather_project(
         fits(target, _padded_rows(packing.token_ids), w, PICKED)
         and x.shape[1] % LANES == 0
     ):
-        return gathered(_backend(target), x, w, packing)
+        return gathered(forward_form(_backend(target)), x, w, packing)
     return grouped_matmul(gather_rows(x, packing), w, packing.group_offsets)
 
 
@@ -81,7 +82,7 @@ def project_scatter(
         fits(target, _padded_rows(packing.token_ids), w, SUMMED)
         and w.shape[2] % LANES == 0
     ):
-        return scattered(_backend(target), rows, w, packing)
+        return scattered(forward_form(_backend(target)), rows, w, packing)
     return combine_rows(grouped_matmul(rows, w, packing.group_offsets), packing)
 
 
