@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -53,8 +54,8 @@ def test_all_runs_are_listed_best_first_and_broken_ones_with_a_reason(project, c
     head = ["run", "loss", "parameters", "seconds", "steps", "model", "date"]
     assert lines[0].split() == head
     assert lines[2].split()[:2] == ["runs/union", "1.1100"]
-    assert lines[-2].startswith("experiments/001_x/results/dense-0.json  1.4500")
-    assert lines[-1] == "12 runs"
+    assert all(line.startswith("runs/") for line in lines[2:-1])
+    assert lines[-1] == "11 runs; 1 below experiments/: uoe runs experiments"
     assert err.startswith("broken: runs/cut: runs/cut/config.json is not JSON")
     assert (project / "runs" / ".index.npz").is_file()
 
@@ -70,10 +71,19 @@ def test_runs_are_sorted_and_filtered_by_any_setting(project, capsys):
         ["0.016", "1"],
         ["0.008", "0"],
     ]
-    assert out.splitlines()[-1] == "3 of 12 runs"
+    assert out.splitlines()[-1].startswith("3 of 11 runs; 1 below experiments/")
+    out, _ = run(capsys, "runs", "runs", "experiments")
+    assert out.splitlines()[-2].startswith("experiments/001_x/results/dense-0.json")
+    assert out.splitlines()[-1] == "12 runs"
     found, _ = run(capsys, "runs", "runs", "--where", "loss<1.2", "--json")
     assert [r["name"] for r in found["runs"]] == ["union"]
     assert [r["name"] for r in found["broken"]] == ["cut"]
+
+
+def test_experiments_are_listed_where_there_are_no_runs(project, capsys):
+    shutil.rmtree("runs")
+    out, _ = run(capsys, "runs")
+    assert out.splitlines()[-1] == "1 runs" and "experiments/001_x" in out
 
 
 def test_like_names_the_nearest_and_what_differs(project, capsys):
@@ -205,7 +215,7 @@ def test_a_read_only_folder_is_searched_all_the_same(project, capsys, monkeypatc
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("uoe_jax.runs.index.write_atomically", refuse)
-    assert run(capsys, "runs")[0].endswith("12 runs\n")
+    assert "\n11 runs; 1 below" in run(capsys, "runs")[0]
     assert not (project / "runs" / ".index.npz").exists()
 
 

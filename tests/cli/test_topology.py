@@ -72,6 +72,14 @@ def test_a_graph_of_ones_own(capsys, tmp_path):
     assert found["order"] in ([0, 2, 1, 3], [0, 3, 1, 2])
 
 
+def test_clusters_are_shown_where_they_are_asked_for(capsys):
+    args = ["v5e:4x4", "--mesh", "data=2,sequence=8"]
+    _, out, _ = run(capsys, *args)
+    assert "shortcut" not in out and "stands in data.sequence (x: no device)" in out
+    _, out, _ = run(capsys, *args, "--eps", "0.5")
+    assert "shortcut partition, eps 0.5: 16 clusters" in out
+
+
 def test_a_switch_is_left_alone(capsys):
     code, out, _ = run(capsys, "h100:8", "--mesh", "data=2,tensor=4")
     assert code == 0 and "every order is equal, so none is changed" in out

@@ -28,6 +28,7 @@ from uoe_jax.plan.layouts import (
 )
 from uoe_jax.plan.picture import holdings, movements, owned_experts
 from uoe_jax.presets import get_preset
+from uoe_jax.report.plan_text import describe
 
 
 @settings(deadline=None, max_examples=30)
@@ -114,6 +115,9 @@ def test_every_factorisation_is_in_the_plan_once():
     times = [p.step_seconds for p in plan.fitting]
     assert times == sorted(times)
     assert sum(count for _, count, _ in reasons(plan.illegal)) >= len(plan.illegal)
+    text = describe(plan, {}, 100)
+    said = text[text.index("illegal layouts by reason") :].split("\n")
+    assert len(said) == 1 + len(reasons(plan.illegal)) and all(said)
 
 
 @given(

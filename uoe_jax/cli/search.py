@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 from uoe_jax.cli.parse import Experiment, parse
 from uoe_jax.cli.search_index import index_folder
 from uoe_jax.cli.search_targets import (
+    EXPERIMENTS,
     check_out,
     find_record,
     open_foreign,
@@ -24,6 +25,7 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape_line
 from uoe_jax.fields import Count
 from uoe_jax.files import format_json
+from uoe_jax.runs.find import RUNS
 from uoe_jax.runs.index import RunIndex
 from uoe_jax.runs.leaves import show_path
 from uoe_jax.runs.read import RunRecord
@@ -39,7 +41,7 @@ _WRITTEN = 4  # differences in a line of a table
 class RunsOptions:
     """List runs; `uoe runs like|explain|expect|index --help` for what else it does."""
 
-    # Folders; runs/ and experiments/ if none is given.
+    # Folders; runs/ if none is given, experiments/ where that holds no run.
     folders: Positional[Annotated[tuple[str, ...], arg(metavar="FOLDER...")]] = ()
     sort: str = "loss"  # an outcome, `name` or a setting
     descending: bool = False  # the largest first
@@ -99,7 +101,9 @@ def list_runs(args: list[str]) -> int:
     options = parse(RunsOptions, args, "runs")
     for path in (options.page, options.map):
         check_out(path)
-    index = open_runs([Path(folder) for folder in options.folders])
+    index, others = open_runs([Path(folder) for folder in options.folders]), 0
+    if not options.folders:  # one's own, if there are any
+        index, others = _own_runs(index)
     chosen = select(index.records, options.where, options.sort, options.descending)
     names = list(dict.fromkeys([*_COLUMNS, *options.columns]))
     written = _write_pictures(options, index, chosen, names)
@@ -110,21 +114,30 @@ def list_runs(args: list[str]) -> int:
         }
         print(format_json(found | written, indent=2))
     else:
-        _print_runs(index, chosen[: options.limit], names)
+        _print_runs(index, chosen[: options.limit], names, others)
         for kind, path in written.items():
             print(escape_line(f"{kind}: {path}"))
     tell_broken(index.broken)
     return 0
 
 
-def _print_runs(index: RunIndex, chosen: list[RunRecord], names: list[str]) -> None:
+def _own_runs(index: RunIndex) -> tuple[RunIndex, int]:
+    """Return the runs below runs/, and how many others there are; all if none is."""
+    own = [r for r in index.records if Path(r.path).is_relative_to(RUNS)]
+    return (index.subset(own), len(index) - len(own)) if own else (index, 0)
+
+
+def _print_runs(
+    index: RunIndex, chosen: list[RunRecord], names: list[str], others: int
+) -> None:
     from uoe_jax.report.table import format_table
 
     rows = [(r.path, *(show_column(r, name) for name in names)) for r in chosen]
     if rows:
         print(format_table(("run", *names), rows))
     of = "" if len(chosen) == len(index) else f" of {len(index):,}"
-    print(f"{len(chosen):,}{of} runs")
+    more = f"; {others:,} below {EXPERIMENTS}/: uoe runs {EXPERIMENTS}"
+    print(f"{len(chosen):,}{of} runs" + (more if others else ""))
 
 
 def _write_pictures(

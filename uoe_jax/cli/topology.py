@@ -31,8 +31,6 @@ from uoe_jax.topology import (
 from uoe_jax.topology.graph import check_connected
 from uoe_jax.topology.rings import describe_order
 
-_SMALL = 1024  # vertices whose partition is shown
-
 
 @dataclass(frozen=True, kw_only=True)
 class TopologyOptions:
@@ -42,7 +40,8 @@ class TopologyOptions:
     mesh: str | None = None  # data=8,tensor=8; one ring of all devices if not given
     bytes: str | None = None  # data=1,tensor=8, or a file of uoe plan --json
     dead: str | None = None  # numbers of devices to leave out: 3,17
-    eps: Positive = 0.5  # diameter of a cluster of the partition, over the graph's
+    # Given: clusters of devices too, of at most this share of the graph's diameter.
+    eps: Positive | None = None
     seconds: Positive = 20.0  # after which the search ends
     seed: Seed = 0  # of the search
     json: bool = False  # one JSON object instead of a table
@@ -226,7 +225,7 @@ def _content(
     traffic: dict[str, float],
     first: RingOrder,
     best: RingOrder,
-    eps: float,
+    eps: float | None,
 ) -> dict[str, Any]:
     weights = list(traffic.values())
     table = graph.distances
@@ -246,7 +245,7 @@ def _content(
         **rows,
         "order": kept[best.vertices].tolist(),
     }
-    if graph.size <= _SMALL:
+    if eps is not None:
         box = graph.box
         flat = box is not None and sum(side > 1 for side in box.sides) < 3
         r = 5 if flat and box is not None and not any(box.rings) else 8
@@ -295,7 +294,7 @@ def _describe(content: dict[str, Any], graph: Graph, best: RingOrder) -> str:
         f"hops, weighted by bytes: {name} {before['cost']:.3f}, ours "
         f"{ours['cost']:.3f} ({saved:.0%} fewer)",
     ]
-    if drawn := plan_of(graph, best):
+    if drawn := plan_of(graph, best, ".".join(content["mesh"])):
         lines += ["", drawn]
     if found := content.get("partition"):
         text = (
@@ -308,7 +307,7 @@ def _describe(content: dict[str, Any], graph: Graph, best: RingOrder) -> str:
     return "\n".join(lines)
 
 
-def plan_of(graph: Graph, order: RingOrder) -> str:
+def plan_of(graph: Graph, order: RingOrder, axes: str) -> str:
     """Return devices where they stand, each with its place in the mesh; "": no places.
 
     A layer of a three-dimensional box after the other.
@@ -336,4 +335,5 @@ def plan_of(graph: Graph, order: RingOrder) -> str:
         for row in range(sides[1]):
             cells = [words.get((layer, row, c), "x") for c in range(sides[2])]
             lines.append("  ".join(cell.rjust(width) for cell in cells))
-    return "places in the mesh (x: no device)\n" + "\n".join(lines)
+    title = f"our order: where each device stands in {axes} (x: no device)"
+    return "\n".join([title, *lines])

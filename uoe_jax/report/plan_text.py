@@ -34,8 +34,11 @@ def describe(found: Plan, compiled: Mapping[str, Any], show: int) -> str:
     if found.too_large:
         short = [too_large(p) for p in found.too_large[:show]]
         lines += ["", format_table(TOO_LARGE, short)]
+    if found.illegal:
+        lines += ["", "illegal layouts by reason (one may have several):"]
     for problem, count, first in reasons(found.illegal)[:show]:
-        lines += ["", f"illegal x {count} (such as {first}): {problem}"]
+        such = f"such as {first}" if count > 1 else first
+        lines.append(f"  {count}, {such}: {problem}")
     return "\n".join(lines)
 
 
