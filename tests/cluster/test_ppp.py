@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
 from tests.compare import assert_close
-from uoe_jax.cluster.kmeans import Split, lloyd
+from uoe_jax.cluster.kmeans import Split, lloyd, nearest
 from uoe_jax.cluster.metrics import adjusted_rand
 from uoe_jax.cluster.mixture import grow_mixture
 from uoe_jax.cluster.ppp import PPP
@@ -54,6 +54,41 @@ def test_clusters_that_are_apart_are_found(seed, clusters, width):
     assert adjusted_rand(found.labels[found.core], label[found.core]) == 1
     assert adjusted_rand(found.labels, label) > 0.98 and found.core.mean() > 0.95
     assert np.array_equal(found.predict(points), found.labels)
+
+
+def uneven(seed, count=400):
+    """Points around five centres, the widest five times as wide as the narrowest."""
+    draw = np.random.default_rng(seed)
+    centres, label = draw.uniform(-4, 4, (5, 2)), draw.integers(5, size=count)
+    wide = np.linspace(0.1, 0.5, 5)[label, None]
+    return centres[label] + wide * draw.normal(size=(count, 2)), label
+
+
+def test_a_point_outside_of_the_core_has_its_components_label():
+    """The nearest centre gives a narrow cluster what a wide one beside it has lost."""
+    wrong = {"component": 0, "centre": 0}
+    for seed in range(12):
+        points, label = uneven(seed)
+        ppp = PPP(max_clusters=8).fit(points)
+        if ppp.found != 5:
+            continue  # too close to each other
+        names = dict(zip(ppp.labels[ppp.core], label[ppp.core], strict=True))
+        assert len(names) == 5
+        part = nearest(ppp._frame.apply(points), ppp._centres)
+        for name, found in (("component", ppp.labels), ("centre", ppp._numbers[part])):
+            true = np.array([names[f] for f in found])
+            wrong[name] += int((true != label)[~ppp.core].sum())
+        assert np.array_equal(ppp.predict(points), ppp.labels)
+    assert wrong["component"] < wrong["centre"] / 2
+
+
+def test_parts_that_the_mixture_doesnt_confirm_are_k_means():
+    points = np.random.default_rng(2).uniform(size=(300, 2))
+    ppp = PPP(num_clusters=7).fit(points)
+    assert not ppp.tried[0].separable(ppp.agreement)
+    part = nearest(ppp._frame.apply(points), ppp._centres)
+    assert np.array_equal(ppp.labels, ppp._numbers[part])
+    assert ppp.report()["sizes"] == sorted(np.bincount(part).tolist(), reverse=True)
 
 
 def test_a_hundred_orders_give_the_same_labels():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -40,16 +40,6 @@ class Mixture:
     def bic(self) -> float:
         """Schwarz's criterion, -2 log L + parameters log N: less is better."""
         return -2 * self.log_likelihood + self.num_parameters * np.log(self.mass)
-
-    def in_order(self, order: Int[np.ndarray, " K"]) -> Mixture:
-        """Return the mixture with its components in another order."""
-        return replace(
-            self,
-            shares=self.shares[order],
-            means=self.means[order],
-            covariances=self.covariances[order],
-            posterior=self.posterior[:, order],
-        )
 
     def predict(self, points: Float[np.ndarray, "N P"]) -> Float[np.ndarray, "N K"]:
         """Return each component's posterior probability at other points."""

@@ -51,8 +51,8 @@ class PPP(Checked):
     For every k: k-means from a start that the data decide on, then a mixture grown from
     those parts. A k is separable if the mixture keeps every part: the Jaccard index of
     part and component is at least `agreement`. Of the separable k that with the best
-    ICL is taken; one cluster is always separable. Rows' order, threads, shifts and
-    positive scales change no label.
+    ICL is taken; one cluster is always separable. A point's label is the component that
+    it belongs to most. Order of rows, threads, shifts and scales change no label.
 
     After `fit`: `labels`, `core`, `num_clusters`, `tried`.
     """
@@ -93,10 +93,13 @@ class PPP(Checked):
             chosen, weights = coreset(turned, CORESET_SIZE)
             few = turned[chosen]
         self._search(few, weights)
-        self._settle(few, weights, turned)
+        if few is not turned:  # a round on all points: the sample has told the place
+            parts = nearest(turned, self._centres)
+            self._centres = part_means(turned, parts, None, self._centres)
+        found, sure = self._assign(turned)
+        self._number(found)
         labels, core = np.empty(len(order), np.int64), np.empty(len(order), bool)
-        labels[order] = nearest(turned, self._centres)
-        core[order] = self._is_core(turned)
+        labels[order], core[order] = self._numbers[found], sure
         self.labels, self.core = labels, core
         return self
 
@@ -107,7 +110,8 @@ class PPP(Checked):
         """
         if self.labels is None:
             raise ConfigError("PPP has no clusters yet; call fit(points) first")
-        return nearest(self._frame.apply(check_points(points)), self._centres)
+        turned = self._frame.apply(check_points(points))
+        return self._numbers[self._assign(turned)[0]]
 
     @property
     def found(self) -> int:
@@ -157,6 +161,7 @@ class PPP(Checked):
             taken = self.num_clusters is not None or found.separable(self.agreement)
             if taken and icl < best:
                 best, self._chosen, self._centres = icl, mixture, parts.centres
+                self._confirmed = found.separable(self.agreement)
             since = 0 if icl < lowest else since + 1
             lowest = min(lowest, icl)
             if since >= self.patience:
@@ -171,21 +176,26 @@ class PPP(Checked):
         kind = choose_covariance(told, int(labels.max()) + 1, width)
         return grow_mixture(few, labels, weights, kind)
 
-    def _settle(self, few: np.ndarray, weights: np.ndarray, turned: np.ndarray) -> None:
+    def _number(self, found: Int[np.ndarray, " N"]) -> None:
         """Number the clusters: the largest first, then by their mean's coordinates."""
-        if few is not turned:  # a round on all points: the sample has told the place
-            labels = nearest(turned, self._centres)
-            self._centres = part_means(turned, labels, None, self._centres)
-        sizes = np.bincount(nearest(turned, self._centres), minlength=self.found)
+        sizes = np.bincount(found, minlength=self.found)
+        self._numbers = np.empty(self.found, np.int64)
         order = np.lexsort((*self._centres.T[::-1], -sizes))
-        self._centres = self._centres[order]
-        self._chosen = self._chosen.in_order(order)
+        self._numbers[order] = np.arange(self.found)
 
-    def _is_core(self, turned: Float[np.ndarray, "N P"]) -> Bool[np.ndarray, " N"]:
-        """Return which points part and component agree on, surely."""
+    def _assign(
+        self, turned: Float[np.ndarray, "N P"]
+    ) -> tuple[Int[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
+        """Return points' clusters, and which part and component agree on, surely.
+
+        Clusters have the parts' numbers here. A cluster is a component of a mixture
+        that confirms the parts: it knows their widths, where the nearest centre cuts
+        halfway. Of another mixture, it is the part.
+        """
         posterior = self._chosen.predict(turned)
         part = nearest(turned, self._centres)
-        return posterior[np.arange(len(part)), part] >= SURE
+        core = posterior[np.arange(len(part)), part] >= SURE
+        return posterior.argmax(axis=1) if self._confirmed else part, core
 
 
 def agreement(
