@@ -8,6 +8,7 @@ import pytest
 from tests.adapt.test_foreign import write_peft
 from tests.cli.test_decompose import dense_run  # noqa: F401
 from uoe_jax.cli import main
+from uoe_jax.compress.options import percent
 from uoe_jax.runs.load import load_run
 
 
@@ -262,3 +263,24 @@ def test_methods_and_cuts_are_compared(dense_run, tmp_path, capsys):  # noqa: F8
     assert rows["dense", 0.0]["held_out"] == pytest.approx(
         math.exp(one["loss_before"]), abs=1e-2
     )
+
+
+def test_cuts_that_differ_have_names_that_differ():
+    assert [percent(cut) for cut in (0.3, 0.29, 0.004, 0.001)] == [
+        "30", "29", "0.4", "0.1"
+    ]  # fmt: skip
+
+
+def test_a_text_that_is_not_there_is_one_line_without_an_error_number(
+    dense_run,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    words = ["--cut", "0.3", "--calibrate", str(tmp_path / "none.txt")]
+    assert main(["compress", str(dense_run), *words, "--out", str(tmp_path / "a")]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(
+        "none.txt can't be read (No such file or directory); give a text file in "
+        "UTF-8, or a number of tokens\n"
+    )
+    assert not (tmp_path / "a").exists()

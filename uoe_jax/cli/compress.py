@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from uoe_jax.cli.fields import part_of, typed_options
 from uoe_jax.cli.parse import parse
-from uoe_jax.compress.options import ANYTIME, Compress, Curve
+from uoe_jax.compress.options import ANYTIME, Compress, Curve, percent
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape
 from uoe_jax.files import format_json
@@ -77,7 +77,7 @@ def _ending(options: CompressOptions) -> str:
     """Return what the name of the new run ends with."""
     if options.anytime or options.curve:
         return "anytime" if options.anytime else "curve"
-    size = f"-rank{options.rank}" if options.rank else round(100 * (options.cut or 0))
+    size = f"-rank{options.rank}" if options.rank else percent(options.cut or 0.0)
     return f"{options.chosen}{size}"
 
 

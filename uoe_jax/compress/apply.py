@@ -11,7 +11,7 @@ import numpy as np
 from uoe_jax.compress.anytime import read_anytime, sort_run, write_anytime
 from uoe_jax.compress.methods import prepare, sort_model
 from uoe_jax.compress.observed import Observed, block_params, take_apart
-from uoe_jax.compress.options import ANYTIME, LEAST_TOKENS, Compress
+from uoe_jax.compress.options import ANYTIME, LEAST_TOKENS, Compress, percent
 from uoe_jax.compress.sorting import ENOUGH, few_tokens
 from uoe_jax.compress.statistics import check_kinds
 from uoe_jax.compress.stored import STATISTICS, stored_statistics
@@ -58,7 +58,7 @@ def cutting(options: Compress) -> Surgery:
         else:
             observed, about = look(config, params, source, options)
             made = prepare(observed, options.chosen)(options)
-        size = f"{round(100 * wanted.cut)}" if wanted.cut else f"-rank{wanted.rank}"
+        size = percent(wanted.cut) if wanted.cut else f"-rank{wanted.rank}"
         name = f"{config.name}-{wanted.chosen}{size}"
         new = dataclasses.replace(config, name=name, model=made.config)
         return Changed(

@@ -24,6 +24,11 @@ USUAL = {"temperature": 1.0, "multiple": 8, "device": "H200"}  # where not given
 ANYTIME = "anytime.safetensors"  # in a run that opens at any cut
 
 
+def percent(cut: float) -> str:
+    """Return a cut in percent as names of runs have it: 30 for 0.3, 0.4 for 0.004."""
+    return f"{100 * cut:.6g}"
+
+
 class Way(NamedTuple):
     """By what channels are sorted, and how a cut is spread over layers and parts."""
 

@@ -43,7 +43,11 @@ def calibration_batch(config: ExperimentConfig, source: Path | int) -> Batch:
     try:
         text = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--calibrate {source} can't be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"--calibrate {source} can't be read ({reason}); give a text file in "
+            "UTF-8, or a number of tokens"
+        ) from None
     ids = data.encode(text)[:CALIBRATION_TOKENS].astype(np.int32)
     length = min(config.seq_len, len(ids))
     rows = len(ids) // max(length, 1)
