@@ -127,6 +127,7 @@ def compiled(call, *arrays):
         many = isinstance(out_shape, list)
         outs = [jnp.zeros(*each) for each in (out_shape if many else [out_shape])]
         names = {"bfloat16": "*bf16", "int32": "*i32", "float32": "*fp32"}
+        names["float8_e4m3fn"] = "*fp8e4nv"
         pointers = [name for name in kernel.arg_names if name not in constants]
         types = (names[a.dtype.name] for a in (*args, *outs))
         types = dict(zip(pointers, types, strict=True))

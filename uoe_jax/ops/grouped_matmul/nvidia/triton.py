@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uoe_jax.ops import nvidia
+from uoe_jax.ops.float8 import chosen_scales
 from uoe_jax.ops.grouped_matmul.derivative import (
     Products,
     gathered,
@@ -23,6 +24,10 @@ from uoe_jax.ops.grouped_matmul.derivative import (
     scattered,
 )
 from uoe_jax.ops.grouped_matmul.float8 import forward_form
+from uoe_jax.ops.grouped_matmul.nvidia.float8 import (
+    eight_bit_products,
+    multiplies_float8,
+)
 from uoe_jax.ops.grouped_matmul.nvidia.launch import products, sum_rows, weight_grads
 from uoe_jax.ops.grouped_matmul.nvidia.tiles import dense_pays
 from uoe_jax.ops.packing import Packing, take_rows
@@ -39,7 +44,7 @@ def grouped_matmul(
     """
     require(x, w)
     x, w, offsets = vary_together(x, w, offsets)
-    return grouped(forward_form(TRITON), x, w, offsets.astype(jnp.int32))
+    return grouped(_form(), x, w, offsets.astype(jnp.int32))
 
 
 def gather_project(
@@ -51,7 +56,7 @@ def gather_project(
       NotImplementedError: as `grouped_matmul`.
     """
     require(x, w, packing.token_ids)
-    return gathered(forward_form(TRITON), *packing.together(x, w))
+    return gathered(_form(), *packing.together(x, w))
 
 
 def project_scatter(
@@ -63,7 +68,7 @@ def project_scatter(
       NotImplementedError: as `grouped_matmul`.
     """
     require(rows, w, packing.row_ids)
-    return scattered(forward_form(TRITON), *packing.together(rows, w))
+    return scattered(_form(), *packing.together(rows, w))
 
 
 def require(x: jax.Array, w: jax.Array, *ids: jax.Array) -> None:
@@ -134,3 +139,11 @@ def _sums(rows, w, packing, *, transpose):
 
 
 TRITON = Products(products, _sums, weight_grads)
+
+
+def _form() -> Products:
+    """Return the products, with operands of eight bits where they are asked for."""
+    scales = chosen_scales()
+    if scales == "none" or not multiplies_float8():
+        return forward_form(TRITON)
+    return eight_bit_products(TRITON, scales)
