@@ -82,6 +82,8 @@ class UnionConfig(Checked):
     threshold_rate: UpToOne = 0.1
     shared_kv: bool = False  # attention: route queries, keys and values of all tokens
     gated_values: bool = False  # attention: a key's value times the key's own gate
+    # attention: a router of its own says which experts store a token's key and value.
+    key_router: bool = False
     # Training: rows a part takes, over T*X/E; documents packed in a row share them.
     capacity_factor: Capacity | None = None
     gate: Gate = "sigmoid"  # what a part's output is multiplied with
@@ -122,6 +124,7 @@ class UnionOverrides(Checked):
     selected: Whole | None = None
     shared_kv: bool | None = None  # route queries alone
     gated_values: bool | None = None  # values times their gates
+    key_router: bool | None = None  # a router of its own for keys and values
     gate: Gate | None = None  # of attention's parts
     balance_loss: NotNegative | None = None  # weight of attention's balance loss
 

@@ -214,6 +214,10 @@ def _union_keys(model: Any, length: float) -> float:
     return keys / union.num_experts
 
 
+def _key_columns(router: Any) -> dict[str, int]:
+    return {"key_weight": routed_experts(router)} if router.key_router else {}
+
+
 def _shared_keys(model: Any, length: float) -> float:
     return _attention_union(model).keep * seen_mean(model, length)
 
@@ -251,6 +255,7 @@ ATTENTIONS: dict[str, AttentionFacts] = {
     "dense": AttentionFacts(splits=True, windows=True),
     "union": AttentionFacts(
         router=_attention_union,
+        more_columns=_key_columns,
         shares=_union_shares,
         keys_seen=_union_keys,
         windows=True,

@@ -394,7 +394,7 @@ def _union(model: ModelConfig) -> Iterator[str]:
                 f"{near}"
             )
         yield from _router(model, model.union, "model.union")
-        for option in ("shared_kv", "gated_values"):
+        for option in ("shared_kv", "gated_values", "key_router"):
             if getattr(model.union, option) and "union" not in model.attention:
                 yield (
                     f"model.union.{option} is on and no attention is a union; switch "
@@ -409,6 +409,8 @@ def _union(model: ModelConfig) -> Iterator[str]:
                 f"{name}.gated_values is on and keys and values are everybody's "
                 "(shared_kv, or 'moh'), so they have no gate; switch one off"
             )
+        if union.key_router:
+            yield from _key_router(model, union, name)
         if model.num_kv_heads % union.num_experts:
             yield (
                 f"{name}.num_experts {union.num_experts} doesn't divide "
@@ -425,6 +427,32 @@ def _union(model: ModelConfig) -> Iterator[str]:
                 )
         if own or "moh" in model.attention or "union" not in model.mlp:
             yield from _router(model, union, name)
+
+
+def _key_router(model: ModelConfig, union: UnionConfig, name: str) -> Iterator[str]:
+    """Yield what keys with a router of their own can't go with."""
+    own = f"{name}.key_router is on and"
+    if union.shared_kv or "moh" in model.attention:
+        yield (
+            f"{own} keys and values are everybody's (shared_kv, or 'moh'); switch one "
+            "off"
+        )
+    elif not union.gated_values:
+        yield (
+            f"{own} values have no gate, without which the loss can't train that "
+            f"router; set {name}.gated_values true"
+        )
+    if union.router != "token":
+        yield f"{own} {name}.router is {union.router!r}; tokens choose both, use token"
+    for option, off in _NOT_WITH_KEYS.items():
+        if (value := getattr(union, option)) != off:
+            yield f"{own} {name}.{option} {value} is for one router alone; use {off}"
+    if model.sink:
+        yield f"{own} model.sink too, which that attention has none of; switch one off"
+
+
+# Options of one router, and where they are off.
+_NOT_WITH_KEYS = {"patch_size": 1, "least_top_k": 0, "capacity_factor": None}
 
 
 def _router(model: ModelConfig, union: UnionConfig, name: str) -> Iterator[str]:

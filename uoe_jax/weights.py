@@ -150,6 +150,7 @@ _SCORES = Weight(axes="dx", ins="d", outs="x")
 ROUTER = {
     "weight": _SCORES,
     "token_weight": _SCORES,  # hierarchical: the token's own scores
+    "key_weight": _SCORES,  # of keys, where these have a router of their own
     "default": Weight(axes="x", ins="", outs="x"),  # of a sample's first segment
     "shared_weight": _SCORES,  # mixture of heads: always-on heads against each other
     "split_weight": _SCORES,  # and against the routed ones

@@ -17,6 +17,7 @@ CAUSAL = {
     "relu": {"router": "threshold", "gate": "relu", "most_picks": 3},
     "shared keys": {"shared_kv": True},
     "gated values": {"gated_values": True, "num_shared": 1},
+    "key router": {"gated_values": True, "key_router": True, "num_shared": 1},
 }
 LOOKING = {"expert choice": {"router": "expert_choice"}}
 # Baselines that choose something else than experts of a union.

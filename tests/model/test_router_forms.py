@@ -39,7 +39,8 @@ ROUTERS = {
     )
     for causal, names in ((True, CAUSAL), (False, LOOKING))
     for name, options in names.items()
-    if name not in ("shared keys", "gated values")  # of attention, not of routers
+    if name
+    not in ("shared keys", "gated values", "key router")  # of attention, not of routers
 }
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from uoe_jax.config import ModelConfig, MoeConfig, UnionConfig
+from uoe_jax.config import ModelConfig, MoeConfig, UnionConfig, UnionOverrides
 from uoe_jax.model import make_model
 
 VOCAB = 61
@@ -43,6 +43,11 @@ VARIANTS = {
     "union": union(),
     "union-patch": union(
         union=UnionConfig(num_experts=2, top_k=1, patch_size=3), use_bias=True
+    ),
+    "key-router": union(
+        union_attention=UnionOverrides(gated_values=True, key_router=True),
+        qk_norm=True,
+        use_bias=True,
     ),
     "moe": tiny(mlp=("moe",), activation="swiglu"),
     "mixed": tiny(

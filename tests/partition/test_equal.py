@@ -106,6 +106,11 @@ CASES = {
         {"data": 2, "sequence": 2, "tensor": 2},
         EVERYTHING,
     ),
+    "key router": (
+        "key router",
+        {"data": 2, "sequence": 2, "tensor": 2},
+        EVERYTHING,
+    ),
     "groups": ("groups dense", {"fsdp": 2, "sequence": 2, "tensor": 2}, {}),
     "groups union": (
         "groups union",

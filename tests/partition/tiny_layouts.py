@@ -57,6 +57,10 @@ KINDS |= {f"groups {kind}": KINDS[kind] | GROUPS for kind in ("dense", "union")}
 KINDS["gated values"] = KINDS["union"] | {
     "union_attention": UnionOverrides(gated_values=True)
 }
+# Keys and values with a router of their own.
+KINDS["key router"] = KINDS["union"] | {
+    "union_attention": UnionOverrides(gated_values=True, key_router=True)
+}
 KINDS["threshold"] = KINDS["union"] | {
     "union": UnionConfig(num_experts=4, top_k=2, router="threshold", num_shared=1)
 }

@@ -50,6 +50,20 @@ def test_dead_and_overloaded_experts_are_named_by_layer(tmp_path):
     assert "expert 7 got up to 4.0 balanced shares" in heavy.text
 
 
+def test_with_a_key_router_experts_are_named_as_asked_and_as_stored_in(tmp_path):
+    own = dataclasses.replace(
+        UNION.union_attention, gated_values=True, key_router=True, num_shared=1
+    )
+    model = dataclasses.replace(UNION, union_attention=own)
+    even = [1 / 14] * 14  # of 7 routed experts asked, of 7 stored in
+    tilted = [0.0, 2 / 14, *even[2:10], 0.0, 2 / 14, *even[12:]]
+    loads = [even, tilted, even, even]
+    run = with_loads(tmp_path / "a", model, "attention", lambda step: loads)
+    (dead,) = find_alarms(run)
+    assert (dead.layer, dead.kind, dead.experts) == (1, "dead", (1, 11))
+    assert "attention layer 1: experts 1, 4 (of keys) got" in dead.text
+
+
 def test_only_the_last_tenth_of_a_run_counts(tmp_path):
     early = lambda step: [TILTED] * 4 if step <= 18 else [EVEN] * 4
     run = with_loads(tmp_path / "a", UNION, "attention", early)

@@ -211,6 +211,19 @@ class AttentionWeights(nnx.Module):
             parts.append(part.reshape(*x.shape[:-1], -1, weight.shape[-1]))
         return self.settle(parts[0], self.k_norm, positions), parts[1]
 
+    def project_queries(
+        self, x: Float[Array, "B T D"], packing: Packing, positions: Int[Array, "B T"]
+    ) -> Float[Array, "M J G H"]:
+        """Return the rotated queries of the packed rows."""
+        e, d, j, g, h = self.wq.shape
+        weight = self.wq[...].reshape(e, d, -1).astype(x.dtype)
+        rows = gather_project(x.reshape(-1, d), weight, packing)
+        if self.bq is not None:
+            rows = add_expert_bias(rows, self.bq[...].reshape(e, -1), packing)
+        rows = checkpoint_name(rows, PROJECTION).reshape(-1, j * g, h)
+        places = positions.reshape(-1)[packing.token_ids]
+        return self.settle(rows, self.q_norm, places).reshape(-1, j, g, h)
+
     def project_picks(
         self, heads: Float[Array, "J M G H"], routing: Routing, packing: Packing
     ) -> Float[Array, "N D"]:
@@ -284,12 +297,14 @@ class UnionAttention(AttentionWeights):
 
     Each expert gathers the tokens routed to it, attends among these alone, in their
     order and at their original positions, and adds its output at their places.
+    `router` replaces the one that the config names.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, router: Any = None, *, rngs: nnx.Rngs):
         union = config.union_for("attention")
         super().__init__(config, union.num_experts, rngs=rngs)
-        self.router = make_router(config.d_model, union, config.causal, rngs=rngs)
+        make = make_router if router is None else router
+        self.router = make(config.d_model, union, config.causal, rngs=rngs)
         self.gated_values = union.gated_values
 
     @staticmethod
@@ -492,19 +507,6 @@ class SharedKvAttention(AttentionWeights):
         out = self.gate_rows(x, pick_heads(out, packing), packing)
         y = self.project_picks(out, routing, packing)
         return y, slot
-
-    def project_queries(
-        self, x: Float[Array, "B T D"], packing: Packing, positions: Int[Array, "B T"]
-    ) -> Float[Array, "M J G H"]:
-        """Return the rotated queries of the packed rows."""
-        e, d, j, g, h = self.wq.shape
-        weight = self.wq[...].reshape(e, d, -1).astype(x.dtype)
-        rows = gather_project(x.reshape(-1, d), weight, packing)
-        if self.bq is not None:
-            rows = add_expert_bias(rows, self.bq[...].reshape(e, -1), packing)
-        rows = checkpoint_name(rows, PROJECTION).reshape(-1, j * g, h)
-        places = positions.reshape(-1)[packing.token_ids]
-        return self.settle(rows, self.q_norm, places).reshape(-1, j, g, h)
 
     def _look(
         self, q: Array, k: Array, v: Array, packing: Packing, context: Context

@@ -117,7 +117,8 @@ def write_prompt(
         value = value.astype(entry[name].dtype)
         new[name] = entry[name].at[index, :, :rows].set(value)
     if "experts" in entry:
-        experts = stats["attention"]["choices"].reshape(k.shape[0], rows)
+        own = stats["attention"]
+        experts = own.get("stored", own["choices"]).reshape(k.shape[0], rows)
         new["experts"] = entry["experts"].at[index, :, :rows].set(experts)
     for part in PARTS:
         if entry.get(part):

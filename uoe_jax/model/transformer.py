@@ -34,6 +34,7 @@ from uoe_jax.model.layers import (
     output_logits,
 )
 from uoe_jax.model.mlp import DenseMlp, UnionMlp
+from uoe_jax.model.paired_attention import PairedAttention
 from uoe_jax.model.routing import ROUTERS
 from uoe_jax.model.routing.balance import Aux, Stats, router_configs, stack_stats
 from uoe_jax.model.sharded import run_part
@@ -55,9 +56,12 @@ Body = Callable[[Any, "Block", int, Any], tuple[Any, Any]]
 
 
 def attention_class(config: ModelConfig, kind: str) -> Any:
-    """Return the class of an attention kind; unions may share keys and values."""
+    """Return the class of an attention kind; unions may share keys and values, or
+    choose for these apart."""
     if kind == "union" and config.union_for("attention").shared_kv:
         return SharedKvAttention
+    if kind == "union" and config.union_for("attention").key_router:
+        return PairedAttention
     return ATTENTION[kind]
 
 

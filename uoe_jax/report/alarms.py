@@ -23,6 +23,7 @@ class Alarm(NamedTuple):
     kind: str  # "dead", "heavy" or "dropped"
     experts: tuple[int, ...]
     worst: float  # balanced shares; of "dropped" the fraction
+    named: tuple[str, ...] = ()  # the experts in words; none: by their numbers
 
     @property
     def text(self) -> str:
@@ -31,7 +32,7 @@ class Alarm(NamedTuple):
         if self.kind == "dropped":
             return f"{where}: {self.worst:.1%} of the picks found no room"
         who = "expert" if len(self.experts) == 1 else "experts"
-        names = ", ".join(map(str, self.experts))
+        names = ", ".join(self.named or map(str, self.experts))
         if self.kind == "dead":
             return (
                 f"{where}: {who} {names} got under {DEAD:.0%} of a balanced share "
@@ -48,6 +49,11 @@ def find_alarms(run: Run) -> list[Alarm]:
     return [alarm for block in BLOCKS for alarm in _of_block(run, block)]
 
 
+def _named(number: int, first: int, asked: int) -> str:
+    """Return an expert's name; behind those that are asked, as it stores keys."""
+    return str(number) if number < first + asked else f"{number - asked} (of keys)"
+
+
 def latest(values: np.ndarray) -> np.ndarray:
     """Return the mean over the last tenth of the records [n, ...], at least one."""
     return values[-max(round(len(values) * _LATEST), 1) :].mean(axis=0)
@@ -57,7 +63,7 @@ def _of_block(run: Run, block: str) -> list[Alarm]:
     found, layers = [], run.routed_layers(block)
     loads, dropped = run.router(block, "load"), run.router(block, "dropped")
     if loads is not None and block != "depth":
-        sizes = [run.num_experts(block, layer) for layer in layers]
+        sizes = [run.num_loads(block, layer) for layer in layers]
         for layer, count, load in zip(layers, sizes, latest(loads[1]), strict=True):
             share = load[:count] * count
             for kind, wrong in (("dead", share < DEAD), ("heavy", share > HEAVY)):
@@ -65,7 +71,10 @@ def _of_block(run: Run, block: str) -> list[Alarm]:
                     worst = share.min() if kind == "dead" else share.max()
                     first = run.num_shared(block, layer)
                     experts = tuple((np.flatnonzero(wrong) + first).tolist())
-                    found.append(Alarm(block, layer, kind, experts, float(worst)))
+                    asked = run.num_experts(block, layer)
+                    named = tuple(_named(n, first, asked) for n in experts)
+                    alarm = Alarm(block, layer, kind, experts, float(worst), named)
+                    found.append(alarm)
     if dropped is not None:
         for layer, share in zip(layers, latest(dropped[1]), strict=True):
             if share > DROPPED:

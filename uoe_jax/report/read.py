@@ -80,6 +80,10 @@ class Run:
         """Return how many experts a layer's router chooses from."""
         return num_experts(self.config.model, block, layer)
 
+    def num_loads(self, block: str, layer: int) -> int:
+        """Return how many loads a layer has; with a key router two of each expert."""
+        return num_loads(self.config.model, block, layer)
+
     def num_shared(self, block: str, layer: int) -> int:
         """Return how many experts of a layer are always on, numbered first."""
         return num_shared(self.config.model, block, layer)
@@ -123,6 +127,16 @@ def num_experts(model: ModelConfig, block: str, layer: int) -> int:
     """Return how many experts a layer's router chooses from; depth: in or around."""
     router = _router(model, block, layer)
     return 2 if router is None else router.num_experts - router.num_shared
+
+
+def num_loads(model: ModelConfig, block: str, layer: int) -> int:
+    """Return how many loads a layer has: of each expert one.
+
+    With a key router as tokens ask in it, then as tokens are stored in it.
+    """
+    experts = num_experts(model, block, layer)
+    twice = block == "attention" and model.union_for("attention").key_router
+    return 2 * experts if twice else experts
 
 
 def num_shared(model: ModelConfig, block: str, layer: int) -> int:

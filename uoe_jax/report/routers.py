@@ -56,7 +56,8 @@ def load_figure(run: Run, theme: Theme) -> Figure | None:
             if alarm.block == block:
                 _frame(axes, layers.index(alarm.layer), alarm.experts)
         axes.set_title(f"{NAMES[block]} experts, up to step {steps[-1]:.0f}")
-        axes.set_xlabel("expert")
+        twice = run.num_loads(block, layers[0]) > run.num_experts(block, layers[0])
+        axes.set_xlabel("expert as asked, then as stored in" if twice else "expert")
         axes.set_ylabel("layer")
         shown = range(0, len(layers), math.ceil(len(layers) / 16))
         axes.set_yticks(shown, [str(layers[i]) for i in shown])
@@ -84,7 +85,7 @@ def depth_figure(run: Run, theme: Theme) -> Figure | None:
 
 def _shares(run: Run, block: str, load: np.ndarray) -> np.ndarray:
     """Return loads [n, L, E] in balanced shares; NaN where a layer has no expert."""
-    counts = np.array([run.num_experts(block, i) for i in run.routed_layers(block)])
+    counts = np.array([run.num_loads(block, i) for i in run.routed_layers(block)])
     there = np.arange(load.shape[-1]) < counts[:, None]
     return np.where(there, load * counts[:, None], np.nan)
 

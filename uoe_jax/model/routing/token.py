@@ -86,7 +86,13 @@ class Router(nnx.Module):
 
     def choose(self, scores: Float[Array, "*N E"]) -> Int[Array, "*N X"]:
         """Return the experts with the highest scores, balance bias included."""
-        bias = self.bias[...].reshape((1,) * (scores.ndim - 1) + (-1,))
+        return self.choose_by(scores, self.bias[...])
+
+    def choose_by(
+        self, scores: Float[Array, "*N E"], bias: Float[Array, " E"]
+    ) -> Int[Array, "*N X"]:
+        """Return the experts with the highest scores and some biases."""
+        bias = bias.reshape((1,) * (scores.ndim - 1) + (-1,))
         return jax.lax.top_k(jax.lax.stop_gradient(scores) + bias, self.top_k)[1]
 
     def gates(

@@ -130,7 +130,7 @@ def attend_log(
     sink: Float[Array, "B X J G"] | None = None,
 ) -> Float[Array, "B X J G H"]:
     """Return the attention of each pick over the log rows of its expert, of the last
-    `window` tokens.
+    `window` tokens; zeros where there are none.
 
     Each row is multiplied by the one query of its expert, so scores cost X/E of dense.
     """
@@ -146,5 +146,5 @@ def attend_log(
     scores = scores[:, :, None] * q.shape[-1] ** -0.5
     scores = jnp.where(match[..., None, None], scores, -jnp.inf)
     weights = softmax(scores, 1, None if sink is None else sink[:, None])
-    weights = weights.astype(values.dtype)
+    weights = jnp.where(match[..., None, None], weights, 0).astype(values.dtype)
     return jnp.einsum("brxjg,brjh->bxjgh", weights, values)
