@@ -89,6 +89,8 @@ class AttentionFacts:
     choosing: Callable[[Any, float], float] = lambda model, length: 0.0
     # Parameters of its own beside `weights.ATTENTION`: name -> `weights.Param`.
     params: Callable[[Any], dict[str, Any]] = lambda model: {}
+    # Whether keys lie in lists that have a place for every token in every expert.
+    listed: Callable[[Any], bool] = lambda model: False
     splits: bool = False  # over tensor and sequence devices
     gathers: bool = False  # works on gathered rows, which cost more than whole ones
     span: Callable[[Any], int] = lambda model: 1  # as a router's
@@ -256,6 +258,7 @@ ATTENTIONS: dict[str, AttentionFacts] = {
     "union": AttentionFacts(
         router=_attention_union,
         more_columns=_key_columns,
+        listed=lambda model: _attention_union(model).key_router,
         shares=_union_shares,
         keys_seen=_union_keys,
         windows=True,

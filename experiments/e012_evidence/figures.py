@@ -28,6 +28,7 @@ LADDER = (
     "local + few routed + conv",
     "local + few routed, gated values + conv",
     "local + few routed, sink + conv",
+    "local + few routed, key router + conv",
     "local + few routed, thresholds + conv",
     "local + 2 full + conv",
     "local + full + conv",

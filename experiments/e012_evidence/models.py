@@ -166,6 +166,10 @@ def attention_models(config: ExperimentConfig) -> dict[str, tuple[str, dict[str,
             "routed",
             routed(2 * heads, 2, heads - 2, gated_values=True) | conv,
         ),
+        "local + few routed, key router + conv": (
+            "routed",
+            routed(2 * heads, 2, heads - 2, gated_values=True, key_router=True) | conv,
+        ),
         "local + few routed, sink + conv": (
             "routed",
             routed(2 * heads, 2, heads - 2) | conv | {"sink": True},

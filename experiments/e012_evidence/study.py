@@ -100,6 +100,7 @@ LADDER = (
     "dense",
     "local + routed",
     "local + few routed, sink + conv",
+    "local + few routed, key router + conv",
 )
 MLP = (
     "dense",

@@ -18,7 +18,12 @@ from tests.model.tiny_models import (
 )
 from uoe_jax.config import HeadGroups, UnionConfig
 from uoe_jax.errors import ConfigError
-from uoe_jax.hardware.count import count_params, flops_per_token
+from uoe_jax.hardware.count import (
+    activation_bytes,
+    cache_bytes,
+    count_params,
+    flops_per_token,
+)
 from uoe_jax.model import param_shapes
 from uoe_jax.model.context import make_context
 from uoe_jax.model.paired_attention import PairedAttention, list_places, seen_places
@@ -207,6 +212,11 @@ def test_costs_are_those_of_one_router_and_the_second_ones_weights():
     assert sum(s.size for s in shapes) == count(config)
     forward = lambda c: flops_per_token(c).forward
     assert forward(config) - forward(alone) == 2 * more
+    assert cache_bytes(config, 2, 16) == cache_bytes(alone, 2, 16)
+    # Keys and values lie in lists with a place for every token: twice X/E of them.
+    kept = lambda c: activation_bytes(c, 1, 1)
+    listed = config.num_kv_heads * 2 * config.head_dim * config.num_layers
+    assert kept(config) - kept(alone) == listed / 2 * 4  # bytes of a number
 
 
 HEADS = UnionConfig(num_experts=4, top_k=2, gated_values=True, key_router=True)

@@ -324,7 +324,8 @@ def activation_bytes(model: ModelConfig, batch: int, seq_len: int | None = None)
             total += d
             continue
         part = _attention(own, attention)
-        heads = model.num_heads * part.side + model.num_kv_heads * part.keys
+        keys = 1.0 if ATTENTIONS[attention].listed(own) else part.keys
+        heads = model.num_heads * part.side + model.num_kv_heads * keys
         layer = 4 * d + heads * (own.key_dim + own.value_dim)
         layer += d * (own.convolution > 0)
         for group in own.beside.values():
