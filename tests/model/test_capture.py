@@ -11,7 +11,7 @@ import pytest
 import uoe_jax as uoe
 from tests.compare import assert_close as close
 from tests.model.tiny_models import tiny, union
-from uoe_jax.config import MobaConfig, MoeConfig, UnionConfig
+from uoe_jax.config import MobaConfig, MoeConfig, UnionConfig, UnionOverrides
 from uoe_jax.errors import ConfigError
 from uoe_jax.model import make_model
 from uoe_jax.tree import named_leaves, replace_leaves
@@ -31,6 +31,9 @@ CASES = {
     ),
     "shared-kv": union(
         union=UnionConfig(num_experts=4, top_k=2, num_shared=1, shared_kv=True)
+    ),
+    "key-router": union(
+        union_attention=UnionOverrides(gated_values=True, key_router=True)
     ),
     "moba": tiny(attention=("moba",), moba=MobaConfig(block_size=4, top_k=2)),
     "moh": tiny(attention=("moh",), union=UnionConfig(num_experts=4, top_k=2)),
