@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from uoe_jax.config import ExperimentConfig, ModelConfig
+from uoe_jax.data.progress import note
 from uoe_jax.data.record import DataRecord, carried_record
 from uoe_jax.model import flat_buffers, flat_params, with_params
 from uoe_jax.runs.batches import Batch, calibration_batch, count_scored, probe_batch
@@ -115,6 +116,7 @@ def operate(
         batch = probe_batch(
             run_dataset(folder, run.config, "valid", changed.config.data)
         )
+        note(f"{verb}: comparing both models on {count_scored(batch):,} targets ...")
         report |= _compare(Form(run.config.model, params, buffers), changed, batch)
     origin = Origin(
         made_by=verb,

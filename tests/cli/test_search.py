@@ -224,9 +224,9 @@ def test_recall_says_what_was_tried_before_and_never_fails(project, monkeypatch)
     monkeypatch.setattr("uoe_jax.cli.recall._SECONDS", 60.0)
     for _ in range(2):  # without and with an index
         line = recall_line(config, Path("runs/new"))
-        assert line is not None and line.startswith("like runs/r2-0 (")
+        assert line is not None and line.startswith("most like runs/r2-0 (")
         assert "optim.learning_rate 0.004 -> 0.0041" in line
-        assert line.endswith("it ended at 1.2000")
+        assert line.endswith("; that one's loss was 1.2000")
         remember(Path("runs/new"))
     assert recall_line(config, Path("runs/r2-0")) is None  # it goes on with that run
     Path("runs/.index.npz").write_bytes(b"damaged")
@@ -256,7 +256,10 @@ def test_train_prints_the_line_unless_told_not_to(project, monkeypatch, capsys):
     (project / "x.txt").write_text("text " * 5000)
     args = ["train", "tiny", "--no-report", "--optim.learning-rate", "0.004"]
     assert main(args) == 0
-    assert "like runs/r2-0 (1.00): the same settings" in capsys.readouterr().out
+    assert (
+        "most like runs/r2-0 (similarity 1.00): the same settings"
+        in capsys.readouterr().out
+    )
     for silent in (["--no-recall"], ["--quiet"]):
         assert main([*args, *silent]) == 0
         assert "like runs" not in capsys.readouterr().out

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from uoe_jax.cli.notes import tell_loading
 from uoe_jax.cli.parse import Experiment, check_typed, parse, take_preset
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape, escape_line
@@ -50,6 +51,7 @@ def leakcheck(args: list[str]) -> int:
         check_length(options.length, structure)
     except ConfigError as error:
         raise ConfigError(f"--{error}") from None
+    tell_loading(options.target)
 
     from uoe_jax.cli.device import prepare
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from uoe_jax.cli.fields import option_fields, part_of, typed_options
+from uoe_jax.cli.notes import tell_loading
 from uoe_jax.cli.parse import parse
 from uoe_jax.decompose.cut import Cut
 from uoe_jax.errors import ConfigError
@@ -58,6 +59,7 @@ def decompose(args: list[str]) -> int:
     ending = "dense" if options.merge else f"union{options.num_experts}"
     out = options.out or RUNS / f"{read_config(folder).name}-{ending}"
     out = run_folder(out, "--out", writes=True)
+    tell_loading(folder)
 
     from uoe_jax.cli.device import prepare
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from uoe_jax.cli.fields import part_of
+from uoe_jax.cli.notes import tell_loading
 from uoe_jax.cli.parse import parse
 from uoe_jax.config import ModelConfig, Share
 from uoe_jax.errors import ConfigError, DataError, shown
@@ -50,8 +51,7 @@ def generate(args: list[str]) -> int:
     options = parse(GenerateOptions, args, "generate")
     records = _read_request(options)
     folder = find_run(options.run)
-    if sys.stderr.isatty():
-        print(f"loading {escape(str(folder))} ...", file=sys.stderr, flush=True)
+    tell_loading(folder)
 
     from uoe_jax.cli.device import prepare
 

@@ -1,4 +1,4 @@
-"""Warnings of the library, as the command line shows them."""
+"""What the command line says aside: that it began, and the library's warnings."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from uoe_jax.escape import escape_line
 
 # How jax's warning of an entry of its compile cache that it can't read begins.
 _DAMAGED_ENTRY = "Error reading persistent compilation cache entry"
+
+
+def tell_loading(what: object) -> None:
+    """Say on a terminal that a run is being loaded, which is silent for seconds."""
+    if sys.stderr.isatty():
+        print(f"loading {escape_line(str(what))} ...", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -41,12 +41,12 @@ def _line(config: ExperimentConfig, run_dir: Path) -> str | None:
     texts = [str(d) for d in found.differences[:_WRITTEN]]
     more = len(found.differences) - len(texts)
     said = "; ".join(texts) + (f"; and {more} more" if more else "")
-    line = f"like {found.record.path} ({found.cosine:.2f}): "
-    line += f"differs in {said}" if texts else "the same settings"
+    line = f"most like {found.record.path} (similarity {found.cosine:.2f}): "
+    line += f"this one differs in {said}" if texts else "the same settings"
     if found.record.seed != record.seed:
         line += f", seed {found.record.seed} -> {record.seed}"
     loss = found.record["loss"]
-    return line if loss is None else f"{line}; it ended at {loss:.4f}"
+    return line if loss is None else f"{line}; that one's loss was {loss:.4f}"
 
 
 def remember(run_dir: Path) -> None:

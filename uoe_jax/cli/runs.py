@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from uoe_jax.cli.notes import tell_loading
 from uoe_jax.cli.parse import check_typed, parse, typed_data
 from uoe_jax.config import DataConfig, Share
 from uoe_jax.errors import ConfigError, DataError
@@ -47,6 +48,7 @@ class ReportOptions:
 def evaluate(args: list[str]) -> int:
     """Print loss, perplexity, bits per byte, accuracy and router statistics."""
     options, folder = _eval_options(args)
+    tell_loading(folder)
 
     from uoe_jax.cli.device import prepare
 
@@ -128,6 +130,7 @@ def report(args: list[str]) -> int:
     if not options.runs:
         raise ConfigError("uoe report takes at least one run: uoe report RUN...")
     folders = [find_run(run) for run in options.runs]
+    tell_loading(", ".join(map(str, folders)))
     page = write(folders, options.out, overlay=options.overlay)
     print(escape_line(f"report: {page}"))
     return 0

@@ -119,6 +119,8 @@ def train(args: list[str]) -> int:
     if options.report and is_primary():
         from uoe_jax.cli.runs import write
 
+        if not options.quiet:
+            print("drawing the report ...", flush=True)
         try:
             page = write([run_dir])
         except MissingExtra as error:  # the run is there all the same
