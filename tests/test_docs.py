@@ -78,18 +78,6 @@ SHORT_COMMANDS = {
 }
 
 
-def eight_gpus() -> str:
-    """What `nvidia-smi topo -m` prints of two groups of four joined by NVLink."""
-    names = [f"GPU{n}" for n in range(8)]
-    lines = ["\t" + "\t".join(names)]
-    for i, name in enumerate(names):
-        links = (
-            "X" if i == j else "NV4" if i // 4 == j // 4 else "NV1" for j in range(8)
-        )
-        lines.append("\t".join([name, *links]))
-    return "\n".join(lines) + "\n"
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where commands run: a text, ratings, and the runs that the pages speak of."""
@@ -100,7 +88,6 @@ def folder(tmp_path_factory):
     points = np.random.default_rng(0).normal(size=(40, 3)) + np.eye(3)[[0, 1] * 20] * 9
     np.savez(place / "points.npz", points=points)
     (place / "pairs.csv").write_text("user,item\n1,2\n3,4\n")
-    (place / "topo.txt").write_text(eight_gpus())
     (place / "rules.json").write_text('{"*.attention.wq": {"fsdp": "h"}}')
     shutil.copytree(ROOT / "tests" / "goldens" / "hf" / "llama", place / "hf_model")
     return place
