@@ -5,9 +5,10 @@
 A run is PRESET:BATCH[,OPTION=VALUE ...] of `benchmarks/bench_train.py`. Each is timed
 on one device and then under every legal mesh of N devices with each choice that its
 layout has, the global batch the same. A layout's first step is its smoke test: its loss
-must be one device's, or nothing more is timed. What `uoe plan` predicts and the
-collectives of the compiled program stand beside the times. FILE is written after each
-layout; a layout that it holds already is not timed again.
+must be one device's (the first layout's, if one device wasn't run), or nothing more is
+timed. What `uoe plan` predicts and the collectives of the compiled program stand beside
+the times. FILE is written after each layout; a layout that it holds already is not
+timed again.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def run_layout(
     for _ in range(SMOKE_STEPS):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
-        apart = 0.0 if expected is None else losses[0] / expected[0] - 1
+        apart = losses[0] / (expected or losses)[0] - 1  # nan where a loss isn't finite
         if not abs(apart) <= tolerance:
             return {"losses": losses, "failed": f"its loss is {apart:+.1e} apart"}
     times = []
@@ -262,7 +263,8 @@ def time_run(run: str, args: argparse.Namespace, record: Record, stop: float) ->
         row = {"run": run, "layout": layout.name, "mesh": layout.sizes}
         row |= described(chosen)
         row |= {"choices": layout.choices, "predicted": predicted(chosen, layout)}
-        one = record.find(run, Layout(ONE, {}).name) or {}
+        rows = [r for r in record.rows if r["run"] == run and "failed" not in r]
+        expected = rows[0]["losses"] if rows else None  # one device's if it was run
         try:
             step, seconds = future.result()
             row |= {"compile_seconds": seconds, **compiled_figures(step)}
@@ -271,7 +273,7 @@ def time_run(run: str, args: argparse.Namespace, record: Record, stop: float) ->
                 name = f"{run}_{layout.name}".replace(" ", "_").replace(":", "_")
                 text = gzip.compress(step.as_text().encode())
                 (args.hlo / f"{name}.hlo.gz").write_bytes(text)
-            row |= run_layout(chosen, step, one.get("losses"), args)
+            row |= run_layout(chosen, step, expected, args)
         except Exception as error:  # one too large, say: the others are timed
             row["failed"] = str(error).strip().splitlines()[0][:300]
         record.add(row)

@@ -222,6 +222,9 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %b = ((f32[3]{0}, bf16[4]{0:T(8)(128)}), (f32[3]{0}, bf16[4]{0})) all-reduce-start(%a, %c), replica_groups={{0,1}}
   %v = ((bf16[6,2]{1,0}, bf16[6,2]{1,0:S(1)}, s64[2]{0}), bf16[6,2]{1,0:S(1)}) ragged-all-to-all-start(%a), replica_groups={{0,1}}
   %u = bf16[6,2]{1,0} ragged-all-to-all(%a), replica_groups={{0,1}}
+  %p = ((bf16[4,6]{1,0}), bf16[4,6]{1,0}) collective-permute-start(%a), source_target_pairs={{0,2},{2,4},{4,0},{1,3},{3,5},{5,1}}
+  %q = f32[7]{0} collective-permute(%a), source_target_pairs={{0,1},{1,2}}
+  %e = ((bf16[2,5]{1,0}), bf16[2,5]{1,0}) all-to-all-start(%a), replica_groups={{0,1,2,3}}, dimensions={0}
   %m = f32[10]{0} all-reduce(%a), replica_groups=mesh['data'=1,'tensor'=2] {'tensor'}
   %one = f32[10]{0} all-reduce(%a), replica_groups=mesh['data'=1,'tensor'=2] {'data'}
 }
@@ -235,7 +238,11 @@ def test_collectives_are_counted_with_their_turns():
         ("reduce_scatter", 2 * 4 * 16 * 4): 24,
         ("all_reduce", 40): 1,
         ("all_reduce", 3 * 4 + 4 * 2): 1,  # what it takes, not what it gives as well
-        ("ragged_all_to_all", 6 * 2 * 2): 2,
+        # Of all devices that share them:
+        ("ragged_all_to_all", 2 * 6 * 2 * 2): 2,
+        ("collective_permute", 3 * 4 * 6 * 2): 1,
+        ("collective_permute", 3 * 7 * 4): 1,
+        ("all_to_all", 4 * 2 * 5 * 2): 1,
     }
     with pytest.raises(ValueError, match="unknown length"):
         traffic(HLO.replace("known_trip_count", "unknown"))

@@ -21,15 +21,19 @@ _SHAPE = re.compile(r"\b([a-z]+[0-9]*)(?:e\dm\d\w*)?\[([\d,]*)\]")
 _CALL = re.compile(r"(?:body|calls|to_apply|called_computations|branch_computations)="
                    r"\{?([^,}]*(?:, *%[^,}]*)*)\}?")  # fmt: skip
 _GROUPS = re.compile(r"replica_groups=(?:\{\{|\[|mesh)")
+_PAIRS = re.compile(r"source_target_pairs=\{([\d{},\s]*)\}")
+# Whose results are one device's share of the array.
+_SHARES = ("reduce-scatter", "ragged-all-to-all", "all-to-all")
 _OPERATION = re.compile(rf"[\])}}] ({'|'.join(KINDS)})(-start)?\(")
 
 
 def traffic(text: str) -> list[dict[str, Any]]:
     """Return the collectives of a program's text (HLO), the most bytes first.
 
-    Bytes are of the whole array: what a gather returns, what a reduction takes. A
-    loop's are counted once for each turn. Raises ValueError where a loop that holds
-    collectives doesn't say its turns.
+    Bytes are of the whole array: what a gather returns, what a reduction takes, what
+    the devices of an exchange or a ring have together. A loop's are counted once for
+    each turn. Raises ValueError where a loop that holds collectives doesn't say its
+    turns.
     """
     parts = _computations(text)
     found: Counter[tuple[str, int]] = Counter()
@@ -98,13 +102,13 @@ def _whole_bytes(line: str, kind: str, started: bool, stop: int) -> int:
     """Return the bytes of a collective's whole array from its line."""
     text = line[:stop].split(" = ", 1)[1]
     shapes = [_size(*shape) for shape in _SHAPE.findall(_results(text))]
-    if kind == "collective-permute":
-        return shapes[0]
+    if kind == "collective-permute":  # the first: operand and result are alike
+        return shapes[0] * _group_size(line)
     flat = started and not text.startswith("((")
     if flat and kind != "all-reduce" and len(shapes) > 1:
         shapes = shapes[len(shapes) // 2 :]  # operands, then results
     total = sum(shapes)
-    return total * _group_size(line) if kind == "reduce-scatter" else total
+    return total * _group_size(line) if kind in _SHARES else total
 
 
 def _results(text: str) -> str:
@@ -125,6 +129,8 @@ def _size(dtype: str, sides: str) -> int:
 
 def _group_size(line: str) -> int:
     """Return the devices of a collective's group."""
+    if pairs := _PAIRS.search(line):
+        return _ring_size(re.findall(r"(\d+) *, *(\d+)", pairs.group(1)))
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return listed.group(1).count(",") + 1
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
@@ -133,3 +139,12 @@ def _group_size(line: str) -> int:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
         return math.prod(int(sizes[a]) for a in re.findall(r"'(\w+)'", named.group(2)))
     return 1
+
+
+def _ring_size(pairs: list[tuple[str, str]]) -> int:
+    """Return the most devices that pairs of a source and a target join."""
+    rings: dict[str, set[str]] = {}
+    for source, target in pairs:
+        joined = rings.get(source, {source}) | rings.get(target, {target})
+        rings |= dict.fromkeys(joined, joined)
+    return max(map(len, rings.values()), default=1)
