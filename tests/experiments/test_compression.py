@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from experiments.e010_compression import run as e010
 from experiments.e010_compression.run import OPENED, ROWS, SHARES, SMALL
+from experiments.e010_compression.spectra import directions, largest_share
 from experiments.e010_compression.subject import write_texts
 from experiments.e010_compression.table import tables
 from tests.interop.tiny_folders import TEXT, write_folder
@@ -202,3 +204,10 @@ def test_tables_have_a_row_a_method_and_mark_the_best_of_a_cut():
     assert (
         "| modegpt | curve, 10% | 90.0% | 11.00 / 22.00 | +10.00% / +10.00% |" in lines
     )
+
+
+def test_directions_and_the_largest_channel_of_a_known_moment():
+    rotation = np.linalg.qr(np.random.default_rng().normal(size=(4, 4)))[0]
+    moment = rotation @ np.diag([90.0, 8.0, 1.5, 0.5]) @ rotation.T
+    assert [directions(moment, share) for share in (0.5, 0.95, 0.99)] == [1, 2, 3]
+    assert largest_share(np.diag([3.0, 1.0])) == 0.75
