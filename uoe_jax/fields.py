@@ -265,7 +265,8 @@ def describe(hint: Any) -> str:
     if origin is Annotated:
         tables = [rule.table for rule in args[1:] if isinstance(rule, Known)]
         if tables:
-            return "one of " + ", ".join(map(repr, tables[0]))
+            names = ", ".join(map(repr, tables[0]))
+            return f"one of {names}, or your own once its module is imported"
         return describe(args[0])
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))

@@ -157,7 +157,9 @@ def test_they_are_checked_and_read_back(config):
     assert from_json(to_json(config)) == config
     with pytest.raises(ConfigError, match="is 'windo'; expected.*'window'"):
         dataclasses.replace(config.model, attention=("windo",))
-    with pytest.raises(ConfigError, match="is 'prev'; expected one of.*'previous'"):
+    with pytest.raises(
+        ConfigError, match="is 'prev'; expected one of.*'previous', or your own once"
+    ):
         UnionConfig(router="prev")
     patched = dataclasses.replace(config.model.union, patch_size=2)
     wrong = dataclasses.replace(config.model, union=patched)
