@@ -11,9 +11,12 @@ from flax import nnx
 
 from experiments.e011_clusters import run
 from experiments.e011_clusters.network import ResNet, random_views
+from experiments.e011_clusters.pictures import Pictures, read_cifar, read_digits
+from experiments.e011_clusters.record import Record
+from experiments.e011_clusters.training import TIMED, Scale, Trained
 
 FACTS = {"data": "digits", "pictures": 120, "scale": {"width": 8}, "commit": "a"}
-TINY = run.Scale(
+TINY = Scale(
     width=8,
     widths=(8,),
     start_steps=3,
@@ -25,8 +28,8 @@ TINY = run.Scale(
 
 @pytest.fixture(scope="module")
 def pictures():
-    found = run.read_digits()
-    return run.Pictures(
+    found = read_digits()
+    return Pictures(
         found.images[:120], found.classes[:120], found.held[:32], found.views
     )
 
@@ -38,7 +41,7 @@ def finished(pictures, tmp_path_factory):
     facts = FACTS
     path, written = out / "results.json", []
 
-    class Stopped(run.Record):
+    class Stopped(Record):
         def write(self, what):
             super().write(what)
             written.append(what)
@@ -48,7 +51,7 @@ def finished(pictures, tmp_path_factory):
     with pytest.raises(KeyboardInterrupt):
         run.study(pictures, TINY, 0, Stopped(path, facts), 1e9)
     before = json.loads(path.read_text())
-    run.study(pictures, TINY, 0, run.Record(path, facts), 1e9)
+    run.study(pictures, TINY, 0, Record(path, facts), 1e9)
     return out, before, json.loads(path.read_text())
 
 
@@ -82,7 +85,7 @@ def test_results_of_something_else_are_not_mixed_in(finished, name, value):
     path = finished[0] / "results.json"
     before = path.read_bytes()
     with pytest.raises(SystemExit, match=f"has results of {name} .* another --out"):
-        run.Record(path, {**FACTS, name: value})
+        Record(path, {**FACTS, name: value})
     assert path.read_bytes() == before
 
 
@@ -90,11 +93,11 @@ def test_seeds_are_trained_alike_however_short_the_time(tmp_path, monkeypatch, c
     """A step takes a second, the rows of one kind of features five."""
     now = [0.0]
 
-    class Clocked(run.Record):
+    class Clocked(Record):
         def seconds(self):
             return now[0]
 
-    class Trained:
+    class Counted:
         def __init__(self, pictures, scale, seed):
             self.load = lambda path: None
             self.save = lambda path: path.write_bytes(b"weights")
@@ -111,10 +114,10 @@ def test_seeds_are_trained_alike_however_short_the_time(tmp_path, monkeypatch, c
     def rows(*_):
         now[0] += 5
 
-    monkeypatch.setattr(run, "Trained", Trained)
+    monkeypatch.setattr(run, "Trained", Counted)
     monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(run, "add_rows", rows)
-    monkeypatch.setattr(run, "picture", lambda *_: None)
+    monkeypatch.setattr(run, "draw_affinity", lambda *_: None)
     pictures = SimpleNamespace(classes=np.arange(20) % 10, images=np.zeros((20, 2)))
 
     def go_on(end):
@@ -134,13 +137,13 @@ def test_seeds_are_trained_alike_however_short_the_time(tmp_path, monkeypatch, c
 
 
 def test_fewer_steps_are_taken_where_time_is_short(pictures):
-    trained = run.Trained(pictures, TINY._replace(start_steps=10_000), 0)
-    assert trained.start(0.0) == run.TIMED
-    assert trained.start(np.inf, run.TIMED + 2) == run.TIMED + 2
+    trained = Trained(pictures, TINY._replace(start_steps=10_000), 0)
+    assert trained.start(0.0) == TIMED
+    assert trained.start(np.inf, TIMED + 2) == TIMED + 2
 
 
 def test_first_weights_are_hes(pictures):
-    trained = run.Trained(pictures, TINY._replace(widths=(64,)), 0)
+    trained = Trained(pictures, TINY._replace(widths=(64,)), 0)
     kernels = {
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree.leaves_with_path(trained.state)
@@ -164,7 +167,7 @@ def test_the_subset_is_decoded(tmp_path):
     stored = np.diff(stored, axis=2, prepend=np.uint8(0))
     path = tmp_path / "subset.npz"
     np.savez(path, xtr=stored, xte=stored[:2], ytr=np.arange(5)[:, None])
-    found = run.read_cifar(path)
+    found = read_cifar(path)
     want = (pictures / 255.0 - 0.45) * 4
     assert np.abs(found.images - want).max() < 1e-6 and len(found.held) == 2
     assert found.classes.tolist() == [0, 1, 2, 3, 4]
