@@ -3,9 +3,9 @@
     python benchmarks/bench_train.py small:32 1b:2,remat=none --out FILE
 
 A run is PRESET:BATCH[,OPTION=VALUE ...]; options: seq_len, accumulate, loss_chunk,
-remat, scan_layers, mlp_experts and attention_experts (a union's, at the same share of
-them chosen; an attention expert may be several heads). Beside each union stands its
-control, the plain dense model of its FLOPs. Random tokens, resident on the
+remat, scan_layers, float8, mlp_experts and attention_experts (a union's, at the same
+share of them chosen; an attention expert may be several heads). Beside each union
+stands its control, the plain dense model of its FLOPs. Random tokens, resident on the
 device; medians over rounds of back-to-back steps. A run that fails (memory, say) is
 recorded with its reason, and the next one goes on.
 """
@@ -42,6 +42,7 @@ OPTIONS = {
     "scan_layers": ("model", lambda text: text.lower() == "true"),
     "num_layers": ("model", int),
     "compute_dtype": ("model", str),
+    "float8": ("model", str),
     "mlp_experts": ("model", int),
     "attention_experts": ("model", int),
 }

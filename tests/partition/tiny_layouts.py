@@ -73,6 +73,8 @@ KINDS |= {
 KINDS["drawn"] = KINDS["union"] | {
     "union": UnionConfig(num_experts=4, top_k=4, least_top_k=1)
 }
+# Operands of eight bits, in float32: a layout may move a tie, so only about equal.
+KINDS["float8"] = KINDS["union"] | {"float8": "rows"}
 # A convolution before attention, whose first tokens lie on another device.
 KINDS |= {
     "convolution": KINDS["dense"] | {"convolution": 4},
