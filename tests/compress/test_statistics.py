@@ -68,6 +68,9 @@ def test_sums_are_those_of_whole_activations(qk_norm):
             np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
         )
         assert found.influence == pytest.approx(1 - cosine.mean(), abs=1e-5)
+    assert seen[0].head_input.shape == (0, 0)
+    hidden = np.asarray(stream.hidden(), np.float64)[stream.valid]
+    near(seen[1].head_input, hidden.T @ hidden)
 
 
 def _queries_and_keys(attention, layer, x):

@@ -105,3 +105,18 @@ def test_a_model_that_computes_no_numbers_leaves_no_file(tmp_path):
     with pytest.raises(NonFiniteError, match="layer 0 has values that aren't finite"):
         stored_statistics(file, WIDE, (params, {}), batch_of(WIDE), "a", given=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_statistics_of_an_earlier_version_are_seen_anew(
+    tmp_path, counted, capsys, monkeypatch
+):
+    file = tmp_path / "statistics.safetensors"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(stored, "_FORMAT", 1)
+        see(file)
+    with pytest.raises(ConfigError, match="of another version; give another"):
+        see(file, given=True)
+    see(file)
+    said = capsys.readouterr().err
+    assert f"{file} holds statistics of another version: observing again" in said
+    assert see(file)[-1].head_input.shape == (16, 16) and len(counted) == 2

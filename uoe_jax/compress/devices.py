@@ -48,8 +48,8 @@ def begin(
     split = split_over_data(mesh)
     filled = {k: np.asarray(v)[places % rows] for k, v in part.items()}
     stream = Stream(model, jax.device_put(filled, split))
-    counted = stream.valid & (places < rows)[:, None]
-    valid = jax.device_put(counted, split)
+    stream.valid &= (places < rows)[:, None]
+    valid = jax.device_put(stream.valid, split)
     return stream, functools.partial(_shared(observe, mesh), valid=valid)
 
 

@@ -67,15 +67,18 @@ def kept_width(d_model: int, cut: float, multiple: int) -> int:
 def residual_moment(observed: Observed) -> Float[np.ndarray, "D D"]:
     """Return the second moment of the normalised residual stream, summed over norms.
 
-    Without the norms' scales; a direction that a scale of zero hides adds nothing.
+    Of each block's two and of the last one, before the head, without their scales; a
+    direction that a scale of zero hides adds nothing.
     """
-    total = np.zeros((observed.model.d_model,) * 2)
+    moments = [(observed.rest["trunk.norm.scale"], observed.seen[-1].head_input)]
     for layer, seen in zip(observed.layers, observed.seen, strict=True):
-        moments = {"attention": seen.attention_input, "mlp": seen.mlp_input}
-        for part, moment in moments.items():
-            scale = layer[f"{part}_norm.scale"].astype(np.float64)
-            inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-            total += moment.astype(np.float64) * np.outer(inverse, inverse)
+        moments.append((layer["attention_norm.scale"], seen.attention_input))
+        moments.append((layer["mlp_norm.scale"], seen.mlp_input))
+    total = np.zeros((observed.model.d_model,) * 2)
+    for scale, moment in moments:
+        scale = scale.astype(np.float64)
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+        total += moment.astype(np.float64) * np.outer(inverse, inverse)
     return total
 
 

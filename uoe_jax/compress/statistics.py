@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from uoe_jax.compress.devices import begin
 from uoe_jax.config import ModelConfig
@@ -54,6 +54,8 @@ class LayerStatistics(NamedTuple):
     all_neurons_mean: Float[np.ndarray, "E F"]
     likeness: Float[np.ndarray, ""]  # sum of cos(residual before, after the layer)
     inverse_square: Float[np.ndarray, ""]  # sum of 1 / |residual before the MLP|^2
+    # Of the last layer, empty elsewhere: second moment of what the head reads.
+    head_input: Float[np.ndarray, "D D"]
 
     @property
     def influence(self) -> float:
@@ -112,6 +114,10 @@ def observe(
             stream, run = begin(model, part, mesh, _observe)
             for number in range(len(totals)):
                 sums = stream.step(run)
+                sums["head_input"] = jnp.zeros((0, 0))
+                if number + 1 == len(totals):
+                    hidden = stream.hidden()
+                    sums["head_input"] = _head_moment(hidden, stream.valid)
                 totals[number] = _added(totals[number], sums)
     narrow = lambda total: LayerStatistics(
         **{k: np.asarray(v, np.float32) for k, v in total.items()}
@@ -186,6 +192,15 @@ def _run_experts(
 
 def _moment(x: Float[Array, "N D"]) -> Float[Array, "D D"]:
     return jnp.dot(x.T, x, precision=_HIGHEST)
+
+
+@jax.jit
+def _head_moment(
+    hidden: Float[Array, "B T D"], valid: Bool[Array, "B T"]
+) -> Float[Array, "D D"]:
+    """Return the second moment of the last hidden state, padding left out."""
+    rows = jnp.where(valid[..., None], hidden, 0)
+    return _moment(rows.reshape(-1, hidden.shape[-1]))
 
 
 def _no_attention(dtype: Any) -> dict[str, Array]:

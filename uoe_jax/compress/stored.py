@@ -26,8 +26,15 @@ from uoe_jax.runs.probe import in_float32
 from uoe_jax.tree import Arrays
 
 STATISTICS = "statistics.safetensors"  # in the folder of the run that was observed
-_FORMAT = 1
-_SYMMETRIC = ("attention_input", "heads", "mlp_input", "neurons", "all_neurons")
+_FORMAT = 2  # 2: with what the head reads
+_SYMMETRIC = (
+    "attention_input",
+    "heads",
+    "mlp_input",
+    "neurons",
+    "all_neurons",
+    "head_input",
+)
 # What statistics are of, and how a reader is told that they are of another one.
 _NAMES = {
     "format": "another version",

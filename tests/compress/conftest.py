@@ -1,0 +1,5 @@
+"""A fresh seed each session."""
+
+from tests.linalg.conftest import seed
+
+__all__ = ["seed"]
