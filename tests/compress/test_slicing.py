@@ -38,12 +38,18 @@ def test_turned_by_any_rotation_and_with_all_directions_a_model_is_the_same(
     near(logits(made.config, made.params, batch), logits(config, params, batch), 1e-4)
 
 
+SCALES = ("trunk.norm.scale", *(
+    f"trunk.blocks.0.{part}_norm.scale" for part in ("attention", "mlp")
+))  # fmt: skip
 WRITERS = (".wo", ".bo", ".w_down", ".b_down")
 
 
-def test_directions_that_nothing_writes_to_are_deleted_without_loss(seed):
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_directions_that_nothing_writes_to_are_deleted_without_loss(seed, qk_norm):
     """Three of the twelve that stay are written by the last MLP alone."""
-    config = dataclasses.replace(WIDE, norm_eps=0.1, tie_embeddings=False)
+    config = dataclasses.replace(
+        WIDE, norm_eps=0.1, tie_embeddings=False, qk_norm=qk_norm
+    )
     params, batch = draw(config, 5), batch_of(config)
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(rng.normal(size=(16, 12)))[0]
@@ -57,6 +63,8 @@ def test_directions_that_nothing_writes_to_are_deleted_without_loss(seed):
     ready = prepare(take_apart(config, params, {}, seen), "slice")
     made = ready(SLICE)
     assert made.config.d_model == 12
+    # Of no rounding in any dtype.
+    assert all((made.params[name] == 1).all() for name in params if name in SCALES)
     near(logits(made.config, made.params, batch), logits(config, params, batch), 1e-4)
     less = ready(dataclasses.replace(SLICE, cut=0.5))
     found = logits(less.config, less.params, batch)

@@ -28,6 +28,7 @@ from uoe_jax.tree import Arrays
 # What reads the residual stream behind each norm, and what writes to it.
 _READERS = {"attention": ("wq", "wk", "wv"), "mlp": ("w_up", "w_gate")}
 _WRITERS = {"attention": ("wo", "bo"), "mlp": ("w_down", "b_down")}
+_NORMALISED = ("wq", "bq", "wk", "bk")  # by norms of their own, with `qk_norm`
 
 
 def prepare_slice(observed: Observed) -> Callable[[Compress], Smaller]:
@@ -85,13 +86,12 @@ def residual_moment(observed: Observed) -> Float[np.ndarray, "D D"]:
 def turned(observed: Observed, basis: Float[np.ndarray, "D K"]) -> Smaller:
     """Return a model whose residual stream has K directions, the columns of a basis.
 
-    Norms divide by the mean square of K numbers in the place of D: their scales, all
-    alike now, and what they add to variances make up for that.
+    Norms divide by the mean square of K numbers in the place of D: what reads them,
+    and what they add to variances, make up for that. Their scales are 1.
     """
     model, (whole, width) = observed.model, basis.shape
     grown = whole / width
-    scale = np.full(width, grown**0.5)
-    new = [_turned_layer(layer, basis, scale) for layer in observed.layers]
+    new = [_turned_layer(layer, basis, model.qk_norm) for layer in observed.layers]
     rest: Arrays = {
         name: (table.astype(np.float64) @ basis).astype(table.dtype)
         for name, table in observed.rest.items()
@@ -99,9 +99,9 @@ def turned(observed: Observed, basis: Float[np.ndarray, "D K"]) -> Smaller:
     }
     last, table = observed.rest["trunk.norm.scale"], observed.rest["embed.embedding"]
     head = observed.rest.get("head.weight", table.T).astype(np.float64)
-    reads = basis * last.astype(np.float64)[:, None]
+    reads = basis * (grown**0.5 * last.astype(np.float64))[:, None]
     rest["head.weight"] = (reads.T @ head).astype(table.dtype)
-    rest["trunk.norm.scale"] = scale.astype(last.dtype)
+    rest["trunk.norm.scale"] = np.ones(width, last.dtype)
     config = dataclasses.replace(
         model,
         d_model=width,
@@ -113,21 +113,39 @@ def turned(observed: Observed, basis: Float[np.ndarray, "D K"]) -> Smaller:
 
 
 def _turned_layer(
-    layer: Layer, basis: Float[np.ndarray, "D K"], scale: Float[np.ndarray, " K"]
+    layer: Layer, basis: Float[np.ndarray, "D K"], qk_norm: bool
 ) -> Arrays:
-    """Return a layer's parameters in a basis of the residual stream."""
+    """Return a layer's parameters in a basis of the residual stream.
+
+    Norms of queries and keys add as much more to variances as the others do, and their
+    widths are as before: what they normalise grows by as much.
+    """
     new: Arrays = {}
+    whole, width = basis.shape
+    grown = (whole / width) ** 0.5
     for part, names in _READERS.items():
-        reads = basis * layer[f"{part}_norm.scale"].astype(np.float64)[:, None]
-        new[f"{part}_norm.scale"] = scale
+        scale = grown * layer[f"{part}_norm.scale"].astype(np.float64)
+        new[f"{part}_norm.scale"] = np.ones(width)
         for name in (f"{part}.{n}" for n in names):
             if name in layer:
-                new[name] = np.einsum("dk,ed...->ek...", reads, layer[name])
+                new[name] = _read_from(basis * scale[:, None], layer[name])
+    if qk_norm:
+        for name in (f"attention.{n}" for n in _NORMALISED):
+            if name in layer:
+                new[name] = grown * np.asarray(new.get(name, layer[name]), np.float64)
     for part, names in _WRITERS.items():
         for name in (f"{part}.{n}" for n in names):
             if name in layer:
                 new[name] = layer[name].astype(np.float64) @ basis
     return {**layer, **as_before(new, layer)}
+
+
+def _read_from(
+    reads: Float[np.ndarray, "D K"], weight: Float[np.ndarray, "E D *O"]
+) -> Float[np.ndarray, "E K *O"]:
+    """Return weights that read K numbers, of which `reads` makes the D of before."""
+    flat = weight.reshape(*weight.shape[:2], -1).astype(np.float64)
+    return (reads.T @ flat).reshape(len(weight), -1, *weight.shape[2:])
 
 
 def _check(model: ModelConfig) -> None:
