@@ -388,7 +388,10 @@ class Checkpoints:
         return [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
 
     def _complete(self, step: int) -> bool:
-        return (self.folder / str(step) / integrity.MANIFEST).is_file()
+        folder = self.folder / str(step)
+        manifest = folder / integrity.MANIFEST
+        # Alone it came late, when its step had been deleted from a store.
+        return manifest.is_file() and any(path != manifest for path in folder.iterdir())
 
     def _manager(self, background: bool = False) -> ocp.CheckpointManager:
         # Of a run in a store each process has a folder of its own.

@@ -136,22 +136,28 @@ class StoredSteps:
         self._mirror, self._place = mirror, place
 
     def unfinished(self) -> set[int]:
-        """Return the steps in the store that lack their manifest."""
-        steps, whole = set(), set()
+        """Return the steps in the store that lack their manifest, or all but that."""
+        steps: dict[int, set[str]] = {}
         for name in list(self._mirror.sizes):  # another thread may send the best
             folder, _, rest = name.removeprefix(f"{self._place}/").partition("/")
             if name.startswith(f"{self._place}/") and folder.isdigit():
-                steps.add(int(folder))
-                whole |= {int(folder)} if rest == _MANIFEST else set()
-        return steps - whole
+                steps.setdefault(int(folder), set()).add(rest)
+        return {
+            step
+            for step, files in steps.items()
+            if _MANIFEST not in files or len(files) == 1
+        }
 
     def push(self, step: int) -> None:
         """Send the run's other files, then a complete step.
 
-        Before, what was sent of steps that failed is deleted.
+        Before, what was sent of steps that failed is deleted, but for one of which a
+        request that was given up may still come: that waits for a later save. If its
+        manifest comes, all else of it is there.
         """
-        for failed in self.unfinished():
-            self.remove(failed)
+        for failed in self.unfinished() - {step}:
+            if not self._mirror.objects.is_late(f"{self._place}/{failed}/"):
+                self.remove(failed)
         push_files(self._mirror)
         push_step(self._mirror, f"{self._place}/{step}")
 

@@ -118,6 +118,7 @@ class Mirror:
         """Delete objects of the store; `first` before all others.
 
         That one even where it wasn't seen: a request that was given up may have come.
+        Where one may still come, StoreError is raised, and what is after it stays.
         """
         with self._turn:
             names = [name for name in names if name in self.sizes]

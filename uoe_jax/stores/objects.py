@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from uoe_jax.errors import ConfigError, MissingExtra, first_line, nearest
+from uoe_jax.stores.changes import CHANGES
 
 ANSWER_SECONDS = 15.0  # for a store's first answer, or one about small objects
 _SLOWEST = 100_000.0  # bytes a second that a transfer may take at worst
@@ -94,8 +96,10 @@ class Objects:
         """Return the bytes of each object by name; {} where nothing is.
 
         An object whose name leads out of the folder is refused: it would be written
-        there.
+        there. Raises StoreError too while a change that was given up may still come.
         """
+        if late := CHANGES.late(f"{self.address}/", ANSWER_SECONDS):
+            raise _unsettled(late)
 
         def find() -> dict[str, int]:
             system, root = self._open()
@@ -130,14 +134,19 @@ class Objects:
             return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Write an object; whoever reads sees the old or the new one."""
-        self._within(lambda: self._call("pipe_file", name, content), len(content))
+        """Write an object; whoever reads sees the old or the new one.
+
+        One that is given up may come later, but never over a later write of this
+        process, nor after a removal: those wait for it, or raise StoreError.
+        """
+        make = lambda: self._call("pipe_file", name, content)
+        self._change(name, make, len(content))
 
     def create(self, name: str, content: bytes) -> bool:
         """Write an object that isn't there yet; whether it was so."""
         make = lambda: self._call("pipe_file", name, content, mode="create")
         try:
-            self._within(make)
+            self._change(name, make)
         except FileExistsError:
             pass  # perhaps this one: an answer was lost, and its library tried again
         # Stores without such a request overwrite: then the last one has it.
@@ -149,12 +158,20 @@ class Objects:
         def get(name: str) -> None:
             file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f".{file.name}.{os.getpid()}")
+            # Of this try alone: one that was given up goes on writing its own.
+            part = file.with_name(f".{file.name}.{secrets.randbits(60)}")
+            left = threading.Event()
+
+            def bring() -> None:
+                self._call("get_file", name, local=part)
+                if left.is_set():
+                    part.unlink(missing_ok=True)
+
             try:
-                call = lambda: self._call("get_file", name, local=part)
-                self._within(call, sizes[name])
+                self._within(bring, sizes[name])
                 part.replace(file)
             finally:
+                left.set()
                 part.unlink(missing_ok=True)
 
         self._each(get, sizes)
@@ -168,7 +185,8 @@ class Objects:
             if size < _WHOLE_BYTES:  # as it is now: it may grow meanwhile
                 self.write(name, file.read_bytes())
             else:
-                self._within(lambda: self._call("put_file", name, local=file), size)
+                send = lambda: self._call("put_file", name, local=file)
+                self._change(name, send, size)
 
         self._each(put, names)
 
@@ -177,11 +195,15 @@ class Objects:
 
         def delete(name: str) -> None:
             try:
-                self._within(lambda: self._call("rm_file", name))
+                self._change(name, lambda: self._call("rm_file", name))
             except FileNotFoundError:
                 return
 
         self._each(delete, names)
+
+    def is_late(self, below: str) -> bool:
+        """Whether a change that was given up may still come to a name so begun."""
+        return CHANGES.late(f"{self.address}/{below}") is not None
 
     def _each(self, act: Callable[[str], None], names: Iterable[str]) -> None:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -210,7 +232,16 @@ class Objects:
             self._opened = fsspec.core.url_to_fs(self.address, use_listings_cache=False)
         return self._opened
 
-    def _within[Found](self, call: Callable[[], Found], size: int = 0) -> Found:
+    def _change(self, name: str, call: Callable[[], Any], size: int = 0) -> None:
+        """Make a call that changes an object, after all earlier ones of it."""
+        place = f"{self.address}/{name}"
+        if not CHANGES.begin(place, ANSWER_SECONDS):
+            raise _unsettled(place)
+        self._within(call, size, place)
+
+    def _within[Found](
+        self, call: Callable[[], Found], size: int = 0, changes: str | None = None
+    ) -> Found:
         """Return what a call does; raise StoreError after too long a wait.
 
         Libraries of stores try again for minutes where there is no network. The call
@@ -224,12 +255,22 @@ class Objects:
                 result.append((call(), None))
             except BaseException as error:
                 result.append((None, error))
+            finally:
+                if changes is not None:
+                    CHANGES.end(changes)
 
         thread = threading.Thread(target=run, name="store", daemon=True)
         _LAST_WORDS.text = ""
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # no room for one more
+            if changes is not None:
+                CHANGES.end(changes)
+            raise self._refusal(error) from None
         thread.join(seconds)
         if not result:
+            if changes is not None:
+                CHANGES.give_up(changes)
             said = f" ({_LAST_WORDS.text})" if _LAST_WORDS.text else ""
             raise StoreError(
                 f"{self.address} gave no answer in {seconds:.0f} s{said}; look at the "
@@ -267,3 +308,10 @@ class Objects:
             f"{self.address} can't be used ({type(error).__name__}: {text}); look at "
             "the network and the credentials, or give a local folder"
         )
+
+
+def _unsettled(place: str) -> StoreError:
+    return StoreError(
+        f"{place}: an earlier request that got no answer may still arrive, so nothing "
+        "newer is sent; look at the network, or give a local folder"
+    )
