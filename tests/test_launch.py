@@ -40,7 +40,7 @@ def commands(text):
     """Every `uoe train` of a script, its variables filled in."""
     text = re.sub(r"\\\n\s*", " ", text)
     text = re.sub(r"\$\{?(\w+)\}?", r"some-\1", text)
-    found = [m[0] for m in re.finditer(r"uoe train .*", text)]
+    found = [m[0] for m in re.finditer(r"uoe train .*?(?= \|\| |$)", text, re.M)]
     # Of a command that stands in quotes the last one isn't its own.
     return [shlex.split(c[:-1] if c.count('"') % 2 else c) for c in found]
 
@@ -77,6 +77,26 @@ def test_slurm_asks_for_the_devices_of_its_mesh():
     asked = dict(lines)
     assert int(asked["nodes"]) * int(asked["gpus-per-node"]) == 32
     assert asked["ntasks-per-node"] == "1" and asked["signal"].startswith("TERM@")
+
+
+@pytest.mark.parametrize(("code", "again"), [(143, True), (0, False), (1, False)])
+def test_slurm_puts_a_job_that_ran_out_of_time_into_the_queue_again(
+    tmp_path, code, again
+):
+    for name, body in (
+        ("srun", f'echo "$@" > {tmp_path}/ran; exit {code}'),
+        ("scontrol", f'echo "$@" > {tmp_path}/asked'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    given = {"PATH": path, "SHARED": "/some where", "SLURM_JOB_ID": "7"}
+    run = subprocess.run(["bash", LAUNCH / "slurm.sbatch"], env=given)
+    assert run.returncode == code
+    assert "uoe train 1b-union" in (tmp_path / "ran").read_text()
+    asked = tmp_path / "asked"
+    assert asked.exists() == again
+    assert not again or asked.read_text() == "requeue 7\n"
 
 
 def text_of(name):
