@@ -13,9 +13,12 @@ from uoe_jax.runs import lock
 from uoe_jax.runs.lock import Locked, RunLock
 from uoe_jax.runs.stored import LOCK
 from uoe_jax.stores.mirror import Mirror, mirror_of
-from uoe_jax.stores.objects import StoreError
+from uoe_jax.stores.objects import ANSWER_SECONDS, StoreError
 
 _LOOKS = 4  # at a silent holder's lock, in one interval of its signs of life
+# Between taking a lock over and being its holder. Who else found it silent has written
+# by then, as nobody may take longer from the last look to the end of the write.
+SETTLE_SECONDS = ANSWER_SECONDS
 
 
 def make_lock(folder: Path, note: Callable[[str], None]) -> RunLock:
@@ -29,7 +32,8 @@ class StoreLock(RunLock):
 
     It is created where it isn't there: the store says who was first. Its holder writes
     it anew every `BEAT_SECONDS`; one that doesn't for `GONE_SECONDS` is gone, as is a
-    process of this machine that has ended.
+    process of this machine that has ended. Of several that take a lock over, the last
+    one to write has it: each looks again when all have written.
     """
 
     def __init__(
@@ -86,37 +90,49 @@ class StoreLock(RunLock):
         return owner if isinstance(owner, dict) else {}
 
     def _take_over(self) -> None:
+        looked: float | None = time.monotonic()
         owner = self._owner()
         who, place = lock.owner_name(owner), self._mirror.address
         here = owner.get("machine") and owner.get("machine") == self._me["machine"]
-        gone = here and owner.get("host") == self._me["host"]
-        if gone and lock.is_alive(owner):
-            gone = False
-        elif not gone:
-            gone = self._stays_silent(owner)
-        if not gone:
+        if not here or owner.get("host") != self._me["host"]:
+            looked = self._stays_silent(owner)
+        elif lock.is_alive(owner):
+            looked = None
+        if looked is None:
             raise Locked(
                 f"{who} is training in {place}; stop it or choose another --run-dir"
             )
-        self._note(f"recovered the lock of {who}, which is gone")
+        self._note(
+            f"taking over the lock of {who}, which is gone: waiting "
+            f"{SETTLE_SECONDS:.0f} s for others that do"
+        )
         self._objects.write(LOCK, self._content())
-        time.sleep(1.0)  # two that recover it at once both came so far
+        if time.monotonic() - looked > ANSWER_SECONDS:
+            raise StoreError(
+                f"{place} took over {ANSWER_SECONDS:.0f} s to take the lock of {who} "
+                "over, and another process may have taken it meanwhile; run it again"
+            )
+        time.sleep(SETTLE_SECONDS)  # two that recover it at once both came so far
         if self._owner().get("token") != self._me["token"]:
             raise Locked(
                 f"another process is training in {place}; choose another --run-dir"
             )
+        self._note(f"recovered the lock of {who}, which is gone")
 
-    def _stays_silent(self, owner: dict) -> bool:
+    def _stays_silent(self, owner: dict) -> float | None:
+        """Return when the last look began; None if the holder gave a sign of life."""
         self._note(
             f"{lock.owner_name(owner)} was training in {self._mirror.address}: waiting "
             f"{lock.GONE_SECONDS:.0f} s for a sign of life"
         )
-        end = time.monotonic() + lock.GONE_SECONDS
-        while time.monotonic() < end:
+        looked = time.monotonic()
+        end = looked + lock.GONE_SECONDS
+        while looked < end:
             time.sleep(lock.BEAT_SECONDS / _LOOKS)
+            looked = time.monotonic()
             if self._owner() != owner:
-                return False
-        return True
+                return None
+        return looked
 
     def _write(self) -> None:
         super()._write()
