@@ -15,7 +15,7 @@ from experiments.e010_compression import run as e010
 from experiments.e010_compression.run import OPENED, ROWS, SHARES, SMALL
 from experiments.e010_compression.spectra import directions, largest_share
 from experiments.e010_compression.subject import write_texts
-from experiments.e010_compression.table import tables
+from experiments.e010_compression.table import tables, write_summary
 from tests.interop.tiny_folders import TEXT, write_folder
 from uoe_jax.errors import ConfigError, NonFiniteError, OutOfMemory
 from uoe_jax.train import StopRun
@@ -211,3 +211,9 @@ def test_directions_and_the_largest_channel_of_a_known_moment():
     moment = rotation @ np.diag([90.0, 8.0, 1.5, 0.5]) @ rotation.T
     assert [directions(moment, share) for share in (0.5, 0.95, 0.99)] == [1, 2, 3]
     assert largest_share(np.diag([3.0, 1.0])) == 0.75
+
+
+def test_a_call_without_time_for_the_dense_row_draws_nothing(tmp_path):
+    write_summary(tmp_path, {"rows": []})
+    write_summary(tmp_path, {"rows": [{"method": "dense", "refused": "no"}]})
+    assert not list(tmp_path.iterdir())
