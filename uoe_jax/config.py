@@ -604,8 +604,8 @@ class LayoutConfig(Checked):
     sequence_attention: Literal["ring", "gather", "heads"] = "ring"
     # A JSON file: which axis fsdp splits of some weights, if not the usual one.
     rules: Rules = NO_RULES
-    # Which device stands where in a TPU's mesh. auto: jax's order, or one whose rings
-    # have at least 5% fewer hops; ring: the fewest hops, weighted by an axis' bytes.
+    # Which device stands where in a TPU's mesh. auto: jax's order, or one of fewer hops
+    # on the axes that ring attention walks; ring: the fewest that a search finds.
     device_order: Literal["auto", "jax", "ring"] = "auto"
 
     @property

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uoe_jax.model.sequence import ring_attention
 from uoe_jax.ops.segment_attention.call import Mask
-from uoe_jax.partition.rings import in_best_rings, in_rings
+from uoe_jax.partition.rings import Walks, in_best_rings, in_rings
 from uoe_jax.plan.aot import topology_devices
 from uoe_jax.topology import from_devices
 
@@ -63,7 +63,8 @@ if importlib.util.find_spec("libtpu") is not None:
         theirs = mesh_utils.create_device_mesh(
             shape, devices, allow_split_physical_axes=True
         )
-        assert max(hops_of(devices, in_rings(theirs))) == 1
-        assert max(hops_of(devices, in_best_rings(theirs, [1.0, 8.0]))) == 1
+        walks = Walks((1e-3, 1.0), (1,))
+        assert max(hops_of(devices, in_rings(theirs, walks))) == 1
+        assert max(hops_of(devices, in_best_rings(theirs, walks))) == 1
         # Whoever finds 1 here too can leave our order out for this slice.
         assert max(hops_of(devices, theirs)) == {4: 2, 8: 4, 16: 1}[shape[1]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,9 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from uoe_jax.config import ExperimentConfig, MeshConfig
 from uoe_jax.errors import ConfigError, all_divisors, choose
-from uoe_jax.hardware.work import collectives
 from uoe_jax.partition.legal import AXES, check_layout, layout_problems, mesh_sizes
-from uoe_jax.partition.rings import in_best_rings, in_rings
+from uoe_jax.partition.rings import in_best_rings, in_rings, ring_walks
 
 DATA_AXIS = "data"
 
@@ -37,8 +36,8 @@ def make_mesh(
 ) -> Mesh:
     """Return the mesh; `batch_size` is what one pass splits over data and fsdp.
 
-    `arrange` puts devices that jax has placed in another order, given the axes' names;
-    `in_rings` if not given. Of a part of the devices jax's order is kept.
+    `arrange` puts devices that jax has placed in another order, given the axes' names.
+    Of a part of the devices jax's order is kept.
 
     Raises ConfigError when there are too few devices or the batch doesn't divide.
     """
@@ -65,8 +64,9 @@ def make_mesh(
     placed = mesh_utils.create_device_mesh(
         tuple(shape.values()), devices[:count], allow_split_physical_axes=True
     )
-    if count == len(devices):  # of a part it isn't known which ends are joined
-        placed = arrange(placed, tuple(shape)) if arrange else in_rings(placed)
+    # Of a part it isn't known which ends are joined.
+    if count == len(devices) and arrange is not None:
+        placed = arrange(placed, tuple(shape))
     # Auto outside of shard_map: there only elementwise updates and norms are left.
     return Mesh(placed, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
@@ -111,23 +111,14 @@ def arranged(
 ) -> np.ndarray:
     """Return a mesh's devices in the order that `layout.device_order` asks for."""
     sizes = {axis: 1 for axis in AXES} | dict(zip(axes, placed.shape, strict=True))
-
-    def by_traffic(placed: np.ndarray) -> np.ndarray:
-        return in_best_rings(placed, axis_bytes(config, sizes, axes))
-
-    orders = {"auto": in_rings, "jax": lambda placed: placed, "ring": by_traffic}
+    walks = lambda: ring_walks(config, sizes, axes)
+    orders = {
+        "auto": lambda placed: in_rings(placed, walks()),
+        "jax": lambda placed: placed,
+        "ring": lambda placed: in_best_rings(placed, walks()),
+    }
     name = "layout.device_order"
     return choose(name, config.layout.device_order, orders)(placed)
-
-
-def axis_bytes(
-    config: ExperimentConfig, sizes: Mapping[str, int], axes: Sequence[str]
-) -> list[float]:
-    """Return the bytes of a step's collectives over each axis, all devices together."""
-    total = dict.fromkeys(axes, 0.0)
-    for found in collectives(config, sizes, chosen=True):
-        total[found.axis] += found.num_bytes * found.count
-    return list(total.values())
 
 
 def evaluation_mesh(config: ExperimentConfig) -> Mesh:
