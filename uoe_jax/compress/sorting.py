@@ -113,7 +113,8 @@ def pair_errors(
 
     Dropped pairs change a score by e^2 = sum (energy of q) (energy of k) / H on average
     (half of it where a pair turns), and with it a share 1 - exp(-e^2) of what the
-    values' differences write, of which their own energy is the bound.
+    values' differences write, of which their own energy is the bound. Of G query heads
+    to a key head the energies are sums over all G, so e^2 is about that of G heads.
     """
     width = len(values[0].moment)
     falling = np.square(np.sort(scores, axis=1)[:, ::-1]) / width

@@ -4,7 +4,11 @@ A key/value head gives y W_O to each of its query heads, y = v mixed by attentio
 any chain A B with second moment C before it, the best output of rank r is
 `A B V_r V_r^T` with V the eigenvectors of (A B)^T C (A B), and the error is the sum of
 the other eigenvalues (MoDeGPT, Lin et al. 2024, algorithm 3, in its equal form). B are
-the output matrices of all query heads of the head, side by side.
+the output matrices of all query heads of the head, side by side, and C is the sum of
+their moments. With one query head to a head that is the output's error. With G of them
+each query head's values are counted through all G output matrices: the error of the
+outputs themselves is sum_g tr(B_g^T C_g B_g), about G times less, and the basis that is
+least for it may be another one. Dividing by G was tried: cuts spread so are worse.
 """
 
 from __future__ import annotations
