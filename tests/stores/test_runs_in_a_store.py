@@ -20,6 +20,7 @@ from uoe_jax.config import MeshConfig, to_json
 from uoe_jax.errors import CheckpointError, ConfigError, MissingExtra
 from uoe_jax.runs import lock, write
 from uoe_jax.runs.checkpoint import Checkpoints
+from uoe_jax.runs.find import find_run
 from uoe_jax.runs.folder import open_run_dir
 from uoe_jax.runs.load import load_run
 from uoe_jax.runs.lock import Locked
@@ -30,6 +31,7 @@ from uoe_jax.stores.mirror import _MIRRORS
 from uoe_jax.stores.objects import Objects, StoreError, address_of
 from uoe_jax.train import train
 from uoe_jax.train.metrics import read_metrics
+from uoe_jax.validation import validate
 
 ADDRESS = Path("bucket://b/runs/r")  # a Path makes one slash of two
 WORKER = """
@@ -254,6 +256,8 @@ def test_a_store_that_does_not_answer_is_given_up_soon(store, monkeypatch):
         ("gz://bucket/run", "no store is known as gz://; did you mean"),
         ("hf://datasets/me/x", "the Hugging Face Hub makes a commit of every write"),
         ("gs://", "gs:// names no folder; give gs://BUCKET/FOLDER"),
+        ("gs:///run", "gs:///run names no bucket between // and /; give gs://BUCKET/F"),
+        ("S3:////", "s3:// names no folder; give s3://BUCKET/FOLDER"),
         ("file:///tmp/run", "give the local folder"),
     ],
 )
@@ -285,6 +289,13 @@ def test_an_address_is_told_from_a_path():
     assert address_of("S3://b") == "s3://b"
     for local in ("runs/r", "/r", "c:/r", "file:///r", "", Path(), 3, None):
         assert address_of(local) is None
+    for unset in ("gs:///r", "S3:////r", "memory:///a/b"):
+        with pytest.raises(StoreError, match=f"^{unset} names no bucket"):
+            address_of(unset)
+        with pytest.raises(StoreError, match="names no bucket"):
+            find_run(unset)
+        with pytest.raises(ConfigError, match="names no bucket"):
+            validate(make_tiny(cache_dir=unset))
 
 
 def test_only_one_of_two_machines_holds_a_run(store, monkeypatch):

@@ -130,14 +130,19 @@ def _path_rule(
 ) -> tyro.constructors.PrimitiveConstructorSpec | None:
     """Read a path as tyro does; but "" stays blank, to be refused by its option.
 
-    `Path("")` would be the working folder.
+    `Path("")` would be the working folder, and of `gs:///run` one slash would stay.
     """
     if found.type is not Path:
         return None
+
+    def read(args: list[str]) -> Path:
+        address_of(args[0])  # raises StoreError where that names no bucket
+        return Path(args[0] or " ")
+
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
-        instance_from_str=lambda args: Path(args[0] or " "),
+        instance_from_str=read,
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
     )

@@ -58,15 +58,23 @@ _LAST_WORDS = _LastWords(logging.WARNING)
 def address_of(path: Any) -> str | None:
     """Return what a text or a path names in a store, as `gs://bucket/run`.
 
-    None for what is local, and for `file://`, which is given as a path.
+    None for what is local, and for `file://`, which is given as a path. Raises
+    StoreError for a text such as `gs:///run`, of an unset variable: `run` would be
+    taken for the bucket.
     """
     try:
-        found = _ADDRESS.fullmatch(os.fspath(path))
+        text = os.fspath(path)
+        found = _ADDRESS.fullmatch(text)
     except TypeError:
         return None
     if found is None or found[1].lower() == "file":
         return None
-    return f"{found[1].lower()}://{(found[2] or '').rstrip('/')}"
+    scheme, rest = f"{found[1].lower()}://", found[2] or ""
+    if rest and text.startswith(":///", len(found[1])):
+        raise StoreError(
+            f"{text} names no bucket between // and /; give {scheme}BUCKET/FOLDER"
+        )
+    return scheme + rest.rstrip("/")
 
 
 class Objects:
