@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from uoe_jax.cli.parse import parse, take_preset
 from uoe_jax.cli.train import TrainOptions
@@ -68,6 +69,41 @@ def test_scripts_say_what_isnt_set():
             ["bash", LAUNCH / name], env={"PATH": "/usr/bin:/bin"}, capture_output=True
         )
         assert run.returncode != 0 and missing in run.stderr.decode()
+
+
+def programs(folder, **said):
+    """Programs that write their arguments to a log and end with a status."""
+    for name, status in said.items():
+        path = folder / name
+        path.write_text(f'#!/bin/bash\necho "{name} $@" >> "$LOG"\nexit {status}\n')
+        path.chmod(0o755)
+    return {
+        "PATH": f"{folder}:/usr/bin:/bin",
+        "LOG": str(folder / "log"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("", "uoe_jax[tpu,gs,data]"),
+        ("git+https://host/o/uoe_jax", "uoe_jax[tpu,gs,data] @ git+https://host/o/uoe_jax"),
+    ],
+)  # fmt: skip
+def test_a_pod_installs_with_extras(tmp_path, source, asked):
+    env = programs(tmp_path, gcloud=0)
+    given = {"NAME": "n", "ZONE": "z", "TYPE": "v5litepod-16", "BUCKET": "b"}
+    run = subprocess.run(
+        ["bash", LAUNCH / "tpu_pod.sh"], env={**env, **given, "SOURCE": source}
+    )
+    assert run.returncode == 0
+    (line,) = re.findall(
+        r"pip install -q '(.*)'$", (tmp_path / "log").read_text(), re.M
+    )
+    assert line == asked
+    requirement = Requirement(line)
+    assert requirement.extras == {"tpu", "gs", "data"}
+    assert requirement.url == (source or None)
 
 
 def test_slurm_asks_for_the_devices_of_its_mesh():
