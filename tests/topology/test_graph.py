@@ -1,6 +1,7 @@
 """Graphs of devices: coordinates, nvidia-smi's table, JSON; errors in one line."""
 
 import json
+from inspect import unwrap
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from uoe_jax.topology import (
     make_graph,
     read_graph,
 )
-from uoe_jax.topology.graph import check_connected, shortest_paths
+from uoe_jax.topology.graph import Graph, check_connected, shortest_paths
 from uoe_jax.topology.sources import from_json
 
 DGX1 = """\
@@ -82,6 +83,11 @@ def test_chips_at_coordinates():
     assert graph.edges() == [(0, 1, 1.0), (0, 2, 1.0), (0, 3, 1.0)]
 
 
+def test_a_link_may_have_keys_of_other_programs():
+    link = {"source": 0, "target": 1, "weight": 2, "key": 0, "label": "x", "port": 1}
+    assert from_json({"links": [link]}).edges() == [(0, 1, 2.0)]
+
+
 def test_what_nvidia_smi_prints():
     graph = from_nvidia_smi(DGX1)
     assert graph.names == ("GPU0", "GPU1", "GPU2", "GPU3")
@@ -135,6 +141,26 @@ BAD = {
     "all": (lambda: box_graph((2,), (0,)).without([0, 1]), "all 2 devices are dead"),
     "parts": (lambda: check_connected(make_graph(2, [])), "2 parts"),
     "none": (lambda: check_connected(make_graph(0, [])), "no vertices"),
+    "misspelt": (
+        lambda: from_json({"links": [{"source": 0, "target": 1, "bandwith": 50}]}),
+        "did you mean bandwidth",
+    ),
+    "null": (
+        lambda: from_json({"links": [{"source": 0, "target": 1, "weight": None}]}),
+        "weight None; it must be a number",
+    ),
+    "text": (lambda: unwrap(make_graph)(2, [(0, 1, "a")]), "positive, finite"),
+    "half": (lambda: unwrap(make_graph)(2, [(0, 0.5, 1.0)]), "whole number"),
+    "half dead": (
+        lambda: unwrap(Graph.without)(box_graph((2,), (0,)), [1.5]),
+        "whole number",
+    ),
+    "outside": (lambda: from_coordinates([(0,), (3,)], sides=(2,)), "outside"),
+    "half place": (lambda: unwrap(from_coordinates)([(0.5,)]), "whole number"),
+    "no dead": (
+        lambda: check_connected(from_json({"links": []}).without([])[0]),
+        "no vertices",
+    ),
     "switches": (lambda: from_topology(parse_topology("h100:16")), "several switches"),
 }
 

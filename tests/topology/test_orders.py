@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from inspect import unwrap
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from uoe_jax.errors import ConfigError, all_divisors
 from uoe_jax.hardware.devices import parse_topology
 from uoe_jax.partition.stand_in import jax_order
 from uoe_jax.topology import box_graph, from_topology, make_graph, order_mesh
-from uoe_jax.topology.rings import describe_order
+from uoe_jax.topology.rings import _checked, describe_order
 from uoe_jax.topology.search import improve_ring, swap_search
 from uoe_jax.topology.walks import fold
 
@@ -182,6 +183,9 @@ BAD = {
         lambda g: order_mesh(g, (4, 4), start=np.zeros((4, 4), int)),
         "each one once",
     ),
+    "word": (lambda g: unwrap(_checked)(g, (4, 4), ["x", 1.0]), "finite number"),
+    "half": (lambda g: unwrap(_checked)(g, (4.5, 4), None), "whole number"),
+    "seed": (lambda g: order_mesh(g, (4, 4), seed=-1), "not be negative"),
     "parts": (lambda g: order_mesh(make_graph(2, []), (2,)), "2 parts"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import heapq
 import math
+import numbers
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -90,7 +91,10 @@ class Graph:
         Raises:
           ConfigError: a vertex that isn't there, or none left.
         """
+        if not dead:
+            return self, np.arange(self.size)
         for vertex in dead:
+            check_whole(vertex, "a dead device")
             if not 0 <= vertex < self.size:
                 raise ConfigError(
                     f"dead device {vertex} isn't there; use numbers from 0 to "
@@ -101,8 +105,6 @@ class Graph:
             raise ConfigError(
                 f"all {self.size} devices are dead; leave at least one alive"
             )
-        if len(kept) == self.size:
-            return self, kept
         number = {int(old): new for new, old in enumerate(kept)}
         links = tuple(
             tuple((number[v], w) for v, w in self.links[old] if v in number)
@@ -121,17 +123,20 @@ def make_graph(
     """Return a graph; of parallel edges the lightest stays, self loops are dropped.
 
     Raises:
-      ConfigError: an edge's end that isn't there, or a weight that isn't above zero.
+      ConfigError: an edge's end that isn't a number of a vertex, or a weight that isn't
+        a number above zero.
     """
     rows: list[dict[int, float]] = [{} for _ in range(size)]
     for u, v, weight in edges:
         for end in (u, v):
+            check_whole(end, f"an end of the edge {u}-{v}")
             if not 0 <= end < size:
                 raise ConfigError(
                     f"the edge {u}-{v} has an end {end} that isn't there; use numbers "
                     f"from 0 to {size - 1}"
                 )
-        if not (math.isfinite(weight) and weight > 0):
+        number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+        if not (number and math.isfinite(weight) and weight > 0):
             raise ConfigError(
                 f"the edge {u}-{v} has weight {shown(weight)}; it must be a positive, "
                 "finite number"
@@ -143,6 +148,12 @@ def make_graph(
         names = [str(number) for number in range(size)]
     links = tuple(tuple(sorted(row.items())) for row in rows)
     return Graph(links, tuple(names), places)
+
+
+def check_whole(value: object, what: str) -> None:
+    """Raise ConfigError for a number of a device or a size that isn't a whole one."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ConfigError(f"{what} is {shown(value)}; it must be a whole number")
 
 
 def box_graph(sides: Sequence[int], rings: Sequence[int]) -> Graph:

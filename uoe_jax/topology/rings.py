@@ -9,6 +9,7 @@ walk folded into the mesh) and then searched from there.
 from __future__ import annotations
 
 import math
+import numbers
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 
 from uoe_jax.errors import ConfigError, divisors, shown
 from uoe_jax.topology.boxes import box_order
-from uoe_jax.topology.graph import Graph, check_connected
+from uoe_jax.topology.graph import Graph, check_connected, check_whole
 from uoe_jax.topology.search import improve_mesh, improve_ring, mean_hops
 from uoe_jax.topology.walks import closed_walk, fold
 
@@ -70,9 +71,12 @@ def order_mesh(
       seed: of the search; the same arguments give the same order.
 
     Raises:
-      ConfigError: a shape, traffic or start that doesn't fit, or a graph in parts.
+      ConfigError: a shape, traffic, start or seed that doesn't fit, a graph in parts.
     """
     shape, traffic = _checked(graph, shape, traffic)
+    check_whole(seed, "seed")
+    if seed < 0:
+        raise ConfigError(f"seed is {shown(seed)}; it must not be negative")
     if start is None:
         start = np.arange(graph.size)
     elif sorted(np.ravel(start).tolist()) != list(range(graph.size)):
@@ -135,6 +139,8 @@ def _checked(
     graph: Graph, shape: Sequence[int], traffic: Sequence[float] | None
 ) -> tuple[tuple[int, ...], list[float]]:
     check_connected(graph)
+    for size in shape:
+        check_whole(size, "an axis of the mesh")
     shape = tuple(int(size) for size in shape)
     if min(shape, default=1) < 1 or math.prod(shape) != graph.size:
         text = " x ".join(map(str, shape))
@@ -149,7 +155,8 @@ def _checked(
             "one number for each axis"
         )
     for number in given:
-        if not (math.isfinite(number) and number >= 0):
+        real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+        if not (real and math.isfinite(number) and number >= 0):
             raise ConfigError(
                 f"traffic of an axis is {shown(number)}; it must be a finite number of "
                 "bytes, 0 or more"

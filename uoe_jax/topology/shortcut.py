@@ -7,6 +7,7 @@ spread over each supernode's skeleton, and vertices go to the nearest one inside
 from __future__ import annotations
 
 import math
+import numbers
 from collections import deque
 from dataclasses import dataclass
 
@@ -60,7 +61,8 @@ def partition(
     Raises:
       ConfigError: eps that isn't above zero, or r below 3.
     """
-    if not (math.isfinite(eps) and eps > 0):
+    real = isinstance(eps, numbers.Real) and not isinstance(eps, bool)
+    if not (real and math.isfinite(eps) and eps > 0):
         raise ConfigError(f"eps is {shown(eps)}; it must be a positive number")
     if diameter is None:
         diameter = measure_diameter(graph)

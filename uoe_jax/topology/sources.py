@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 import re
@@ -15,7 +16,7 @@ from uoe_jax.errors import ConfigError, DataError, nearest, shown
 from uoe_jax.files import parse_json
 from uoe_jax.hardware.comms import closes
 from uoe_jax.hardware.devices import Topology, find_device
-from uoe_jax.topology.graph import Graph, box_graph, make_graph
+from uoe_jax.topology.graph import Graph, box_graph, check_whole, make_graph
 
 # One way, in GB/s. A link of NVLink 2 to 4 carries 25; the others are what a PCI
 # Express 4.0 x16 path is good for, less the farther it goes: only their order is meant.
@@ -97,16 +98,25 @@ def from_coordinates(
     `sides` are of dimensions whose ends are joined, 0 where they aren't.
 
     Raises:
-      ConfigError: two chips at one place, or places of different dimensions.
+      ConfigError: two chips at one place, places of different dimensions, numbers that
+        aren't whole, or a place outside of a joined side.
     """
     found: dict[tuple[int, ...], int] = {}
     for number, place in enumerate(places):
+        for x in place:
+            check_whole(x, f"a coordinate of device {number}")
         here = tuple(int(x) for x in place)
         if len(here) != len(places[0]):
             raise ConfigError(
                 f"device {number} has {len(here)} coordinates and device 0 has "
                 f"{len(places[0])}; give all the same number"
             )
+        for x, side in zip(here, sides, strict=False):
+            if side and not 0 <= x < side:
+                raise ConfigError(
+                    f"device {number} is at {here}, outside of a side of {side} whose "
+                    f"ends are joined; use 0 to {side - 1}"
+                )
         if here in found:
             raise ConfigError(
                 f"devices {found[here]} and {number} are both at {here}; give each a "
@@ -249,8 +259,10 @@ def _link(link: Any) -> tuple[Any, Any, float]:
         if ends is None:
             raise DataError(f"a link is {shown(link)}; it needs a source and a target")
         u, v = link[ends[0]], link[ends[1]]
-        weight = next((link[name] for name in _LENGTHS if name in link), None)
-        if weight is None and "bandwidth" in link:
+        named = [name for name in (*_LENGTHS, "bandwidth") if name in link]
+        _check_keys(link, [*ends, *named])
+        weight = link[named[0]] if named else 1.0
+        if named == ["bandwidth"]:
             rate = link["bandwidth"]
             bad = isinstance(rate, bool) or not isinstance(rate, (int, float))
             if bad or not rate > 0:
@@ -259,7 +271,6 @@ def _link(link: Any) -> tuple[Any, Any, float]:
                     "must be a positive number"
                 )
             weight = 1 / rate
-        weight = 1.0 if weight is None else weight
     else:
         raise DataError(f"a link is {shown(link)}; expected [source, target, weight]")
     for end in (u, v):
@@ -272,6 +283,18 @@ def _link(link: Any) -> tuple[Any, Any, float]:
         )
     # Whole numbers beyond those of floats are as bad as infinity.
     return u, v, float(weight) if abs(weight) < 1e300 else math.inf
+
+
+def _check_keys(link: dict[str, Any], taken: Sequence[str]) -> None:
+    """Raise DataError for a key that is nearly one that a link's cost may have."""
+    known = (*_LENGTHS, "bandwidth")
+    for key in sorted(set(link) - {*taken, *known}):
+        near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.75)
+        if near:
+            raise DataError(
+                f"a link has the key {shown(key)}, which isn't read; did you mean "
+                f"{near[0]}?"
+            )
 
 
 def _coords(nodes: list[Any]) -> np.ndarray | None:
