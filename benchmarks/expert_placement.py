@@ -1,7 +1,7 @@
 """Experts of a trained union on a mesh of 4 x 4 chips: links that rows cross.
 
     uoe train tiny-union --run-dir RUN --model.union.num-experts 32 \
-        --model.union.top-k 4 --model.attention dense --train.steps 200
+        --model.union.top-k 4 --model.attention dense --train.steps 56
     python benchmarks/expert_placement.py RUN --out FILE.json
 
 Choices of the run's routers are counted on batches of its training data, experts placed
