@@ -65,6 +65,28 @@ def check_path(path: str | os.PathLike[str], what: str) -> None:
         )
 
 
+def check_target(path: Path | None, what: str) -> None:
+    """Raise ConfigError where no file can be written; before the work that fills it.
+
+    `what` is the option; None is a file that nobody asked for.
+    """
+    if path is None:
+        return
+    folder = path.parent
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{what} {path} can't be written (there is no folder {folder}); make it, "
+            "or name a file in one that exists"
+        )
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{what} {path} is no file; name a file to write")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(
+            f"{what} {path} can't be written (no right to write in {folder}); name a "
+            "file in another folder"
+        )
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old or the new one, never a part."""
     data = content.encode() if isinstance(content, str) else content

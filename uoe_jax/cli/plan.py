@@ -18,7 +18,7 @@ from uoe_jax.config import ExperimentConfig
 from uoe_jax.errors import ConfigError, DataError
 from uoe_jax.escape import escape_line
 from uoe_jax.fields import Count, Positive, Whole
-from uoe_jax.files import format_json
+from uoe_jax.files import check_target, format_json, write_atomically
 from uoe_jax.hardware import fit, gemm
 from uoe_jax.hardware.devices import Topology, parse_topology
 from uoe_jax.hardware.roofline import LEARNED, UNCALIBRATED, Calibration
@@ -66,6 +66,10 @@ def plan(args: list[str]) -> int:
         first="PRESET|RUN|--config FILE",
     )
     validate(options.config)
+    check_target(options.out, "--out")
+    check_target(options.html, "--html")
+    if options.fit:
+        check_target(options.calibration, "--calibration")
     topology = parse_topology(options.topology)
     _check_compile(rest, options, topology)
     model = gemm.choose(options.gemm, topology.device)
@@ -83,7 +87,7 @@ def plan(args: list[str]) -> int:
     if options.html is not None:
         from uoe_jax.report.plan import plan_page
 
-        options.html.write_text(plan_page(found, compiled))
+        write_atomically(options.html, plan_page(found, compiled))
         print(escape_line(f"page: {options.html}"), file=sys.stderr)
     if options.out is not None and found.fitting:
         write_layout(options.out, options.config, found.fitting[0].sizes)

@@ -16,7 +16,7 @@ from uoe_jax.cli.parse import parse
 from uoe_jax.errors import ConfigError, DataError, divisors, shown
 from uoe_jax.escape import escape_line
 from uoe_jax.fields import Positive, Seed
-from uoe_jax.files import format_json, read_json
+from uoe_jax.files import format_json, local_path, read_json
 from uoe_jax.hardware.devices import Topology, parse_topology
 from uoe_jax.report.table import format_table
 from uoe_jax.report.topology import check_picture, save_picture
@@ -130,7 +130,7 @@ def _mesh(
     """Return devices and traffic of each axis; all devices as one ring if not given."""
     planned = None
     if options.bytes is not None and "=" not in options.bytes:
-        planned = _planned(Path(options.bytes), options.mesh)
+        planned = _planned(local_path(options.bytes, "--bytes"), options.mesh)
     if options.mesh is not None:
         pairs, sizes = _pairs(options.mesh, "--mesh"), {}
         for axis, value in pairs.items():

@@ -18,7 +18,7 @@ from typing import Any
 
 from uoe_jax.config import ExperimentConfig, LayoutConfig
 from uoe_jax.errors import DataError
-from uoe_jax.files import format_json, read_json
+from uoe_jax.files import format_json, read_json, write_atomically
 from uoe_jax.hardware.devices import Device, Topology, find_device
 from uoe_jax.hardware.gemm import GemmModel
 from uoe_jax.hardware.roofline import (
@@ -308,7 +308,8 @@ def check(
 
 def save(calibration: Calibration, path: Path) -> None:
     """Write a calibration as JSON."""
-    path.write_text(format_json(dataclasses.asdict(calibration), indent=1) + "\n")
+    text = format_json(dataclasses.asdict(calibration), indent=1) + "\n"
+    write_atomically(path, text)
 
 
 def load(path: Path) -> Calibration:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from uoe_jax.config import ExperimentConfig, LayoutConfig, MeshConfig, from_json
 from uoe_jax.errors import ConfigError, all_divisors, divisors
-from uoe_jax.files import format_json, read_json
+from uoe_jax.files import format_json, read_json, write_atomically
 from uoe_jax.hardware.devices import Topology
 from uoe_jax.hardware.gemm import GemmModel
 from uoe_jax.hardware.gemm import describe as describe_gemm
@@ -182,7 +182,7 @@ def write_layout(path: Path, config: ExperimentConfig, sizes: Sizes) -> None:
         "mesh": dict(sizes),
         "layout": dataclasses.asdict(config.layout),
     }
-    path.write_text(format_json(content, indent=1) + "\n")
+    write_atomically(path, format_json(content, indent=1) + "\n")
 
 
 def read_layout(path: Path, config: ExperimentConfig) -> ExperimentConfig:
