@@ -8,6 +8,7 @@ import pytest
 from tests.adapt.test_foreign import write_peft
 from tests.cli.test_decompose import dense_run  # noqa: F401
 from uoe_jax.cli import main
+from uoe_jax.cli.compress import _lines
 from uoe_jax.compress.options import percent
 from uoe_jax.runs.load import load_run
 
@@ -263,6 +264,19 @@ def test_methods_and_cuts_are_compared(dense_run, tmp_path, capsys):  # noqa: F8
     assert rows["dense", 0.0]["held_out"] == pytest.approx(
         math.exp(one["loss_before"]), abs=1e-2
     )
+
+
+def test_a_model_that_grew_says_so():
+    """A tied embedding that became two matrices: SmolLM2's sizes at a cut of 10%."""
+    found = {"did": "compress", "parameters": [134_515_008, 146_996_200],
+             "block_parameters": [100, 90], "flops_per_token": [100, 95],
+             "loss_before": 1.0, "loss_after": 1.1, "probe_tokens": 64}  # fmt: skip
+    lines = _lines(found, "out")
+    assert lines[0] == "parameters: 134,515,008 -> 146,996,200 (+9.3%)"
+    assert lines[1] == "of them in blocks: 100 -> 90 (-10.0%)"
+    assert lines[3].startswith("the whole grew: the embedding and the head were one")
+    less = _lines(found | {"parameters": [100, 95]}, "out")
+    assert less == ["parameters: 100 -> 95 (-5.0%)", *lines[1:3], *lines[4:]]
 
 
 def test_cuts_that_differ_have_names_that_differ():

@@ -89,13 +89,18 @@ def _lines(found: dict[str, Any], out: str) -> list[str]:
         return [table(found), f"table, picture and figures: {out}"]
     if found["did"] == "anytime":
         return _lines_of_anytime(found, out)
-    share = lambda name: 1 - found[name][1] / max(found[name][0], 1)
+    share = lambda name: found[name][1] / max(found[name][0], 1) - 1
     sizes = {"parameters": "parameters", "of them in blocks": "block_parameters",
              "FLOPs a token": "flops_per_token"}  # fmt: skip
     lines = [
-        f"{title}: {found[name][0]:,.0f} -> {found[name][1]:,.0f} (-{share(name):.1%})"
+        f"{title}: {found[name][0]:,.0f} -> {found[name][1]:,.0f} ({share(name):+.1%})"
         for title, name in sizes.items()
     ]
+    if share("parameters") > 0:
+        lines.append(
+            "the whole grew: the embedding and the head were one matrix and are two "
+            "now; a larger --cut makes up for it, or another --method"
+        )
     before, after = found["loss_before"], found["loss_after"]
     perplexity = lambda loss: math.exp(min(loss, 700.0))
     lines.append(
