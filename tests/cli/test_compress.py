@@ -71,6 +71,12 @@ def test_lines_say_what_was_cut(dense_run, tmp_path, capsys, words):  # noqa: F8
     (["--cut", "0.3", "--calibrate", "nowhere.txt"], "nowhere.txt can't be read"),
     (["--cut", "0.3", "--calibrate", "0"], "0"),
     (["--cut", "0.3", "--temperature", "0"], "temperature is 0.0; it must be positive"),
+    (["--cut", "0.3", "--temperature", "3"], "only --allocate bi reads it"),
+    (["--cut", "0.3", "--method", "slice", "--device", "H200"],
+     "only --allocate seconds reads it"),
+    (["--cut", "0.3", "--method", "svd", "--multiple", "2"], "multiple is 2 with"),
+    (["--curve", "0.1", "--methods", "slice", "--allocate", "bi"],
+     "allocate is 'bi' with slice, which don't read it"),
 ])  # fmt: skip
 def test_requests_that_cannot_be_are_one_line(
     dense_run,  # noqa: F811

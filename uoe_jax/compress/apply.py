@@ -54,8 +54,10 @@ def cutting(options: Compress) -> Surgery:
         if (source.folder / ANYTIME).is_file():
             arrays = (params, source.buffers)
             ready, wanted = read_anytime(source.folder, model, *arrays, options)
+            options.check_read(wanted)
             made = ready.cut(wanted)
         else:
+            options.check_read(options)
             observed, about = look(config, params, source, options)
             made = prepare(observed, options.chosen)(options)
         size = percent(wanted.cut) if wanted.cut else f"-rank{wanted.rank}"

@@ -113,6 +113,27 @@ class Compress(Checked):
         if self.spread != "uniform" and method in (*LOW_RANK, *ALIKE):
             self._check_spread()
 
+    def check_read(self, made: Compress) -> None:
+        """Refuse what a cut doesn't read, by its method and its way to spread.
+
+        `made` is how it is made: of a run that opens at any cut, as that run says. Such
+        a run may be made with what later cuts read.
+        """
+        method, spread = made.chosen, made.spread
+        for name, reader in (("temperature", "bi"), ("device", "seconds")):
+            value = getattr(self, name)
+            if value is not None and spread != reader:
+                raise ConfigError(
+                    f"{name} is {value!r}, and the cut is spread by {spread!r}; only "
+                    f"--allocate {reader} reads it, leave it out"
+                )
+        free = method in ("depth", "svd") or (method, spread) == ("lord", "uniform")
+        if self.multiple is not None and free:
+            raise ConfigError(
+                f"multiple is {self.multiple} with method {method}, whose sizes go in "
+                "no such steps; leave it out"
+            )
+
     def _check_spread(self) -> None:
         """Refuse ways to spread a cut that low ranks and whole layers haven't got."""
         method = self.chosen
@@ -171,6 +192,12 @@ class Curve(Compress):
                     f"{name} is {value} with curve, which has cuts and methods of its "
                     "own; leave one of them out"
                 )
+        alike = all(method in (*LOW_RANK, *ALIKE) for method in self.methods)
+        if alike and self.spread != "curve" and self.allocate not in (None, "uniform"):
+            raise ConfigError(
+                f"allocate is {self.allocate!r} with {' and '.join(self.methods)}, "
+                "which don't read it; leave it out"
+            )
         for name, values in (("curve", self.curve), ("methods", self.methods)):
             if len(set(values)) < max(len(values), 1):
                 raise ConfigError(
