@@ -107,6 +107,12 @@ def test_a_model_that_computes_no_numbers_leaves_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_in_the_place_of_a_file_is_said_to_be_one(tmp_path, counted):
+    with pytest.raises(ConfigError, match="is a folder; give a file, such as"):
+        see(tmp_path, given=True)
+    assert not counted
+
+
 def test_statistics_of_an_earlier_version_are_seen_anew(
     tmp_path, counted, capsys, monkeypatch
 ):

@@ -84,6 +84,10 @@ def stored_statistics(
             f"--statistics {file} can't be written (there is no folder {file.parent}); "
             "give another file, or make the folder"
         )
+    if given and file.is_dir():
+        raise ConfigError(
+            f"--statistics {file} is a folder; give a file, such as {file / STATISTICS}"
+        )
     wanted = describe_statistics(model, *arrays, batch, tokenizer)
     if file.exists():
         try:
