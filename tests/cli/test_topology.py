@@ -127,3 +127,14 @@ def test_a_bad_plan_is_named(capsys, tmp_path):
     path.write_text('{"layouts": 3}')
     code, _, err = run(capsys, "v5e:2x4", "--bytes", str(path))
     assert code == 2 and "isn't a plan" in err and err.count("\n") == 1
+
+
+def test_a_large_graph_says_that_it_began(capsys, tmp_path):
+    ring = [[i, (i + 1) % 1030] for i in range(1030)]
+    (tmp_path / "ring.json").write_text(json.dumps({"links": ring}))
+    code, out, err = run(capsys, "--graph", str(tmp_path / "ring.json"),
+                         "--seconds", "0.1", "--json")  # fmt: skip
+    assert code == 0 and json.loads(out)["ours"]["hops"] == [1.0]
+    assert err.startswith("looking for an order of 1030 devices") and "\n" in err
+    _, _, err = run(capsys, "v4-8", "--json")
+    assert err == ""

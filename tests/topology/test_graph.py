@@ -72,6 +72,18 @@ def test_a_box_has_the_distances_of_its_links(name):
     assert graph.size == parse_topology(name).num_devices
 
 
+def test_distances_of_many_vertices():
+    """A ring of 1,100 and a vertex without a link, beside Dijkstra from a few of them."""
+    rng = np.random.default_rng(5)
+    edges = [(i, (i + 1) % 1100, float(rng.uniform(0.5, 2))) for i in range(1100)]
+    graph = make_graph(1101, edges)
+    for source in (0, 7, 1023, 1024, 1099):
+        lengths = shortest_paths(graph, [source])[0]
+        want = [lengths.get(vertex, np.inf) for vertex in range(graph.size)]
+        np.testing.assert_allclose(graph.distances[source], want, atol=1e-3)
+    assert np.isinf(graph.distances[1100, :1100]).all()
+
+
 def test_edges_that_repeat_and_loops():
     graph = make_graph(3, [(0, 1, 2.0), (1, 0, 0.5), (2, 2, 1.0), (1, 2, 1.0)])
     assert graph.edges() == [(0, 1, 0.5), (1, 2, 1.0)]

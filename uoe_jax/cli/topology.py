@@ -31,6 +31,8 @@ from uoe_jax.topology import (
 from uoe_jax.topology.graph import check_connected
 from uoe_jax.topology.rings import describe_order
 
+_LARGE = 1024  # devices; an order of more takes a while, so the command says it began
+
 
 @dataclass(frozen=True, kw_only=True)
 class TopologyOptions:
@@ -42,7 +44,7 @@ class TopologyOptions:
     dead: str | None = None  # numbers of devices to leave out: 3,17
     # Given: clusters of devices too, of at most this share of the graph's diameter.
     eps: Positive | None = None
-    seconds: Positive = 20.0  # after which the search ends
+    seconds: Positive = 20.0  # after which the search ends; building isn't cut
     seed: Seed = 0  # of the search
     json: bool = False  # one JSON object instead of a table
     picture: Path | None = None  # PNG, SVG or PDF of both orders
@@ -62,6 +64,13 @@ def topology(args: list[str]) -> int:
     graph, kept = whole.without(_numbers(options.dead))
     check_connected(graph)
     sizes, traffic = _mesh(options, graph)
+    if graph.size > _LARGE:
+        print(
+            f"looking for an order of {graph.size} devices; --seconds ends the search, "
+            "what comes before it isn't cut ...",
+            file=sys.stderr,
+            flush=True,
+        )
     start = _start(known, graph, kept, tuple(sizes.values()))
     first = describe_order(graph, start)
     best = order_mesh(

@@ -75,11 +75,7 @@ class Graph:
             return _box_distances(self.box)
         if self.size <= _DENSE:
             return _all_pairs(self)
-        found = np.full((self.size, self.size), np.inf, np.float32)
-        for source in range(self.size):
-            for vertex, length in shortest_paths(self, [source])[0].items():
-                found[source, vertex] = length
-        return found
+        return _sparse_distances(self)
 
     def components(self) -> list[list[int]]:
         """Return the connected parts, each ascending, the lowest vertex's first."""
@@ -231,6 +227,23 @@ def check_connected(graph: Graph) -> None:
             f"({graph.names[cut[0]]} is in one of {len(cut)}); join them, or give each "
             "part a mesh of its own"
         )
+
+
+def _sparse_distances(graph: Graph) -> np.ndarray:
+    """Return distances by Dijkstra from some vertices after others, in float32."""
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import dijkstra
+
+    lengths = [len(row) for row in graph.links]
+    ends = np.array([v for row in graph.links for v, _ in row], np.int32)
+    weights = np.array([w for row in graph.links for _, w in row], float)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    matrix = csr_array((weights, ends, starts), (graph.size, graph.size))
+    found = np.empty((graph.size, graph.size), np.float32)
+    for first in range(0, graph.size, _DENSE):  # a table of float64 would be twice it
+        rows = np.arange(first, min(first + _DENSE, graph.size))
+        found[rows] = dijkstra(matrix, indices=rows)
+    return found
 
 
 def _all_pairs(graph: Graph) -> np.ndarray:
