@@ -73,7 +73,7 @@ def test_a_box_has_the_distances_of_its_links(name):
 
 
 def test_distances_of_many_vertices():
-    """A ring of 1,100 and a vertex without a link, beside Dijkstra from a few of them."""
+    """A ring of 1,100 and a vertex without a link, beside Dijkstra from a few."""
     rng = np.random.default_rng(5)
     edges = [(i, (i + 1) % 1100, float(rng.uniform(0.5, 2))) for i in range(1100)]
     graph = make_graph(1101, edges)
