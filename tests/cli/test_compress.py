@@ -10,6 +10,7 @@ from tests.cli.test_decompose import dense_run  # noqa: F401
 from uoe_jax.cli import main
 from uoe_jax.cli.compress import _lines
 from uoe_jax.compress.options import percent
+from uoe_jax.data.progress import note_once
 from uoe_jax.runs.load import load_run
 
 
@@ -270,6 +271,20 @@ def test_methods_and_cuts_are_compared(dense_run, tmp_path, capsys):  # noqa: F8
     assert rows["dense", 0.0]["held_out"] == pytest.approx(
         math.exp(one["loss_before"]), abs=1e-2
     )
+
+
+@pytest.mark.parametrize("method, warned", [("modegpt", True), ("magnitude", False)])
+def test_few_tokens_are_said_where_they_fit_something(
+    dense_run,  # noqa: F811
+    tmp_path,
+    capsys,
+    method,
+    warned,
+):
+    note_once.cache_clear()
+    args = ["compress", str(dense_run), "--cut", "0.2", "--calibrate", "128"]
+    assert main([*args, "--method", method, "--out", str(tmp_path / "out")]) == 0
+    assert ("on fits are good" in capsys.readouterr().err) == warned
 
 
 def test_a_model_that_grew_says_so():

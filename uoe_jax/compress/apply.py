@@ -11,7 +11,14 @@ import numpy as np
 from uoe_jax.compress.anytime import read_anytime, sort_run, write_anytime
 from uoe_jax.compress.methods import prepare, sort_model
 from uoe_jax.compress.observed import Observed, block_params, take_apart
-from uoe_jax.compress.options import ANYTIME, LEAST_TOKENS, Compress, percent
+from uoe_jax.compress.options import (
+    ANYTIME,
+    FITTED,
+    LEAST_TOKENS,
+    Compress,
+    Curve,
+    percent,
+)
 from uoe_jax.compress.sorting import ENOUGH, few_tokens
 from uoe_jax.compress.statistics import check_kinds
 from uoe_jax.compress.stored import STATISTICS, stored_statistics
@@ -139,7 +146,9 @@ def look(
         given=options.statistics is not None,
     )
     observed = take_apart(model, params, source.buffers, seen)
-    _warn(observed)
+    methods = options.methods if isinstance(options, Curve) and options.curve else ()
+    if {*FITTED} & {*(methods or (options.chosen,))}:
+        _warn(observed)
     return observed, {
         "calibration": str(options.calibrate),
         "calibration_tokens": tokens,

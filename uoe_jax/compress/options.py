@@ -16,6 +16,7 @@ Method = Literal[
 ]
 Allocation = Literal["uniform", "bi", "curve", "seconds"]
 LOW_RANK = ("lord", "svd")
+FITTED = ("modegpt", "lord")  # to second moments of neurons
 ALIKE = ("depth", "slice")  # no way to spread a cut
 # flap keeps the means of what a cut drops in biases, other than at another cut.
 ANYTIME_METHODS = ("modegpt", "sort", "drop", "magnitude")
