@@ -244,7 +244,7 @@ class _Diffs:
 
 def _as_float32(model: nnx.Module, config: ModelConfig) -> nnx.Module:
     """Return the model with the same weights, computing in float32."""
-    config = dataclasses.replace(config, compute_dtype="float32")
+    config = dataclasses.replace(config, compute_dtype="float32", float8="none")
     shapes = jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
     graphdef = nnx.split(shapes)[0]
     return nnx.merge(graphdef, nnx.split(model)[1])

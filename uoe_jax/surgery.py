@@ -8,7 +8,7 @@ is the same for all changes and stands here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ from uoe_jax.runs.stored import run_folder
 from uoe_jax.runs.write import Origin, check_free, write_run
 from uoe_jax.stores.mirror import named
 from uoe_jax.tree import Arrays
-from uoe_jax.validation import validate
+from uoe_jax.validation import float8_problems, validate
 
 Which = Literal["last", "best"]
 
@@ -104,7 +104,16 @@ def operate(
     check_free(out)
     params, buffers = flat_params(run.model), flat_buffers(run.model)
     source = Source(folder=folder, config=run.config, buffers=buffers)
-    changed = change(run.config, params, source)
+    # What a change makes may have sides that products of eight bits don't take.
+    scales = run.config.model.float8
+    changed = change(_of_scales(run.config, "none"), params, source)
+    wanted = _of_scales(changed.config, scales)
+    if list(float8_problems(wanted.model)):
+        note(
+            f"{verb}: model.float8 is none in the new run, whose weights don't take it"
+        )
+    else:
+        changed = replace(changed, config=wanted)
     validate(changed.config)
     report = {
         "did": changed.did,
@@ -130,6 +139,12 @@ def operate(
     )
     write_run(out, changed.config, changed.params, origin, buffers=changed.buffers)
     return report
+
+
+def _of_scales(
+    config: ExperimentConfig, scales: Literal["none", "tensor", "rows"]
+) -> ExperimentConfig:
+    return replace(config, model=replace(config.model, float8=scales))
 
 
 def _compare(source: Form, changed: Changed, batch: Batch) -> dict[str, Any]:

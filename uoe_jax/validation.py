@@ -144,7 +144,7 @@ def _model_rules(model: ModelConfig) -> Iterator[str]:
     yield from _head_groups(model)
     yield from _convolution(model)
     yield from _sink(model)
-    yield from _float8(model)
+    yield from float8_problems(model)
     yield from _ends(model)
     yield from _union(model)
     yield from _moe(model)
@@ -296,7 +296,7 @@ def _sink(model: ModelConfig) -> Iterator[str]:
             )
 
 
-def _float8(model: ModelConfig) -> Iterator[str]:
+def float8_problems(model: ModelConfig) -> Iterator[str]:
     """Yield which weights can't be multiplied in eight bits."""
     if model.float8 == "none":
         return
@@ -333,6 +333,13 @@ def _product_sides(model: ModelConfig) -> Iterator[tuple[str, int]]:
         heads["heads of an expert are together"] = part // max(experts, 1)
     if {*model.attention} - {"union", "moh"}:
         heads["heads are together"] = part
+    groups, shared = model.head_groups, model.num_heads // max(model.num_kv_heads, 1)
+    for name, count, keys in (
+        ("local", groups.local, groups.local_kv),
+        ("full", groups.full, groups.full_kv),
+    ):
+        keys = keys or count // max(shared, 1)
+        heads[f"heads of model.head_groups.{name} are together"] = keys * model.head_dim
     for name, width in heads.items():
         yield f"key {name}", width
     if "dense" in model.mlp:

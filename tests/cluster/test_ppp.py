@@ -249,3 +249,13 @@ def test_axes_point_to_their_largest_loading():
     axes = make_frame(points).axes
     assert (axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])] > 0).all()
     assert_close(axes.T @ axes, np.eye(axes.shape[1]), 1e-9)
+
+
+def test_points_too_far_for_any_density_go_to_the_nearest_centre(recwarn):
+    rng = np.random.default_rng(0)
+    near = rng.normal(size=(200, 2)) + [3, 0]
+    found = PPP(num_clusters=2).fit(np.concatenate([near, -near]))
+    right, left = found.predict(np.array([[3.0, 0], [-3.0, 0]]))
+    far = found.predict(np.array([[1e160, 0], [-1e160, 0]]))
+    assert right != left and far.tolist() == [right, left]
+    assert not recwarn.list

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from tests.model.tiny_models import VOCAB, build, forward, tiny, tokens_like
-from uoe_jax.config import LayerWidths, MoeConfig, UnionConfig
+from uoe_jax.config import HeadGroups, LayerWidths, MoeConfig, UnionConfig
 from uoe_jax.errors import ConfigError
 from uoe_jax.model.transformer import init_cache
 from uoe_jax.validation import validate_model
@@ -114,6 +114,15 @@ def test_with_a_scale_a_row_a_token_sees_none_behind_it():
         ({"mlp": ("union",), "d_ff": 96}, "model.d_ff of an expert is 24; "),
         ({"mlp": ("moe",), "moe": MoeConfig(d_expert=40)}, "d_expert is 40; "),
         ({"widths": LayerWidths(d_ff=(48,))}, "model.widths are set"),
+        (
+            {
+                "head_groups": HeadGroups(local=1, window=4),
+                "head_dim": 8,
+                "num_heads": 4,
+                "num_kv_heads": 4,
+            },
+            "heads of model.head_groups.local are together 8; ",
+        ),
     ],
 )
 def test_weights_that_cannot_take_it_are_refused(changes, words):

@@ -52,7 +52,8 @@ class PPP(Checked):
     those parts. A k is separable if the mixture keeps every part: the Jaccard index of
     part and component is at least `agreement`. Of the separable k that with the best
     ICL is taken; one cluster is always separable. A point's label is the component that
-    it belongs to most. Order of rows, threads, shifts and scales change no label.
+    it belongs to most. Order of rows, threads, shifts and scales change no label but
+    those of points as near to two parts.
 
     After `fit`: `labels`, `core`, `num_clusters`, `tried`.
     """
@@ -190,12 +191,15 @@ class PPP(Checked):
 
         Clusters have the parts' numbers here. A cluster is a component of a mixture
         that confirms the parts: it knows their widths, where the nearest centre cuts
-        halfway. Of another mixture, it is the part.
+        halfway. So a point far outside of all belongs to the widest. Of another
+        mixture, and for points so far that no density is left, it is the part.
         """
-        posterior = self._chosen.predict(turned)
-        part = nearest(turned, self._centres)
+        with np.errstate(over="ignore", invalid="ignore"):
+            posterior = self._chosen.predict(turned)
+            part = nearest(turned, self._centres)
         core = posterior[np.arange(len(part)), part] >= SURE
-        return posterior.argmax(axis=1) if self._confirmed else part, core
+        known = np.isfinite(posterior).all(axis=1) & self._confirmed
+        return np.where(known, posterior.argmax(axis=1), part), core
 
 
 def agreement(

@@ -52,7 +52,8 @@ def to_float8(
     """
     wide = x.astype(jnp.float32)
     finite = jnp.isfinite(wide)
-    most = jnp.max(jnp.where(finite, jnp.abs(wide), 0), axis=axes, keepdims=True)
+    sizes = jnp.where(finite, jnp.abs(wide), 0)
+    most = jnp.max(sizes, axis=axes, keepdims=True, initial=0)  # of no entries, too
     exponent = _exponent(most)
     numbers = jnp.where(finite, _round(wide * _power(-exponent)), jnp.nan)
     return numbers.astype(E4M3), _power(exponent)

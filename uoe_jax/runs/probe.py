@@ -32,8 +32,8 @@ class ProbeResult(NamedTuple):
 
 
 def in_float32(config: ModelConfig) -> ModelConfig:
-    """Return a config that computes in float32."""
-    return dataclasses.replace(config, compute_dtype="float32")
+    """Return a config that computes in float32, without operands of eight bits."""
+    return dataclasses.replace(config, compute_dtype="float32", float8="none")
 
 
 def probe(reference: Any, model: Any, batch: Mapping[str, np.ndarray]) -> ProbeResult:

@@ -138,7 +138,9 @@ def with_teacher(
     dtype, and drops nothing out.
     """
     compute = config.model.compute_dtype
-    model = dataclasses.replace(teacher.model, compute_dtype=compute, remat="none")
+    model = dataclasses.replace(
+        teacher.model, compute_dtype=compute, remat="none", float8="none"
+    )
     # Rules are about the weights of the model that learns.
     layout_config = dataclasses.replace(config.layout, rules=NO_RULES)
     config = dataclasses.replace(config, model=model, layout=layout_config)
