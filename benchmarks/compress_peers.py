@@ -60,7 +60,7 @@ def shown(layer: Arrays, ridge: float) -> Arrays:
     return layer | found | {"ridge": np.asarray(scale)}
 
 
-def theirs(clone: Path, given: Path, out: Path) -> None:
+def theirs(given: Path, out: Path) -> None:
     """Write what the other implementation makes of a layer. Runs in its interpreter."""
     import torch
 
@@ -75,7 +75,6 @@ def theirs(clone: Path, given: Path, out: Path) -> None:
         setattr(adapter, name, object)
     sys.modules["src.model_utils"] = utils
     sys.modules["src.adapters.model_adapter"] = adapter
-    sys.path.insert(0, str(clone))
     from src.compression import compress_mlp, compress_qk, compress_vo
     from src.compression_utils import sqrt_M
 
@@ -175,9 +174,9 @@ def main() -> None:
         for seed in range(args.seeds):
             layer = shown(draw(seed), LEVERAGE_RIDGE)
             np.savez(given, **layer)
-            words = [args.peer_python, __file__, "--theirs", args.peer, given, out]
-            own = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-            subprocess.run(words, check=True, env=own, stdout=subprocess.DEVNULL)
+            words = [args.peer_python, __file__, "--theirs", given, out]
+            found = os.environ | {"PYTHONPATH": str(args.peer)}
+            subprocess.run(words, check=True, env=found, stdout=subprocess.DEVNULL)
             rows.append({"seed": seed, **compare(layer, dict(np.load(out)))})
             print(rows[-1], flush=True)
     if args.out is not None:
