@@ -104,6 +104,19 @@ def test_the_output_is_that_of_every_head_by_hand(shared, window):
     assert blind > 0 and apart > 0  # else one router would do
 
 
+@pytest.mark.parametrize("sample", [0, 1, 2])
+def test_what_is_no_number_stays_in_its_sample(sample):
+    config = paired(num_layers=1)
+    layer, context = layer_of(config), make_context(config, (3, 13))
+    x = jax.random.normal(jax.random.key(4), (3, 13, 32))
+    others = np.arange(3) != sample
+    wanted = np.asarray(layer(x, context)[0])
+    for token in (0, 9):
+        spoilt = layer(x.at[sample, token].set(jnp.nan), context)[0]
+        assert np.isnan(spoilt[sample, token]).all()
+        assert_close(spoilt[others], wanted[others], 1e-6)
+
+
 def test_all_experts_with_unit_gates_are_the_dense_model():
     assert_is_dense_when_cut(paired({"top_k": 4}))
 
@@ -184,7 +197,9 @@ def test_rows_lie_in_their_lists_and_queries_find_them():
         pack_choices(choices[1], experts, kept),
     )
     tokens = jnp.arange(1, batch * length + 1, dtype=jnp.float32)[:, None]
-    rows = gather_rows(gather_rows(tokens, stored), list_places(stored, length))
+    put, filled = list_places(stored, length)
+    assert np.asarray(filled).sum() == np.asarray(kept).sum()
+    rows = jnp.where(filled, gather_rows(gather_rows(tokens, stored), put), 0)
     lists = np.asarray(rows).reshape(experts, batch, length).astype(int)
     low = draw.integers(0, length, (batch, length))
     high = np.minimum(low + draw.integers(-1, 4, (batch, length)), length - 1)

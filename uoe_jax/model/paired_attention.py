@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.model.attention import UnionAttention, pick_heads
@@ -106,10 +106,12 @@ class PairedAttention(UnionAttention):
         asked, stored = packings
         shape = context.positions.shape
         length, lists = shape[1], stored.segment_offsets.shape[0] - 1
-        put = list_places(stored, length)
+        put, filled = list_places(stored, length)
 
         def listed(a: Float[Array, "M2 J H"]) -> Float[Array, "J S T H"]:
             rows = gather_rows(a.reshape(a.shape[0], -1), put)
+            # A weight of 0 times another sample's nan would be nan.
+            rows = jnp.where(filled, rows, 0)
             return jnp.moveaxis(rows.reshape(lists, length, *a.shape[1:]), 2, 0)
 
         keys, values = map(listed, pairs)
@@ -135,11 +137,11 @@ def _segment_of(offsets: Int[Array, " S1"], rows: int) -> Int[Array, " M"]:
     return jnp.searchsorted(offsets[1:], row, side="right").astype(jnp.int32)
 
 
-def list_places(packing: Packing, length: int) -> Packing:
+def list_places(packing: Packing, length: int) -> tuple[Packing, Bool[Array, "N 1"]]:
     """Return which row is at each place of S lists of `length`, and each row's place.
 
     A segment's rows come first in its list; where none is left some row stands in,
-    which gets no gradient.
+    which gets no gradient. And which of the N = S * length places hold a row of theirs.
     """
     offsets, rows = packing.segment_offsets, packing.token_ids.shape[0]
     lists = offsets.shape[0] - 1
@@ -149,7 +151,8 @@ def list_places(packing: Packing, length: int) -> Packing:
     place = jnp.where(segment < lists, place, lists * length)  # of no list
     index = jnp.arange(length, dtype=jnp.int32)[None]
     source = jnp.minimum(offsets[:-1, None] + index, rows - 1).reshape(-1)
-    return Packing(source, place[:, None], offsets, offsets)
+    filled = (index < jnp.diff(offsets)[:, None]).reshape(-1, 1)
+    return Packing(source, place[:, None], offsets, offsets), filled
 
 
 def seen_places(
