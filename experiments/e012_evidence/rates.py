@@ -17,10 +17,15 @@ def choose_rate(
     """Return a run's rate, and what it is by: `given`, `search`, or `default`.
 
     A model's seeds have one rate, whenever they are trained. Models that are compared
-    with some that no search stood behind have the `middle` of their grid too.
+    with some that no search stood behind have the `middle` of their grid too. A run
+    that goes on has a part of its start's rate, also where a search came later.
     """
     if job.rate is not None:
         return job.rate, "given"
+    if job.start is not None:
+        for row in rows:
+            if _is_run(row, job.start):
+                return CONTINUED * row["rate"], row["rate_by"]
     alike = [
         row for row in rows
         if row["setting"] == job.setting and row["planned_steps"] == list(job.steps)
@@ -33,6 +38,17 @@ def choose_rate(
     if rate is None or any(row["rate_by"] == "default" for row in alike):
         rate, by = middle, "default"
     return (rate if job.start is None else CONTINUED * rate), by
+
+
+def _is_run(row: Row, job: Job) -> bool:
+    """Whether a row is of that training: model, size, steps, optimizer and seed."""
+    return (
+        row["setting"] == job.setting
+        and row["planned_steps"] == list(job.steps)
+        and row["optimizer"] == job.optimizer
+        and row["seed"] == job.seed
+        and row["case"] == job.name
+    )
 
 
 def best_rate(rows: Sequence[Row], job: Job, family: str) -> float | None:

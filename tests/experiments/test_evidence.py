@@ -618,6 +618,30 @@ def test_seeds_of_a_model_and_models_that_are_compared_have_one_kind_of_rate():
     assert choose_rate([mine], given, "dense", 0.5) == (0.125, "given")
 
 
+def test_a_run_that_goes_on_has_a_part_of_its_starts_rate():
+    job = next(j for j in jobs("cut", [], False) if j.seed == 1)
+    start = job.start
+    assert start is not None and start.steps != job.steps
+    rates = jobs("2", [], False)[:5]
+    search = [searched(j, abs(n - 2) + 1.0) for n, j in enumerate(rates)]
+    # The start was trained before the search; another seed's, shorter ones and later
+    # runs of other models don't count.
+    found = {"planned_steps": list(start.steps), "setting": start.setting, "seed": 1}
+    trained = row("dense", 1, falling(1.6)) | found | {"rate": 0.25}
+    others = [
+        trained | {"seed": 0, "rate": 0.5},
+        trained | {"planned_steps": [400], "rate": 0.5},
+        trained | {"setting": "S, T 1024, cut", "rate": 0.5},
+        trained | {"optimizer": "muon", "rate": 0.5},
+        trained | {"case": "MoE 2 of 8", "rate": 0.5},
+    ]
+    ask = lambda rows: choose_rate(rows, job, "dense", 0.5)
+    assert ask([*search, *others, trained]) == (CONTINUED * 0.25, "default")
+    # No start yet: what it would be trained at.
+    rate = choose_rate(search, start, "dense", 0.5)[0]
+    assert ask(search) == (CONTINUED * rate, "search")
+
+
 def test_seconds_are_a_models_where_nothing_was_compiled_beside_it(tmp_path):
     chunks = lambda beside: {"all": 11, "compiled_meanwhile": beside}
     alone = row("dense + conv", 0, falling(1.5), step_seconds=0.2, chunks=chunks(10))
