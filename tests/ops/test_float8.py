@@ -135,7 +135,8 @@ def test_a_product_is_of_rounded_operands_and_its_gradients_of_the_others(scales
 def packed(seed, dtype, spoilt=True):
     """Tokens, their rows and weights of 3 experts, a packing, and gradients.
 
-    The last token's picks count for nothing: their rows are garbage.
+    The last token's picks count for nothing: their rows are garbage, one of numbers
+    far above all others.
     """
     rng = np.random.default_rng(seed)
     choices = np.stack([rng.permutation(3)[:2] for _ in range(14)]).reshape(2, 7, 2)
@@ -145,7 +146,7 @@ def packed(seed, dtype, spoilt=True):
     make = lambda *shape: jnp.asarray(rng.normal(size=shape) * 10, dtype)
     x, w, rows, wide = make(14, 16), make(3, 16, 32), make(28, 16), make(28, 32)
     if spoilt:
-        rows, wide = (a.at[26:].set(jnp.nan) for a in (rows, wide))
+        rows, wide = (a.at[26].set(jnp.nan).at[27].set(1e6) for a in (rows, wide))
     return x, w, rows, wide, packing
 
 

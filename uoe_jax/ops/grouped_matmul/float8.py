@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
 from uoe_jax.ops import float8
 from uoe_jax.ops.grouped_matmul.derivative import Products
 
@@ -30,11 +33,28 @@ def _rounding(backend: Products, scales: str) -> Products:
         return float8.rounded(x, rows), float8.rounded(w, weights)
 
     def products(x, w, offsets, ids, *, transpose):
-        x, w = (x, w) if transpose else operands(x, w)
+        if not transpose:
+            counted = x if ids is not None else without_garbage(x, offsets, scales)
+            x, w = operands(counted, w)
         return backend.products(x, w, offsets, ids, transpose=transpose)
 
     def sums(rows, w, packing, *, transpose):
-        rows, w = (rows, w) if transpose else operands(rows, w)
+        if not transpose:
+            counted = without_garbage(rows, packing.group_offsets, scales)
+            rows, w = operands(counted, w)
         return backend.sums(rows, w, packing, transpose=transpose)
 
     return Products(products, sums, backend.weight_grads)
+
+
+def without_garbage(
+    rows: Float[Array, "M I"], offsets: Int[Array, " E1"], scales: str
+) -> Float[Array, "M I"]:
+    """Return rows with zeros past the last group where one scale is for all of them.
+
+    What lies there may be any number, and would be the largest.
+    """
+    if 0 not in ROW_AXES[scales]:
+        return rows
+    counts = jnp.arange(rows.shape[0]) < offsets[-1]
+    return jnp.where(counts[:, None], rows, 0)

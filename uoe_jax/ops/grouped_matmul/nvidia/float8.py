@@ -15,7 +15,11 @@ from jaxtyping import Array, Float, Int
 from uoe_jax.ops import nvidia
 from uoe_jax.ops.float8 import to_float8
 from uoe_jax.ops.grouped_matmul.derivative import Products
-from uoe_jax.ops.grouped_matmul.float8 import ROW_AXES, WEIGHT_AXES
+from uoe_jax.ops.grouped_matmul.float8 import (
+    ROW_AXES,
+    WEIGHT_AXES,
+    without_garbage,
+)
 from uoe_jax.ops.grouped_matmul.nvidia.launch import map_tiles, sum_rows
 from uoe_jax.ops.grouped_matmul.nvidia.tiles import Tiles, power_above
 
@@ -73,6 +77,8 @@ def forward_products(
     """
     num_rows = x.shape[0] if ids is None else ids.shape[0]
     num_groups, inner, outer = w.shape
+    if ids is None or scatter:
+        x = without_garbage(x, offsets, scales)
     numbers, row_scales = to_float8(x, ROW_AXES[scales])
     weights, column_scales = to_float8(jnp.swapaxes(w, 1, 2), _swapped(scales))
     tiles = tiles or choose_tiles(inner, outer)
