@@ -421,6 +421,30 @@ def test_a_plan_that_was_changed_after_the_runs_is_refused(tmp_path, capsys):
     assert module.main(["--results", "no.json", "--out", str(tmp_path)]) == 2
 
 
+def test_results_of_different_texts_are_not_reported_together(tmp_path, capsys):
+    from experiments.e012_evidence import report as module
+
+    noted = json.loads(results(tmp_path, full_rows()).read_text())
+    text = {"wikipedia": "a1", "python": "b2"}
+    seen = {
+        "first": {"text 4096": text},
+        "same": {"text 4096": text, "recall 1024": {"recall": "c3"}},
+        "other": {"text 4096": text | {"python": "b3"}},
+        "fewer": {"text 4096": {"wikipedia": "a1"}},
+    }
+    for name, texts in seen.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(noted | {"texts": texts}))
+    file = lambda name: str(tmp_path / f"{name}.json")
+    args = ["--out", str(tmp_path / "out"), "--results", file("first"), file("same")]
+    assert module.main(args) == 0
+    for name in ("other", "fewer"):
+        capsys.readouterr()
+        assert module.main([*args, file(name)]) == 2
+        said = capsys.readouterr().err
+        assert f"{name}.json was made with another text of python than" in said
+        assert said.count("\n") == 1
+
+
 def test_equal_seconds_are_read_off_the_slower_fronts(tmp_path):
     law = lambda a: [a * (400 * 2**n) ** -0.1 for n in range(5)]
     rows = [row("dense", 0, law(3.0), step_seconds=0.1)]
