@@ -70,6 +70,7 @@ from jaxtyping import install_import_hook
 install_import_hook("uoe_jax", "beartype.beartype")
 
 import jax
+import numpy as np
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -78,6 +79,17 @@ from flax import nnx
 
 nnx.set_graph_mode(False)
 nnx.set_graph_updates(False)
+
+
+@pytest.fixture
+def rng():
+    """Random numbers of a fresh seed, which pytest prints with a failure of its test.
+
+    TEST_SEED=N gives that seed's again.
+    """
+    seed = int(os.environ.get("TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
+    print(f"TEST_SEED={seed}")
+    return np.random.default_rng(seed)
 
 
 @functools.cache

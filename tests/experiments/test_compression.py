@@ -206,8 +206,8 @@ def test_tables_have_a_row_a_method_and_mark_the_best_of_a_cut():
     )
 
 
-def test_directions_and_the_largest_channel_of_a_known_moment():
-    rotation = np.linalg.qr(np.random.default_rng().normal(size=(4, 4)))[0]
+def test_directions_and_the_largest_channel_of_a_known_moment(rng):
+    rotation = np.linalg.qr(rng.normal(size=(4, 4)))[0]
     moment = rotation @ np.diag([90.0, 8.0, 1.5, 0.5]) @ rotation.T
     assert [directions(moment, share) for share in (0.5, 0.95, 0.99)] == [1, 2, 3]
     assert largest_share(np.diag([3.0, 1.0])) == 0.75

@@ -185,12 +185,11 @@ def test_statistics_and_balance_are_of_both_routers():
     assert (np.asarray(moved.choices) == 1).any(-1).all()
 
 
-def test_rows_lie_in_their_lists_and_queries_find_them():
+def test_rows_lie_in_their_lists_and_queries_find_them(rng):
     """Against loops over all tokens, with documents and picks that don't count."""
-    draw = np.random.default_rng()
     batch, length, experts = 3, 7, 4
-    pick = lambda: np.argsort(draw.random((batch, length, experts)), axis=-1)[..., :2]
-    kept = jnp.asarray(draw.random((batch, length, 2)) < 0.7)
+    pick = lambda: np.argsort(rng.random((batch, length, experts)), axis=-1)[..., :2]
+    kept = jnp.asarray(rng.random((batch, length, 2)) < 0.7)
     choices = [jnp.asarray(pick()) for _ in range(2)]
     asked, stored = (
         pack_choices(choices[0], experts),
@@ -201,8 +200,8 @@ def test_rows_lie_in_their_lists_and_queries_find_them():
     assert np.asarray(filled).sum() == np.asarray(kept).sum()
     rows = jnp.where(filled, gather_rows(gather_rows(tokens, stored), put), 0)
     lists = np.asarray(rows).reshape(experts, batch, length).astype(int)
-    low = draw.integers(0, length, (batch, length))
-    high = np.minimum(low + draw.integers(-1, 4, (batch, length)), length - 1)
+    low = rng.integers(0, length, (batch, length))
+    high = np.minimum(low + rng.integers(-1, 4, (batch, length)), length - 1)
     first, last = seen_places(asked, stored, (jnp.asarray(low), jnp.asarray(high)))
     for row, token in enumerate(np.asarray(asked.token_ids)):
         sample, place = divmod(int(token), length)

@@ -105,8 +105,7 @@ def by_hand(x, axes):
 
 
 @pytest.mark.parametrize("scales", ["tensor", "rows"])
-def test_a_product_is_of_rounded_operands_and_its_gradients_of_the_others(scales):
-    rng = np.random.default_rng()
+def test_a_product_is_of_rounded_operands_and_its_gradients_of_the_others(scales, rng):
     x, w, grad = (
         jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
         for shape in ((3, 20, 48), (48, 32), (3, 20, 32))
@@ -157,9 +156,9 @@ BACKENDS = {
 }
 
 
-def check_grouped(call, scales, dtype, bound):
+def check_grouped(call, rng, scales, dtype, bound):
     """Hold the three forms of a backend to float64, values and gradients."""
-    x, w, rows, wide, packing = packed(np.random.default_rng().integers(2**32), dtype)
+    x, w, rows, wide, packing = packed(rng.integers(2**32), dtype)
     ids, offsets = np.asarray(packing.token_ids), np.asarray(packing.group_offsets)
     group = np.searchsorted(offsets[1:], np.arange(26), side="right")
     place = np.zeros((14, 26))
@@ -208,12 +207,12 @@ def check_grouped(call, scales, dtype, bound):
 
 @pytest.mark.parametrize("scales", ["tensor", "rows"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_grouped_products_are_of_rounded_operands_too(backend, scales):
-    check_grouped(BACKENDS[backend], scales, jnp.float32, 1e-5)
+def test_grouped_products_are_of_rounded_operands_too(backend, scales, rng):
+    check_grouped(BACKENDS[backend], rng, scales, jnp.float32, 1e-5)
 
 
-def test_grouped_products_of_bfloat16_are_rounded_no_more_than_once():
-    check_grouped(BACKENDS["blocks one by one"], "rows", jnp.bfloat16, 2**-7)
+def test_grouped_products_of_bfloat16_are_rounded_no_more_than_once(rng):
+    check_grouped(BACKENDS["blocks one by one"], rng, "rows", jnp.bfloat16, 2**-7)
 
 
 def test_a_backend_that_rounds_nothing_says_so():

@@ -34,16 +34,17 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize("scales", ["tensor", "rows"])
-def test_products_are_of_rounded_operands_and_gradients_of_the_others(launched, scales):
+def test_products_are_of_rounded_operands_and_gradients_of_the_others(
+    launched, scales, rng
+):
     call = lambda op, *args: getattr(triton, op)(*args)
-    test_float8.check_grouped(call, scales, jnp.float32, 1e-5)
+    test_float8.check_grouped(call, rng, scales, jnp.float32, 1e-5)
     # One a form of the three; its gradients are the kernels of all dtypes.
     assert launched.count(("float8_kernels", "products")) == 3
     assert ("kernels", "weight_grads") in launched
 
 
-def test_rows_are_stored_at_their_tokens_where_each_has_one(launched):
-    rng = np.random.default_rng()
+def test_rows_are_stored_at_their_tokens_where_each_has_one(launched, rng):
     rows = jnp.asarray(rng.normal(size=(24, 40)), jnp.bfloat16)
     w = jnp.asarray(rng.normal(size=(2, 40, 24)), jnp.bfloat16)
     ids = jnp.asarray(rng.permutation(24), jnp.int32)
