@@ -65,8 +65,7 @@ def test_ten_thousand_batches_have_the_weights_to_one_percent(make_config, texts
     assert (few > 10).all()
 
 
-def test_the_order_is_what_a_plain_loop_gives():
-    rng = np.random.default_rng()
+def test_the_order_is_what_a_plain_loop_gives(rng):
     weights = rng.random(int(rng.integers(2, 6))) + 0.01
     sizes, counts = (
         rng.integers(1, 50, len(weights)),
@@ -299,8 +298,7 @@ def test_a_text_of_two_sources_is_never_trained_on_and_held_out(
     assert all(words.values())
 
 
-def test_contents_of_one_source_stay_where_they_are():
-    rng = np.random.default_rng()
+def test_contents_of_one_source_stay_where_they_are(rng):
     for _ in range(50):
         count = int(rng.integers(1, 60))
         splits = rng.integers(0, 3, count)

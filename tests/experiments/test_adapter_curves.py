@@ -100,8 +100,7 @@ def test_a_curve_goes_on_with_what_is_missing(tmp_path):
     assert set(read_json(file)) == {"lm", "conv"}
 
 
-def test_images_are_read_as_they_were_stored(tmp_path):
-    rng = np.random.default_rng()
+def test_images_are_read_as_they_were_stored(tmp_path, rng):
     rgb = rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
     planes = rgb[..., 1], rgb[..., 0] - rgb[..., 1], rgb[..., 2] - rgb[..., 1]
     stored = np.stack(planes, axis=1)

@@ -54,9 +54,8 @@ def test_nothing_pruned_changes_nothing(model, batch):
         assert array.tobytes() == np.asarray(params[name]).tobytes(), name
 
 
-def test_neurons_and_heads_that_write_nothing_are_pruned_for_nothing(model, batch):
+def test_neurons_and_heads_that_write_nothing_are_pruned_for_nothing(model, batch, rng):
     params = dict(flat_params(model))
-    rng = np.random.default_rng()
     for layer in range(3):  # silence other ones in each layer
         quiet = rng.permutation(24)[:8]
         w_down = np.array(params["trunk.blocks.0.mlp.w_down"])

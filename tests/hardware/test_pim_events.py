@@ -14,9 +14,8 @@ SPEC = pim.SPECS["aim-gddr6"]
 sizes = st.integers(1, 3000)
 
 
-def test_closed_form_and_simulator_agree_to_one_percent():
+def test_closed_form_and_simulator_agree_to_one_percent(rng):
     """On 50 random products, each repeated until refreshes come in their rhythm."""
-    rng = np.random.default_rng()
     for case, (outputs, inputs) in enumerate(rng.integers(1, 9000, (50, 2)).tolist()):
         for spec in list(pim.SPECS.values())[: 1 if case % 5 else 2]:
             one = pim.product(spec, outputs, inputs)
@@ -89,8 +88,7 @@ def test_products_of_nothing_are_refused():
         pim_events.weight_place(SPEC, 4, 0, 4, 4)
 
 
-def test_the_vector_chips_arithmetic():
-    rng = np.random.default_rng()
+def test_the_vector_chips_arithmetic(rng):
     x = rng.uniform(1e-6, 1e6, 10_000).astype(np.float32)
     wide = x.astype(np.float64)
     assert np.abs(pim_events.reciprocal(x) * wide - 1).max() < 1.5e-5

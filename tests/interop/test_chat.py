@@ -156,8 +156,7 @@ def test_conversations_keep_their_other_fields(place, capsysbinary, tmp_path):
     assert one == found[1]["completion"] + "\n"
 
 
-def test_batches_are_few_shapes_and_every_prompt_once(run):
-    rng = np.random.default_rng()
+def test_batches_are_few_shapes_and_every_prompt_once(run, rng):
     prompts = [rng.integers(0, 300, n).astype(np.int32) for n in (3, 20, 5, 9, 30, 17)]
     made = generate_all(run.model, prompts, 4, batch_size=3, greedy=True)
     for prompt, found in zip(prompts, made, strict=True):

@@ -196,9 +196,8 @@ def test_layouts_hold_each_entry_once(data):
     assert sorted(entry[entry < len(rows)].tolist()) == list(range(len(rows)))
 
 
-def test_device_arrays_lay_out_like_host_arrays():
-    draw = np.random.default_rng()
-    rows, cols = np.nonzero(draw.random((30, 20)) < 0.4)
+def test_device_arrays_lay_out_like_host_arrays(rng):
+    rows, cols = np.nonzero(rng.random((30, 20)) < 0.4)
     rows, cols = rows.astype(np.int32), cols.astype(np.int32)
     host = make_buckets(rows, cols, 30, 20, block_entries=64)
     device = make_buckets(
@@ -209,8 +208,8 @@ def test_device_arrays_lay_out_like_host_arrays():
             np.testing.assert_array_equal(x, y)
 
 
-def test_widths_pad_little_for_skewed_degrees():
-    degree = (np.random.default_rng().pareto(1.2, 5000) * 5 + 1).astype(int)
+def test_widths_pad_little_for_skewed_degrees(rng):
+    degree = (rng.pareto(1.2, 5000) * 5 + 1).astype(int)
     widths = np.array(choose_widths(degree, 6))
     assert len(widths) <= 6 and widths[-1] >= degree.max()
     area = widths[np.searchsorted(widths, degree)].sum()

@@ -98,11 +98,10 @@ def test_derivative_of_a_completion_is_its_difference_quotient(seed, x64):
     assert_close(slope, rise / (2 * step), 1e-4, least=1.0)
 
 
-def test_interval_covers_the_true_error():
-    draw = np.random.default_rng()
+def test_interval_covers_the_true_error(rng):
     inside = 0
     for _ in range(300):
-        _, low, high = squared_error_interval(draw.normal(size=400))
+        _, low, high = squared_error_interval(rng.normal(size=400))
         inside += low <= 1 <= high
     # 95% nominal; 300 draws have a deviation of 1.3%, allow four.
     assert inside / 300 > 0.89

@@ -27,7 +27,7 @@ def draw(seed: int, dropped: float, cut: int) -> tuple[Packing, np.ndarray]:
 @pytest.mark.parametrize(
     ("dropped", "cut"), [(0.0, 0), (0.3, 0), (0.3, 1)], ids=["all", "dropped", "cut"]
 )
-def test_placing_is_a_permutation_and_its_gradient_the_way_back(dropped, cut):
+def test_placing_is_a_permutation_and_its_gradient_the_way_back(dropped, cut, rng):
     packing, values = draw(np.random.SeedSequence().entropy % 2**32, dropped, cut)
     values = jnp.asarray(values, jnp.float32)
     rows, back = jax.vjp(lambda v: picks_to_rows(v, packing), values)
@@ -36,7 +36,7 @@ def test_placing_is_a_permutation_and_its_gradient_the_way_back(dropped, cut):
     expected = np.zeros(rows.shape, np.float32)
     expected[ids[inside]] = np.asarray(values)[inside]
     np.testing.assert_array_equal(rows, expected)
-    grad = jnp.asarray(np.random.default_rng().normal(size=rows.shape), jnp.float32)
+    grad = jnp.asarray(rng.normal(size=rows.shape), jnp.float32)
     (found,) = back(grad)
     np.testing.assert_array_equal(found, rows_to_picks(grad, packing))
     wanted = np.where(inside[..., None], np.asarray(grad)[np.where(inside, ids, 0)], 0)
@@ -52,9 +52,8 @@ def test_no_gradient_is_scattered():
 
 
 @pytest.mark.parametrize("shape", [(40, 96), (3, 40, 2, 16)])
-def test_gradients_of_factors_are_summed_in_float32(shape):
+def test_gradients_of_factors_are_summed_in_float32(shape, rng):
     """In bfloat16 sums over several heads lost two of their eight bits."""
-    rng = np.random.default_rng()
     rows, grad = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for _ in range(2))
     axis = shape.index(40)
     sides = [side if place == axis else 1 for place, side in enumerate(shape)]

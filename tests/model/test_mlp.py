@@ -34,9 +34,8 @@ def written_out(params, x, choices, gates):
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("gated", [False, True])
-def test_packed_experts_are_the_choices_written_out(activation, gated):
-    draw = np.random.default_rng()
-    normal = lambda *shape: jnp.asarray(draw.normal(size=shape), jnp.float32)
+def test_packed_experts_are_the_choices_written_out(activation, gated, rng):
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     config = tiny(d_model=WIDTH, activation=activation, use_bias=True)
     mlp = jax.eval_shape(
         lambda: RoutedMlp(config, EXPERTS, NEURONS, NEURONS, rngs=nnx.Rngs(0))
@@ -44,7 +43,7 @@ def test_packed_experts_are_the_choices_written_out(activation, gated):
     graphdef, shapes = nnx.split(mlp)
     shapes = nnx.to_pure_dict(shapes)
     params = {name: normal(*leaf.shape) for name, leaf in shapes.items()}
-    choices = np.argsort(draw.random((BATCH, LENGTH, EXPERTS)), -1)[..., :PICKS]
+    choices = np.argsort(rng.random((BATCH, LENGTH, EXPERTS)), -1)[..., :PICKS]
     packing = pack_choices(jnp.asarray(choices), EXPERTS)
     x, grad = normal(BATCH * LENGTH, WIDTH), normal(BATCH * LENGTH, WIDTH)
     gates = normal(BATCH, LENGTH, PICKS) if gated else None
@@ -75,12 +74,11 @@ def test_packed_experts_are_the_choices_written_out(activation, gated):
     )
 
 
-def test_gated_experts_keep_no_unscaled_activations():
+def test_gated_experts_keep_no_unscaled_activations(rng):
     """Only the second product's rows are kept of the hidden width."""
     config = tiny(d_model=WIDTH, activation="swiglu")
     mlp = RoutedMlp(config, EXPERTS, NEURONS, NEURONS, rngs=nnx.Rngs(0))
-    draw = np.random.default_rng()
-    choices = np.argsort(draw.random((BATCH, LENGTH, EXPERTS)), -1)[..., :PICKS]
+    choices = np.argsort(rng.random((BATCH, LENGTH, EXPERTS)), -1)[..., :PICKS]
     packing = pack_choices(jnp.asarray(choices), EXPERTS)
     x, gates = jnp.ones((BATCH * LENGTH, WIDTH)), jnp.ones((BATCH, LENGTH, PICKS))
     _, vjp = jax.vjp(lambda x, gates: mlp.experts(x, packing, gates), x, gates)

@@ -20,8 +20,8 @@ from uoe_jax.ops.token_products.eight_bits import to_int8
 from uoe_jax.ops.token_router import RouterWeights, Scale, route
 
 
-def test_eight_bits_are_half_a_scale_off_at_most():
-    weight = np.random.default_rng().normal(size=(3, 2, 5, 40)).astype(np.float32)
+def test_eight_bits_are_half_a_scale_off_at_most(rng):
+    weight = rng.normal(size=(3, 2, 5, 40)).astype(np.float32)
     weight[1, 0, 2] = 0  # an output without weights
     weight[2] *= 1e-3  # each output has its own scale
     numbers, scales = to_int8(jnp.asarray(weight))
@@ -78,12 +78,11 @@ def _with(router, **changes):
     return dataclasses.replace(router, **changes)
 
 
-def test_a_slot_that_nobody_picked_may_hold_anything():
-    draw = np.random.default_rng()
-    picks = draw_picks(draw, 2, 4, 2, False)
-    values = jnp.asarray(draw.normal(size=(2, 1, 4, 8)), jnp.float32)
+def test_a_slot_that_nobody_picked_may_hold_anything(rng):
+    picks = draw_picks(rng, 2, 4, 2, False)
+    values = jnp.asarray(rng.normal(size=(2, 1, 4, 8)), jnp.float32)
     addition = Addition(
-        jnp.asarray(draw.normal(size=(6, 4, 8)), jnp.float32), None, True
+        jnp.asarray(rng.normal(size=(6, 4, 8)), jnp.float32), None, True
     )
     residual = jnp.zeros((2, 6))
     clean = add(Parts(values), addition, residual, picks)

@@ -60,9 +60,8 @@ def loss(weights, x, choices, implementation=None):
     return jnp.square(jax.lax.scan(body, x, weights)[0]).mean()
 
 
-def test_sharded_rows_and_replicated_weights_equal_one_device():
+def test_sharded_rows_and_replicated_weights_equal_one_device(rng):
     """Under shard_map with checked types, scan over layers and checkpoint."""
-    rng = np.random.default_rng()
 
     def draw(*shape):
         return jnp.asarray(rng.normal(size=shape) / shape[-2] ** 0.5, jnp.float32)

@@ -49,11 +49,10 @@ def test_rows_are_sorted_and_offsets_bound_them(seed, top_k, skew):
 
 @pytest.mark.parametrize("length", [LENGTH, 2 * BLOCK], ids=["odd", "blocks"])
 @pytest.mark.parametrize("drop", [False, True], ids=["all", "some"])
-def test_counting_gives_what_sorting_gives(length, drop):
+def test_counting_gives_what_sorting_gives(length, drop, rng):
     count = jax.jit(count_choices, static_argnums=1)
     order = jax.jit(sort_choices, static_argnums=1)
     for skew in (0.0, 2.0):
-        rng = np.random.default_rng()
         score = rng.random((BATCH, length, EXPERTS)) + skew * np.arange(EXPERTS)
         choices = np.argsort(score, axis=-1)[..., :2].astype(np.int32)
         kept = rng.random(choices.shape) < 0.5 if drop else None
@@ -63,9 +62,9 @@ def test_counting_gives_what_sorting_gives(length, drop):
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_counting_works_where_devices_hold_different_samples():
+def test_counting_works_where_devices_hold_different_samples(rng):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-    choices = random_choices(np.random.default_rng(), 2)[:1].repeat(4, axis=0)
+    choices = random_choices(rng, 2)[:1].repeat(4, axis=0)
 
     def local(choices):
         return count_choices(choices, EXPERTS)[1]
@@ -76,16 +75,15 @@ def test_counting_works_where_devices_hold_different_samples():
         np.testing.assert_array_equal(row, local(jnp.asarray(choices[:1])))
 
 
-def test_packing_shapes_and_types():
-    choices = random_choices(np.random.default_rng(), 2)
+def test_packing_shapes_and_types(rng):
+    choices = random_choices(rng, 2)
     packing = pack_choices(jnp.asarray(choices), EXPERTS)
     shapes = [(42,), (21, 2), (EXPERTS * BATCH + 1,), (EXPERTS + 1,)]
     assert [x.shape for x in packing] == shapes
     assert {x.dtype for x in packing} == {jnp.dtype("int32")}
 
 
-def test_gather_and_combine_are_each_others_transpose():
-    rng = np.random.default_rng()
+def test_gather_and_combine_are_each_others_transpose(rng):
     packing = pack_choices(jnp.asarray(random_choices(rng, 3)), EXPERTS)
     x = jnp.asarray(rng.normal(size=(21, 4)), jnp.float32)
     rows = jnp.asarray(rng.normal(size=(63, 4)), jnp.float32)
@@ -101,8 +99,8 @@ def test_gather_and_combine_are_each_others_transpose():
         assert_close(vjp(other)[0], m.T @ np.asarray(other), 1e-5)
 
 
-def test_nothing_is_scattered_in_either_direction():
-    choices = random_choices(np.random.default_rng(), 2)
+def test_nothing_is_scattered_in_either_direction(rng):
+    choices = random_choices(rng, 2)
     packing = pack_choices(jnp.asarray(choices), EXPERTS)
 
     def both(x, packing):

@@ -60,12 +60,12 @@ def test_a_batch_is_each_of_its_calls(case):
 
 
 @pytest.mark.parametrize("case", of(SEEING))
-def test_a_row_moves_only_those_that_see_it(case):
+def test_a_row_moves_only_those_that_see_it(case, rng):
     """Later rows, other segments, documents and windows keep every bit."""
     q, k, v, *sink = case.problem(0).arrays
     rest = (*sink, *case.problem(0).rest)
     run = jax.jit(lambda *arrays: case.call(*arrays, *rest))
-    row = int(np.random.default_rng().integers(k.shape[0] // 2, k.shape[0] * 3 // 4))
+    row = int(rng.integers(k.shape[0] // 2, k.shape[0] * 3 // 4))
     moved = [a.copy() for a in (k, v)]
     for array in moved:
         array[row] += 3

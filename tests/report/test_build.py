@@ -196,8 +196,7 @@ def test_router_rows_are_the_layers_that_route(tmp_path):
     assert_close(load.sum(-1), 1, 1e-6)
 
 
-def test_smoothing_keeps_lines_and_length():
-    rng = np.random.default_rng()
+def test_smoothing_keeps_lines_and_length(rng):
     for n in (1, 2, 5, 40, 333):
         line = np.linspace(rng.normal(), rng.normal(), n)
         found, half = smooth(line), round(n * 0.03)

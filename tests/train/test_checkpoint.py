@@ -214,8 +214,7 @@ class Watched(np.ndarray):
         return np.array(self)
 
 
-def test_a_save_holds_no_second_copy_of_the_arrays(tmp_path):
-    rng = np.random.default_rng()
+def test_a_save_holds_no_second_copy_of_the_arrays(tmp_path, rng):
     given = {f"params.{n}": rng.normal(size=(n, 7)).astype(np.float32) for n in (3, 40)}
     given["step"] = np.array(4, np.int32)
     store = Checkpoints(tmp_path / "checkpoints")

@@ -41,8 +41,8 @@ def followed(losses, factor=FACTOR, usable=None):
     return history
 
 
-def test_the_level_is_the_mean_and_deviation_of_what_was_accepted():
-    losses = np.random.default_rng().normal(3, 0.1, 60).astype(np.float32)
+def test_the_level_is_the_mean_and_deviation_of_what_was_accepted(rng):
+    losses = rng.normal(3, 0.1, 60).astype(np.float32)
     level, _, _ = followed(losses)[-1]
     # Up to WINDOW losses each weighs the same: a plain mean and variance.
     assert_close(level.mean, losses.astype(np.float64).mean(), 1e-5)
@@ -52,20 +52,20 @@ def test_the_level_is_the_mean_and_deviation_of_what_was_accepted():
     assert int(far.accepted) == levels.WINDOW
 
 
-def test_nothing_jumps_in_the_warm_up_nor_while_the_loss_falls_or_rises_slowly():
+def test_nothing_jumps_in_the_warm_up_nor_while_the_loss_falls_or_rises_slowly(rng):
     steps = np.arange(400)
-    noise = np.random.default_rng().normal(0, 0.05, 400)
+    noise = rng.normal(0, 0.05, 400)
     for losses in (5.5 * np.exp(-steps / 40) + 1.5 + noise, 2 + steps / 200 + noise):
         assert not any(jumped for _, jumped, _ in followed(losses, 8.0))
-    wild = np.random.default_rng().uniform(0, 1e4, levels.WARMUP)
+    wild = rng.uniform(0, 1e4, levels.WARMUP)
     assert not any(jumped for _, jumped, _ in followed(wild, 1.0))
     # A loss that stands still but for its last bits.
-    still = 2 + 1e-6 * np.random.default_rng().normal(size=100)
+    still = 2 + 1e-6 * rng.normal(size=100)
     assert not any(jumped for _, jumped, _ in followed(still))
 
 
-def test_jumps_do_not_become_the_level_and_one_that_stays_does():
-    noise = np.random.default_rng().normal(0, 0.05, 200)
+def test_jumps_do_not_become_the_level_and_one_that_stays_does(rng):
+    noise = rng.normal(0, 0.05, 200)
     calm, high = 2 + noise[:40], 9 + noise[40:]
     history = followed([*calm, *high[:5], 2.01, *high[:30]])
     limit = history[39 + 1][2]

@@ -104,7 +104,7 @@ def test_a_teacher_adds_its_softened_cross_entropy(chunk, share, temperature, us
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])
-def test_gradients_to_a_teacher_are_the_oracles_differences(chunk):
+def test_gradients_to_a_teacher_are_the_oracles_differences(chunk, rng):
     (x, weight, bias, *rest), taught = make_inputs(), make_taught()
     share, temperature, step = 0.6, 3.0, 1e-5
 
@@ -114,7 +114,6 @@ def test_gradients_to_a_teacher_are_the_oracles_differences(chunk):
 
     given = [np.asarray(a, np.float64) for a in (x, weight, bias)]
     whole = lambda *a: 2.0 * soft_oracle(*a, *rest, taught, share, temperature)
-    rng = np.random.default_rng()
     for number, got in enumerate(jax.grad(ours, (0, 1, 2))(x, weight, bias)):
         way = rng.normal(size=got.shape)
         ends = []
@@ -183,8 +182,7 @@ def test_token_scores_are_per_token():
     assert_close(jnp.sum(scores.nll * weights), total, 1e-5)
 
 
-def test_padding_rows_of_a_classifier_weigh_nothing():
-    rng = np.random.default_rng()
+def test_padding_rows_of_a_classifier_weigh_nothing(rng):
     logits = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
     labels = jnp.array([0, 1, 2, 3, -1, -1])
     weights = (labels >= 0).astype(jnp.float32)

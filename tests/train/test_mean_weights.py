@@ -22,8 +22,7 @@ from uoe_jax.validation import validate
 DECAY = 0.8
 
 
-def test_the_mean_is_the_formulas():
-    rng = np.random.default_rng()
+def test_the_mean_is_the_formulas(rng):
     weights = rng.normal(size=(30, 5))
     mean = expected = rng.normal(size=5)
     for step, w in enumerate(weights):

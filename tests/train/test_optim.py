@@ -131,8 +131,7 @@ def update_once(config, grads, params, step=0):
     return updates
 
 
-def test_update_is_adamw_by_hand():
-    rng = np.random.default_rng()
+def test_update_is_adamw_by_hand(rng):
     params = {"w": rng.normal(size=(3, 4)), "norm": {"scale": rng.normal(size=4)}}
     grads = {"w": rng.normal(size=(3, 4)), "norm": {"scale": rng.normal(size=4)}}
     config = OptimConfig(

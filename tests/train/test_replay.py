@@ -53,8 +53,7 @@ def flip_one_bit(monkeypatch, device, call, bit=3, tensor=TENSOR):
     return calls
 
 
-def test_any_flipped_bit_changes_the_checksum():
-    rng = np.random.default_rng()
+def test_any_flipped_bit_changes_the_checksum(rng):
     array = rng.normal(size=(7, 33)).astype(np.float32)
     first = int(checksum(array))
     for bit in range(32):

@@ -55,8 +55,7 @@ def test_evaluation_is_the_same_at_any_batch_size(tiny, kind):
     assert first["balance_loss"] == pytest.approx(second["balance_loss"], abs=0.05)
 
 
-def test_statistics_are_those_of_the_scored_tokens_alone():
-    rng = np.random.default_rng()
+def test_statistics_are_those_of_the_scored_tokens_alone(rng):
     scores = rng.normal(size=(3, 8, 4))
     scored = rng.random((3, 8)) < 0.6
     scored[0, 0] = True

@@ -231,8 +231,7 @@ def test_learning_rate_metric_is_the_schedules():
 
 
 @pytest.mark.parametrize("kind", ["encoder", "vision"])
-def test_classifiers_learn_and_padding_weighs_nothing(kind):
-    rng = np.random.default_rng()
+def test_classifiers_learn_and_padding_weighs_nothing(kind, rng):
     model = ModelConfig(
         kind=kind, vocab_size=16, max_seq_len=16, d_model=16, d_ff=32, num_layers=1,
         num_heads=2, num_kv_heads=2, head_dim=8, num_classes=3,

@@ -101,8 +101,8 @@ def causal_plan(num_rows, block, cores):
     return jax.jit(make)
 
 
-def test_long_and_short_tiles_share_a_core():
-    lengths = np.random.default_rng().integers(900, 1100, size=64)
+def test_long_and_short_tiles_share_a_core(rng):
+    lengths = rng.integers(900, 1100, size=64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     plan = causal_plan(int(offsets[-1]), 128, 132)(jnp.asarray(offsets))
     tiles = np.asarray(plan.tiles)
@@ -111,9 +111,9 @@ def test_long_and_short_tiles_share_a_core():
     assert load.max() <= load.mean() + 8
 
 
-def test_many_segments_and_groups_of_them_give_the_same_tiles(monkeypatch):
+def test_many_segments_and_groups_of_them_give_the_same_tiles(monkeypatch, rng):
     """Sorting and searching, and several groups, against comparing all pairs."""
-    offsets = jnp.asarray(sorted(np.random.default_rng().integers(0, 500, size=40)))
+    offsets = jnp.asarray(sorted(rng.integers(0, 500, size=40)))
 
     def tiles():
         plan = causal_plan(512, 64, 4)(offsets)

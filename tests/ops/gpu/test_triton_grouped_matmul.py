@@ -127,9 +127,8 @@ def routed(dtype, seed=0):
 
 
 @pytest.mark.parametrize(("tile", "share"), [(TILE, 0.6), (AHEAD, 0.6), (AHEAD, 1.0)])
-def test_one_row_a_token_is_stored_at_its_token(tile, share):
+def test_one_row_a_token_is_stored_at_its_token(tile, share, rng):
     """No sum is launched; tokens whose pick was dropped get zeros, not garbage."""
-    rng = np.random.default_rng()
     kept = rng.random((2, 9, 1)) < share
     choices = jnp.asarray(rng.integers(0, GROUPS, (2, 9, 1)), jnp.int32)
     packing = pack_choices(choices, GROUPS, jnp.asarray(kept))
@@ -157,9 +156,8 @@ def test_one_row_a_token_is_stored_at_its_token(tile, share):
     assert sum(constants.get("SCATTER", False) for _, constants in seen) == 2
 
 
-def test_rows_cut_to_those_that_count_are_summed():
+def test_rows_cut_to_those_that_count_are_summed(rng):
     """One row a token, but not of every token: none may be left unwritten."""
-    rng = np.random.default_rng()
     choices = jnp.asarray(rng.integers(0, GROUPS, (2, 9, 1)), jnp.int32)
     kept = jnp.asarray(rng.permutation(18) < 11).reshape(2, 9, 1)
     packing = pack_choices(choices, GROUPS, kept, num_rows=12)

@@ -24,10 +24,10 @@ FORCED = {"theta": THETA, "implementation": "triton"}
 
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
-def test_rows_of_all_devices_at_positions_of_each(implementation):
+def test_rows_of_all_devices_at_positions_of_each(implementation, rng):
     """What varies over the mesh is cast, and the rows' gradient summed over it."""
     rows, _, ids, grads = ops_oracle.draw_heads(None, 11, 40, 2, 1, 16)
-    places = np.random.default_rng().integers(0, 500, (2, 11)).astype(np.int32)
+    places = rng.integers(0, 500, (2, 11)).astype(np.int32)
     options = {"kv_heads": 2, "groups": 1, "theta": THETA}
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 

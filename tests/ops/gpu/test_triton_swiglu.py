@@ -29,14 +29,13 @@ def test_a_program_takes_columns_that_divide_a_side_or_little_more():
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
 @pytest.mark.parametrize("own", ["rows", "factors"])
-def test_one_varies_over_the_mesh_and_the_other_does_not(implementation, own):
+def test_one_varies_over_the_mesh_and_the_other_does_not(implementation, own, rng):
     """What all devices share is cast, and its gradient summed over them."""
     rows, factors, grad = ops_oracle.draw_swiglu(None, 6, 10)
-    draw = np.random.default_rng()
     if own == "rows":
-        rows = draw.normal(size=(2, *rows.shape)).astype(rows.dtype)
+        rows = rng.normal(size=(2, *rows.shape)).astype(rows.dtype)
     else:
-        factors = draw.normal(size=(2, *factors.shape)).astype(factors.dtype)
+        factors = rng.normal(size=(2, *factors.shape)).astype(factors.dtype)
     places = [P("data") if name == own else P() for name in ("rows", "factors")]
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
