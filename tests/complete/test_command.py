@@ -18,11 +18,10 @@ from uoe_jax.linalg.completion import load_factors, predict
 
 
 @pytest.fixture
-def ratings(tmp_path):
+def ratings(tmp_path, rng):
     """A rank-2 matrix seen in half its places, ids starting at 10 and 5."""
-    draw = np.random.default_rng()
-    matrix = 3 + draw.normal(size=(50, 2)) @ draw.normal(size=(2, 40))
-    rows, cols = np.nonzero(draw.random(matrix.shape) < 0.5)
+    matrix = 3 + rng.normal(size=(50, 2)) @ rng.normal(size=(2, 40))
+    rows, cols = np.nonzero(rng.random(matrix.shape) < 0.5)
     values = matrix[rows, cols]
     path = tmp_path / "ratings.npz"
     np.savez(path, user=rows + 10, item=cols + 5, rating=values)

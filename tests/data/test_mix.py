@@ -20,9 +20,8 @@ from uoe_jax.validation import validate
 
 
 @pytest.fixture
-def texts(tmp_path):
+def texts(tmp_path, rng):
     """Three texts, each of letters of its own: a file, a folder, JSON lines."""
-    rng = np.random.default_rng()
 
     def lines(letters, count):
         words = ["".join(rng.choice(list(letters), 9)) for _ in range(count)]

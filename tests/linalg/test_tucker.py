@@ -30,8 +30,8 @@ def double():
 
 
 @pytest.fixture
-def tensor(double):
-    return jnp.asarray(np.random.default_rng().normal(size=SHAPE))
+def tensor(double, rng):
+    return jnp.asarray(rng.normal(size=SHAPE))
 
 
 def test_unfold_and_mode_product_are_the_definition(tensor):

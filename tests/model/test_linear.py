@@ -28,7 +28,7 @@ def draw(seed: int, dropped: float, cut: int) -> tuple[Packing, np.ndarray]:
     ("dropped", "cut"), [(0.0, 0), (0.3, 0), (0.3, 1)], ids=["all", "dropped", "cut"]
 )
 def test_placing_is_a_permutation_and_its_gradient_the_way_back(dropped, cut, rng):
-    packing, values = draw(np.random.SeedSequence().entropy % 2**32, dropped, cut)
+    packing, values = draw(int(rng.integers(2**32)), dropped, cut)
     values = jnp.asarray(values, jnp.float32)
     rows, back = jax.vjp(lambda v: picks_to_rows(v, packing), values)
     ids = np.asarray(packing.row_ids)

@@ -177,9 +177,9 @@ def only(backend):
 @pytest.mark.float16
 @pytest.mark.parametrize("name", ["ring_attention", "gathered_attention"])
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 9), (False, None)])
-def test_kernels_serve_sequences_on_two_devices(name, causal, window):
+def test_kernels_serve_sequences_on_two_devices(name, causal, window, rng):
     """Inside shard_map, with types checked; documents go on at the next device."""
-    rng, sees = np.random.default_rng(), Mask(causal, window)
+    sees = Mask(causal, window)
     normal = lambda n: jnp.asarray(rng.normal(size=(2, 24, n, 16)), jnp.float16)
     q, k, v, grad = (normal(n) for n in (4, 2, 2, 4))
     segments = jnp.asarray(np.sort(rng.integers(0, 3, (2, 24)), axis=1), jnp.int32)

@@ -72,8 +72,8 @@ def test_no_bit_depends_on_the_order_of_programs(on_cpu, monkeypatch, rng):
 
 
 @FLOAT16
-def test_vmap_inside_shard_map_matches_float64(on_cpu):
-    rng, cuts = np.random.default_rng(), ([0, 9, 9, 30], [0, 40, 44, 44])
+def test_vmap_inside_shard_map_matches_float64(on_cpu, rng):
+    cuts = ([0, 9, 9, 30], [0, 40, 44, 44])
     batch = [draw(rng, 1, 16, "float16") for _ in cuts]
     call = functools.partial(value_and_grads, bounds=None, causal=True, window=None)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
