@@ -319,3 +319,25 @@ def test_a_text_that_is_not_there_is_one_line_without_an_error_number(
         "UTF-8, or a number of tokens\n"
     )
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--method", "slice", "--cut", "0.01"], "leaves 16 in steps of 8"),
+    (["--method", "depth", "--cut", "0.2"], "of 1 layers is none"),
+    (["--method", "lord", "--rank", "11"], "saves nothing"),
+    (["--method", "svd", "--cut", "0.9"], "loses less than"),
+])  # fmt: skip
+def test_what_the_config_tells_is_refused_before_a_text_is_looked_at(
+    dense_run,  # noqa: F811
+    tmp_path,
+    capsys,
+    words,
+    message,
+):
+    seen = tmp_path / "statistics.safetensors"
+    given = ["--calibrate", "256", "--statistics", str(seen)]
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["compress", str(dense_run), *words, *given, *out]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not seen.exists()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from uoe_jax.compress.anytime import read_anytime, sort_run, write_anytime
-from uoe_jax.compress.methods import prepare, sort_model
+from uoe_jax.compress.methods import check_method, prepare, sort_model
 from uoe_jax.compress.observed import Observed, block_params, take_apart
 from uoe_jax.compress.options import (
     ANYTIME,
@@ -65,6 +65,7 @@ def cutting(options: Compress) -> Surgery:
             made = ready.cut(wanted)
         else:
             options.check_read(options)
+            check_method(model, options)
             observed, about = look(config, params, source, options)
             made = prepare(observed, options.chosen)(options)
         size = percent(wanted.cut) if wanted.cut else f"-rank{wanted.rank}"

@@ -39,15 +39,23 @@ def kept_layers(
 
     Raises ConfigError for a cut that drops none or all.
     """
-    layers = len(influences)
+    count = dropped(len(influences), cut)
+    order = np.argsort(influences, kind="stable")
+    return np.sort(order[count:])
+
+
+def dropped(layers: int, cut: float) -> int:
+    """Return how many layers a cut drops, the nearest number.
+
+    Raises ConfigError for a cut that drops none or all.
+    """
     count = round(cut * layers)
     if not 0 < count < layers:
         raise ConfigError(
             f"cut is {cut:g}, which of {layers} layers is {count or 'none'}; method "
             f"depth drops whole layers, cut a multiple of {1 / layers:.2g}"
         )
-    order = np.argsort(influences, kind="stable")
-    return np.sort(order[count:])
+    return count
 
 
 def with_layers(model: ModelConfig, kept: Sequence[int] | np.ndarray) -> ModelConfig:

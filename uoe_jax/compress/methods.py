@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Float
 
 from uoe_jax.compress.channels import Layer, SortedLayer
-from uoe_jax.compress.depth import prepare_depth
+from uoe_jax.compress.depth import dropped, prepare_depth
 from uoe_jax.compress.modegpt import modegpt, sort
 from uoe_jax.compress.observed import Observed, Smaller
 from uoe_jax.compress.options import LOW_RANK, Compress
 from uoe_jax.compress.pruning import drop, flap, magnitude
-from uoe_jax.compress.ranks import prepare_ranks
-from uoe_jax.compress.slicing import prepare_slice
+from uoe_jax.compress.ranks import check_dense, one_rank, prepare_ranks
+from uoe_jax.compress.slicing import check_turns, kept_width, prepare_slice
 from uoe_jax.compress.statistics import LayerStatistics
 from uoe_jax.compress.widths import (
     Curves,
@@ -74,6 +74,20 @@ def sort_model(observed: Observed, method: str) -> SortedModel:
     return SortedModel(
         observed.model, rest, layers, buffers, found, curves, observed.influences
     )
+
+
+def check_method(model: ModelConfig, options: Compress) -> None:
+    """Raise ConfigError for what needs no look at a text to be refused."""
+    method, cut = options.chosen, options.cut or 0.0
+    if method in LOW_RANK:
+        check_dense(model, method)
+        if options.spread != "curve":
+            one_rank(model, options)
+    if method == "depth":
+        dropped(model.num_layers, cut)
+    if method == "slice":
+        check_turns(model)
+        kept_width(model.d_model, cut, options.way().multiple)
 
 
 def prepare(observed: Observed, method: str) -> Callable[[Compress], Smaller]:

@@ -34,12 +34,7 @@ def prepare_ranks(observed: Observed, method: str) -> Callable[[Compress], Small
 
     Raises ConfigError for a model with MLPs that aren't dense.
     """
-    for number, (_, mlp) in enumerate(observed.model.layer_kinds):
-        if mlp != "dense":
-            raise ConfigError(
-                f"layer {number} has mlp {mlp}; method {method} takes dense MLPs, use "
-                "another --method"
-            )
+    check_dense(observed.model, method)
     pairs = list(zip(observed.layers, observed.seen, strict=True))
     factors = [_factors(layer, seen, method) for layer, seen in pairs]
 
@@ -56,16 +51,33 @@ def prepare_ranks(observed: Observed, method: str) -> Callable[[Compress], Small
                 observed.model, parts, options.cut or 0.0, options.way().multiple
             )
             return _with_ranks(observed, factors, ranks)
-        rank = options.rank
-        if rank is None:
-            rank = uniform_rank(observed.model, options.cut or 0.0)
-        for name in factors[0]:
-            rows, columns = observed.layers[0][f"mlp.{name}"].shape[1:]
-            check_rank(rank, rows, columns, f"mlp.{name}")
+        rank = one_rank(observed.model, options)
         same = {name: (rank,) * len(factors) for name in factors[0]}
         return _with_ranks(observed, factors, same)
 
     return cut
+
+
+def check_dense(model: ModelConfig, method: str) -> None:
+    """Raise ConfigError for a model with MLPs that aren't dense."""
+    for number, (_, mlp) in enumerate(model.layer_kinds):
+        if mlp != "dense":
+            raise ConfigError(
+                f"layer {number} has mlp {mlp}; method {method} takes dense MLPs, use "
+                "another --method"
+            )
+
+
+def one_rank(model: ModelConfig, options: Compress) -> int:
+    """Return the rank of all MLP matrices, given or by the cut.
+
+    Raises ConfigError for one that saves no parameters, or a cut that MLPs haven't got.
+    """
+    rank = options.rank
+    if rank is None:
+        rank = uniform_rank(model, options.cut or 0.0)
+    check_rank(rank, model.d_model, model.d_ff, "mlp.w_up")
+    return rank
 
 
 def rank_parts(

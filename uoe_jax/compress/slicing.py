@@ -38,7 +38,7 @@ def prepare_slice(observed: Observed) -> Callable[[Compress], Smaller]:
     which are two matrices from then on. Raises ConfigError for a model that a rotation
     of its residual stream would change.
     """
-    _check(observed.model)
+    check_turns(observed.model)
     _, basis = np.linalg.eigh(residual_moment(observed))
     basis = basis[:, ::-1]
 
@@ -148,7 +148,7 @@ def _read_from(
     return (reads.T @ flat).reshape(len(weight), -1, *weight.shape[2:])
 
 
-def _check(model: ModelConfig) -> None:
+def check_turns(model: ModelConfig) -> None:
     """Raise ConfigError for parts that don't commute with a rotation."""
     found = {
         f"model.kind {model.kind}": model.kind != "decoder",
