@@ -34,7 +34,7 @@ def grouped_matmul(
     """
     if x.shape[0] == 0:
         return jnp.zeros((0, w.shape[2]), x.dtype)
-    return grouped(_choose(blocks), *vary_together(x, w, offsets))
+    return grouped(_products(blocks), *vary_together(x, w, offsets))
 
 
 def gather_project(
@@ -45,7 +45,7 @@ def gather_project(
     blocks: ModuleType | None = None,
 ) -> Float[Array, "M O"]:
     """Return each row's token times the row's expert weight; keeps only x and w."""
-    return gathered(_choose(blocks), *packing.together(x, w))
+    return gathered(_products(blocks), *packing.together(x, w))
 
 
 def project_scatter(
@@ -56,14 +56,17 @@ def project_scatter(
     blocks: ModuleType | None = None,
 ) -> Float[Array, "N O"]:
     """Return each token's sum of its rows times their expert weights."""
-    return scattered(_choose(blocks), *packing.together(rows, w))
+    return scattered(_products(blocks), *packing.together(rows, w))
 
 
-def _choose(blocks: ModuleType | None) -> Products:
+def _products(blocks: ModuleType | None) -> Products:
+    return forward_form(_backend(_choose(blocks)))
+
+
+def _choose(blocks: ModuleType | None) -> ModuleType:
     if blocks is not None:
-        return forward_form(_backend(blocks))
-    usual: ModuleType = serial if jax.default_backend() == "cpu" else batched
-    return forward_form(_backend(usual))
+        return blocks
+    return serial if jax.default_backend() == "cpu" else batched
 
 
 @functools.cache
