@@ -20,7 +20,7 @@ from uoe_jax.ops.grouped_matmul.float8 import (
     WEIGHT_AXES,
     without_garbage,
 )
-from uoe_jax.ops.grouped_matmul.nvidia.launch import map_tiles, sum_rows
+from uoe_jax.ops.grouped_matmul.nvidia.launch import is_permutation, map_tiles, sum_rows
 from uoe_jax.ops.grouped_matmul.nvidia.tiles import Tiles, power_above
 
 ADA = 8.9  # compute capability from which matrix units take e4m3
@@ -45,16 +45,9 @@ def eight_bit_products(backend: Products, scales: str) -> Products:
     def sums(rows, w, packing, *, transpose):
         if transpose:
             return backend.sums(rows, w, packing, transpose=True)
-        ids, (num_tokens, picks) = packing.token_ids, packing.row_ids.shape
-        scatter = picks == 1 and ids.shape[0] == num_tokens
-        out = forward_products(
-            rows,
-            w,
-            packing.group_offsets,
-            ids if scatter else None,
-            scales=scales,
-            scatter=scatter,
-        )
+        scatter = is_permutation(packing)
+        offsets, ids = packing.group_offsets, packing.token_ids if scatter else None
+        out = forward_products(rows, w, offsets, ids, scales=scales, scatter=scatter)
         return out if scatter else sum_rows(out, packing.row_ids)
 
     return Products(products, sums, backend.weight_grads)

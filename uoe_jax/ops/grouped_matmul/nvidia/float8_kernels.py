@@ -10,6 +10,7 @@ from typing import no_type_check
 
 from uoe_jax.ops._triton_language import jit, tl
 from uoe_jax.ops.grouped_matmul.nvidia.kernels import (
+    add_product,
     operands,
     store_tile,
     swizzle,
@@ -81,14 +82,8 @@ def products(
     )
     total = tl.zeros((ROWS, OUTER), tl.float32)
     for left in range(tl.where(group < E, I, 0), 0, -INNER):
-        if I % INNER:
-            i = tl.arange(0, INNER)
-            a = tl.load(x_at, mask=i[None, :] < left, other=0.0)
-            b = tl.load(w_at, mask=i[:, None] < left, other=0.0)
-        else:
-            a = tl.load(x_at)
-            b = tl.load(w_at)
-        total = tl.dot(a, b, total)
+        # The precision is of float32 operands, which these aren't.
+        total = add_product(total, x_at, w_at, left, I, INNER, "tf32")
         x_at += INNER
         w_at += INNER
     total = scale_tile(

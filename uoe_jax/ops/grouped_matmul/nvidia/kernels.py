@@ -89,8 +89,9 @@ def add_product(
     """total + rows @ weight over INNER columns, of which `left` are there."""
     if I % INNER:
         i = tl.arange(0, INNER)
-        a = tl.load(x_at, mask=i[None, :] < left, other=0)
-        b = tl.load(w_at, mask=i[:, None] < left, other=0)
+        # Not the integer 0, from which numbers of eight bits aren't made.
+        a = tl.load(x_at, mask=i[None, :] < left, other=0.0)
+        b = tl.load(w_at, mask=i[:, None] < left, other=0.0)
     else:
         a = tl.load(x_at)
         b = tl.load(w_at)

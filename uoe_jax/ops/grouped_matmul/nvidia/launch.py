@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from uoe_jax.ops import nvidia
 from uoe_jax.ops.grouped_matmul.nvidia.tiles import Tiles, choose_tiles, power_above
+from uoe_jax.ops.packing import Packing
 
 # Partial weight gradients of a group; past a few, adding them costs what they save.
 MOST_SPLITS = 8
@@ -34,6 +35,12 @@ def map_tiles(
     known = jnp.minimum(group, groups - 1)
     first = offsets[known] + (tile - (ends - counts)[known]) * size
     return jnp.stack([group, first, offsets[known + 1]])
+
+
+def is_permutation(packing: Packing) -> bool:
+    """Whether each token has one row: then a product stores it where its token is."""
+    num_tokens, picks = packing.row_ids.shape
+    return picks == 1 and packing.token_ids.shape[0] == num_tokens
 
 
 @functools.partial(jax.jit, static_argnames=("transpose", "scatter", "tiles"))

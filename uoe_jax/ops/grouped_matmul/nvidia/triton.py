@@ -28,7 +28,12 @@ from uoe_jax.ops.grouped_matmul.nvidia.float8 import (
     eight_bit_products,
     multiplies_float8,
 )
-from uoe_jax.ops.grouped_matmul.nvidia.launch import products, sum_rows, weight_grads
+from uoe_jax.ops.grouped_matmul.nvidia.launch import (
+    is_permutation,
+    products,
+    sum_rows,
+    weight_grads,
+)
 from uoe_jax.ops.grouped_matmul.nvidia.tiles import dense_pays
 from uoe_jax.ops.packing import Packing, take_rows
 from uoe_jax.varying import vary_together
@@ -119,10 +124,9 @@ def find_members(
 
 def _project_sum(rows, w, packing, transpose):
     """Return each token's sum of its rows times their weights, the fastest way."""
-    ids, (num_tokens, picks) = packing.token_ids, packing.row_ids.shape
-    if picks == 1 and ids.shape[0] == num_tokens:
+    if is_permutation(packing):
         # Rows of dropped picks are there too, past the last group: they are zero.
-        offsets = packing.group_offsets
+        offsets, ids = packing.group_offsets, packing.token_ids
         return products(rows, w, offsets, ids, transpose=transpose, scatter=True)
     groups, *sides = w.shape
     inner, outer = reversed(sides) if transpose else sides
