@@ -79,7 +79,8 @@ def check_target(path: Path | None, what: str) -> None:
             "or name a file in one that exists"
         )
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{what} {path} is no file; name a file to write")
+        kind = "a folder" if path.is_dir() else "no file"
+        raise ConfigError(f"{what} {path} is {kind}; name a file to write")
     if not os.access(folder, os.W_OK):
         raise ConfigError(
             f"{what} {path} can't be written (no right to write in {folder}); name a "

@@ -28,7 +28,7 @@ def test_a_file_that_cant_be_written_is_refused_first(
     assert err.count("\n") == 1
     (tmp_path / name).mkdir()
     assert main([*command, option, str(tmp_path / name)]) == 2
-    assert "is no file" in capsys.readouterr().err
+    assert "is a folder; name a file to write" in capsys.readouterr().err
 
 
 def test_a_layout_that_cant_be_written_leaves_the_old_one(tmp_path, monkeypatch):

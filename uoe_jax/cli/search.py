@@ -13,7 +13,6 @@ from uoe_jax.cli.parse import Experiment, parse
 from uoe_jax.cli.search_index import index_folder
 from uoe_jax.cli.search_targets import (
     EXPERIMENTS,
-    check_out,
     find_record,
     open_foreign,
     open_runs,
@@ -24,7 +23,7 @@ from uoe_jax.cli.search_targets import (
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape_line
 from uoe_jax.fields import Count
-from uoe_jax.files import format_json
+from uoe_jax.files import check_target, format_json
 from uoe_jax.runs.find import RUNS
 from uoe_jax.runs.index import RunIndex
 from uoe_jax.runs.leaves import show_path
@@ -99,8 +98,8 @@ def runs(args: list[str]) -> int:
 def list_runs(args: list[str]) -> int:
     """Print a table of runs; write a map and a page of them."""
     options = parse(RunsOptions, args, "runs")
-    for path in (options.page, options.map):
-        check_out(path)
+    check_target(options.page, "--page")
+    check_target(options.map, "--map")
     index, others = open_runs([Path(folder) for folder in options.folders]), 0
     if not options.folders:  # one's own, if there are any
         index, others = _own_runs(index)

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from uoe_jax.cli.parse import parse
-from uoe_jax.cli.search_targets import check_out, tell_broken
+from uoe_jax.cli.search_targets import tell_broken
 from uoe_jax.errors import ConfigError
 from uoe_jax.escape import escape_line
-from uoe_jax.files import format_json
+from uoe_jax.files import check_target, format_json
 from uoe_jax.runs.foreign import read_foreign
 from uoe_jax.runs.index import INDEX, RunIndex
 
@@ -40,7 +40,7 @@ def index_folder(args: list[str]) -> int:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give one with JSON files")
     out = options.out or folder / INDEX
-    check_out(out)
+    check_target(out, "--out")
     start = time.perf_counter()
     records = read_foreign(folder)
     index = RunIndex(records, dim=options.dim, number=options.number, half=options.half)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,18 +130,6 @@ def tell_broken(broken: list[RunRecord]) -> None:
         print(escape_line(f"broken: {record.path}: {record.problem}"), file=sys.stderr)
     if len(broken) > _BROKEN:
         print(f"broken: and {len(broken) - _BROKEN:,} more", file=sys.stderr)
-
-
-def check_out(path: Path | None) -> None:
-    """Refuse a file that can't be written before anything long begins."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name the file")
-    if not path.absolute().parent.is_dir() or not os.access(
-        path.absolute().parent, os.W_OK
-    ):
-        raise ConfigError(f"{path} can't be written; its folder must exist")
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -8,6 +8,7 @@ import math
 import numbers
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -131,8 +132,7 @@ def make_graph(
                     f"the edge {u}-{v} has an end {end} that isn't there; use numbers "
                     f"from 0 to {size - 1}"
                 )
-        number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
-        if not (number and math.isfinite(weight) and weight > 0):
+        if not (is_finite(weight) and weight > 0):
             raise ConfigError(
                 f"the edge {u}-{v} has weight {shown(weight)}; it must be a positive, "
                 "finite number"
@@ -144,6 +144,12 @@ def make_graph(
         names = [str(number) for number in range(size)]
     links = tuple(tuple(sorted(row.items())) for row in rows)
     return Graph(links, tuple(names), places)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number; True and False aren't."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and math.isfinite(value)
 
 
 def check_whole(value: object, what: str) -> None:

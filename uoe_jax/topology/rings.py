@@ -9,7 +9,6 @@ walk folded into the mesh) and then searched from there.
 from __future__ import annotations
 
 import math
-import numbers
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 
 from uoe_jax.errors import ConfigError, divisors, shown
 from uoe_jax.topology.boxes import box_order
-from uoe_jax.topology.graph import Graph, check_connected, check_whole
+from uoe_jax.topology.graph import Graph, check_connected, check_whole, is_finite
 from uoe_jax.topology.search import improve_mesh, improve_ring, mean_hops
 from uoe_jax.topology.walks import closed_walk, fold
 
@@ -155,8 +154,7 @@ def _checked(
             "one number for each axis"
         )
     for number in given:
-        real = isinstance(number, numbers.Real) and not isinstance(number, bool)
-        if not (real and math.isfinite(number) and number >= 0):
+        if not (is_finite(number) and number >= 0):
             raise ConfigError(
                 f"traffic of an axis is {shown(number)}; it must be a finite number of "
                 "bytes, 0 or more"

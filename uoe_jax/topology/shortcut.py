@@ -7,7 +7,6 @@ spread over each supernode's skeleton, and vertices go to the nearest one inside
 from __future__ import annotations
 
 import math
-import numbers
 from collections import deque
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from uoe_jax.errors import ConfigError, shown
 from uoe_jax.topology.cops import CopDecomposition, decompose
-from uoe_jax.topology.graph import Graph, shortest_paths
+from uoe_jax.topology.graph import Graph, is_finite, shortest_paths
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -61,8 +60,7 @@ def partition(
     Raises:
       ConfigError: eps that isn't above zero, or r below 3.
     """
-    real = isinstance(eps, numbers.Real) and not isinstance(eps, bool)
-    if not (real and math.isfinite(eps) and eps > 0):
+    if not (is_finite(eps) and eps > 0):
         raise ConfigError(f"eps is {shown(eps)}; it must be a positive number")
     if diameter is None:
         diameter = measure_diameter(graph)
