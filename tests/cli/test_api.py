@@ -104,7 +104,7 @@ def test_make_model_refuses_what_cant_be(args, says):
 def test_a_model_prints_on_a_few_lines_with_its_config_once():
     text = repr(uoe.make_model(uoe.get_preset("tiny-union")))
     assert "ModelConfig(attention=('union',), mlp=('union',))" in text
-    assert text.count("Config(") == 1 and len(text.splitlines()) < 130
+    assert text.count("Config(") == 1 and len(text) < 4050
 
 
 def test_configs_print_what_differs_and_can_be_read_back():

@@ -156,7 +156,7 @@ class Trunk(nnx.Module):
         # Layers none of which is like another are not scanned: XLA would undo a loop
         # of one turn, and then the recomputation in it.
         self.alike = config.widths == LayerWidths() or period < config.num_layers
-        self.remat, self.float8 = config.recompute, config.float8
+        self.remat, self.fp8 = config.recompute, config.float8
         self.scan_layers = config.scan_layers and self.alike
         self.blocks = nnx.List(
             [_stack(config, i, keys[i::period], type(rngs)) for i in range(period)]
@@ -195,7 +195,7 @@ class Trunk(nnx.Module):
             number = index * period + stack
             return apply(x, block, *(fold_key(key, number) for key in keys))
 
-        with float8_products(self.float8):
+        with float8_products(self.fp8):
             x, outs = self.scan(body, x)
         return self.finish(x), stack_stats(outs, self.num_layers)
 
