@@ -28,7 +28,7 @@ def watch(command: list[str], cache: Path) -> dict[str, Any]:
     """Run a `uoe` command; return its seconds, and how it failed if it did."""
     place = {"XDG_CACHE_HOME": str(cache), "PYTHONUNBUFFERED": "1"}
     start = time.perf_counter()
-    found: dict[str, Any] = {"command": "uoe " + " ".join(command[:2])}
+    found: dict[str, Any] = {"command": f"uoe {command[0]}"}
     lines = []
     with subprocess.Popen(
         [sys.executable, "-m", "uoe_jax", *command],
@@ -56,7 +56,6 @@ def try_preset(name: str, args: Any, folder: Path) -> dict[str, dict[str, Any]]:
     """Return the rows of one preset, by what was waited for."""
     steps = f"--train.steps={args.steps}"
     train = ["train", name, f"--data.path={args.data.absolute()}", steps]
-    # Neither the page of another run below runs/ nor that run is looked for.
     sample = ["generate", str(folder / "first"), f"--max-new-tokens={args.new}"]
     sample += ["--prompt=The "]
     at = lambda run: [*train, f"--run-dir={folder / run}"]
