@@ -12,7 +12,6 @@ on data that every machine has.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -125,8 +124,4 @@ def summarise(task: Task) -> str:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # A thread that still compiles would crash in the interpreter's own way out.
-    os._exit(code)
+    sys.exit(main())

@@ -4,8 +4,9 @@
         --articles enwiki_articles.jsonl.xz --python CORPUS/texts --out runs/e012
 
 Writes OUT/results.json after every run; the same line goes on where it stopped, inside
-a run too. A model is compiled beside the run before it, after that one's first steps,
-whose seconds count; till it is ready further seeds of others train. `--part 1/2` takes
+a run too. A model is compiled by another process beside the run before it, after that
+one's first steps, whose seconds count; till it is ready further seeds of others train;
+if that process fails it is compiled when its turn comes. `--part 1/2` takes
 about half of the runs and writes OUT/results-1.json, so that two devices share the
 work; a run's name, rate and seed say whose it is. `--python` is the folder `texts` of
 experiments.shared.python_corpus; both corpora then have half of the training. `--tiny`
@@ -20,7 +21,6 @@ import argparse
 import dataclasses
 import datetime
 import math
-import os
 import sys
 import time
 import traceback
@@ -98,6 +98,8 @@ class Session:
                 self.run_block(block)
         except OutOfTime as stop:
             say(f"time is up: {stop}; the same line goes on")
+        finally:
+            self.builder.ahead.stop()
         return 1 if self.failed else 0
 
     def run_block(self, block: str) -> None:
@@ -113,9 +115,8 @@ class Session:
                 break
             say(f"block {block}: {len(open_jobs)} runs to go")
             job, self.later = self._next(open_jobs)
-            building = self.builder.ask(job)
             try:
-                self._note(job, building.result().measures.contents)
+                self._note(job, self.builder.build(job).measures.contents)
                 self._train(job, rows)
             except (OutOfTime, UoeError):
                 raise
@@ -144,7 +145,7 @@ class Session:
         def disturbed() -> bool:
             nonlocal alone
             if alone == _ALONE and self.later is not None and self._left > _AHEAD:
-                self.builder.ask(self.later)
+                self.builder.begin(self.later)
             busy = self.builder.busy
             alone += not busy
             return busy
@@ -194,8 +195,7 @@ class Session:
                 self._train(job.start, rows)
         name = f"{job.block} {job.setting} {job.optimizer} {job.name} {rate:g}"
         tell = lambda text: say(f"{name}, seed {job.seed}: {text}")
-        built = self.builder.ask(job).result()
-        tell(f"compiled in {built.seconds:.0f} s")
+        built = self.builder.build(job)
         result = run_lengths(
             built.programs,
             Run(seed, rate, job.steps, weights, self._disturbed()),
@@ -313,6 +313,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # a model that is still being compiled would be waited for
+    sys.exit(main())

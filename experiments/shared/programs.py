@@ -119,15 +119,17 @@ class Programs:
         With `tokens` the scores of each token too.
         """
         start = time.perf_counter()
+        # Loading cuDNN's graphs goes wrong beside other work: all of it is waited for.
+        jax.block_until_ready(self.data)
         state = jax.eval_shape(self._init, jax.random.key(0))
         shape = (self.chunk, self.config.data.batch_size)
         on_device = partial(jax.ShapeDtypeStruct, sharding=self._whole)
         parts = (on_device(shape, jnp.int32), on_device(shape[:1], jnp.float32))
         self._many = self._many.lower(state, self.data["train"], *parts).compile()
         # Used once, so that no run waits for them at its first validation.
-        first, arrays = self.start(0), self.data["valid"]
+        first, arrays = jax.block_until_ready(self.start(0)), self.data["valid"]
         row = eval_rows(self.config, num_examples(arrays))[0]
-        batch = self._take(arrays, self.place(row))
+        batch = jax.block_until_ready(self._take(arrays, self.place(row)))
         self._sums(first.params, first.buffers, [batch])
         if tokens:
             scored = self._scores_each(self.config.model)

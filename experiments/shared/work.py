@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,6 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from experiments.shared.ahead import Ahead
 from experiments.shared.arrays import Arrays, load_split, num_examples
 from experiments.shared.case import Case, program_key, without_folders
 from experiments.shared.fit import Limits, OutOfTime, TooSlow, describe, run_seed
@@ -35,11 +34,16 @@ _GRACE = 20.0  # seconds after the budget in which a run may finish its chunk
 
 def prepare(compiled: Path) -> None:
     """Make the process's settings; say what it computes on."""
-    set_flax()
-    jax.config.update("jax_compilation_cache_dir", str(compiled.absolute()))
+    set_process(compiled.absolute())
     _say(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     if jax.default_backend() == "gpu" and (fault := installed_fault()):
         _say(f"SLOW: unions and mixtures run without kernels: {fault}")
+
+
+def set_process(compiled: Path) -> None:
+    """Make the settings that processes with one cache of programs share."""
+    set_flax()
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
 
 
 def set_flax() -> None:
@@ -53,6 +57,14 @@ def work(tasks: Sequence[Task], worker: Worker, processes: int = 1) -> int:
 
     `processes`, this one included, share the queue.
     """
+    try:
+        _work(tasks, worker, processes)
+    finally:
+        worker.ahead.stop()
+    return worker.failed
+
+
+def _work(tasks: Sequence[Task], worker: Worker, processes: int) -> None:
     while (job := worker.next(tasks)) is not None:
         worker.look_ahead(tasks, processes)
         try:
@@ -72,7 +84,6 @@ def work(tasks: Sequence[Task], worker: Worker, processes: int = 1) -> int:
         _say(
             f"{done} of {all_runs} runs are over; the others take about {left:.1f} min"
         )
-    return worker.failed
 
 
 class Worker:
@@ -84,9 +95,7 @@ class Worker:
         self.splits: dict[str, dict[str, Arrays]] = {}
         self.compiled: dict[str, float] = {}  # seconds
         self.upcoming: Job | None = None  # claimed ahead
-        # Programs that are being compiled while a run trains.
-        self.building: dict[str, Future[tuple[Programs, float]]] = {}
-        self._loading = threading.Lock()
+        self.ahead = Ahead(_say)
 
     @property
     def seconds_left(self) -> float:
@@ -110,7 +119,7 @@ class Worker:
         return None
 
     def look_ahead(self, tasks: Sequence[Task], processes: int) -> None:
-        """Claim the run after this one and begin to compile it beside its training.
+        """Claim the run after this one; another process compiles it beside this one.
 
         Not the last ones: another of the processes may be free for them sooner.
         """
@@ -120,21 +129,9 @@ class Worker:
         job = self.upcoming
         if job is None or job.case is None:
             return
-        case, key = job.case, program_key(job.case.config)
-        if key in self.programs or key in self.building:
-            return
-        made: Future[tuple[Programs, float]] = Future()
-        self.building[key] = made
-
-        def build() -> None:
-            try:
-                set_flax()
-                made.set_result(self._build(case))
-            except BaseException as error:  # told when the run's turn comes
-                made.set_exception(error)
-
-        # A daemon, so that the end of the budget doesn't wait for it.
-        threading.Thread(target=build, daemon=True).start()
+        key, data = program_key(job.case.config), self.splits.get(_data_key(job.case))
+        if key not in self.programs and data is not None:
+            self.ahead.begin(key, job.case.config, data)
 
     def _claim(self, tasks: Sequence[Task]) -> tuple[Job | None, bool]:
         """Return a claimed run, if any may begin, and whether others wait for some."""
@@ -143,7 +140,7 @@ class Worker:
         taken = self._keys(
             job for task in tasks for job in task.jobs()[0] if job.claimed
         )
-        mine = self.programs.keys() | self.building.keys()
+        mine = self.programs.keys() | self.ahead.begun
         own = [job for job in first if self._keys([job]) & mine]
         new = [job for job in first if not self._keys([job]) & taken]
         for job in (*own, *new, *jobs):
@@ -203,32 +200,32 @@ class Worker:
         key = program_key(case.config)
         if key not in self.programs:
             start = time.perf_counter()
-            made = self.building.pop(key, None)
-            programs, seconds = self._build(case) if made is None else made.result()
+            before = self.ahead.wait(key)
+            programs = Programs(case.config, self._data(case))
+            seconds = before + programs.compile()
             self.programs[key], self.compiled[key] = programs, seconds
             waited = time.perf_counter() - start
             say(f"compiled in {seconds:.1f} s, {waited:.1f} of them waited for")
         return self.programs[key]
 
-    def _build(self, case: Case) -> tuple[Programs, float]:
-        """Return a case's programs and the seconds of compiling."""
-        programs = Programs(case.config, self._data(case))
-        return programs, programs.compile()
-
     def _data(self, case: Case) -> dict[str, Arrays]:
         """Return a case's splits on the device, shared by cases with the same data."""
-        model = case.config.model
-        shape = (case.config.seq_len, model.kind, model.vocab_size, model.image_size)
-        own = dataclasses.replace(case.config.data, batch_size=1)
-        key = f"{config_hash(own)} {shape}"
-        with self._loading:
-            if key not in self.splits:
-                start = time.perf_counter()
-                found = {split: load_split(case.config, split) for split in SPLITS}
-                sizes = {split: num_examples(arrays) for split, arrays in found.items()}
-                _say(f"data in {time.perf_counter() - start:.1f} s, examples {sizes}")
-                self.splits[key] = found
+        key = _data_key(case)
+        if key not in self.splits:
+            start = time.perf_counter()
+            found = {split: load_split(case.config, split) for split in SPLITS}
+            sizes = {split: num_examples(arrays) for split, arrays in found.items()}
+            _say(f"data in {time.perf_counter() - start:.1f} s, examples {sizes}")
+            self.splits[key] = found
         return self.splits[key]
+
+
+def _data_key(case: Case) -> str:
+    """Return what identifies the data that a case is trained on."""
+    model = case.config.model
+    shape = (case.config.seq_len, model.kind, model.vocab_size, model.image_size)
+    own = dataclasses.replace(case.config.data, batch_size=1)
+    return f"{config_hash(own)} {shape}"
 
 
 def _about(case: Case) -> dict[str, Any]:

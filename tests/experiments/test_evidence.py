@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import math
-import threading
 
 import jax
 import numpy as np
@@ -550,8 +549,7 @@ def test_a_model_that_fails_ends_no_other(tmp_path, capsys):
         session.mine.append({"case": job.name})
 
     built = argparse.Namespace(measures=argparse.Namespace(contents={}))
-    done = argparse.Namespace(result=lambda: built)
-    session.builder.ask = lambda job: done
+    session.builder.build = lambda job: built
     session._train = train
     session._done = lambda job, rows: job.name in [row["case"] for row in rows]
     assert session.run(["1"]) == 1
@@ -573,7 +571,7 @@ def queue_of(tmp_path, only):
 def test_every_run_has_steps_beside_which_nothing_compiles(tmp_path):
     session, asked = queue_of(tmp_path, []), []
     session.later = "the next model"
-    session.builder = argparse.Namespace(busy=True, ask=asked.append)
+    session.builder = argparse.Namespace(busy=True, begin=asked.append)
     disturbed = session._disturbed()
     assert [disturbed() for _ in range(9)] == [True] * 9  # the one asked for before
     session.builder.busy = False
@@ -587,8 +585,8 @@ def test_every_run_has_steps_beside_which_nothing_compiles(tmp_path):
 def test_a_further_seed_trains_while_the_next_model_is_compiled(tmp_path):
     session, seen = queue_of(tmp_path, ["dense", LEAN[0]]), []
     built = argparse.Namespace(measures=argparse.Namespace(contents={}))
-    done, ready = argparse.Namespace(result=lambda: built), {"dense"}
-    session.builder.ask = lambda job: done
+    ready = {"dense"}
+    session.builder.build = lambda job: built
     session.builder.ready = lambda job: job.name in ready
     told = lambda job: (job.name, job.seed)
     session._done = lambda job, rows: told(job) in [row["job"] for row in rows]
@@ -611,13 +609,15 @@ def test_a_further_seed_trains_while_the_next_model_is_compiled(tmp_path):
 def test_a_builder_says_what_is_ready(monkeypatch):
     options = argparse.Namespace(articles=None, python=None, tiny=True)
     made, (first, second) = Builder(options), jobs("3", [], True)[:2]
-    monkeypatch.setattr(made, "_build", lambda job, config: 1 / (job == first))
+    monkeypatch.setattr(made, "_build", lambda job, key, config: 1 / (job == first))
     assert not made.ready(first)
-    assert made.ask(first).result() and made.ready(first)
+    assert made.build(first) and made.ready(first)
     assert made.ready(dataclasses.replace(first, seed=7))  # it is the same program
     with pytest.raises(ZeroDivisionError):
-        made.ask(second).result()
+        made.build(second)
     assert not made.ready(second)
+    made.ahead.seconds[made._key(second)[0]] = 3.0  # in the cache on disk
+    assert made.ready(second)
 
 
 def test_seeds_of_a_model_and_models_that_are_compared_have_one_kind_of_rate():
@@ -681,20 +681,19 @@ def test_seconds_are_a_models_where_nothing_was_compiled_beside_it(tmp_path):
     assert "| 1280 |" in text and "| 1920 |" not in text  # 6,400 steps of 0.2 s
 
 
-def test_a_builder_is_busy_until_all_is_made_that_was_asked_for(monkeypatch):
+def test_what_is_made_or_has_no_texts_yet_is_not_begun_ahead():
     options = argparse.Namespace(articles=None, python=None, tiny=True)
-    made, free = Builder(options), [threading.Event() for _ in range(2)]
-    monkeypatch.setattr(made, "_build", lambda job, config: free[job.seed].wait(60))
-    first, second = (
-        dataclasses.replace(job, seed=n)
-        for n, job in enumerate(jobs("3", [], True)[:2])
-    )
-    assert not made.busy
-    one, two = made.ask(first), made.ask(second)
-    free[0].set()
-    assert one.result() and made.ask(first) is one and made.busy
-    free[1].set()
-    assert two.result() and not made.busy
+    made, job, begun = Builder(options), jobs("3", [], True)[0], []
+    made.ahead.begin = lambda *given, **more: begun.append(given)
+    made.begin(job)
+    assert not begun and not made.busy  # a run doesn't wait for texts
+    made.measures[job.place] = argparse.Namespace(arrays={"train": {}})
+    made.begin(job)
+    ((key, config, arrays, _),) = begun
+    assert (key, config) == made._key(job) and arrays == {"train": {}}
+    made.built[key] = "programs"
+    made.begin(job)
+    assert len(begun) == 1
 
 
 def test_a_cut_model_goes_on_from_a_dense_ones_end(tmp_path):

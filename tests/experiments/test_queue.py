@@ -250,6 +250,19 @@ class Stub:
         return 1.5
 
 
+class Begun:
+    """What is asked to be compiled ahead; what is, took three seconds."""
+
+    def __init__(self):
+        self.begun, self.busy = set(), False
+
+    def begin(self, key, config, data):
+        self.begun.add(key)
+
+    def wait(self, key):
+        return 3.0 if key in self.begun else 0.0
+
+
 def distinct(name):
     """A case whose programs are its own."""
     config = change(CONFIG, train={"steps": 20 * len(name)})
@@ -260,15 +273,19 @@ def test_the_next_model_is_compiled_ahead_but_the_last_run_is_left(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(work, "Programs", Stub)
-    monkeypatch.setattr(work.Worker, "_data", lambda self, case: {})
     cases = tuple(distinct(name) for name in ("a", "broken", "ccc"))
     task = Task("t", sys, Study(title="t", metric="accuracy", cases=cases), tmp_path)
     worker = work.Worker(Limits())
+    worker.ahead, keys = Begun(), [program_key(case.config) for case in cases]
     said = []
 
     first = worker.next([task])
     worker.look_ahead([task], 2)  # two are free: one for the other process
     assert worker.upcoming.case.name == "broken" and worker.upcoming.claimed
+    assert not worker.ahead.begun  # its data isn't there, and no run waits for data
+    worker.splits[work._data_key(first.case)] = {}
+    worker.look_ahead([task], 2)
+    assert worker.ahead.begun == {keys[1]}
     done(first)
     second = worker.next([task])
     assert second.case.name == "broken" and worker.upcoming is None
@@ -280,5 +297,8 @@ def test_the_next_model_is_compiled_ahead_but_the_last_run_is_left(
     third = worker.next([task])
     assert worker._programs(third.case, said.append).name == "ccc"
     assert said == ["compiled in 1.5 s, 0.0 of them waited for"]
+    worker.ahead.begun.add("another")
+    worker.look_ahead([task], 1)
+    assert worker.ahead.begun == {keys[1], "another"}  # what is made isn't begun
     done(third)
     assert worker.next([task]) is None
