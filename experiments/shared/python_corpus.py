@@ -1,12 +1,15 @@
 """A corpus of the Python source that is installed here, tested by whole packages.
 
     python -m experiments.shared.python_corpus --out FOLDER
+    python -m experiments.shared.python_corpus --out FOLDER --packages corpus.json
 
 Writes FOLDER/texts/train.jsonl, valid.jsonl and test.jsonl, a file of source a record,
 and FOLDER/corpus.json, which says of what packages. Nothing is downloaded, and nothing
 of it is part of this project: every file keeps the licence of its package. The same
 packages make the same bytes. Files that differ in comment lines, blank ones and
-indentation only are taken once, for training if it has one of them.
+indentation only are taken once, for training if it has one of them. `--packages` makes
+the corpus of an earlier corpus.json again, of its packages and splits alone; what would
+have other texts is refused.
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from uoe_jax.data.split import SPLITS, hash_fraction
 from uoe_jax.data.text import stdlib_files
 from uoe_jax.errors import DataError, UoeError
-from uoe_jax.files import format_json, write_atomically
+from uoe_jax.files import format_json, read_json, write_atomically
 
 SHORTEST = 200  # bytes of a file
 LONGEST = 200_000  # beyond: tables that a program wrote
@@ -103,6 +106,46 @@ def assign_packages(packages: list[Package], valid: float, test: float) -> None:
             )
 
 
+def choose_packages(packages: list[Package], file: Path) -> list[Package]:
+    """Return the packages that a corpus.json names, each in the split that it had.
+
+    Raises DataError where some aren't installed here in the same versions.
+    """
+    here, chosen, wrong = {p.name: p for p in packages}, [], []
+    for name, (version, split) in sorted(_told(file)["packages"].items()):
+        package = here.get(name)
+        if package is None:
+            wrong.append(f"{name}=={version} (missing)")
+        elif package.version != version:
+            wrong.append(f"{name}=={version} (here {package.version})")
+        else:
+            chosen.append(replace(package, split=split))
+    if wrong:
+        raise DataError(
+            f"{file} is of other packages than are installed here: {', '.join(wrong)}; "
+            "install these"
+        )
+    return chosen
+
+
+def _told(file: Path) -> dict[str, Any]:
+    """Return what a corpus.json says; DataError if it is none."""
+    if not file.is_file():
+        raise DataError(f"{file} doesn't exist; give an earlier corpus.json")
+    found = read_json(file)
+    try:
+        splits = {split for _, split in found["packages"].values()}
+        digests = [found["splits"][split]["sha256"] for split in SPLITS]
+        if splits <= set(SPLITS) and all(isinstance(d, str) for d in digests):
+            return found
+    except (AttributeError, KeyError, TypeError, ValueError):
+        pass
+    raise DataError(
+        f"{file} isn't a corpus.json, of packages with their versions and splits; give "
+        "one that this program wrote"
+    )
+
+
 def drop_repeats(packages: list[Package]) -> int:
     """Take each content out of all places but its first; return how many there were.
 
@@ -127,35 +170,72 @@ def _content(text: str) -> bytes:
     return hashlib.sha256(kept.encode()).digest()
 
 
-def write_corpus(packages: list[Package], folder: Path, dropped: int) -> dict[str, Any]:
+def make_texts(packages: list[Package]) -> dict[str, bytes]:
+    """Return each split's file."""
+    texts = {}
+    for split in SPLITS:
+        lines = [
+            format_json({"package": p.name, "path": place, "text": text}) + "\n"
+            for p in packages
+            if p.split == split
+            for place, text in p.texts.items()
+        ]
+        texts[split] = "".join(lines).encode()
+    return texts
+
+
+def check_texts(texts: dict[str, bytes], file: Path) -> None:
+    """Raise DataError unless splits have the digests that a corpus.json says."""
+    told = _told(file)["splits"]
+    other = [s for s in SPLITS if _digest(texts[s]) != told[s]["sha256"]]
+    if other:
+        raise DataError(
+            f"the packages of {file} have other files here: {', '.join(other)} would "
+            "differ; use the Python and the packages' builds that it was made with"
+        )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_corpus(
+    packages: list[Package], texts: dict[str, bytes], folder: Path, dropped: int
+) -> dict[str, Any]:
     """Write the corpus; return what corpus.json says."""
     (folder / "texts").mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"repeats_dropped": dropped, "splits": {}, "packages": {}}
-    for split in SPLITS:
+    for split, content in texts.items():
         mine = [p for p in packages if p.split == split and p.texts]
-        lines = [
-            format_json({"package": p.name, "path": place, "text": text})
-            for p in mine
-            for place, text in p.texts.items()
-        ]
-        content = "".join(line + "\n" for line in lines).encode()
         write_atomically(folder / "texts" / f"{split}.jsonl", content)
         about["splits"][split] = {
             "packages": len(mine),
-            "files": len(lines),
+            "files": sum(len(p.texts) for p in mine),
             "bytes": sum(p.num_bytes for p in mine),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": _digest(content),
         }
         about["packages"] |= {p.name: [p.version, split] for p in mine}
     write_atomically(folder / "corpus.json", format_json(about, indent=1) + "\n")
     return about
 
 
-def build(folder: Path, valid: float = 0.04, test: float = 0.04) -> dict[str, Any]:
-    """Build the corpus of what is installed here; return what corpus.json says."""
+def build(
+    folder: Path, valid: float = 0.04, test: float = 0.04, listed: Path | None = None
+) -> dict[str, Any]:
+    """Build the corpus of what is installed here; return what corpus.json says.
+
+    With `listed`, an earlier corpus.json, it is that corpus again or a DataError.
+    """
     packages = read_packages(installed())
-    assign_packages(packages, valid, test)
-    return write_corpus(packages, folder, drop_repeats(packages))
+    if listed is None:
+        assign_packages(packages, valid, test)
+    else:
+        packages = choose_packages(packages, listed)
+    dropped = drop_repeats(packages)
+    texts = make_texts(packages)
+    if listed is not None:
+        check_texts(texts, listed)
+    return write_corpus(packages, texts, folder, dropped)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,9 +246,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--valid", type=float, default=0.04, help="share of the bytes")
     parser.add_argument("--test", type=float, default=0.04, help="share of the bytes")
+    parser.add_argument(
+        "--packages",
+        type=Path,
+        metavar="FILE",
+        help="an earlier corpus.json: make that corpus again, or nothing",
+    )
     options = parser.parse_args(argv)
     try:
-        about = build(options.out, options.valid, options.test)
+        about = build(options.out, options.valid, options.test, options.packages)
     except UoeError as error:
         print(f"corpus: {error}", file=sys.stderr)
         return error.exit_code
