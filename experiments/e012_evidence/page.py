@@ -61,7 +61,7 @@ def _answer(verdict: Verdict, groups: Sequence[Group]) -> str:
     number = planned.name.partition(":")[0]
     sides = f"- {number}, {planned.first} less {planned.second} ({planned.size})"
     if found is not None:
-        said = "holds" if verdict.holds else f"**doesn't hold.** {planned.failed}"
+        said = verdict.say("holds", "**doesn't hold.**")
         return f"{sides}: {found.mean:+.4f} ± {found.half:.4f}: {said}"
     mean = mean_alone(groups, planned)
     return "" if mean is None else f"{sides}: {mean:+.4f}, one seed: no interval"

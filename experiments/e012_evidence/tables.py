@@ -197,7 +197,7 @@ def plan_table(judged: Sequence[Verdict]) -> str:
             lines.append(f"| {c.name} | {claim} | not measured | | |")
             continue
         d = one.difference
-        word = "yes" if one.holds else f"no: {c.failed}"
+        word = one.say("yes", "no:")
         lines.append(
             f"| {c.name} | {claim} | {d.mean:+.4f} ± {d.half:.4f} | "
             f"{one.adjusted:.2g} | {word} |"

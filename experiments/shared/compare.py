@@ -177,6 +177,23 @@ class Verdict(NamedTuple):
             return sure
         return sure and self.difference.mean <= -self.comparison.margin
 
+    @property
+    def open(self) -> bool:
+        """Whether it doesn't hold but the interval has values at which it would."""
+        if self.difference is None or self.holds:
+            return False
+        margin = self.comparison.margin
+        bound = margin if self.comparison.claim == "within" else -margin
+        return self.difference.mean - self.difference.half < bound
+
+    def say(self, holds: str, fails: str) -> str:
+        """Return the word for what became of it; what fails adds its sentence."""
+        if self.holds:
+            return holds
+        if self.open:
+            return "open: the runs neither show it nor refuse it"
+        return f"{fails} {self.comparison.failed}"
+
 
 def judge(plan: Plan, found: Mapping[str, Difference]) -> list[Verdict]:
     """Return what became of each comparison; `found` has differences by name.

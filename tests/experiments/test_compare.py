@@ -117,6 +117,31 @@ def test_claims_need_their_margin_and_their_certainty():
     assert alone[0].holds
 
 
+@pytest.mark.parametrize(
+    ("claim", "margin", "mean", "error", "said"),
+    [
+        ("below", 0.0, -0.01, 0.01, "open"),  # nothing and 0.03 below
+        ("below", 0.0, 0.03, 0.01, "no"),
+        ("below", 0.0, -0.03, 0.002, "yes"),
+        ("below", 0.02, -0.01, 0.002, "no"),  # below, but surely not by 0.02
+        ("below", 0.02, -0.01, 0.01, "open"),
+        ("within", 0.005, 0.08, 0.01, "no"),
+        ("within", 0.005, 0.01, 0.005, "open"),
+        ("within", 0.005, -0.03, 0.005, "yes"),
+    ],
+)
+def test_what_is_neither_shown_nor_refused_is_open(claim, margin, mean, error, said):
+    planned = dataclasses.replace(ONE, claim=claim, margin=margin)
+    found = {"one": Difference(mean, error, 30)}
+    (verdict,) = judge(Plan((planned,)), found)
+    assert (verdict.holds, verdict.open) == (said == "yes", said == "open")
+    told = verdict.say("yes", "no:")
+    wanted = {"yes": "yes", "no": f"no: {ONE.failed}"}
+    assert told == wanted.get(said) or (said == "open" and told.startswith("open: "))
+    (none,) = judge(Plan((planned,)), {})
+    assert none.holds is None and not none.open
+
+
 def test_within_a_margin_refuses_what_is_as_bad_as_it():
     near = dataclasses.replace(ONE, claim="within", margin=0.005)
     holds = lambda *d: judge(Plan((near,)), {"one": Difference(*d)})[0].holds
