@@ -67,6 +67,8 @@ def test_tuned_table_orders_backends(tiny):
     (gated,) = table["order"]["swiglu"]
     assert gated["fastest"] == ["xla"]
     assert gated["shape"] == {"rows": 32, "width": 8, "dtype": "float32"}
+    (router,) = table["order"]["router"]
+    assert router["fastest"] == ["xla"] and router["shape"]["rows"] == 16
     (narrow,) = table["order"]["expert_mlp"]
     assert narrow["fastest"] == ["steps"]
     assert narrow["shape"]["rows"] == 2 * 16 and narrow["shape"]["hidden"] == 8

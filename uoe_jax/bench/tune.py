@@ -34,6 +34,9 @@ from uoe_jax.ops.grouped_matmul.api import call_shape as matmul_shape
 from uoe_jax.ops.grouped_matmul.nvidia.launch import products, weight_grads
 from uoe_jax.ops.grouped_matmul.nvidia.tiles import CANDIDATES, Tiles
 from uoe_jax.ops.grouped_matmul.nvidia.triton import require
+from uoe_jax.ops.router.api import BACKENDS as ROUTER
+from uoe_jax.ops.router.api import call_shape as router_shape
+from uoe_jax.ops.router.api import pick_experts
 from uoe_jax.ops.split_heads import BACKENDS as SPLIT_HEADS
 from uoe_jax.ops.split_heads import call_shape as heads_shape
 from uoe_jax.ops.swiglu import BACKENDS as SWIGLU
@@ -64,6 +67,7 @@ def tune(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> Path:
         _order_heads(case, sizes.dtype, rounds, found["order"], say)
     for case in sizes.mlp:
         _order_swiglu(case, sizes.dtype, rounds, found["order"], say)
+        _order_router(case, sizes.dtype, rounds, found["order"], say)
     for case in sizes.narrow:
         _order_expert_mlp(case, sizes.dtype, rounds, found["order"], say)
     return _write(found)
@@ -203,6 +207,27 @@ def _order_swiglu(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -
         return out, vjp(grad)
 
     _order("swiglu", swiglu_shape(x), SWIGLU, run, args, rounds, found, say)
+
+
+def _order_router(case: tuple, dtype: str, rounds: int, found: dict, say: Any) -> None:
+    width, _, experts, picks, batch, length = case
+    tokens = batch * length
+    (x,) = draw(dtype, (tokens, width))
+    weight, grads = draw("float32", (width, experts), (tokens, picks))
+
+    def run(x: Any, weight: Any, grads: Any, implementation: str) -> Any:
+        def call(x: Any, weight: Any) -> Any:
+            how = {"implementation": implementation}
+            out = pick_experts(x, weight, jnp.zeros(experts), picks, **how)
+            # Of these a step's losses are made.
+            return (out.scores, out.probs, out.z), (out.picks, out.counts)
+
+        out, vjp, aux = jax.vjp(call, x, weight, has_aux=True)
+        out, grads = jax.lax.optimization_barrier((out, grads))
+        return out, aux, vjp((grads, jnp.ones(experts), jnp.ones(())))
+
+    shape, args = router_shape(x, weight), (x, weight, grads)
+    _order("router", shape, ROUTER, run, args, rounds, found, say)
 
 
 def _order_expert_mlp(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from uoe_jax.config import ModConfig, ModelConfig, MoeConfig, UnionConfig
 from uoe_jax.kinds import ROUTERS, router_of
 from uoe_jax.model.context import Context
+from uoe_jax.ops.router.xla import token_statistics
 from uoe_jax.weights import layer_period
 
 # Arrays by name; "state" holds what decoding remembers, by name again.
@@ -37,31 +38,26 @@ def router_stats(
     that are not `on` nothing is counted. With an `axis_name` the sums run over that
     mesh axis too.
     """
-    num_experts = scores.shape[-1]
-    log_probs = jax.nn.log_softmax(decision, axis=-1)
-    probs = jnp.exp(log_probs)
-    one_hot = jax.nn.one_hot(picks, num_experts, dtype=jnp.float32)
-    if on is not None:
-        one_hot = one_hot * on[..., None]
-    counts = jnp.sum(one_hot, axis=-2)
+    each = token_statistics(scores, decision, picks, on)
     lost = jnp.zeros(picks.shape[:2])
     if kept is not None:
         missing = ~kept if on is None else on & ~kept
         lost = jnp.sum(missing, axis=-1).astype(jnp.float32)
-    sums = {
-        "picks": counts,
-        "probs": probs,
-        "z": jnp.square(jax.nn.logsumexp(scores, axis=-1)),
-        "entropy": -jnp.sum(probs * log_probs, axis=-1),
-        "dropped": lost,
-    }
-    means = token_means(sums, context)
+    means = token_means({**each, "dropped": lost}, context)
+    return stats_of_means(means, _picks(picks, on))
+
+
+def stats_of_means(means: dict[str, Array], num_picks: int | Float[Array, ""]) -> Stats:
+    """Return a router's statistics by the means over tokens, which have so many picks.
+
+    means: those of `token_statistics` and of the picks that were dropped.
+    """
     load = means["picks"] / jnp.maximum(jnp.sum(means["picks"]), 1e-9)
     return {
         "load": load,
         "entropy": means["entropy"],
-        "dropped": means["dropped"] / _picks(picks, on),
-        "balance_loss": num_experts * jnp.sum(load * means["probs"]),
+        "dropped": means["dropped"] / num_picks,
+        "balance_loss": load.size * jnp.sum(load * means["probs"]),
         "z_loss": means["z"],
     }
 
@@ -76,23 +72,32 @@ def _picks(
 
 def token_means(values: dict[str, Array], context: Context) -> dict[str, Array]:
     """Return means over the tokens [B, T, ...] that the context counts."""
-    first = next(iter(values.values()))
-    counted = context.counted
-    if counted is None:
-        valid = jnp.ones(first.shape[:2], jnp.float32)
-    else:
-        valid = counted.astype(jnp.float32)
+    shape = next(iter(values.values())).shape[:2]
+    valid = _valid(shape, context)
 
     def total(value: Array) -> Array:
         weight = valid.reshape(*valid.shape, *[1] * (value.ndim - 2))
         return jnp.sum(value * weight, axis=(0, 1))
 
     sums = {name: total(value) for name, value in values.items()}
-    count = jnp.sum(valid)
+    return means_of_sums(sums, shape, context)
+
+
+def means_of_sums(
+    sums: dict[str, Array], shape: tuple[int, ...], context: Context
+) -> dict[str, Array]:
+    """Return means by the sums over those of [B, T] tokens that the context counts."""
+    count = jnp.sum(_valid(shape, context))
     if context.axis_name is not None:
         sums, count = jax.lax.psum((sums, count), context.axis_name)
     count = jnp.maximum(count, 1.0)
     return {name: value / count for name, value in sums.items()}
+
+
+def _valid(shape: tuple[int, ...], context: Context) -> Float[Array, "B T"]:
+    if context.counted is None:
+        return jnp.ones(shape, jnp.float32)
+    return context.counted.astype(jnp.float32)
 
 
 def exceeded_by(

@@ -14,9 +14,15 @@ from uoe_jax.config import Gate, MoeConfig, UnionConfig
 from uoe_jax.errors import choose
 from uoe_jax.model.context import Context, patch_leaders
 from uoe_jax.model.layers import truncated_normal
-from uoe_jax.model.routing.balance import Stats, router_stats
+from uoe_jax.model.routing.balance import (
+    Stats,
+    means_of_sums,
+    router_stats,
+    stats_of_means,
+)
 from uoe_jax.ops.packing import Packing, pack_choices
-from uoe_jax.ops.split_matmul import split_matmul
+from uoe_jax.ops.router.api import kernel_pays, pick_experts
+from uoe_jax.ops.router.xla import pick_scores, router_scores
 
 State = dict[str, Array]
 
@@ -188,6 +194,8 @@ class PatchRouter(Router):
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Routing:
         """Return the routing of every token."""
+        if self._is_plain(context) and kernel_pays(x, self.weight[...]):
+            return self._in_kernels(x, context)
         scores = self.scores(x)
         decision = scores
         if self.patch_size > 1:
@@ -205,6 +213,33 @@ class PatchRouter(Router):
         held = jnp.take_along_axis(picks, leader, axis=1)[:, 0]
         return routing._replace(stats={**routing.stats, "state": {"picks": held}})
 
+    def _is_plain(self, context: Context) -> bool:
+        """Whether tokens have no patches, no capacity, and all of `top_k` on.
+
+        A class that chooses, weighs or counts by methods of its own isn't plain.
+        """
+        own = any(getattr(type(self), n) is not getattr(PatchRouter, n) for n in _RULES)
+        drawn = self.least and context.draw is not None
+        limited = self.capacity_factor is not None and context.train
+        return self.patch_size == 1 and not (own or drawn or limited)
+
+    def _in_kernels(self, x: Float[Array, "B T D"], context: Context) -> Routing:
+        """Return the routing that `__call__` does, by one operation."""
+        counted, shape = context.counted, x.shape[:2]
+        found = pick_experts(
+            x.reshape(-1, x.shape[-1]),
+            self.weight[...],
+            self.bias[...],
+            self.top_k,
+            None if counted is None else counted.reshape(-1),
+        )
+        picks, scores = (a.reshape(*shape, -1) for a in (found.picks, found.scores))
+        sums = {"picks": found.counts, "probs": found.probs, "dropped": jnp.zeros(())}
+        sums |= {"z": found.z, "entropy": found.entropy}
+        stats = stats_of_means(means_of_sums(sums, shape, context), self.top_k)
+        gates = gate_values(scores, self.gate)
+        return self.finish(picks, gates, None, stats, context.collect_choices)
+
     def decode(
         self, x: Float[Array, "B D"], state: State, lengths: Int[Array, " B"]
     ) -> tuple[Routing, State]:
@@ -217,6 +252,10 @@ class PatchRouter(Router):
             state = {"picks": picks}
         gates = self.gates(scores, picks)
         return self.finish(picks[:, None], gates[:, None], None, {}, False), state
+
+
+# What a router's kernels compute as these methods of it do.
+_RULES = ("scores", "choose", "choose_by", "gates", "route")
 
 
 def drawn_picks(
@@ -241,24 +280,6 @@ def gates_of_some(
         return gates
     count = jnp.sum(on, axis=-1, keepdims=True).astype(gates.dtype)
     return gates * count / jnp.sum(gates, axis=-1, keepdims=True)
-
-
-def router_scores(
-    x: Float[Array, "*N D"], weight: Float[Array, "D E"]
-) -> Float[Array, "*N E"]:
-    """Return products in float32 or wider."""
-    if (x.dtype, weight.dtype) == (jnp.bfloat16, jnp.float32):
-        return split_matmul(x, weight)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jnp.dot(x, weight, precision=jax.lax.Precision.HIGHEST)
-
-
-def pick_scores(
-    scores: Float[Array, "*N E"], choices: Int[Array, "*N X"]
-) -> Float[Array, "*N X"]:
-    """Return the scores of the chosen experts; its gradient needs no scatter."""
-    one_hot = jax.nn.one_hot(choices, scores.shape[-1], dtype=jnp.float32)
-    return jnp.sum(one_hot * scores[..., None, :], axis=-1)
 
 
 def gate_values(scores: Float[Array, "*N X"], gate: Gate | str) -> Float[Array, "*N X"]:

@@ -1,0 +1,1 @@
+"""Scores of a router of tokens, the experts picked by them, and sums for statistics."""
