@@ -15,12 +15,13 @@ import pytest
 # Compiled for every change, each kernel once, and beside these every night.
 # Of products: inner, outer: sides that fill no tile, of runs of 64 and of 8 columns;
 # of heads: a head's width, queries of each of two key heads; of swiglu: a side's width,
-# a block of a row, or less than blocks of many rows.
+# a block of a row, or less than blocks of many rows; of routers: experts.
 OFTEN = {
     "products": [("ids ahead", 128, 256), ("products_in_turn", 192, 384)],
     "heads": [("split", 128, 1), ("join", 64, 3)],
     "swiglu": [("forward", 24), ("backward", 24)],
     "experts": [("forward", 128), ("backward", 128)],
+    "router": [("route", 16), ("product_grads", 16)],
 }
 NIGHTLY = {
     "products": [
@@ -28,6 +29,7 @@ NIGHTLY = {
         ("products_scattered", 192, 384),  # rows stored by id
     ],
     "swiglu": [("backward", 3072)],
+    "router": [("route", 64), ("product_grads", 64)],
 }
 
 # Loads of a thread that aren't copies: the offsets or a tile's numbers, of the first
@@ -109,6 +111,12 @@ def test_experts_compute_gelu_once_and_move_16_bits(loads):
         assert found["exponentials"] == 1, case
         assert "f32" not in found["moved"], case
         assert found["shared"] <= 227 << 10, case
+
+
+def test_a_router_copies_16_bytes_at_a_time_and_spills_nothing(loads):
+    for case, found in loads["router"]:
+        assert set(found["copied"]) == {"16"} and found["wgmma"], case
+        assert found["stores"]["v4.b32"] and found["spilled"] == 0, case
 
 
 def compiled(call, *arrays):
@@ -259,6 +267,42 @@ def expert_loads(kernel, hidden):
     }
 
 
+def router_loads(kernel, experts):
+    """How tokens and weights are copied, and what registers have no room for."""
+    import jax
+    import jax.numpy as jnp
+
+    from uoe_jax.ops.router.triton import product_grads, route
+
+    shape, size, width = jax.ShapeDtypeStruct, 24576, 2048
+    x = shape((size, width), jnp.bfloat16)
+    weight = shape((3, width, experts), x.dtype)
+    if kernel == "route":
+        bias = shape((experts,), jnp.float32)
+        made = compiled(lambda *arrays: route(*arrays, None, 8), x, weight, bias)
+    else:
+        made = compiled(product_grads, x, weight, shape((size, experts), jnp.float32))
+    text = made.asm["ptx"]
+    copies = re.findall(r"cp\.async\.\w+\.shared\.global.*\], (\w+)", text)
+    return {
+        "copied": collections.Counter(str(int(size, 0)) for size in copies),
+        "wgmma": text.count("wgmma.mma_async"),
+        "stores": words(text, "st"),
+        "spilled": spilled(text),
+    }
+
+
+def spilled(text):
+    """Bytes of a thread that PTX for an H100 has no registers for."""
+    import triton as compiler
+
+    command = [compiler.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-"]
+    done = subprocess.run(
+        [*command, "-o", os.devnull], input=text, capture_output=True, text=True
+    )
+    return int(re.findall(r"(\d+) bytes spill stores", done.stderr)[0])
+
+
 def words(text, kind):
     """How many loads or stores of each width there are in PTX."""
     return collections.Counter(re.findall(rf"{kind}\.global\.((?:v\d\.)?b\d+)", text))
@@ -266,7 +310,7 @@ def words(text, kind):
 
 if __name__ == "__main__":
     measure = {"products": product_loads, "heads": head_loads, "swiglu": swiglu_loads}
-    measure["experts"] = expert_loads
+    measure |= {"experts": expert_loads, "router": router_loads}
     found = {
         kind: [(case, measure[kind](*case)) for case in cases]
         for kind, cases in (NIGHTLY if sys.argv[1] == "nightly" else OFTEN).items()

@@ -1,7 +1,7 @@
 """Which experts tokens pick, by what scores, and the sums that routers tell of.
 
-In plain JAX, and on NVIDIA GPUs by one kernel forward and two backward, which read and
-write tokens once each way. XLA passes over the scores some ten times.
+In plain JAX, and on NVIDIA GPUs by one kernel forward and two backward: tokens are read
+once each way, and their gradient is written once.
 """
 
 from __future__ import annotations
