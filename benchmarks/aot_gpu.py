@@ -1,10 +1,11 @@
-"""Compile dense products of eight bits for an H100 that isn't here; say what they call.
+"""Compile what eight bits take for an H100 that isn't here; say what becomes of it.
 
     python benchmarks/aot_gpu.py
 
 Needs jax's plugin for CUDA (`pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt`
 beside the same jax), no GPU and no CUDA libraries. Fails where a product isn't one call
-of cuBLASLt in eight bits. XLA decides by the versions that the description names.
+of cuBLASLt in eight bits, or where rounding experts' weights needs memory of its own,
+as copies in float32 do. XLA decides by the versions that the description names.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from jax._src.lib import xla_client
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uoe_jax.ops import float8
+from uoe_jax.ops.grouped_matmul.nvidia.float8 import round_operands
 
 # Of an H100, as XLA describes its devices.
 H100 = """gpu_device_info {
@@ -73,13 +75,17 @@ def describe() -> NamedSharding:
     return NamedSharding(Mesh(devices, ("device",)), PartitionSpec())
 
 
-def calls(run: Any, sharding: NamedSharding, *shapes: tuple[int, ...]) -> list[str]:
-    """Return the library calls of a compiled function of bfloat16 arrays."""
+def compiled(run: Any, sharding: NamedSharding, *shapes: tuple[int, ...]) -> Any:
+    """Return a compiled function of bfloat16 arrays."""
     make = lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
     traced = jax.jit(run, in_shardings=sharding, out_shardings=sharding)
     lowered = traced.lower(*map(make, shapes))
-    text = lowered.compile(compiler_options=OPTIONS).as_text() or ""
-    return re.findall(r'custom_call_target="([^"]+)"', text)
+    return lowered.compile(compiler_options=OPTIONS)
+
+
+def calls(program: Any) -> list[str]:
+    """Return the library calls of a compiled program."""
+    return re.findall(r'custom_call_target="([^"]+)"', program.as_text() or "")
 
 
 def product(scales: str) -> Any:
@@ -93,10 +99,16 @@ def product(scales: str) -> Any:
 def main() -> int:
     sharding, failed = describe(), False
     for scales in float8.SCALES:
-        found = calls(product(scales), sharding, (4096, 2048), (2048, 6144))
+        found = calls(compiled(product(scales), sharding, (4096, 2048), (2048, 6144)))
         wanted = "__cublas$lt$matmul" + ("" if scales == "none" else "$f8")
         failed |= found != [wanted]
         print(f"{scales:7} {' '.join(found)}", flush=True)
+    for scales in float8.SCALES[1:]:
+        run = lambda x, w, scales=scales: round_operands(x, w, scales)[2:]
+        program = compiled(run, sharding, (4096, 2048), (16, 2048, 768))
+        spare = program.memory_analysis().temp_size_in_bytes
+        failed |= spare > 1 << 20
+        print(f"{scales:7} a weight of 50 MB is rounded in {spare} bytes", flush=True)
     return int(failed)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float8e4m3fn, Float32
 
 from uoe_jax.varying import vary_together
@@ -57,6 +58,15 @@ def to_float8(
     exponent = _exponent(most)
     numbers = jnp.where(finite, _round(wide * _power(-exponent)), jnp.nan)
     return numbers.astype(E4M3), _power(exponent)
+
+
+def as_they_lie(numbers: Float8e4m3fn[Array, "*N"]) -> Float8e4m3fn[Array, "*N"]:
+    """Return numbers that are transposed next, laid out as their axes are.
+
+    XLA would transpose what they are made of instead: on GPUs, float32 copies of a
+    whole weight. So it transposes bytes, while it makes them.
+    """
+    return with_layout_constraint(numbers, Layout(tuple(range(numbers.ndim))))
 
 
 def rounded(x: Float[Array, "*N"], axes: Sequence[int]) -> Float[Array, "*N"]:
@@ -108,7 +118,8 @@ def _matmul(scales, x, w):
         # takes one scale an operand.
         return jnp.dot(rounded(x, (0, 1)), rounded(w, (0, 1)))
     (a, rows), (b, columns) = to_float8(x, (1,)), to_float8(w, (0,))
-    out = jnp.dot(a, b, preferred_element_type=x.dtype)
+    # cuBLASLt takes b with its columns side by side.
+    out = jnp.dot(a, as_they_lie(b), preferred_element_type=x.dtype)
     return out * (rows * columns).astype(x.dtype)
 
 

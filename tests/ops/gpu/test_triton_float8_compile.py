@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -37,18 +38,22 @@ def compile_all():
     from tests.ops.gpu.test_triton_loads import compiled
     from uoe_jax.ops import nvidia
     from uoe_jax.ops.grouped_matmul.nvidia import float8
+    from uoe_jax.ops.grouped_matmul.nvidia.tiles import Tiles
 
     nvidia.shared_memory = lambda: nvidia.SHARED_MEMORY[9.0]
     found = []
-    for inner, outer in ((2048, 768), (384, 2048), (144, 80)):
+    turns = Tiles(128, 128, 128, 8, 4, 3, in_turn=2)
+    cases = (2048, 768, None), (384, 2048, turns), (144, 80, None)
+    for inner, outer, tiles in cases:
         struct = jax.ShapeDtypeStruct
         x, w = (
             struct((512, inner), jnp.bfloat16),
             struct((4, inner, outer), jnp.bfloat16),
         )
         ids = struct((5,), jnp.int32)
-        run = lambda x, w, o: float8.forward_products(x, w, o, o, scales="rows")
-        made = compiled(run, x, w, ids)
+        options = {"scales": "rows", "tiles": tiles}
+        run = functools.partial(float8.forward_products, **options)
+        made = compiled(run, x, w, ids, ids)
         text = made.asm["ptx"]
         copies = re.findall(r"cp\.async\.\w+\.shared\.global.*\], (\w+)", text)
         found.append(

@@ -7,13 +7,14 @@ scales of its rows and columns before they are stored, rounded once.
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int
 
 from uoe_jax.ops import nvidia
-from uoe_jax.ops.float8 import to_float8
+from uoe_jax.ops.float8 import as_they_lie, to_float8
 from uoe_jax.ops.grouped_matmul.derivative import Products
 from uoe_jax.ops.grouped_matmul.float8 import (
     ROW_AXES,
@@ -21,7 +22,8 @@ from uoe_jax.ops.grouped_matmul.float8 import (
     without_garbage,
 )
 from uoe_jax.ops.grouped_matmul.nvidia.launch import is_permutation, map_tiles, sum_rows
-from uoe_jax.ops.grouped_matmul.nvidia.tiles import Tiles, power_above
+from uoe_jax.ops.grouped_matmul.nvidia.tiles import Tiles
+from uoe_jax.ops.grouped_matmul.nvidia.tiles import choose_tiles as tiles_of_all
 
 ADA = 8.9  # compute capability from which matrix units take e4m3
 
@@ -53,6 +55,15 @@ def eight_bit_products(backend: Products, scales: str) -> Products:
     return Products(products, sums, backend.weight_grads)
 
 
+class Rounded(NamedTuple):
+    """Operands of eight bits as the kernels read them: weights output by output."""
+
+    numbers: Float8e4m3fn[Array, "N I"]
+    row_scales: Float32[Array, " N"]
+    weights: Float8e4m3fn[Array, "E O I"]
+    column_scales: Float32[Array, "E O"]
+
+
 @functools.partial(jax.jit, static_argnames=("scales", "scatter", "tiles"))
 def forward_products(
     x: Float[Array, "N I"],
@@ -68,49 +79,86 @@ def forward_products(
 
     With `scatter` the rows are those of x, and row m goes to ids[m]: a permutation.
     """
-    num_rows = x.shape[0] if ids is None else ids.shape[0]
-    num_groups, inner, outer = w.shape
     if ids is None or scatter:
         x = without_garbage(x, offsets, scales)
+    given = round_operands(x, w, scales)
+    return multiply(given, offsets, ids, dtype=x.dtype, scatter=scatter, tiles=tiles)
+
+
+def round_operands(
+    x: Float[Array, "N I"], w: Float[Array, "E I O"], scales: str
+) -> Rounded:
+    """Return rows and weights in eight bits. Tokens are rounded before a gather."""
     numbers, row_scales = to_float8(x, ROW_AXES[scales])
-    weights, column_scales = to_float8(jnp.swapaxes(w, 1, 2), _swapped(scales))
-    tiles = tiles or choose_tiles(inner, outer)
+    weights, column_scales = to_float8(w, WEIGHT_AXES[scales])
+    return Rounded(
+        numbers,
+        jnp.broadcast_to(row_scales[:, 0], x.shape[:1]),
+        jnp.swapaxes(as_they_lie(weights), 1, 2),
+        jnp.broadcast_to(column_scales[:, 0], (w.shape[0], w.shape[2])),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "scatter", "tiles"))
+def multiply(
+    given: Rounded,
+    offsets: Int[Array, " E1"],
+    ids: Int[Array, " M"] | None,
+    *,
+    dtype: Any,
+    scatter: bool = False,
+    tiles: Tiles | None = None,
+) -> Float[Array, "M O"]:
+    """Return the products of `forward_products` of what was rounded."""
+    num_rows = given.numbers.shape[0] if ids is None else ids.shape[0]
+    num_groups, outer, inner = given.weights.shape
+    gather = ids is not None and not scatter
+    tiles = tiles or choose_tiles(num_rows, num_groups, inner, outer, gather)
     tile_map = map_tiles(offsets, num_rows, tiles.rows)
     from uoe_jax.ops.grouped_matmul.nvidia import float8_kernels
 
+    kernel: Any = float8_kernels.products
+    turns: dict[str, Any] = {}
+    grid = tile_map.shape[1] * -(-outer // tiles.outer)
+    if tiles.in_turn:
+        kernel = float8_kernels.products_in_turn
+        grid = min(grid, nvidia.cores() * tiles.in_turn)
+        turns = {"PROGRAMS": grid}
     return nvidia.launch(
-        float8_kernels.products,
-        numbers,
-        weights,
+        kernel,
+        given.numbers,
+        given.weights,
         tile_map,
         offsets if ids is None else ids,
-        jnp.broadcast_to(row_scales[:, 0], x.shape[:1]),
-        jnp.broadcast_to(column_scales[:, :, 0], (num_groups, outer)),
-        out_shape=((num_rows, outer), x.dtype),
-        grid=tile_map.shape[1] * -(-outer // tiles.outer),
+        given.row_scales,
+        given.column_scales,
+        out_shape=((num_rows, outer), dtype),
+        grid=grid,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         TILES=tile_map.shape[1],
         I=inner,
         O=outer,
         E=num_groups,
-        GATHER=ids is not None and not scatter,
+        GATHER=gather,
         SCATTER=scatter,
         ROWS=tiles.rows,
         INNER=tiles.inner,
         OUTER=tiles.outer,
         BAND=tiles.band,
+        **turns,
     )
 
 
-def _swapped(scales: str) -> tuple[int, ...]:
-    """Return the axes that share a scale where weights lie output by output."""
-    return tuple({0: 0, 1: 2, 2: 1}[axis] for axis in WEIGHT_AXES[scales])
+def choose_tiles(
+    num_rows: int, num_groups: int, inner: int, outer: int, gather: bool
+) -> Tiles:
+    """Return the tile of the 16-bit product that reads and multiplies as long.
 
-
-def choose_tiles(inner: int, outer: int) -> Tiles:
-    """Return a tile of 128 bytes along the inner side, with the stages that fit."""
-    deep, wide = (max(32, power_above(side)) for side in (inner, outer))
-    deep, wide = min(128, deep), min(256, wide)
-    held = nvidia.shared_memory() // (deep * (128 + wide))
-    return Tiles(128, deep, wide, 8, 8, max(1, min(4, held)))
+    It is half as deep, and its weights lie the same way: transposed.
+    """
+    sides = {"rows": num_rows, "inner": inner // 2, "outer": outer}
+    layout = {"gather": gather, "transpose": True, "groups": num_groups}
+    shape = {**sides, **layout, "dtype": "bfloat16"}
+    tiles = tiles_of_all("products", shape)
+    return tiles._replace(inner=2 * tiles.inner)

@@ -91,3 +91,55 @@ def products(
         GATHER, ROWS, OUTER,
     )  # fmt: skip
     store_tile(out, total, ids, first, stop, column, O, SCATTER, ROWS, OUTER)
+
+
+@jit
+@no_type_check
+def products_in_turn(
+    x,
+    w,
+    tile_map,
+    ids,
+    row_scales,
+    column_scales,
+    out,
+    TILES: tl.constexpr,
+    I: tl.constexpr,
+    O: tl.constexpr,
+    E: tl.constexpr,
+    GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    BAND: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """As `products`, but each of PROGRAMS makes every PROGRAMS-th tile, in one loop."""
+    columns: tl.constexpr = (O + OUTER - 1) // OUTER
+    turns: tl.constexpr = (I + INNER - 1) // INNER
+    program = tl.program_id(0)
+    rounds = (TILES * columns - program + PROGRAMS - 1) // PROGRAMS
+    for number in tl.range(0, rounds, flatten=True):
+        place = program + number * PROGRAMS
+        tile, column = swizzle(place, TILES, columns, BAND)
+        group = tl.load(tile_map + tile)
+        first = tl.load(tile_map + TILES + tile)
+        stop = tl.load(tile_map + 2 * TILES + tile)
+        # Tiles that aren't there are made as well, from what is: nothing is stored.
+        x_at, w_at = operands(
+            x, w, ids, tl.minimum(group, E - 1), tl.minimum(first, stop - 1), stop,
+            column, I, O, GATHER, True, ROWS, INNER, OUTER,
+        )  # fmt: skip
+        total = tl.zeros((ROWS, OUTER), tl.float32)
+        for turn in range(turns):
+            left = I - turn * INNER
+            total = add_product(total, x_at, w_at, left, I, INNER, "tf32")
+            x_at += INNER
+            w_at += INNER
+        total = tl.where(group < E, total, 0)  # the group past the last has no weight
+        total = scale_tile(
+            total, row_scales, column_scales, ids, group, tl.minimum(first, stop - 1),
+            stop, column, O, E, GATHER, ROWS, OUTER,
+        )  # fmt: skip
+        store_tile(out, total, ids, first, stop, column, O, SCATTER, ROWS, OUTER)
