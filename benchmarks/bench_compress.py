@@ -3,9 +3,9 @@
 Of a dense run that has data: seconds of its statistics, of sorting and of each cut;
 then, of the dense model and of each compressed one, how fast prompts are read and how
 fast greedy decoding makes tokens, at one row and at many, in bfloat16. A token's time
-is that of all new tokens but the first over their number; medians. Low ranks are timed
-as two products; multiplied out they are the dense model's shapes. A second call with
-the same --out goes on with the rows that are missing.
+is that of all new tokens but the first over their number; medians. Prompts are read
+with low ranks as two products; decoding multiplies out what is faster so. A second call
+with the same --out goes on with the rows that are missing.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from uoe_jax.runs.probe import in_float32
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)  # whose cuts are timed
 CUTS = (0.2, 0.4)  # whose models are
 # method, allocation, multiple of the MLPs' widths; unequal widths compile longest
-ROWS = (
-    ("modegpt", "uniform", 64),
-    ("lord", None, 8),
-    ("depth", None, 8),
-    ("modegpt", "curve", 8),
-)
+ROWS = {
+    "modegpt": ("modegpt", "uniform", 64),
+    "lord": ("lord", None, 8),
+    "depth": ("depth", None, 8),
+    "curve": ("modegpt", "curve", 8),
+}
 # Alike in all rows of a file.
 KEPT = ("run", "calibrate", "prompt", "new", "device", "jax")
 LEAST = 30.0  # seconds left in which a row may begin
@@ -168,13 +168,16 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=16_384, help="tokens")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument(
+        "--methods", nargs="*", choices=[*ROWS], default=[*ROWS], help="beside dense"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=1e9, help="to start rows in")
     bench = Bench(parser.parse_args())
     bench.put({"method": "dense", "cut": 0.0}, bench.dense)
-    for method, allocate, multiple in ROWS:
-        bench.put_method(method, allocate, multiple)
+    for name in bench.args.methods:
+        bench.put_method(*ROWS[name])
     write_record(bench.args.out, bench.found)
 
 
