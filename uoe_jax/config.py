@@ -409,6 +409,17 @@ class ModelConfig(Checked):
             return self.head_dim
         return -(-max(self.key_dim, self.value_dim) // 8) * 8
 
+    @property
+    def cached_dims(self) -> tuple[int, int]:
+        """Widths of keys and of values as a cache has them, in the config of a layer.
+
+        Narrow ones have zeros up to a multiple of 8, of keys in both halves, and never
+        more than the model's heads: rows are then read 16 bytes at a time.
+        """
+        up = lambda width: -(-width // 8) * 8
+        keys = min(2 * up(-(-self.key_dim // 2)), self.head_dim)
+        return keys, min(up(self.value_dim), self.head_dim)
+
     def rank(self, weight: str) -> int:
         """Return the rank of a weight of the MLP in the config of a layer; 0: whole."""
         given = getattr(self.widths, RANKS[weight])

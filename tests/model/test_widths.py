@@ -20,7 +20,7 @@ from uoe_jax.model import (
     whole_buffers,
     with_params,
 )
-from uoe_jax.model.decoding.attention import NarrowTokenAttention
+from uoe_jax.model.decoding.attention import TokenAttention
 from uoe_jax.model.decoding.step import prepare
 from uoe_jax.validation import validate_model
 from uoe_jax.weights import BLOCKS, layer_period, model_params
@@ -169,7 +169,7 @@ def test_decoding_is_the_forward_pass(case):
     model, _ = narrow_model(config, widths_of(rng, config.num_layers, experts), 5)
     config = model.config
     forms = [type(layer.attention) for layer in prepare(model, 2, False).layers]
-    assert forms == [NarrowTokenAttention] * config.num_layers
+    assert forms == [TokenAttention] * config.num_layers
     tokens = batch(2, (2, 16))
     want = model(tokens)[0]
     lengths = jnp.array([5, 3])

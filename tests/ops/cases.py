@@ -392,6 +392,9 @@ PROJECT = [
     (1, 1, 0, 20, 7, "swiglu", True, True, True),
     (3, 16, 2, 24, 10, "gelu", True, False, True),
     (2, 5, 3, 16, 8, "none", False, True, True),
+    (1, 1, 0, 24, 10, "swiglu", True, False, False, "apart"),
+    (1, 1, 0, 24, 10, "swiglu", True, False, True, "apart"),
+    (1, 1, 0, 16, 7, "gelu", False, False, False, "apart"),
 ]
 # rows, experts, picks, inputs of a pick, outputs, parts, head width, gated, bias, int8
 ADD = [
@@ -413,13 +416,17 @@ ROUTE = [
     (1, 16, 3, 3, 0, "one", False),
     (1, 16, 33, 5, 0, "softmax", False),
 ]
-# rows, experts, picks, J, G, H, tokens, window, norms, rotation, by pick
+# rows, experts, picks, J, G, H, tokens, window, norms, rotation, by pick;
+# of narrow heads their values' width and the model's
 ATTEND = [
     (2, 0, 1, 2, 3, 8, 20, None, False, True, True),
     (1, 0, 1, 3, 1, 16, 40, 7, True, True, True),
     (1, 4, 2, 1, 1, 8, 30, None, False, True, True),
     (3, 4, 2, 2, 2, 12, 12, 5, True, False, False),
     (2, 5, 3, 1, 2, 16, 70, None, False, True, False),
+    (2, 0, 1, 2, 3, 12, 20, None, False, True, True, 8, 32),
+    (1, 0, 1, 3, 1, 16, 40, 7, False, False, True, 24, 20),
+    (2, 4, 2, 2, 2, 8, 20, None, False, True, True, 5, 16),
 ]
 
 

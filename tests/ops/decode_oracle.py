@@ -78,16 +78,29 @@ def of_eight_bits(part, int8):
 
 
 def check_project(seed, case, implementation, dtype, tolerance):
-    batch, experts, chosen, inputs, outputs, activation, biased, normed, int8 = case
+    (
+        batch,
+        experts,
+        chosen,
+        inputs,
+        outputs,
+        activation,
+        biased,
+        normed,
+        int8,
+        *apart,
+    ) = case
     draw = np.random.default_rng(seed)
     array = lambda *shape: jnp.asarray(draw.normal(size=shape), dtype)
     sides = 2 if activation == "swiglu" else 1
-    x, weight = array(batch, inputs), array(experts, sides, outputs, inputs)
+    width = inputs * sides if apart else inputs
+    x, weight = array(batch, width), array(experts, sides, outputs, inputs)
     weight = weight * inputs**-0.5
     bias = array(experts, sides, outputs) if biased else None
     scale = array(inputs) if normed else None
     picks = draw_picks(draw, batch, experts, chosen, True) if chosen else None
-    projection, whole = of_eight_bits(Projection(weight, bias, activation), int8)
+    projection = Projection(weight, bias, activation, apart=bool(apart))
+    projection, whole = of_eight_bits(projection, int8)
     got = project(
         x,
         projection,
@@ -101,7 +114,9 @@ def check_project(seed, case, implementation, dtype, tolerance):
         value = norm64(x, np.asarray(scale, np.float64))
     index = np.zeros((batch, 1), int) if picks is None else np.asarray(picks.experts)
     w = whole[index]
-    sums = np.einsum("bi,bxsoi->bxso", value, w)
+    each = value.reshape(batch, -1, inputs)  # what each side reads
+    each = np.broadcast_to(each, (batch, sides, inputs))
+    sums = np.einsum("bsi,bxsoi->bxso", each, w)
     if biased:
         sums = sums + np.asarray(bias, np.float64)[index]
     want = activate(sums, activation)
@@ -197,20 +212,24 @@ def check_route(seed, case, implementation, dtype, tolerance):
 
 
 def rotated(x, angle):
-    cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
     first, second = np.split(x, 2, axis=-1)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def check_attend(seed, case, implementation, dtype, tolerance):
     """A case is: rows, experts (0: dense), picks, J, G, H, tokens kept, window, norms,
-    rotation, slots by pick."""
-    batch, experts, chosen, j, g, h, length, window, normed, turned, by_pick = case
+    rotation, slots by pick; and of narrow heads the values' width W and the model's,
+    whose pairs they have some of and by whose root scores are divided."""
+    batch, experts, chosen, j, g, h, length, window, normed, turned, by_pick, *own = (
+        case
+    )
+    w, whole = own or (h, h)
     draw = np.random.default_rng(seed)
     array = lambda *shape: jnp.asarray(draw.normal(size=shape), dtype)
     picks = draw_picks(draw, batch, experts, chosen, by_pick) if experts else None
     slots = (chosen if by_pick else experts) if experts else 1
-    token = array(batch, slots, (j * g + 2 * j) * h)
+    token = array(batch, slots, j * (g + 1) * h + j * w)
     rows, layers, layer = length * chosen, 3, 2
     stored = draw.integers(0, length, batch)
     log = None
@@ -220,15 +239,17 @@ def check_attend(seed, case, implementation, dtype, tolerance):
     # What no token wrote yet may be anything; plain JAX multiplies it by zeros.
     unwritten = 1e3 if implementation == "xla" else float("nan")
     keys, values = (
-        np.asarray(array(layers, batch, rows, j, h), np.float64) for _ in range(2)
+        np.asarray(array(layers, batch, rows, j, n), np.float64) for n in (h, w)
     )
     for b in range(batch):
         keys[:, b, stored[b] * chosen :] = unwritten
         values[:, b, stored[b] * chosen :] = unwritten
     store = Store(jnp.asarray(keys, dtype), jnp.asarray(values, dtype), log)
     q_scale, k_scale = (array(h), array(h)) if normed else (None, None)
-    heads = Heads(j, g, h, window, q_scale, k_scale, EPS)
-    angle = draw.random((batch, h // 2)) * 6
+    pairs = np.stack([draw.permutation(whole // 2)[: h // 2] for _ in range(j)])
+    pairs = jnp.asarray(pairs, jnp.int32) if own else None
+    heads = Heads(j, g, h, window, q_scale, k_scale, EPS, w, whole, pairs)
+    angle = draw.random((batch, whole // 2)) * 6
     floats = lambda a: jnp.asarray(a, jnp.float32) if turned else None
     place = Place(
         layer,
@@ -250,13 +271,15 @@ def check_attend(seed, case, implementation, dtype, tolerance):
     slot = np.arange(index.shape[1])[None] if by_pick or not experts else index
     t = np.asarray(token, np.float64)
     t = np.take_along_axis(t, np.broadcast_to(slot, index.shape)[..., None], axis=1)
-    t = t.reshape(batch, index.shape[1], -1, h)
-    q, k, v = np.split(t, [j * g, j * g + j], axis=2)
+    parts = np.split(t, [j * g * h, j * (g + 1) * h], axis=2)
+    split = lambda part, n: part.reshape(batch, index.shape[1], -1, n)
+    q, k, v = (split(part, n) for part, n in zip(parts, (h, h, w), strict=True))
     if normed:
         q = norm64(q, np.asarray(q_scale, np.float64))
         k = norm64(k, np.asarray(k_scale, np.float64))
     if turned:
-        q, k = rotated(q, angle), rotated(k, angle)
+        each = angle[:, None] if pairs is None else angle[:, np.asarray(pairs)]
+        q, k = rotated(q, np.repeat(each, g if own else 1, axis=1)), rotated(k, each)
     for b in range(batch):
         at = stored[b] * chosen
         first = 0 if window is None else max(stored[b] - window + 1, 0) * chosen
@@ -275,10 +298,10 @@ def check_attend(seed, case, implementation, dtype, tolerance):
                 score = np.append(
                     kept @ q[b, x, head], k[b, x, head // g] @ q[b, x, head]
                 )
-                share = np.exp((score - score.max()) / math.sqrt(h))
+                share = np.exp((score - score.max()) / math.sqrt(whole))
                 rows_v = values[layer, b, :at][mine][:, head // g]
                 rows_v = np.concatenate([rows_v, v[b, x, head // g][None]])
                 want = share @ rows_v / share.sum()
                 place_got = got[b, np.broadcast_to(slot, index.shape)[b, x]]
-                found = place_got.reshape(j * g, h)[head]
+                found = place_got.reshape(j * g, w)[head]
                 np.testing.assert_allclose(found, want, rtol=0, atol=10 * tolerance)

@@ -267,18 +267,18 @@ def cache_bytes(
 ) -> int:
     """Return the bytes of keys and values of `batch` sequences of `length` tokens.
 
-    As they are allocated: a mixture-of-depths block needs room for every token, local
-    heads for those of their window. With what convolutions keep.
+    As they are allocated: narrow heads up to a multiple of 8, a mixture-of-depths block
+    for every token, local heads for those of their window. With what convolutions keep.
     """
     size = DTYPE_BYTES[dtype or model.compute_dtype]
     token = sum(
-        (own.key_dim + own.value_dim) * _logged(own, attention)
+        sum(own.cached_dims) * _logged(own, attention)
         for own, attention, _, _ in model_layers(model)
     )
     beside = sum(
         min(group.window[0] or length, length)
         * group.num_kv_heads
-        * (group.key_dim + group.value_dim)
+        * sum(group.cached_dims)
         for own, *_ in model_layers(model)
         for group in own.beside.values()
     )

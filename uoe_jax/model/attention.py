@@ -103,6 +103,7 @@ class AttentionWeights(nnx.Module):
         self.head_dim = config.head_dim
         self.narrow = bool(config.widths.key_dim or config.widths.value_dim)
         self.rotary_pairs = _first_pairs(config)
+        self.cached_dims = config.cached_dims
 
     @staticmethod
     def cache_shapes(config: ModelConfig, max_len: int) -> dict[str, Any]:
@@ -111,8 +112,53 @@ class AttentionWeights(nnx.Module):
         Here k and v of every token; the dtype None stands for the cache's own.
         """
         shape = (max_len, config.num_kv_heads)
-        widths = {"k": config.key_dim, "v": config.value_dim}
-        return {name: ((*shape, width), None) for name, width in widths.items()}
+        widths = zip("kv", config.cached_dims, strict=True)
+        return {name: ((*shape, width), None) for name, width in widths}
+
+    @property
+    def cached_pairs(self) -> Int[Array, "K P"] | None:
+        """Which of the model's pairs those are that a cached key has, where they turn.
+
+        None: the first ones in order. Narrow keys whose zeros make them as wide as the
+        model's heads have each pair where these have it.
+        """
+        width = self.cached_dims[0]
+        if self.rotary_pairs is None or width == self.head_dim:
+            return None
+        missing = width // 2 - self.rotary_pairs.shape[-1]
+        return jnp.pad(self.rotary_pairs[...], ((0, 0), (0, missing)))
+
+    def cached_keys(self, x: Float[Array, "*N K H"]) -> Float[Array, "*N K C"]:
+        """Return keys as a cache has them, with zeros between; of heads K times any."""
+        width, own = self.cached_dims[0], x.shape[-1]
+        if width == own:
+            return x
+        if self.rotary_pairs is None:
+            return _widen(x, width)
+        half = width // 2
+        if width < self.head_dim:
+            first, second = jnp.split(x, 2, axis=-1)
+            return jnp.concatenate([_widen(a, half) for a in (first, second)], axis=-1)
+        pairs = self.rotary_pairs[...]
+        heads = jnp.arange(pairs.shape[0])[:, None]
+        # Of each number of a whole head the one that is kept; past the last one: zero.
+        source = jnp.full((pairs.shape[0], width), own, jnp.int32)
+        for place, start in ((pairs, 0), (pairs + half, own // 2)):
+            number = start + jnp.arange(own // 2)[None]
+            number = jnp.broadcast_to(number, pairs.shape)
+            source = source.at[heads, place].set(number.astype(jnp.int32))
+        source = jnp.repeat(source, x.shape[-2] // pairs.shape[0], axis=0)
+        source = source.reshape((1,) * (x.ndim - 2) + source.shape)
+        return jnp.take_along_axis(_widen(x, own + 1), source, axis=-1)
+
+    def cached_queries(self, x: Float[Array, "*N K G H"]) -> Float[Array, "*N K G C"]:
+        """Return queries with zeros where the keys of a cache have them."""
+        flat = x.reshape(*x.shape[:-3], -1, x.shape[-1])
+        return self.cached_keys(flat).reshape(*x.shape[:-1], -1)
+
+    def cached_values(self, x: Float[Array, "*N H"]) -> Float[Array, "*N C"]:
+        """Return values as a cache has them, with zeros at their ends."""
+        return _widen(x, self.cached_dims[1])
 
     def settle(self, x: Array, norm: HeadNorm | None, positions: Array) -> Array:
         """Return heads [*N, heads, H] normalised and rotated, where the model does."""
@@ -192,12 +238,14 @@ class AttentionWeights(nnx.Module):
         [B, K, G, H] and keys [B, S, K, H].
         """
         q, k, v = self.project_qkv(x, slot.lengths)
+        heads, own, width = k.shape[-2], k.shape[-1], v.shape[-1]
+        k, v = self.cached_keys(k), self.cached_values(v)
         slot, (keys, values) = slot.append_token(k, v)
-        q = q.reshape(*k.shape[:2], -1, k.shape[2])
+        q = self.cached_keys(q).reshape(x.shape[0], heads, -1, k.shape[-1])
         sink = None if self.sink is None else self.sink[...].reshape(q.shape[1:3])
-        out = attend_cache(q, keys, values, visible(q, keys), sink)
-        out = self.gate_heads(x, out.reshape(x.shape[0], -1, v.shape[2]))
-        return self.project_out(out), slot
+        out = attend_cache(q, keys, values, visible(q, keys), sink, width=own)
+        out = out.reshape(x.shape[0], -1, v.shape[-1])[..., :width]
+        return self.project_out(self.gate_heads(x, out)), slot
 
     def project_keys(
         self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
@@ -239,6 +287,13 @@ class AttentionWeights(nnx.Module):
         return checkpoint_name(y, PROJECTION)
 
 
+def _widen(x: Array, width: int) -> Array:
+    """Return x with zeros at the end of its last axis, up to a width."""
+    if x.shape[-1] == width:
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
+
+
 def _output_gates(scores: Float[Array, "*N"]) -> Float[Array, "*N"]:
     return 2.0 * jax.nn.sigmoid(scores.astype(accumulator_dtype(scores.dtype)))
 
@@ -252,9 +307,10 @@ class DenseAttention(AttentionWeights):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context
     ) -> tuple[Float[Array, "B T D"], Stats, KeyValue]:
-        """Return the output, no statistics, and keys and values [B, T, K, H]."""
-        out, key_value = self.attend_heads(x, context)
-        return self.project_out(self.gate_heads(x, out)), {}, key_value
+        """Return the output, no statistics, and keys and values as a cache has them."""
+        out, (k, v) = self.attend_heads(x, context)
+        kept = self.cached_keys(k), self.cached_values(v)
+        return self.project_out(self.gate_heads(x, out)), {}, kept
 
     def attend_heads(
         self, x: Float[Array, "B T D"], context: Context
@@ -287,8 +343,7 @@ def equal_widths(
     width = -(-max(k.shape[-1], v.shape[-1]) // 8) * 8
     if width != q.shape[-1]:
         q = q * (width / q.shape[-1]) ** 0.5
-    missing = lambda a: [(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])]
-    q, k, v = (jnp.pad(a, missing(a)) for a in (q, k, v))
+    q, k, v = (_widen(a, width) for a in (q, k, v))
     return q, k, v
 
 

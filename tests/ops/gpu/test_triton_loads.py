@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import re
@@ -15,13 +16,15 @@ import pytest
 # Compiled for every change, each kernel once, and beside these every night.
 # Of products: inner, outer: sides that fill no tile, of runs of 64 and of 8 columns;
 # of heads: a head's width, queries of each of two key heads; of swiglu: a side's width,
-# a block of a row, or less than blocks of many rows; of routers: experts.
+# a block of a row, or less than blocks of many rows; of routers: experts; of attention to
+# a cache: widths of keys and values, narrow ones those that a cache has.
 OFTEN = {
     "products": [("ids ahead", 128, 256), ("products_in_turn", 192, 384)],
     "heads": [("split", 128, 1), ("join", 64, 3)],
     "swiglu": [("forward", 24), ("backward", 24)],
     "experts": [("forward", 128), ("backward", 128)],
     "router": [("route", 16), ("product_grads", 16)],
+    "cached": [(64, 64), (48, 40)],
 }
 NIGHTLY = {
     "products": [
@@ -119,6 +122,14 @@ def test_a_router_copies_16_bytes_at_a_time_and_spills_nothing(loads):
         assert found["stores"]["v4.b32"] and found["spilled"] == 0, case
 
 
+@pytest.mark.parametrize("loads", ["often"], indirect=True)
+def test_rows_of_a_cache_are_copied_16_bytes_at_a_time(loads):
+    """Of keys 38 wide, without zeros between, two: loads that each thread waits for."""
+    for case, found in loads["cached"]:
+        assert set(found["copied"]) == {"16"}, case
+        assert "b16" not in found["loads"], case
+
+
 def compiled(call, *arrays):
     """The one kernel that a call launches, made for an H100."""
     import jax
@@ -131,19 +142,30 @@ def compiled(call, *arrays):
 
     kernels = []
 
-    def launch(kernel, *args, out_shape, grid, num_warps, num_stages, **constants):
+    def launch(
+        kernel, *args, out_shape, grid, num_warps, num_stages, aliases=None,
+        small=False, **constants,
+    ):  # fmt: skip
         many = isinstance(out_shape, list)
         outs = [jnp.zeros(*each) for each in (out_shape if many else [out_shape])]
         names = {"bfloat16": "*bf16", "int32": "*i32", "float32": "*fp32"}
         names["float8_e4m3fn"] = "*fp8e4nv"
         pointers = [name for name in kernel.arg_names if name not in constants]
-        types = (names[a.dtype.name] for a in (*args, *outs))
+        number = [isinstance(a, int) for a in (*args, *outs)]
+        types = (
+            "i32" if whole else names[a.dtype.name]
+            for a, whole in zip((*args, *outs), number, strict=True)
+        )
         types = dict(zip(pointers, types, strict=True))
         source = ASTSource(
             kernel,
             signature={n: types.get(n, "constexpr") for n in kernel.arg_names},
             constexprs=constants,
-            attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
+            attrs={
+                (i,): [["tt.divisibility", 16]]
+                for i, whole in enumerate(number)
+                if not whole
+            },
         )
         options = {"num_warps": num_warps, "num_stages": num_stages}
         target = GPUTarget("cuda", 90, 32)
@@ -303,6 +325,35 @@ def spilled(text):
     return int(re.findall(r"(\d+) bytes spill stores", done.stderr)[0])
 
 
+def cache_loads(keys, values):
+    """How a token's attention loads the rows of a cache in 16 bits."""
+    import jax
+    import jax.numpy as jnp
+
+    from uoe_jax.ops.cache_attention.api import Heads, Place, Store
+    from uoe_jax.ops.cache_attention.nvidia.triton import attend
+
+    shape, half, rows = jax.ShapeDtypeStruct, jnp.bfloat16, (2, 4, 640, 3)
+    heads = Heads(3, 3, keys, value_width=values, score_width=64)
+    if keys < 64:
+        pairs = jnp.zeros((3, keys // 2), jnp.int32)
+        heads = dataclasses.replace(heads, pairs=pairs)
+    made = compiled(
+        lambda token, k, v, stored, angles: attend(
+            token, Store(k, v), Place(1, stored, angles, angles), heads, None
+        )[0],
+        shape((4, 1, heads.token), half),
+        shape((*rows, keys), half),
+        shape((*rows, values), half),
+        shape((4,), jnp.int32),
+        shape((4, 32), jnp.float32),
+    )
+    text = made.asm["ptx"]
+    copies = re.findall(r"cp\.async\.\w+\.shared\.global.*\], (\w+)", text)
+    copied = collections.Counter(str(int(size, 0)) for size in copies)
+    return {"copied": copied, "loads": words(text, "ld")}
+
+
 def words(text, kind):
     """How many loads or stores of each width there are in PTX."""
     return collections.Counter(re.findall(rf"{kind}\.global\.((?:v\d\.)?b\d+)", text))
@@ -311,6 +362,7 @@ def words(text, kind):
 if __name__ == "__main__":
     measure = {"products": product_loads, "heads": head_loads, "swiglu": swiglu_loads}
     measure |= {"experts": expert_loads, "router": router_loads}
+    measure |= {"cached": cache_loads}
     found = {
         kind: [(case, measure[kind](*case)) for case in cases]
         for kind, cases in (NIGHTLY if sys.argv[1] == "nightly" else OFTEN).items()

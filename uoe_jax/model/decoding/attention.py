@@ -21,7 +21,7 @@ from uoe_jax.ops.cache_attention.xla import (
     turn,
     written_rows,
 )
-from uoe_jax.ops.rotary import cosines_and_sines, frequencies, rotate_pairs
+from uoe_jax.ops.rotary import cosines_and_sines
 from uoe_jax.ops.token_products.api import (
     Addition,
     Parts,
@@ -53,7 +53,11 @@ class Rotation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenAttention:
-    """Dense attention, or with a router that of a union."""
+    """Dense attention, or with a router that of a union.
+
+    Where a layer's keys or values are narrower than the model's, weights have zeros up
+    to the widths that a cache has: the kernels then read rows of whole 16 bytes.
+    """
 
     inputs: Projection
     heads: Heads
@@ -69,7 +73,7 @@ class TokenAttention:
         return cls(
             inputs=_inputs(layer, ("q", "k", "v"), dtype),
             heads=_heads(layer),
-            rotation=Rotation(layer.wq.shape[-1], layer.theta, layer.scaling),
+            rotation=Rotation(layer.head_dim, layer.theta, layer.scaling),
             outputs=_outputs(layer, dtype),
             router=None if router is None else TokenRouter.of(router, "attention"),
             gated_values=getattr(layer, "gated_values", False),
@@ -108,74 +112,6 @@ class TokenAttention:
         gates = picks.gates if picks.by_pick else picks.table
         values = values * gates[..., None].astype(values.dtype)
         return jnp.concatenate([rest, values], axis=2)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class NarrowTokenAttention:
-    """Dense attention whose keys or values are narrower than the model's heads.
-
-    Its products are those of other attention; between them is plain JAX, as the kernels
-    have heads of one width, whose pairs are the same in all of them.
-    """
-
-    inputs: Projection
-    outputs: Addition
-    frequencies: Any  # [K, pairs], radians a position; None: not rotated
-    norms: Any  # of queries and keys; None: not normalised
-    widths: tuple[int, int, int] = static()  # of keys, of values, of the model's heads
-    window: int | None = static(None)
-
-    @classmethod
-    def of(cls, layer: Any, dtype: Any) -> NarrowTokenAttention:
-        """Return a narrow dense attention's weights as decoding reads them."""
-        spectrum, heads = None, layer.wk.shape[2]
-        if layer.theta is not None:
-            spectrum = frequencies(layer.head_dim, layer.theta, layer.scaling)
-            spectrum = jnp.broadcast_to(spectrum[None], (heads, spectrum.size))
-            if layer.rotary_pairs is not None:
-                pairs = layer.rotary_pairs[...]
-                spectrum = jnp.take_along_axis(spectrum, pairs, axis=1)
-        norms = None
-        if layer.q_norm is not None:
-            norms = (layer.q_norm, layer.k_norm)
-        return cls(
-            inputs=_inputs(layer, ("q", "k", "v"), dtype),
-            outputs=_outputs(layer, dtype),
-            frequencies=spectrum,
-            norms=norms,
-            widths=(layer.wk.shape[-1], layer.wv.shape[-1], layer.head_dim),
-            window=layer.window,
-        )
-
-    def add_to(
-        self,
-        x: Float[Array, "B D"],
-        norm: Norm | None,
-        slot: Slot,
-        to: Float[Array, "B D"] | None = None,
-    ) -> tuple[Float[Array, "B D"], Slot]:
-        """Return `to` (default x) plus the attention of norm(x), and its slot."""
-        to = x if to is None else to
-        inner, scale, _, slot = enter(None, x, norm, slot)
-        token = project(inner, self.inputs, scale)[:, 0]
-        keys_wide, values_wide, head_dim = self.widths
-        heads = slot.entry["k"].shape[-2]
-        ends = [token.shape[1] - heads * n
-                for n in (keys_wide + values_wide, values_wide)]  # fmt: skip
-        q, k, v = jnp.split(token, ends, axis=1)
-        q, k = (a.reshape(len(x), -1, keys_wide) for a in (q, k))
-        if self.norms is not None:
-            q, k = (own(a) for own, a in zip(self.norms, (q, k), strict=True))
-        if self.frequencies is not None:
-            q, k = (rotate_pairs(a, slot.lengths, self.frequencies) for a in (q, k))
-        # Scores are divided by the root of the model's width, not of the keys'.
-        q = q * (keys_wide / head_dim) ** 0.5
-        slot, (keys, values) = slot.append_token(k, v.reshape(len(x), heads, -1))
-        visible = written_rows(keys, slot.row, self.window)
-        q = q.reshape(len(x), heads, -1, keys_wide)
-        out = attend_cache(q, keys, values, visible)
-        return add(Parts(out.reshape(len(x), 1, 1, -1)), self.outputs, to), slot
 
 
 @jax.tree_util.register_dataclass
@@ -235,7 +171,7 @@ class SharedKvTokenAttention:
         if heads.norms is not None:
             q = rms_norm(q, *heads.norms[0])
         if place.cosines is not None and place.sines is not None:
-            q = turn(q, place.cosines, place.sines)
+            q = turn(q, place.cosines[:, None], place.sines[:, None])
 
         def chosen(name: str) -> Array:
             cached = entry[name][slot.index]
@@ -257,8 +193,17 @@ class SharedKvTokenAttention:
 
 
 def _heads(layer: AttentionWeights) -> Heads:
-    _, _, j, g, h = layer.wq.shape
-    heads = Heads(kv_heads=j, groups=g, width=h, window=layer.window)
+    _, _, j, g, _ = layer.wq.shape
+    keys, values = layer.cached_dims
+    heads = Heads(
+        kv_heads=j,
+        groups=g,
+        width=keys,
+        window=layer.window,
+        value_width=values,
+        score_width=layer.head_dim,
+        pairs=layer.cached_pairs,
+    )
     q_norm, k_norm = layer.q_norm, layer.k_norm
     if q_norm is None or k_norm is None:
         return heads
@@ -270,10 +215,14 @@ def _heads(layer: AttentionWeights) -> Heads:
 def _inputs(layer: Any, names: tuple[str, ...], dtype: Any) -> Projection:
     """Return the projections of queries, keys, ... of each expert side by side."""
     e, d = layer.wq.shape[:2]
-    weights = [getattr(layer, f"w{name}")[...].reshape(e, d, -1) for name in names]
-    biases = [getattr(layer, f"b{name}") for name in names]
-    given = [b[...].reshape(e, -1) for b in biases if b is not None]
-    return _projection(weights, given, dtype)
+    wide = {"q": layer.cached_queries, "k": layer.cached_keys, "v": layer.cached_values}
+    weights, biases = [], []
+    for name in names:
+        weight, bias = (getattr(layer, f"{kind}{name}") for kind in "wb")
+        weights.append(wide[name](weight[...]).reshape(e, d, -1))
+        if bias is not None:
+            biases.append(wide[name](bias[...]).reshape(e, -1))
+    return _projection(weights, biases, dtype)
 
 
 def _all_heads(layer: Any, name: str) -> Array:
@@ -296,7 +245,8 @@ def _projection(weights: list, biases: list, dtype: Any) -> Projection:
 
 def _outputs(layer: AttentionWeights, dtype: Any) -> Addition:
     e, d = layer.wo.shape[0], layer.wo.shape[-1]
-    weight = layer.wo[...].reshape(e, -1, d)
+    weight = jnp.swapaxes(layer.wo[...], -1, -2)
+    weight = jnp.swapaxes(layer.cached_values(weight), -1, -2).reshape(e, -1, d)
     return Addition(
         jnp.transpose(weight, (2, 0, 1)).astype(dtype),
         None if layer.bo is None else layer.bo[...].astype(dtype),

@@ -16,11 +16,7 @@ from uoe_jax.model.baselines.mod import decode_around
 from uoe_jax.model.baselines.moe import MoeMlp
 from uoe_jax.model.baselines.moh import MohAttention
 from uoe_jax.model.cache import Cache, Entry, Slot
-from uoe_jax.model.decoding.attention import (
-    NarrowTokenAttention,
-    SharedKvTokenAttention,
-    TokenAttention,
-)
+from uoe_jax.model.decoding.attention import SharedKvTokenAttention, TokenAttention
 from uoe_jax.model.decoding.mlp import TokenMlp
 from uoe_jax.model.decoding.routing import scale_of, serves
 from uoe_jax.model.head_groups import TokenHeads
@@ -41,17 +37,28 @@ FORMS: dict[type, Callable[[Any, Any], Any]] = {
 }
 
 
+# A kernel more costs a GPU about 2 us a token, in which an H200 reads this much.
+START_BYTES = dict.fromkeys(("gpu", "cuda"), 8 << 20)
+
+
 class Form(NamedTuple):
     """In what form weights are read: their dtype, for how many rows, of eight bits.
 
     `wide`: held in float32 after they were rounded to their dtype. A CPU has no
-    products of bfloat16, and would widen all weights for each token.
+    products of bfloat16, and would widen all weights for each token. `start`: bytes
+    that are read in the time that a kernel more takes.
     """
 
     dtype: Any
     batch: int
     int8: bool = False
     wide: bool = False
+    start: int = 0
+
+    def spares(self, weights: int) -> bool:
+        """Whether a kernel more is made up for by so many weights that nobody reads."""
+        size = 1 if self.int8 else jnp.dtype(self.dtype).itemsize
+        return weights * size > self.start
 
     @property
     def read_as(self) -> Any:
@@ -223,6 +230,7 @@ def prepare(model: Any, batch: int, looped: bool | None = None) -> TokenDecoder:
         batch,
         int8=model.decode_weights == "int8",
         wide=backend == "cpu" and dtype == jnp.bfloat16,
+        start=START_BYTES.get(backend, 0),
     )
     if looped:
         layers = tuple(_prepare_stack(stack, form) for stack in stacks)
@@ -276,11 +284,9 @@ def _prepare_part(part: Any, wanted: Form) -> Any:
     """Return a part in its form for decoding, or as it is."""
     form = FORMS.get(type(part))
     router = getattr(part, "router", None)
-    if getattr(part, "narrow", False):
-        form = NarrowTokenAttention.of
-    if getattr(part, "low_rank", ()):  # forms are of whole matrices
-        form = None
-    # And have no gates or sinks of heads.
+    if getattr(part, "low_rank", ()):
+        form = functools.partial(TokenMlp.of, two=wanted.spares)
+    # Forms have no gates or sinks of heads.
     if any(getattr(part, name, None) is not None for name in ("wg", "sink")):
         form = None
     if form is None:

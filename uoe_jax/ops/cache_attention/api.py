@@ -29,20 +29,21 @@ class Store(NamedTuple):
     """
 
     keys: Float[Array, "n B R J H"]
-    values: Float[Array, "n B R J H"]
+    values: Float[Array, "n B R J W"]
     experts: Int[Array, "n B R"] | None = None
 
 
 class Place(NamedTuple):
     """Where the new token is: its layer in the stack, and the tokens stored before it.
 
-    `cosines` and `sines` are of its rotation; None: it isn't rotated.
+    `cosines` and `sines` are of its rotation, of all pairs of the model's heads; None:
+    it isn't rotated.
     """
 
     layer: int | Array
     stored: Int[Array, " B"]
-    cosines: Float32[Array, "B half"] | None = None
-    sines: Float32[Array, "B half"] | None = None
+    cosines: Float32[Array, "B pairs"] | None = None
+    sines: Float32[Array, "B pairs"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +51,10 @@ class Place(NamedTuple):
 class Heads:
     """What an expert's J key/value heads with G queries each are: widths and norms.
 
-    A token sees the last `window` tokens, itself included; None: all.
+    A token sees the last `window` tokens, itself included; None: all. Values may have
+    another width than queries and keys have, and scores may be divided by the root of
+    another width. `pairs` are the angles that each head's pairs are turned by, as
+    numbers of a place's cosines; None: the first ones, in order.
     """
 
     kv_heads: int = static()
@@ -60,6 +64,25 @@ class Heads:
     q_scale: Any = None  # [H]
     k_scale: Any = None
     eps: float = static(0.0)
+    value_width: int = static(0)  # 0: `width`
+    score_width: int = static(0)  # 0: `width`
+    pairs: Any = None  # [J, H/2] integers
+
+    @property
+    def values(self) -> int:
+        """Width of a head's values."""
+        return self.value_width or self.width
+
+    @property
+    def scores(self) -> int:
+        """Width by whose root scores are divided."""
+        return self.score_width or self.width
+
+    @property
+    def token(self) -> int:
+        """Numbers of a slot: queries, keys and values."""
+        one = (self.groups + 1) * self.width + self.values
+        return self.kv_heads * one
 
     @property
     def norms(self) -> tuple[Scale, Scale] | None:
@@ -92,11 +115,11 @@ def attend(
       ConfigError: widths that differ, a routed log without picks or picks without one,
         unknown or unfit backend.
     """
-    width = heads.kv_heads * (heads.groups + 2) * heads.width
-    if token.shape[2] != width:
+    if token.shape[2] != heads.token:
+        values = f", of values {heads.values}" if heads.values != heads.width else ""
         raise ConfigError(
             f"a token's heads are {token.shape[2]} wide; {heads.kv_heads} key heads of "
-            f"{heads.groups} queries, width {heads.width}, are {width}"
+            f"{heads.groups} queries, width {heads.width}{values}, are {heads.token}"
         )
     if (picks is None) != (store.experts is None):
         raise ConfigError("a log of experts and picks go together; give both or none")

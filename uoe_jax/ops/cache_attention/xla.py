@@ -33,9 +33,11 @@ def attend(
     keys, values = store.keys[place.layer], store.values[place.layer]
     if picks is None:
         visible = written_rows(keys, place.stored, heads.window)
-        out = attend_cache(q[:, 0], keys, values, visible)[:, None]
+        out = attend_cache(q[:, 0], keys, values, visible, width=heads.scores)[:, None]
     else:
         log = (keys, values, store.experts[place.layer])
+        if heads.scores != heads.width:
+            q = q * (heads.width / heads.scores) ** 0.5
         out = attend_log(q, picks.experts, *log, place.stored, heads.window)
     out = out.reshape(*out.shape[:2], -1)
     if picks is not None and not picks.by_pick:
@@ -48,20 +50,38 @@ def attend(
 def split(
     token: Float[Array, "B X W"], place: Any, heads: Any
 ) -> tuple[Array, Array, Array]:
-    """Return a token's queries [B, X, J, G, H], keys and values [B, X, J, H]."""
+    """Return a token's queries [B, X, J, G, H], keys [B, X, J, H] and values."""
     j, g, h = heads.kv_heads, heads.groups, heads.width
-    parts = token.reshape(*token.shape[:2], -1, h)
-    q, k, v = jnp.split(parts, [j * g, j * g + j], axis=2)
+    ends = [j * g * h, j * (g + 1) * h]
+    q, k, v = (
+        part.reshape(*token.shape[:2], -1, width)
+        for part, width in zip(
+            jnp.split(token, ends, axis=2), (h, h, heads.values), strict=True
+        )
+    )
     if heads.norms is not None:
         q, k = (rms_norm(a, *norm) for a, norm in zip((q, k), heads.norms, strict=True))
     if place.cosines is not None:
-        q, k = (turn(a, place.cosines, place.sines) for a in (q, k))
+        cosines, sines = place.cosines[:, None], place.sines[:, None]
+        if heads.pairs is not None:
+            cosines, sines = (a[:, 0, heads.pairs] for a in (cosines, sines))
+        # Of each key head, and of the query heads that share it.
+        many = lambda a, count: jnp.repeat(a, count, axis=1) if a.shape[1] > 1 else a
+        q = turn(q, many(cosines, g), many(sines, g))
+        k = turn(k, cosines, sines)
     return q.reshape(*q.shape[:2], j, g, h), k, v
 
 
-def turn(x: Float[Array, "B X K H"], cosines: Array, sines: Array) -> Array:
-    """Return heads with pairs (i, i + H/2) rotated by their token's angles."""
-    cos, sin = cosines[:, None, None], sines[:, None, None]
+def turn(
+    x: Float[Array, "B X K H"],
+    cosines: Float[Array, "B K2 half"],
+    sines: Float[Array, "B K2 half"],
+) -> Float[Array, "B X K H"]:
+    """Return heads with pairs (i, i + H/2) rotated by their token's angles.
+
+    Of each head its own, or of all the same.
+    """
+    cos, sin = cosines[:, None], sines[:, None]
     first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, cos.dtype)), 2, -1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
@@ -83,10 +103,15 @@ def attend_cache(
     values: Float[Array, "B S K W"],
     visible: Bool[Array, "B K2 G2 S"],
     sink: Float[Array, "K G"] | None = None,
+    width: int | None = None,
 ) -> Float[Array, "B K G W"]:
-    """Return the attention of one query a head over the visible rows, at least one."""
+    """Return the attention of one query a head over the visible rows, at least one.
+
+    Scores are divided by the root of `width`, None: that of the queries.
+    """
+    divisor = q.shape[-1] if width is None else width
     scores = jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf)
+    scores = jnp.where(visible, scores * divisor**-0.5, -jnp.inf)
     weights = softmax(scores, -1, None if sink is None else sink[None, :, :, None])
     weights = weights.astype(values.dtype)
     return jnp.einsum("bkgs,bskh->bkgh", weights, values)
@@ -123,12 +148,12 @@ def attend_log(
     q: Float[Array, "B X J G H"],
     choices: Int[Array, "B X"],
     keys: Float[Array, "B R J H"],
-    values: Float[Array, "B R J H"],
+    values: Float[Array, "B R J W"],
     experts: Int[Array, "B R"],
     position: Int[Array, " B"],
     window: int | None = None,
     sink: Float[Array, "B X J G"] | None = None,
-) -> Float[Array, "B X J G H"]:
+) -> Float[Array, "B X J G W"]:
     """Return the attention of each pick over the log rows of its expert, of the last
     `window` tokens; zeros where there are none.
 

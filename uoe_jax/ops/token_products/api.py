@@ -69,12 +69,14 @@ class Projection:
 
     weight [E, side, O, I] and bias [E, side, O]; several layers' have a further axis
     in front. Where weights have eight bits, scales [E, side, O] multiply their sums.
+    If `apart`, each side reads numbers of its own, which lie side by side.
     """
 
     weight: Any
     bias: Any = None
     activation: str = static("none")
     scales: Any = None
+    apart: bool = static(False)
 
 
 @jax.tree_util.register_dataclass
@@ -114,7 +116,8 @@ def project(
       implementation: backend name; None: the first that can serve.
 
     Raises:
-      ConfigError: unknown activation, widths that differ, unknown or unfit backend.
+      ConfigError: unknown activation, widths that differ, a norm of numbers of several
+        sides, unknown or unfit backend.
     """
     experts, sides, _, width = projection.weight.shape
     if projection.activation not in ACTIVATIONS:
@@ -127,7 +130,12 @@ def project(
             f"weights have {sides} sides for activation {projection.activation!r}; "
             "swiglu has 2, up and gate, all others 1"
         )
-    _check_width("x", x.shape[1], width)
+    _check_width("x", x.shape[1], width * sides if projection.apart else width)
+    if projection.apart and not (norm is None and picks is None):
+        raise ConfigError(
+            "a projection whose sides read numbers of their own has a norm or picks; "
+            "give neither"
+        )
     _check_picks(experts, picks)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     args = (x, projection, norm, picks, dtype)

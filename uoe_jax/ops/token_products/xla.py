@@ -30,6 +30,13 @@ def project(
             sums = sums * scales[chosen]
         if bias is not None:
             sums = sums + bias[chosen].astype(wide)
+    elif projection.apart:
+        own = x.reshape(x.shape[0], weight.shape[1], -1)
+        sums = _contract("bsi,soi->bso", own, weight[0])[:, None]
+        if scales is not None:
+            sums = sums * scales[None]
+        if bias is not None:
+            sums = sums + bias.astype(wide)[None]
     else:
         # One product of two matrices, as they are.
         flat = weight.reshape(-1, weight.shape[-1])

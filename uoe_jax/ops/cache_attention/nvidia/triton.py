@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uoe_jax.ops import nvidia
+from uoe_jax.ops.token_products.nvidia.triton import power
 
 WIDEST = 256  # of a head
 MOST_QUERIES = 64  # of a program: picks times groups
@@ -43,9 +44,10 @@ def attend(
         )
     if not isinstance(place.layer, int):
         raise NotImplementedError("it takes the layer as a number, not as an array")
-    if heads.width > WIDEST or heads.width % 2:
+    if max(heads.width, heads.values) > WIDEST or heads.width % 2:
         raise NotImplementedError(
-            f"heads are {heads.width} wide; it takes even widths to {WIDEST}"
+            f"heads are {heads.width} wide, of values {heads.values}; it takes even "
+            f"widths to {WIDEST}, of values any"
         )
     chosen = 1 if picks is None else picks.experts.shape[1]
     if chosen * heads.groups > MOST_QUERIES:
@@ -72,11 +74,12 @@ def _attend(token, store, place, heads, picks):
     from uoe_jax.ops.token_products.api import Parts
 
     _, batch, rows, kv_heads, width = store.keys.shape
+    values_wide = heads.values
     slots, groups = token.shape[1], heads.groups
     chosen = 1 if picks is None else picks.experts.shape[1]
     block = BLOCK if picks is None else LOG_BLOCK
     share, splits = shares(rows, block, batch * kv_heads, nvidia.cores())
-    inner = kv_heads * groups * width
+    inner = kv_heads * groups * values_wide
     log = place.stored if store.experts is None else store.experts
     norms = heads.norms
     parts = [
@@ -100,6 +103,7 @@ def _attend(token, store, place, heads, picks):
         store.values,
         log,
         place.layer,
+        place.stored if heads.pairs is None else heads.pairs,
         out_shape=[*parts, *cache, written],
         aliases=aliases,
         grid=batch * kv_heads * splits,
@@ -113,8 +117,13 @@ def _attend(token, store, place, heads, picks):
         G=groups,
         H=width,
         SLOTS=slots,
-        M=max(16, 1 << (chosen * groups - 1).bit_length()),
-        HH=max(16, 1 << (width // 2 - 1).bit_length()),
+        M=power(chosen * groups, 16),
+        HH=power(width // 2, 16),
+        W=values_wide,
+        WW=power(values_wide, 16),
+        ANGLES=0 if place.cosines is None else place.cosines.shape[1],
+        PAIRED=heads.pairs is not None and place.cosines is not None,
+        SCORES=heads.scores,
         BLOCK=block,
         SPLITS=splits,
         SHARE=share,
@@ -126,5 +135,5 @@ def _attend(token, store, place, heads, picks):
         PRECISION="ieee" if token.dtype == jnp.float32 else "tf32",
     )
     experts = None if store.experts is None else new_log
-    whole = Parts(values, None if splits == 1 else sums, width)
+    whole = Parts(values, None if splits == 1 else sums, values_wide)
     return whole, store._replace(keys=keys, values=stored_values, experts=experts)

@@ -74,10 +74,12 @@ def project(
     ROUTED: tl.constexpr,
     NORM: tl.constexpr,
     EPS: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """out [B, X, O] = act(norm(x) weight[expert] + bias) * gate of x [B, I].
 
     Weights are [E, S, O, I], S = 2 where the activation is "swiglu": up, then gate.
+    If APART, x is [B, S * I]: each side reads a part of its own.
     If SCALED, each output's sum is multiplied by its scale.
     A program makes BLOCK outputs of one pick.
     """
@@ -96,12 +98,16 @@ def project(
     up = tl.load(at, mask=there, other=0)
     if sides == 2:
         side = tl.load(at + O * I, mask=there, other=0)
-    value = normed(x + (pick // X).to(tl.int64) * I, scale, i, I, NORM, EPS)[None, :]
+    width: tl.constexpr = sides * I if APART else I
+    x += (pick // X).to(tl.int64) * width
+    value = normed(x, scale, i, I, NORM, EPS)[None, :]
     dtype = out.dtype.element_ty
     found = tl.sum(up.to(tl.float32) * value, axis=1)
     found = scaled(found, scales, row, o < O, SCALED)
     found = biased(found, bias, row, o < O, BIAS)
     if ACTIVATION == "swiglu":
+        if APART:
+            value = normed(x + I, scale, i, I, NORM, EPS)[None, :]
         gate = tl.sum(side.to(tl.float32) * value, axis=1)
         gate = scaled(gate, scales, row + O, o < O, SCALED)
         gate = biased(gate, bias, row + O, o < O, BIAS)

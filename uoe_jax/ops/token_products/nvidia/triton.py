@@ -49,8 +49,9 @@ def project(
       NotImplementedError: as `require`, or a wider input than it holds.
     """
     require(x.dtype, x.shape[0], projection.weight.shape[0], picks)
-    if x.shape[1] > WIDEST:
-        raise NotImplementedError(f"inputs are {x.shape[1]} wide; it takes {WIDEST}")
+    inputs = projection.weight.shape[-1]
+    if inputs > WIDEST:
+        raise NotImplementedError(f"inputs are {inputs} wide; it takes {WIDEST}")
     return _project(x, projection, norm, picks, dtype)
 
 
@@ -106,6 +107,7 @@ def _project(x, projection, norm, picks, dtype):
         ROUTED=picks is not None,
         NORM=norm is not None,
         EPS=0.0 if norm is None else norm.eps,
+        APART=projection.apart,
     )
 
 
