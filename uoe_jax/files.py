@@ -7,6 +7,7 @@ how many levels it takes.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -15,12 +16,16 @@ import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from uoe_jax.errors import ConfigError, DataError, shown
 from uoe_jax.escape import escape_line
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MAX_BYTES = 1 << 28  # of a JSON file; the largest tokenizers have 2^25
+PICTURES = (".png", ".svg", ".pdf")  # what pictures' names may end in
 MAX_DEPTH = 64  # levels of objects and arrays
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 # A drive letter of Windows is one letter.
@@ -88,6 +93,15 @@ def check_target(path: Path | None, what: str) -> None:
         )
 
 
+def check_picture(path: Path | None, what: str) -> None:
+    """Raise ConfigError for a name that isn't a picture's, and as `check_target`."""
+    if path is not None and path.suffix.lower() not in PICTURES:
+        raise ConfigError(
+            f"{what} is {path}; its name must end in {', '.join(PICTURES)}"
+        )
+    check_target(path, what)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old or the new one, never a part."""
     data = content.encode() if isinstance(content, str) else content
@@ -100,6 +114,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_picture(path: Path, figure: Figure, *, dpi: int = 150) -> None:
+    """Write a figure, of the kind its name ends in, as `write_atomically` does."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=dpi)
+    write_atomically(path, drawn.getvalue())
 
 
 def format_json(

@@ -90,6 +90,9 @@ def test_tuned_table_orders_backends(tiny):
         (["union", "--rounds", "0"], "at least 1"),
         (["union", "--size", "huge"], "choose from full, small"),
         (["union", "--plot", "x.png"], "uoe bench sweep"),
+        (["sweep", "--plot", "x"], "--plot is x; its name must end in .png"),
+        (["sweep", "--plot", "absent/x.png"], "there is no folder absent"),
+        (["gemm", "--plot", "x.txt"], "--plot is x.txt; its name must end in .png"),
     ],
 )
 def test_bad_requests_are_one_line(args, part, capsys):

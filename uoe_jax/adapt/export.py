@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from uoe_jax.adapt.adapters import Adapters
 from uoe_jax.adapt.config import AdapterConfig
@@ -82,8 +82,7 @@ def export_adapter(
     described["fan_in_fan_out"] = FAMILIES[architecture].model_type == "gpt2"
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / CONFIG, format_json(described, indent=2) + "\n")
-    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
-    (out / WEIGHTS).chmod(0o644)
+    write_atomically(out / WEIGHTS, save(tensors, {"format": "pt"}))
     return {
         "did": "export an adapter",
         "adapter": str(folder),

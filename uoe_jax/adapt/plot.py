@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from uoe_jax.errors import extra_packages
+from uoe_jax.files import write_picture
 
 with extra_packages():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -41,4 +42,4 @@ def plot_adaptation(report: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("loss (nats)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    write_picture(path, figure)

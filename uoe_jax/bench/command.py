@@ -20,6 +20,7 @@ from uoe_jax.bench.tune import tune
 from uoe_jax.bench.union import bench_sweep, bench_union
 from uoe_jax.errors import ConfigError
 from uoe_jax.fields import check_ranges
+from uoe_jax.files import check_picture
 from uoe_jax.report.table import format_table
 
 BENCHMARKS: dict[str, Callable[[Sizes, int], Iterator[Row]]] = {
@@ -42,6 +43,7 @@ def run_bench(request: BenchRequest, say: Callable[[str], None] = print) -> list
                 f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}, gemm"
             )
     check_ranges(request, "--")
+    check_picture(request.plot, "--plot")
     if "gemm" in request.names:
         _run_gemm(request, say)
         return []

@@ -14,7 +14,7 @@ import numpy as np
 from uoe_jax.bench.gemm import Sweep, Timing, about
 from uoe_jax.bench.gemm_cases import Case, all_cases
 from uoe_jax.errors import ConfigError, extra_packages
-from uoe_jax.files import format_json, write_atomically
+from uoe_jax.files import check_target, format_json, write_atomically, write_picture
 from uoe_jax.hardware import gemm, gemm_fit
 from uoe_jax.hardware.devices import DEVICES, Device, find_device
 from uoe_jax.hardware.product import roofline
@@ -63,6 +63,7 @@ def run_gemm(
             f"{kind!r} has no data sheet here, and a product's time is learned beside "
             f"its rates; known: {known}"
         )
+    check_target(request.out, "--out")
     if cases is None:
         cases = all_cases(request.products, request.seed)
     if fault := _kernels_fault():
@@ -180,4 +181,4 @@ def plot(held_out: gemm_fit.HeldOut, device: Device, path: Path) -> None:
         rates.set_xlabel("measured share of the roofline")
         rates.set_ylabel("predicted share")
         figure.suptitle(f"matrix products on {device.name}")
-        figure.savefig(path, dpi=150)
+        write_picture(path, figure)

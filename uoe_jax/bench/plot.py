@@ -8,6 +8,7 @@ from pathlib import Path
 
 from uoe_jax.bench.timing import Row
 from uoe_jax.errors import extra_packages
+from uoe_jax.files import write_picture
 from uoe_jax.report.style import LIGHT, MARKERS, styled
 
 with extra_packages():
@@ -25,7 +26,7 @@ def plot_sweep(rows: Sequence[Row], path: Path) -> None:
             _panel(axes, part, rows)
         panels[0].set_ylabel("time over the dense layer's")
         panels[0].legend(title="tokens T", fontsize=8)
-        figure.savefig(path, dpi=150)
+        write_picture(path, figure)
 
 
 def ratios(rows: Sequence[Row], case: str) -> list[tuple[float, float]]:

@@ -29,6 +29,6 @@ class BenchRequest(Checked):
     rounds: Count = 5  # a time is the median of this many
     tune: bool = False  # first measure which backends and tiles are fastest here
     out: Path | None = None  # JSON file of all rows
-    plot: Path | None = None  # PNG file of the sweep, or of gemm's predictions
+    plot: Path | None = None  # PNG, SVG or PDF: the sweep, or gemm's predictions
     products: Count = 300  # of gemm: random ones, beside the presets' own
     seed: Whole = 0  # of gemm's random products

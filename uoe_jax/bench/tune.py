@@ -15,7 +15,7 @@ from uoe_jax.bench.record import made_with
 from uoe_jax.bench.sizes import Sizes
 from uoe_jax.bench.timing import Program, both_passes, measure
 from uoe_jax.bench.union import uneven_offsets
-from uoe_jax.files import format_json
+from uoe_jax.files import format_json, write_atomically
 from uoe_jax.ops import (
     dense_attention,
     expert_mlp,
@@ -76,7 +76,7 @@ def tune(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> Path:
 def _write(found: Mapping[str, Any]) -> Path:
     path = measured.user_folder() / f"{measured.device_name()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(format_table(found))
+    write_atomically(path, format_table(found))
     measured.load.cache_clear()
     jax.clear_caches()  # programs traced with another choice
     return path

@@ -16,10 +16,10 @@ from uoe_jax.cli.parse import parse
 from uoe_jax.errors import ConfigError, DataError, divisors, shown
 from uoe_jax.escape import escape_line
 from uoe_jax.fields import Positive, Seed
-from uoe_jax.files import format_json, local_path, read_json
+from uoe_jax.files import check_picture, format_json, local_path, read_json
 from uoe_jax.hardware.devices import Topology, parse_topology
 from uoe_jax.report.table import format_table
-from uoe_jax.report.topology import check_picture, save_picture
+from uoe_jax.report.topology import save_picture
 from uoe_jax.topology import (
     Graph,
     RingOrder,
@@ -54,8 +54,7 @@ def topology(args: list[str]) -> int:
     """Print a device graph and its ring orders: `NAME [options]` or `--graph FILE`."""
     name, rest = (args[0], args[1:]) if args and args[0][:1] != "-" else (None, args)
     options = parse(TopologyOptions, rest, "topology")
-    if options.picture is not None:
-        check_picture(options.picture)
+    check_picture(options.picture, "--picture")
     known = _known(name, options.graph)
     if isinstance(known, Path):
         whole, title, known = read_graph(known), str(known), None

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from uoe_jax.cluster.prepare import make_frame
 from uoe_jax.errors import extra_packages
+from uoe_jax.files import write_picture
 
 with extra_packages():
     from matplotlib import colormaps
@@ -41,4 +42,4 @@ def plot_clusters(
     axes.set_ylabel("second principal axis")
     axes.grid(True, alpha=0.25)
     figure.legend(title="cluster (points)", loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=150)
+    write_picture(path, figure)

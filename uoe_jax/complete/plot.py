@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from uoe_jax.errors import extra_packages
+from uoe_jax.files import write_picture
 
 with extra_packages():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,4 +34,4 @@ def plot_convergence(info: dict[str, np.ndarray], path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    write_picture(path, figure)

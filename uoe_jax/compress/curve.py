@@ -19,7 +19,7 @@ from uoe_jax.compress.options import ALIKE, LOW_RANK, Compress, Curve
 from uoe_jax.data.progress import note
 from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.fields import check_ranges
-from uoe_jax.files import format_json
+from uoe_jax.files import format_json, write_atomically
 from uoe_jax.hardware.count import flops_per_token
 from uoe_jax.interop.padding import pad_layers
 from uoe_jax.model import flat_buffers, flat_params, with_params
@@ -170,8 +170,8 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 def _write(out: Path, found: dict[str, Any]) -> None:
     with appearing_together(out) as folder:
-        (folder / DATA).write_text(format_json(found, indent=1) + "\n")
-        (folder / TABLE).write_text(table(found) + "\n")
+        write_atomically(folder / DATA, format_json(found, indent=1) + "\n")
+        write_atomically(folder / TABLE, table(found) + "\n")
         try:
             from uoe_jax.compress.plot import plot_curves
         except MissingExtra as error:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from uoe_jax.errors import extra_packages
+from uoe_jax.files import write_picture
 
 with extra_packages():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,4 +51,4 @@ def plot_curves(
     axes.set_ylabel("perplexity of held-out data")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    write_picture(path, figure)

@@ -19,7 +19,7 @@ import numpy as np
 
 from uoe_jax.data.files import SourceFile, fingerprint, sha256_file, stamp
 from uoe_jax.errors import DataError
-from uoe_jax.files import format_json, read_json
+from uoe_jax.files import format_json, read_json, write_atomically
 
 MANIFEST = "manifest.json"
 STAMPS = "stamps.json"  # file times, which differ from machine to machine
@@ -160,7 +160,7 @@ def write_manifest(
         },
     }
     manifest["hash"] = hash_manifest(manifest)
-    (folder / MANIFEST).write_text(format_json(manifest, indent=2) + "\n")
+    write_atomically(folder / MANIFEST, format_json(manifest, indent=2) + "\n")
     write_stamps(folder, manifest, files)
     return manifest
 
@@ -173,7 +173,7 @@ def write_stamps(
         "sources": {f.name: stamp(f.path) for f in files},
         "outputs": {name: stamp(folder / name) for name in manifest["outputs"]},
     }
-    (folder / STAMPS).write_text(format_json(stamps) + "\n")
+    write_atomically(folder / STAMPS, format_json(stamps) + "\n")
 
 
 def hash_manifest(manifest: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from uoe_jax.data.store import ArrayWriter, token_dtype
 from uoe_jax.data.subword import SubwordTokenizer
 from uoe_jax.data.text import Document, TextSource
 from uoe_jax.data.tokenize import ByteTokenizer, Tokenizer, load_tokenizer
+from uoe_jax.files import write_atomically
 
 _GROUP_BYTES = 4 << 20  # text tokenized at once
 _MEASURED_BYTES = 4 << 20  # of a split, in which bytes that get lost are counted
@@ -49,7 +50,7 @@ def write_text(source: TextSource, config: DataConfig, folder: Path) -> dict[str
     if skipped:
         note(f"{source.name}: {skipped:,} records without a text were left out")
     if template := source.chat_template():
-        (folder / CHAT).write_text(template.to_json(), "utf-8")
+        write_atomically(folder / CHAT, template.to_json())
     tokenizer = _make_tokenizer(documents, plan, config, folder)
     splits = _write_splits(source, documents, plan, tokenizer, folder)
     _warn_of_lost(source.name, tokenizer, splits)
@@ -94,7 +95,7 @@ def _make_tokenizer(
 
             text = train_bpe(chosen(), config.bpe_vocab_size)
         made = SubwordTokenizer(text, "bpe")
-    (folder / "tokenizer.json").write_text(text, "utf-8")
+    write_atomically(folder / "tokenizer.json", text)
     return made
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float
 
 from uoe_jax.errors import DataError
-from uoe_jax.files import format_json, read_json
+from uoe_jax.files import format_json, read_json, write_atomically
 from uoe_jax.hardware.devices import DEVICES, Device, find_device
 from uoe_jax.hardware.product import (
     LIBRARY_TILE,
@@ -164,7 +164,7 @@ def save(model: GemmModel, path: Path) -> None:
         "tiles": {kernel: list(tiles) for kernel, tiles in model.tiles.items()},
         "trees": {kernel: trees.as_json() for kernel, trees in model.trees.items()},
     }
-    path.write_text(format_json(content) + "\n")
+    write_atomically(path, format_json(content) + "\n")
 
 
 def load(path: Path) -> GemmModel:

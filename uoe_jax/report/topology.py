@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from uoe_jax.errors import ConfigError
-from uoe_jax.files import check_target, write_atomically
+from uoe_jax.files import write_picture
 from uoe_jax.topology import Graph, RingOrder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FORMATS = (".png", ".svg", ".pdf")
 # Okabe and Ito's colour-blind-safe set: one colour a ring.
 _COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #6E7781 #8C8500".split()
-
-
-def check_picture(path: Path) -> None:
-    """Raise ConfigError for a name that isn't a picture's, or can't be written."""
-    if path.suffix.lower() not in _FORMATS:
-        raise ConfigError(
-            f"--picture is {path}; its name must end in {', '.join(_FORMATS)}"
-        )
-    check_target(path, "--picture")
 
 
 def save_picture(
@@ -40,9 +28,7 @@ def save_picture(
     """Write a picture of the last axis' rings in both orders."""
     pairs = [("before", before), ("ours", after)]
     figure = draw_orders([(f"{title}: {n}", graph, axes, o) for n, o in pairs])
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=150)
-    write_atomically(path, drawn.getvalue())
+    write_picture(path, figure)
 
 
 def draw_orders(

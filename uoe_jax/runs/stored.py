@@ -13,7 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from uoe_jax.files import format_json, local_path, parse_json, read_json
+from uoe_jax.files import (
+    format_json,
+    local_path,
+    parse_json,
+    read_json,
+    write_atomically,
+)
 from uoe_jax.stores.mirror import Mirror, mirror_of, named, open_mirror
 from uoe_jax.stores.objects import StoreError, address_of
 
@@ -182,7 +188,7 @@ class StoredSteps:
                 kept = {n[len(place) + 1 :] for n in names}
                 found = describe_files(folder)
                 part = {name: found[name] for name in found if name in kept}
-                (folder / _PART.format(index)).write_text(format_json(part))
+                write_atomically(folder / _PART.format(index), format_json(part))
                 names.append(f"{place}/{_PART.format(index)}")
             self._mirror.push(names, last=f"{place}/{_PART.format(index)}")
         finally:
