@@ -78,6 +78,14 @@ def test_lines_say_what_was_cut(dense_run, tmp_path, capsys, words):  # noqa: F8
     (["--cut", "0.3", "--method", "svd", "--multiple", "2"], "multiple is 2 with"),
     (["--curve", "0.1", "--methods", "slice", "--allocate", "bi"],
      "allocate is 'bi' with slice, which don't read it"),
+    (["--curve", "0.1", "--temperature", "2"], "only --allocate bi reads it"),
+    (["--curve", "0.1", "--allocate", "bi", "--device", "H200"],
+     "device is 'H200', and the cut is spread by 'bi'; only --allocate seconds"),
+    (["--curve", "0.1", "--methods", "svd", "depth", "--multiple", "2"],
+     "multiple is 2 with method svd"),
+    (["--cut", "0.3", "--methods", "sort", "drop"],
+     "methods is 'sort drop' without curve"),
+    (["--anytime", "--methods", "sort"], "methods is 'sort' without curve"),
 ])  # fmt: skip
 def test_requests_that_cannot_be_are_one_line(
     dense_run,  # noqa: F811

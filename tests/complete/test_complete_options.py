@@ -163,12 +163,23 @@ def test_large_ids_are_kept_from_a_file_to_its_predictions(run):
         (["--seed", str(2**32)], "below 2^32"),
         (["--patience", "0"], "patience is 0"),
         (["--bias-ridge", "-1"], "bias_ridge is -1"),
+        (["--bias-ridge", "1", "--no-biases"], "-ridge is 1 without biases"),
+        (["--holdout", "0"], "refit is False with holdout 0"),
+        (["--holdout", "0", "--refit", "--patience", "2"], "patience is 2 with"),
     ],
 )
 def test_bad_options_are_one_line_and_write_nothing(args, words, run):
     status, _, err, out = run(CASES / "tiny20.csv", *QUICK, "--quiet", *args)
     assert status == 2 and words in err and err.count("\n") == 1
     assert not out.exists()
+
+
+def test_a_delimiter_of_what_is_no_text_is_refused(run, tmp_path):
+    path = tmp_path / "entries.npz"
+    np.savez(path, user=np.arange(6), item=np.arange(6) % 3, rating=np.ones(6))
+    status, _, err, out = run(path, *QUICK, "--quiet", "--delimiter", ",")
+    assert status == 2 and "is no text, so delimiter ','" in err and not out.exists()
+    assert run(path, *QUICK, "--quiet", "--holdout", "0.5")[0] == 0
 
 
 def test_a_folder_is_only_predicted_from(run, tmp_path):

@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from uoe_jax.errors import ConfigError, nearest
-from uoe_jax.linalg.completion.defaults import SOLVERS, FitOptions
+from uoe_jax.linalg.completion.defaults import DEFAULTS, SOLVERS, FitOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,25 @@ class CompleteArgs(FitOptions):
         if not 0 <= self.seed < 2**32:
             rule = "at least 0" if self.seed < 0 else "below 2^32"
             raise ConfigError(f"seed is {self.seed}; it must be {rule}")
+        if self.bias_ridge is not None and not self.biases:
+            raise ConfigError(
+                f"bias_ridge is {self.bias_ridge:g} without biases; leave out "
+                "--bias-ridge or --no-biases"
+            )
+        if self.holdout == 0:
+            self._check_chosen()
         if self.solver not in SOLVERS:
             raise ConfigError(
                 f"solver is {self.solver!r}; {nearest(self.solver, SOLVERS)}"
             )
+
+    def _check_chosen(self) -> None:
+        """Refuse what nothing reads where no entry is held out."""
+        for name in ("patience", "refit"):
+            value = getattr(self, name)
+            if value != getattr(DEFAULTS, name):
+                option = "--no-refit" if name == "refit" else f"--{name}"
+                raise ConfigError(
+                    f"{name} is {value} with holdout 0, where no entry chooses the "
+                    f"ridge or the sweeps; leave out {option} or hold entries out"
+                )

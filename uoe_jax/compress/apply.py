@@ -147,7 +147,7 @@ def look(
         given=options.statistics is not None,
     )
     observed = take_apart(model, params, source.buffers, seen)
-    methods = options.methods if isinstance(options, Curve) and options.curve else ()
+    methods = options.compared if isinstance(options, Curve) and options.curve else ()
     if {*FITTED} & {*(methods or (options.chosen,))}:
         _warn(observed)
     return observed, {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from uoe_jax.appearing import appearing_together
 from uoe_jax.compress.apply import look
 from uoe_jax.compress.methods import prepare
 from uoe_jax.compress.observed import Observed, Smaller, block_params
-from uoe_jax.compress.options import ALIKE, LOW_RANK, Compress, Curve
+from uoe_jax.compress.options import Curve
 from uoe_jax.data.progress import note
 from uoe_jax.errors import ConfigError, MissingExtra
 from uoe_jax.fields import check_ranges
@@ -81,11 +80,11 @@ def compare(
     A cut that a method hasn't got is a row that says why it was refused. Sizes are
     shares of the dense model's; FLOPs are those of texts of `length`.
     """
-    for method in options.methods:
+    for method in options.compared:
         ready = None
         for cut in options.curve or ():
             row: dict[str, Any] = {"method": method, "cut": cut}
-            wanted = _one(options, method, cut)
+            wanted = options.one(method, cut)
             start = time.perf_counter()
             try:
                 wanted.check()
@@ -97,17 +96,6 @@ def compare(
             row["allocate"] = wanted.spread
             row["seconds"] = time.perf_counter() - start
             yield row | sizes(observed, made, length) | score(made, held)
-
-
-def _one(options: Curve, method: str, cut: float) -> Compress:
-    """Return the options of one cut; methods without allocations have their own."""
-    names = [field.name for field in dataclasses.fields(Compress)]
-    given: dict[str, Any] = {name: getattr(options, name) for name in names}
-    given |= {"method": method, "cut": cut}
-    by_curves = method == "lord" and options.allocate == "curve"
-    if method in (*LOW_RANK, *ALIKE) and not by_curves:
-        given["allocate"] = None
-    return Compress(**given)
 
 
 def sizes(observed: Observed, made: Smaller, length: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ FITTED = ("modegpt", "lord")  # to second moments of neurons
 ALIKE = ("depth", "slice")  # no way to spread a cut
 # flap keeps the means of what a cut drops in biases, other than at another cut.
 ANYTIME_METHODS = ("modegpt", "sort", "drop", "magnitude")
+COMPARED: tuple[Method, ...] = ("modegpt", "sort", "drop")  # by a curve
 LEAST_TOKENS = 64  # of a calibration text
 USUAL = {"temperature": 1.0, "multiple": 8, "device": "H200"}  # where not given
 ANYTIME = "anytime.safetensors"  # in a run that opens at any cut
@@ -120,20 +122,27 @@ class Compress(Checked):
         `made` is how it is made: of a run that opens at any cut, as that run says. Such
         a run may be made with what later cuts read.
         """
+        for message in self.unread(made).values():
+            raise ConfigError(message)
+
+    def unread(self, made: Compress) -> dict[str, str]:
+        """Return {option: message} of what `check_read` refuses."""
         method, spread = made.chosen, made.spread
+        found = {}
         for name, reader in (("temperature", "bi"), ("device", "seconds")):
             value = getattr(self, name)
             if value is not None and spread != reader:
-                raise ConfigError(
+                found[name] = (
                     f"{name} is {value!r}, and the cut is spread by {spread!r}; only "
                     f"--allocate {reader} reads it, leave it out"
                 )
         free = method in ("depth", "svd") or (method, spread) == ("lord", "uniform")
         if self.multiple is not None and free:
-            raise ConfigError(
+            found["multiple"] = (
                 f"multiple is {self.multiple} with method {method}, whose sizes go in "
                 "no such steps; leave it out"
             )
+        return found
 
     def _check_spread(self) -> None:
         """Refuse ways to spread a cut that low ranks and whole layers haven't got."""
@@ -178,11 +187,31 @@ class Curve(Compress):
     # Instead of one run: the loss at each of these cuts, by each of the methods.
     curve: tuple[Share, ...] | None = None
 
-    methods: tuple[Method, ...] = ("modegpt", "sort", "drop")  # of the curve
+    # Of the curve; modegpt, sort and drop if not given.
+    methods: tuple[Method, ...] | None = None
+
+    @property
+    def compared(self) -> tuple[Method, ...]:
+        """The methods of the curve."""
+        return COMPARED if self.methods is None else self.methods
+
+    def one(self, method: Method, cut: float) -> Compress:
+        """Return the options of one cut; methods without allocations have their own."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Compress)}
+        given |= {"method": method, "cut": cut}
+        by_curves = method == "lord" and self.allocate == "curve"
+        if method in (*LOW_RANK, *ALIKE) and not by_curves:
+            given["allocate"] = None
+        return Compress(**given)
 
     def check(self) -> None:
         """Raise ConfigError for what contradicts a curve, or each other."""
         if not self.curve:
+            if self.methods is not None:
+                raise ConfigError(
+                    f"methods is {' '.join(self.methods)!r} without curve, which "
+                    "compares them; give --curve 0.1 0.3, or --method"
+                )
             super().check()
             return
         given = {"cut": self.cut, "rank": self.rank, "method": self.method}
@@ -193,15 +222,19 @@ class Curve(Compress):
                     f"{name} is {value} with curve, which has cuts and methods of its "
                     "own; leave one of them out"
                 )
-        alike = all(method in (*LOW_RANK, *ALIKE) for method in self.methods)
+        alike = all(method in (*LOW_RANK, *ALIKE) for method in self.compared)
         if alike and self.spread != "curve" and self.allocate not in (None, "uniform"):
             raise ConfigError(
-                f"allocate is {self.allocate!r} with {' and '.join(self.methods)}, "
+                f"allocate is {self.allocate!r} with {' and '.join(self.compared)}, "
                 "which don't read it; leave it out"
             )
-        for name, values in (("curve", self.curve), ("methods", self.methods)):
+        for name, values in (("curve", self.curve), ("methods", self.compared)):
             if len(set(values)) < max(len(values), 1):
                 raise ConfigError(
                     f"{name} is {' '.join(map(str, values))!r}; give each once, at "
                     "least one"
                 )
+        unread = [self.unread(self.one(m, self.curve[0])) for m in self.compared]
+        for name, message in unread[0].items():
+            if all(name in of_one for of_one in unread):  # by none of the methods
+                raise ConfigError(message)

@@ -173,6 +173,11 @@ def _open(path: Path, delimiter: str | None) -> Columns | Table:
             data, ending, more = unpacked
             notes = (*notes, *more)
         found = open_binary(path, data)
+    if found is not None and delimiter is not None:
+        raise DataError(
+            f"{path} is no text, so delimiter {delimiter!r} separates nothing in it; "
+            "leave the delimiter out"
+        )
     if found is None and ending in BINARY:
         raise DataError(f"{path} can't be read as {ending}: it holds something else")
     if isinstance(found, Matrix):
