@@ -174,7 +174,12 @@ def test_what_cant_be_clustered_is_one_line(
 def test_files_that_hold_no_arrays_are_one_line(content, tmp_path, capsys):
     path = tmp_path / "bad.npz"
     assert main(["cluster", str(path)]) == 2
-    assert "No such file" in capsys.readouterr().err
+    assert f"{path} can't be read (No such file" in (said := capsys.readouterr().err)
+    assert "give .npz with `points`" in said and len(said.splitlines()) == 1
+    assert main(["cluster", str(tmp_path)]) == 2
+    assert f"{tmp_path} can't be read (Is a directory); give .npz" in (
+        capsys.readouterr().err
+    )
     path.write_bytes(content)
     assert main(["cluster", str(path)]) == 2
     said = capsys.readouterr().err

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from uoe_jax.errors import DataError
-from uoe_jax.hardware import fit
+from uoe_jax.hardware import fit, gemm
 from uoe_jax.hardware.devices import find_device, parse_topology
 from uoe_jax.hardware.roofline import DEFAULT_FACTORS, Calibration, predict
 from uoe_jax.presets import get_preset
@@ -159,6 +159,16 @@ def test_other_files_are_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(DataError, match=message):
         fit.read_measurements(path)
+
+
+@pytest.mark.parametrize("read", [fit.read_measurements, fit.load, gemm.load])
+def test_a_file_that_isnt_there_is_named_with_what_makes_one(tmp_path, read):
+    path = tmp_path / "none.json"
+    with pytest.raises(DataError) as error:
+        read(path)
+    said = str(error.value)
+    assert f"{path} can't be read (No such file or directory); " in said
+    assert "Errno" not in said
 
 
 def test_a_calibration_survives_its_file(tmp_path):

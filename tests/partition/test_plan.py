@@ -167,6 +167,8 @@ def test_a_layout_file_brings_mesh_and_choices(tmp_path):
     assert found.mesh == MeshConfig(**sizes)
     assert found.layout.experts == "round_robin"
     assert found.model == get_preset("tiny").model
+    with pytest.raises(ConfigError, match=r"none\.json can't be read \(No such file"):
+        read_layout(tmp_path / "none.json", config)
     (tmp_path / "other.json").write_text('{"mesh": 3}')
     with pytest.raises(ConfigError, match="isn't a layout file"):
         read_layout(tmp_path / "other.json", config)

@@ -27,12 +27,13 @@ class Data(NamedTuple):
 def read_points(path: Path) -> Data:
     """Return `points` and `labels` of a file; without names, its only table.
 
-    Raises DataError with the file and what is wrong in it, OSError where there is none.
+    Raises DataError with the file and what is wrong in it.
     """
-    with path.open("rb"):  # what isn't there or is a folder is said by the system
-        pass
     try:
         found = np.load(path, allow_pickle=False)
+    except OSError as error:
+        reason = error.strerror or "damaged"
+        raise DataError(f"{path} can't be read ({reason}); {_HOLDS}") from error
     except _DAMAGE as error:
         raise DataError(f"{path} isn't a readable array file; {_HOLDS}") from error
     if isinstance(found, np.ndarray):

@@ -82,7 +82,12 @@ def read_measurements(path: Path) -> tuple[Device, list[Measurement]]:
         results, kind = content["results"], content["device"]
         before, _, after = kind.partition(" x ")  # so many of a kind
         devices, kind = (int(before), after) if before.isdecimal() else (1, kind)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise DataError(
+            f"{path} can't be read ({error.strerror}); make a file of timed steps with "
+            "benchmarks/bench_train.py --out FILE"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} isn't a file of timed steps ({error}); make one with "
             "benchmarks/bench_train.py --out FILE"
@@ -316,7 +321,12 @@ def load(path: Path) -> Calibration:
     """Return a calibration written by `save`; raise DataError on anything else."""
     try:
         return Calibration(**read_json(path))
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise DataError(
+            f"{path} can't be read ({error.strerror}); make a calibration with "
+            "uoe plan --fit FILE"
+        ) from None
+    except (ValueError, TypeError) as error:
         raise DataError(
             f"{path} isn't a calibration ({error}); make one with uoe plan --fit FILE"
         ) from None

@@ -180,7 +180,12 @@ def load(path: Path) -> GemmModel:
             tiles={k: tuple(map(tuple, t)) for k, t in content["tiles"].items()},
             trees={k: Trees.from_json(t) for k, t in content["trees"].items()},
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise DataError(
+            f"{path} can't be read ({error.strerror}); uoe bench gemm makes a model of "
+            "products and says where it is"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(

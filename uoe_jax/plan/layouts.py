@@ -194,7 +194,12 @@ def read_layout(path: Path, config: ExperimentConfig) -> ExperimentConfig:
     try:
         content = read_json(path)
         mesh, layout = content["mesh"], content["layout"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"{path} can't be read ({error.strerror}); write a layout file with uoe "
+            "plan PRESET --topology NAME --out FILE"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} isn't a layout file ({type(error).__name__}: {error}); write one "
             "with uoe plan PRESET --topology NAME --out FILE"
