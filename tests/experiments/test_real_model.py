@@ -34,9 +34,8 @@ def model():
     return make_model(SMALL, jax.random.key(3))
 
 
-@pytest.fixture(scope="module")
-def batch():
-    rng = np.random.default_rng()
+@pytest.fixture
+def batch(rng):
     tokens = rng.integers(0, 61, (4, 16)).astype(np.int32)
     return {"tokens": tokens, "segments": np.ones_like(tokens)}
 

@@ -18,9 +18,8 @@ from uoe_jax.linalg.completion.method import Method, Penalties
 from uoe_jax.linalg.completion.problem import State, lay_out
 
 
-def run_once(m, n, degree, rank, solver):
+def run_once(draw, m, n, degree, rank, solver):
     """Sweep once over random entries, `degree` a column; return counted FLOPs."""
-    draw = np.random.default_rng()
     rows = np.concatenate([draw.choice(m, degree, replace=False) for _ in range(n)])
     cols = np.repeat(np.arange(n), degree)
     entries = clean_entries(rows, cols, draw.normal(size=rows.size), (m, n))
@@ -36,10 +35,10 @@ def run_once(m, n, degree, rank, solver):
     return count_sweep(layout, method, rank, stats)[0].regression
 
 
-def test_counted_flops_grow_as_entries_times_rank():
+def test_counted_flops_grow_as_entries_times_rank(rng):
     solver = Solver("cg", max_steps=6)
     points = [
-        (20 * degree * rank, run_once(3000, 20, degree, rank, solver))
+        (20 * degree * rank, run_once(rng, 3000, 20, degree, rank, solver))
         for degree, rank in ((200, 4), (400, 16), (1600, 16))
     ]
     size, flops = np.log(np.array(points)).T

@@ -21,8 +21,7 @@ def models():
 
 
 @pytest.fixture
-def batch():
-    rng = np.random.default_rng()
+def batch(rng):
     tokens, targets = rng.integers(0, 31, (2, 6, 16)).astype(np.int32)
     mask = (rng.random((6, 16)) < 0.7).astype(np.float32)
     ones = np.ones_like(tokens)

@@ -15,10 +15,10 @@ from uoe_jax.tree import fill_leaves, named_leaves
 
 pytestmark = pytest.mark.both_jax
 
-RNG = np.random.default_rng()
+FIXED = np.random.default_rng(0)  # what is saved is only carried
 TREE = {
-    "params": {"wq": jnp.asarray(RNG.normal(size=(8, 16)), jnp.float32)},
-    "half": jnp.asarray(RNG.normal(size=(4, 4)), jnp.bfloat16),
+    "params": {"wq": jnp.asarray(FIXED.normal(size=(8, 16)), jnp.float32)},
+    "half": jnp.asarray(FIXED.normal(size=(4, 4)), jnp.bfloat16),
     "step": jnp.int32(7),
 }
 
@@ -58,17 +58,17 @@ def data_files(folder):
     ]
 
 
-def flip(path, offset):
+def flip(rng, path, offset):
     content = bytearray(path.read_bytes())
-    content[offset] ^= 1 << int(RNG.integers(8))
+    content[offset] ^= 1 << int(rng.integers(8))
     path.write_bytes(content)
 
 
-def test_a_flipped_bit_anywhere_is_refused_and_its_file_named(tmp_path):
+def test_a_flipped_bit_anywhere_is_refused_and_its_file_named(tmp_path, rng):
     store = saved(tmp_path)
     for path in data_files(tmp_path / "2"):
         original = path.read_bytes()
-        flip(path, int(RNG.integers(len(original))))
+        flip(rng, path, int(rng.integers(len(original))))
         with pytest.raises(CheckpointError, match=re.escape(str(path))) as error:
             store.restore(named_leaves(TREE))
         assert "step 1 is intact: continue with --resume-step 1" in str(error.value)
@@ -77,12 +77,12 @@ def test_a_flipped_bit_anywhere_is_refused_and_its_file_named(tmp_path):
     assert store.restore(named_leaves(TREE))[0] == 2
 
 
-def test_a_damaged_array_is_named(tmp_path):
+def test_a_damaged_array_is_named(tmp_path, rng):
     store = saved(tmp_path)
     for name in ("params.wq", "half"):
         folder = tmp_path / "2" / "state" / name
         path = max(folder.iterdir(), key=lambda p: p.stat().st_size)
-        flip(path, path.stat().st_size - 1)
+        flip(rng, path, path.stat().st_size - 1)
         with pytest.raises(CheckpointError, match=f"array {name}"):
             store.restore(named_leaves(TREE))
 
@@ -112,10 +112,10 @@ def test_damage_behind_the_files_is_caught_by_the_arrays(tmp_path):
     assert "array half" in problem
 
 
-def test_no_older_step_is_offered_when_none_is_intact(tmp_path):
+def test_no_older_step_is_offered_when_none_is_intact(tmp_path, rng):
     store = saved(tmp_path)
     for step in ("1", "2"):
-        flip(tmp_path / step / "state" / "params.wq" / "0.0", 5)
+        flip(rng, tmp_path / step / "state" / "params.wq" / "0.0", 5)
     with pytest.raises(CheckpointError, match="no older step is intact"):
         store.restore(named_leaves(TREE))
 
@@ -165,9 +165,9 @@ def test_snapshot_survives_donation():
     np.testing.assert_array_equal(copies["x"], np.arange(8.0))
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, rng):
     store = Checkpoints(tmp_path, keep=1)
-    big = {"w": jnp.asarray(RNG.normal(size=(256, 256)), jnp.float32)}
+    big = {"w": jnp.asarray(rng.normal(size=(256, 256)), jnp.float32)}
     store.save(1, snapshot(big), {}, {})
     store.wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
