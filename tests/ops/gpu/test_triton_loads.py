@@ -16,8 +16,8 @@ import pytest
 # Compiled for every change, each kernel once, and beside these every night.
 # Of products: inner, outer: sides that fill no tile, of runs of 64 and of 8 columns;
 # of heads: a head's width, queries of each of two key heads; of swiglu: a side's width,
-# a block of a row, or less than blocks of many rows; of routers: experts; of attention to
-# a cache: widths of keys and values, narrow ones those that a cache has.
+# a block of a row, or less than blocks of many rows; of routers: experts; of attention
+# to a cache: widths of keys and values, narrow ones those that a cache has.
 OFTEN = {
     "products": [("ids ahead", 128, 256), ("products_in_turn", 192, 384)],
     "heads": [("split", 128, 1), ("join", 64, 3)],
