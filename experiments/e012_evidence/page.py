@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from experiments.e012_evidence.choose import Row
@@ -18,6 +19,7 @@ QUESTIONS = {
     6: "Is one union as good at every budget as those trained for it?",
 }
 _FIGURES = ("g_ladder.png", "b_seconds.png", "e_recall.png", "a_flops.png")
+_WIDTH = 130  # columns of a line of text
 
 
 def results_page(
@@ -31,9 +33,9 @@ def results_page(
         raise ConfigError("no run has come to its end; there is nothing to publish yet")
     lines = ["# Evidence: what came out\n"]
     lines.append(
-        "How models are compared, and what was planned before the runs: "
-        "[evidence](../evidence.md). Differences in bits/byte of Wikipedia's test with "
-        "95% intervals.\n"
+        "How models are compared, what their names mean, and what was planned before "
+        "the runs: [evidence](../evidence.md). Differences in bits/byte of Wikipedia's "
+        "test with 95% intervals.\n"
     )
     answers = {
         headline: [line for v in judged if v.comparison.headline == headline
@@ -52,7 +54,21 @@ def results_page(
     shown = max(groups, key=lambda group: len(group.trained))
     lines += [f"## {shown.title}\n", model_table(shown)]
     lines += ["## How sure\n", _how_sure(judged, groups)]
-    return "\n".join(lines), figure
+    return "\n".join(map(_wrapped, "\n".join(lines).split("\n"))), figure
+
+
+def _wrapped(line: str) -> str:
+    """Return a line of text in several; a table's row, a picture and others as is."""
+    if len(line) <= _WIDTH or line.startswith(("|", "!")):
+        return line
+    inside = "  " if line.startswith("- ") else ""
+    return textwrap.fill(
+        line,
+        _WIDTH,
+        subsequent_indent=inside,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _answer(verdict: Verdict, groups: Sequence[Group]) -> str:
