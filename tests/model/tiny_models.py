@@ -93,7 +93,15 @@ def build(config: ModelConfig, seed: int = 0) -> Any:
         value = float(name == "scale") + spread * draw.normal(size=variable.shape)
         value = jnp.asarray(value.astype(variable.dtype))
         flat.append((path, variable.replace(value)))
-    return nnx.merge(graphdef, nnx.from_flat_state(flat), zeros_like(buffers))
+    rest = nnx.to_flat_state(zeros_like(buffers))
+    # A head keeps no pair twice: the first ones.
+    rest = [
+        (path, v.replace(v + jnp.arange(v.shape[-1], dtype=v.dtype)[None, None]))
+        if path[-1] == "rotary_pairs"
+        else (path, v)
+        for path, v in rest
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat), nnx.from_flat_state(rest))
 
 
 def tokens_like(config: ModelConfig, batch: int, length: int, seed: int) -> jax.Array:
