@@ -230,6 +230,16 @@ class HeadGroups(Checked):
     full_kv: Whole = 0  # key and value heads of the full ones; 0: shared likewise
 
 
+def cached_dims(keys: int, values: int, head: int) -> tuple[int, int]:
+    """Return the widths that keys and values of so many numbers have in a cache.
+
+    Narrow ones have zeros up to a multiple of 8, of keys in both halves, and never more
+    than the model's heads: rows are then read 16 bytes at a time.
+    """
+    up = lambda width: -(-width // 8) * 8
+    return min(2 * up(-(-keys // 2)), head), min(up(values), head)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Checked):
     """A decoder language model, an encoder or a vision transformer."""
@@ -411,14 +421,8 @@ class ModelConfig(Checked):
 
     @property
     def cached_dims(self) -> tuple[int, int]:
-        """Widths of keys and of values as a cache has them, in the config of a layer.
-
-        Narrow ones have zeros up to a multiple of 8, of keys in both halves, and never
-        more than the model's heads: rows are then read 16 bytes at a time.
-        """
-        up = lambda width: -(-width // 8) * 8
-        keys = min(2 * up(-(-self.key_dim // 2)), self.head_dim)
-        return keys, min(up(self.value_dim), self.head_dim)
+        """Widths of keys and of values as a cache has them, in the config of a layer."""
+        return cached_dims(self.key_dim, self.value_dim, self.head_dim)
 
     def rank(self, weight: str) -> int:
         """Return the rank of a weight of the MLP in the config of a layer; 0: whole."""

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from uoe_jax.config import ModelConfig
+from uoe_jax.config import ModelConfig, cached_dims
 from uoe_jax.model.cache import (
     KeyValue,
     Slot,
@@ -103,7 +103,6 @@ class AttentionWeights(nnx.Module):
         self.head_dim = config.head_dim
         self.narrow = bool(config.widths.key_dim or config.widths.value_dim)
         self.rotary_pairs = _first_pairs(config)
-        self.cached_dims = config.cached_dims
 
     @staticmethod
     def cache_shapes(config: ModelConfig, max_len: int) -> dict[str, Any]:
@@ -114,6 +113,11 @@ class AttentionWeights(nnx.Module):
         shape = (max_len, config.num_kv_heads)
         widths = zip("kv", config.cached_dims, strict=True)
         return {name: ((*shape, width), None) for name, width in widths}
+
+    @property
+    def cached_dims(self) -> tuple[int, int]:
+        """Widths of keys and of values as a cache has them."""
+        return cached_dims(self.wk.shape[-1], self.wv.shape[-1], self.head_dim)
 
     @property
     def cached_pairs(self) -> Int[Array, "K P"] | None:
