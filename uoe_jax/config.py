@@ -421,7 +421,7 @@ class ModelConfig(Checked):
 
     @property
     def cached_dims(self) -> tuple[int, int]:
-        """Widths of keys and of values as a cache has them, in the config of a layer."""
+        """Widths of keys and values as a cache has them, in the config of a layer."""
         return cached_dims(self.key_dim, self.value_dim, self.head_dim)
 
     def rank(self, weight: str) -> int:
