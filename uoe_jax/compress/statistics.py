@@ -28,6 +28,15 @@ from uoe_jax.partition.mesh import replicated
 # Of a calibration text, on each device; the sums don't depend on a run's batches.
 TOKENS_AT_ONCE = 4096
 _HIGHEST = jax.lax.Precision.HIGHEST
+# Which sums are symmetric matrices.
+SYMMETRIC = (
+    "attention_input",
+    "heads",
+    "mlp_input",
+    "neurons",
+    "all_neurons",
+    "head_input",
+)
 
 
 class LayerStatistics(NamedTuple):
@@ -120,9 +129,19 @@ def observe(
                     sums["head_input"] = _head_moment(hidden, stream.valid)
                 totals[number] = _added(totals[number], sums)
     narrow = lambda total: LayerStatistics(
-        **{k: np.asarray(v, np.float32) for k, v in total.items()}
+        **{k: _narrowed(k, np.asarray(v, np.float32)) for k, v in total.items()}
     )
     return tuple(narrow(total) for total in totals)
+
+
+def _narrowed(name: str, sums: np.ndarray) -> np.ndarray:
+    """Return sums, a symmetric matrix by its lower triangle.
+
+    Some processors round its two halves apart, and a file keeps one.
+    """
+    if name not in SYMMETRIC:
+        return sums
+    return np.tril(sums) + np.swapaxes(np.tril(sums, -1), -1, -2)
 
 
 def _added(

@@ -17,7 +17,7 @@ from uoe_jax.compress.files import (
     to_triangle,
     write_arrays,
 )
-from uoe_jax.compress.statistics import LayerStatistics, observe
+from uoe_jax.compress.statistics import SYMMETRIC, LayerStatistics, observe
 from uoe_jax.config import ModelConfig, config_hash
 from uoe_jax.data.progress import note
 from uoe_jax.errors import ConfigError, DataError, NonFiniteError
@@ -27,14 +27,6 @@ from uoe_jax.tree import Arrays
 
 STATISTICS = "statistics.safetensors"  # in the folder of the run that was observed
 _FORMAT = 2  # 2: with what the head reads
-_SYMMETRIC = (
-    "attention_input",
-    "heads",
-    "mlp_input",
-    "neurons",
-    "all_neurons",
-    "head_input",
-)
 # What statistics are of, and how a reader is told that they are of another one.
 _NAMES = {
     "format": "another version",
@@ -133,7 +125,7 @@ def read_statistics(
         if missing := names.keys() - arrays.keys():
             raise DataError(f"{file} has no {min(missing)}")
         own = {name: arrays[key] for key, name in names.items()}
-        for name in _SYMMETRIC:
+        for name in SYMMETRIC:
             own[name] = from_triangle(own[name], symmetric=True)
         found.append(LayerStatistics(**own))
     return tuple(found)
@@ -154,6 +146,6 @@ def _as_arrays(seen: Sequence[LayerStatistics]) -> Arrays:
     found = {}
     for number, layer in enumerate(seen):
         for name, array in layer._asdict().items():
-            whole = to_triangle(array) if name in _SYMMETRIC else array
+            whole = to_triangle(array) if name in SYMMETRIC else array
             found[f"{number}.{name}"] = whole
     return found
